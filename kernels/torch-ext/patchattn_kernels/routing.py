@@ -1,0 +1,65 @@
+"""Head routing: which query heads a token keeps (MoH, arXiv 2410.11842).
+
+Reference implementations in plain torch. Shapes: B batch, T tokens, H query heads, R routed heads, D head dim.
+"""
+
+import torch
+
+
+def head_norms(query: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of every query vector, in float32.
+
+    Args:
+        query: `(B, H, T, D)`.
+
+    Returns:
+        `(B, T, H)`. Rotary embeddings keep norms, so a query taken before or after them gives the same result.
+    """
+    return torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32).transpose(1, 2)
+
+
+def normalized_scores(norms: torch.Tensor) -> torch.Tensor:
+    """Router probabilities of the parameter-free router: softmax(norm / std(norms of the routed heads)).
+
+    Args:
+        norms: `(B, T, R)` query norms of the routed heads.
+
+    Returns:
+        `(B, T, R)` probabilities. With one routed head, or with equal norms, the unbiased standard deviation is
+        undefined or zero; the norms then carry no preference and the probabilities are uniform.
+    """
+    if norms.shape[-1] < 2:
+        return torch.ones_like(norms)
+    variance = norms.var(dim=-1, keepdim=True, unbiased=True)
+    spread = variance > 0
+    # sqrt has an infinite slope at zero: keep that point out of the graph, not only out of the result
+    std = torch.where(spread, variance, 1.0).sqrt()
+    return torch.softmax(torch.where(spread, norms / std, 0.0), dim=-1)
+
+
+def select_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """0/1 mask, same shape and dtype as `scores`, of the `k` largest entries of the last dimension."""
+    if k == 0:
+        return torch.zeros_like(scores)
+    return torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
+
+
+def straight_through(mask: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The value of `mask` with the gradient of `mask * scores` (straight-through estimator)."""
+    soft = mask * scores
+    return mask + (soft - soft.detach())
+
+
+def apply_head_gate(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Scale every head's output per token, before the output projection.
+
+    Args:
+        output: `(B, T, H, D)` attention output.
+        gate: `(B, T, H)`; 0 removes a head for a token.
+
+    Returns:
+        `(B, T, H, D)` in the dtype of `output`. A closed gate gives exact zeros also where `output` is not finite,
+        as on rows that see no key.
+    """
+    gate = gate.to(output.dtype).unsqueeze(-1)
+    return torch.where(gate == 0, torch.zeros_like(output), output * gate)

@@ -1,0 +1,42 @@
+"""patchattn replaces the attention of a transformers model by a published variant, in place and reversibly."""
+
+from . import variants
+from .observe import observe
+from .patching import patch_info, patch_model, patched, unpatch_model
+from .seam import AttentionCall, LayerContext
+from .sites import AttentionSite, find_sites
+from .variant import (
+    Attend,
+    AttentionOutput,
+    Variant,
+    VariantConfig,
+    VariantInfo,
+    list_variants,
+    option,
+    register_variant,
+    variant_info,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attend",
+    "AttentionCall",
+    "AttentionOutput",
+    "AttentionSite",
+    "LayerContext",
+    "Variant",
+    "VariantConfig",
+    "VariantInfo",
+    "find_sites",
+    "list_variants",
+    "observe",
+    "option",
+    "patch_info",
+    "patch_model",
+    "patched",
+    "register_variant",
+    "unpatch_model",
+    "variant_info",
+    "variants",
+]

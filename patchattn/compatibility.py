@@ -1,0 +1,56 @@
+"""Model code that asks for the attention implementation by name, and would take another branch under ours."""
+
+import ast
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from .seam import seam_name
+
+_QUESTION = re.compile(
+    r"""_attn_implementation\s*(==|!=|not\s+in|in)\s*(\([^()]*\)|\[[^\[\]]*\]|"[^"]*"|'[^']*')""", re.VERBOSE
+)
+
+# Where the branch makes no difference to what is computed, and why.
+_HARMLESS: dict[str, Any] = {
+    # Matters only together with reorder_and_upcast_attn, which replaces the whole attention function.
+    "GPT2Attention": lambda module: not module.reorder_and_upcast_attn,
+    "DecisionTransformerGPT2Attention": lambda module: not module.reorder_and_upcast_attn,
+    # Asked once, while the model is built, to choose the implementation of a part.
+    "Qwen2_5OmniToken2WavModel": lambda module: True,
+}
+
+
+def name_branches(model: nn.Module, base: str) -> list[str]:
+    """Questions in the model's code that get another answer under our name than under `base`.
+
+    Returns:
+        One line per question: the class and the comparison. Empty for nearly every family.
+    """
+    found: list[str] = []
+    seen: set[type] = set()
+    for module in model.modules():
+        kind = type(module)
+        if kind in seen or kind.__module__.startswith("torch."):
+            continue
+        seen.add(kind)
+        if kind.__name__ in _HARMLESS and _HARMLESS[kind.__name__](module):
+            continue
+        found += [f"{kind.__name__}: {question}" for question in _questions(kind, base)]
+    return found
+
+
+def _questions(kind: type, base: str) -> list[str]:
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # defined in a console: there is no file to read
+        return []
+    found = []
+    for operator, right in _QUESTION.findall(source):
+        names = ast.literal_eval(right)
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if (base in names) != (seam_name(base) in names):
+            found.append(f"_attn_implementation {operator} {right}")
+    return found

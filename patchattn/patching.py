@@ -1,0 +1,411 @@
+"""`patch_model`, its inverse, and what a patched model says of itself."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .compatibility import name_branches
+from .seam import (
+    CHILD,
+    VariantChain,
+    base_function,
+    base_name,
+    close_context,
+    guard,
+    note_raw_query,
+    open_context,
+    register_base,
+    release_bases,
+)
+from .sites import AttentionSite, find_sites, find_undispatched
+from .variant import VariantConfig, VariantInfo, nearest, variant_info
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+CONFIG_KEY = "patchattn"  # under which a patched model's configuration carries the plan
+FORMAT_VERSION = 1
+_HOOKS = (open_context, close_context, note_raw_query, guard)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One variant on some sites: the unit that is applied, saved and listed.
+
+    Attributes:
+        variant: registered name.
+        config: settings.
+        sites: names of the attention modules, relative to the model.
+    """
+
+    variant: str
+    config: VariantConfig
+    sites: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON and YAML types."""
+        return {"variant": self.variant, "config": self.config.to_dict(), "sites": list(self.sites)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Patch":
+        """The inverse of `to_dict`; raises ValueError or TypeError on anything it does not know."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"A patch is described by a dictionary, got {type(values).__name__}.")
+        expected = ["variant", "config", "sites"]
+        for key in values:
+            if key not in expected:
+                raise ValueError(f"A patch has no field {key!r}{nearest(str(key), expected)}")
+        if missing := [key for key in expected if key not in values]:
+            raise ValueError(f"A patch needs the fields {', '.join(expected)}; {', '.join(missing)} is missing.")
+        sites = values["sites"]
+        if not isinstance(sites, list | tuple) or not all(isinstance(site, str) for site in sites):
+            raise TypeError(f"sites must be a list of module names, got {sites!r}.")
+        info = variant_info(values["variant"])
+        return cls(info.name, info.variant.config_class.from_dict(values["config"]), tuple(sites))
+
+
+def patch_model(
+    model: ModelT,
+    variant: str | Sequence[str],
+    config: VariantConfig | Mapping[str, Any] | Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    layers: int | Iterable[int] | None = None,
+    modules: str | None = None,
+    **settings: Any,
+) -> ModelT:
+    """Replace a model's attention by a published variant, in place.
+
+    The model keeps its class, its weights and the attention implementation that computes for it. Patching a patched
+    model adds the new variants inside those that are there; the same variant twice on one layer is refused.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+        variant: name of a variant, or several: the first is outermost, sees the model's own queries, keys and values
+            and returns last.
+        config: settings: a configuration or a dictionary. For several variants, a dictionary from name to settings.
+        layers: layer indices, counted from 0 in each tower; all layers by default. Towers with fewer layers are left
+            out where the index does not exist, but an index that exists nowhere is an error.
+        modules: regular expression searched in the names of attention modules, such as `language_model` or
+            `encoder_attn`; all attention modules by default.
+        settings: settings of a single variant by name, such as `active_ratio=0.75`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown variant, setting or layer, a pattern that matches nothing, or the variant is there already.
+        TypeError: an argument of the wrong type.
+        NotImplementedError: the model's attention does not go through transformers' registry, or the variant lacks
+            something that the model needs. The model is then as it was.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=4, vocab_size=64))
+        >>> model = patch_model(model, "moh", active_ratio=0.75)
+        >>> patch_info(model)["patches"][0]["variant"]
+        'moh'
+        >>> model = unpatch_model(model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_model expects a model, got {type(model).__name__}.")
+    base = base_model(model)
+    sites = select_sites(base, layers=layers, modules=modules)
+    patches = [
+        Patch(info.name, _config_of(info, given), tuple(site.name for site in sites))
+        for info, given in _settings_per_variant(variant, config, settings)
+    ]
+    apply_patches(base, patches)
+    return model
+
+
+def apply_patches(model: nn.Module, patches: Sequence[Patch]) -> None:
+    """Attach patches to a model; the common end of `patch_model` and of loading. All or nothing."""
+    known = {site.name: site for site in find_sites(model)}
+    names = list(dict.fromkeys(name for patch in patches for name in patch.sites))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
+    bases = {name: _base_of(model, name) for name in names}
+    for base in dict.fromkeys(bases.values()):
+        if questions := name_branches(model, base):
+            raise NotImplementedError(
+                f"{type(model).__name__} cannot be patched under the attention implementation {base!r}: its code asks "
+                f"for the implementation by name and would compute something else ({'; '.join(questions)}). Load it "
+                "with another attn_implementation."
+            )
+    existing = applied_patches(model)
+    # Build everything before touching the model, so that a failure leaves it as it was.
+    built: list[tuple[str, str, nn.Module]] = []
+    for patch in patches:
+        info = variant_info(patch.variant)
+        for name in patch.sites:
+            chain = model.get_submodule(name)._modules.get(CHILD)
+            if chain is not None and not isinstance(chain, VariantChain):
+                raise ValueError(
+                    f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, or "
+                    "unload it first."
+                )
+            taken = [*(chain or ()), *(kind for kind, place, _ in built if place == name)]
+            if patch.variant in taken:
+                raise ValueError(
+                    f"{name} already has the variant {patch.variant!r}. Call patchattn.unpatch_model(model) first, or "
+                    "choose other layers."
+                )
+            _refuse_site(info, known[name])
+            variant = info.variant(patch.config, known[name])
+            built.append((patch.variant, name, _like(variant, model.get_submodule(name))))
+    for name in names:
+        module = model.get_submodule(name)
+        base_function(type(module), bases[name])
+        register_base(bases[name])
+    for kind, name, variant in built:
+        _attach(model.get_submodule(name), known[name], bases[name], kind, variant)  # type: ignore[arg-type]
+    _install(model, [model.get_submodule(name) for name in names])
+    model.config.patchattn = plan_dict([*existing, *patches])
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Take every patch off a model: outputs, parameters, configuration and hooks are those of before, bit for bit.
+
+    Raises:
+        ValueError: the model is not patched.
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch_model expects a model, got {type(model).__name__}.")
+    base = base_model(model)
+    if not is_patched(base):
+        raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")
+    for module in base.modules():
+        if module._modules.pop(CHILD, None) is not None:
+            implementation = base_name(module.config._attn_implementation)
+            if implementation is not None:
+                module.config._attn_implementation_internal = implementation
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    base.config.__dict__.pop(CONFIG_KEY, None)
+    release_bases()
+    return model
+
+
+@contextmanager
+def patched(model: ModelT, variant: str | Sequence[str], *args: Any, **kwargs: Any) -> Iterator[ModelT]:
+    """`patch_model` for the length of a `with` block; restores the model also after an exception.
+
+    Raises:
+        ValueError: the model is patched already: leaving the block could not tell which patch to keep.
+    """
+    if isinstance(model, nn.Module) and is_patched(model):
+        raise ValueError("patched() expects an unpatched model; this one is patched. Call unpatch_model first.")
+    patch_model(model, variant, *args, **kwargs)
+    try:
+        yield model
+    finally:
+        if is_patched(model):
+            unpatch_model(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any attention module of the model carries a variant."""
+    return any(CHILD in module._modules for module in model.modules())
+
+
+def patch_info(model: nn.Module) -> dict[str, Any]:
+    """What is patched.
+
+    Returns:
+        `patches` (variant, config, sites of each, outermost first), `sites` (geometry of every attention site, patched
+        or not, with the variants on it), `base_implementations`, and `extra_parameters` (number of added values).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_info expects a model, got {type(model).__name__}.")
+    base = base_model(model)
+    chains = _chains(base)
+    variants = {name: list(chain.keys()) for name, chain in chains.items()}
+    rows = [{**asdict(site), "variants": variants.get(site.name, [])} for site in find_sites(base)]
+    return {
+        "patches": [patch.to_dict() for patch in applied_patches(base)],
+        "sites": rows,
+        "base_implementations": sorted({chain.base for chain in chains.values()}),
+        "extra_parameters": sum(p.numel() for chain in chains.values() for p in chain.parameters()),
+    }
+
+
+def applied_patches(model: nn.Module) -> list[Patch]:
+    """The patches on a model, outermost first, as its configuration lists them."""
+    plan = getattr(model.config, CONFIG_KEY, None)
+    if plan is None or not is_patched(model):
+        return []
+    return [Patch.from_dict(entry) for entry in plan["patches"]]
+
+
+def plan_dict(patches: Sequence[Patch]) -> dict[str, Any]:
+    """The plan as a model's `config.json` carries it under `patchattn`."""
+    return {"format_version": FORMAT_VERSION, "patches": [patch.to_dict() for patch in patches]}
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, out of a PeftModel or a compiled or data-parallel wrapper."""
+    for attribute in ("_orig_mod", "module"):
+        inner = model._modules.get(attribute)
+        if inner is not None:
+            return base_model(inner)
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        return base_model(model.get_base_model())  # type: ignore[operator]
+    if not hasattr(model, "config"):
+        raise TypeError(f"Expected a transformers model (one with a config), got {type(model).__name__}.")
+    return model
+
+
+def select_sites(
+    model: nn.Module, *, layers: int | Iterable[int] | None = None, modules: str | None = None
+) -> list[AttentionSite]:
+    """The attention sites that `layers` and `modules` choose; see `patch_model`."""
+    sites = find_sites(model)
+    undispatched = find_undispatched(model)
+    if undispatched and (not sites or modules is None):
+        name, module = undispatched[0]
+        family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+        hint = " Choose the others with modules=..." if sites else ""
+        raise NotImplementedError(
+            f"{type(model).__name__} (model type {family!r}) cannot be patched: {type(module).__name__} ({name}) "
+            f"computes attention itself and does not call transformers' attention interface.{hint}"
+        )
+    if not sites:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no attention module that calls transformers' attention interface."
+        )
+    if modules is not None:
+        if not isinstance(modules, str):
+            raise TypeError(f"modules must be a regular expression, got {modules!r}.")
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"modules={modules!r} is not a valid regular expression: {error}.") from error
+        chosen = [site for site in sites if pattern.search(site.name)]
+        if not chosen:
+            raise ValueError(
+                f"modules={modules!r} matches none of the {len(sites)} attention modules, such as {sites[0].name!r}."
+            )
+        sites = chosen
+    if layers is not None:
+        wanted = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
+        if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes):
+            raise TypeError(f"layers must be an integer or several, got {layers!r}.")
+        wanted = list(wanted)
+        there = {site.layer_index for site in sites}
+        for index in wanted:
+            if not isinstance(index, int) or isinstance(index, bool):
+                raise TypeError(f"layers must be integers, got {index!r}.")
+            if index not in there:
+                raise ValueError(f"There is no layer {index}: layers with attention are {_ranges(sorted(there))}.")
+        if not wanted:
+            raise ValueError("layers is empty: nothing would be patched.")
+        sites = [site for site in sites if site.layer_index in wanted]
+    return sites
+
+
+def _settings_per_variant(
+    variant: str | Sequence[str], config: Any, settings: Mapping[str, Any]
+) -> list[tuple[VariantInfo, Any]]:
+    """Pair every variant with its settings."""
+    names = [variant] if isinstance(variant, str) else variant
+    if not isinstance(names, list | tuple) or not names:
+        raise TypeError(f"variant must be a name or a list of names, got {variant!r}.")
+    infos = [variant_info(name) for name in names]
+    if len(set(names)) != len(names):
+        raise ValueError(f"The same variant twice on one layer: {list(names)}.")
+    if config is not None and settings:
+        raise ValueError(f"Give settings either as config or by name, not both: {', '.join(settings)}.")
+    if len(infos) == 1:
+        return [(infos[0], dict(settings) if config is None else config)]
+    if settings:
+        raise ValueError(
+            f"With several variants, give settings per name: config={{{names[0]!r}: {dict(settings)!r}, ...}}."
+        )
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"With several variants, config must map names to settings, got {type(config).__name__}.")
+    for name in config or {}:
+        if name not in names:
+            raise ValueError(f"config has settings for {name!r}{nearest(str(name), list(names))}")
+    return [(info, (config or {}).get(info.name, {})) for info in infos]
+
+
+def _config_of(info: VariantInfo, given: Any) -> VariantConfig:
+    wanted = info.variant.config_class
+    if isinstance(given, VariantConfig):
+        if type(given) is not wanted:
+            raise TypeError(f"{info.name!r} is configured by {wanted.__name__}, got {type(given).__name__}.")
+        return given
+    return wanted.from_dict(given)
+
+
+def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
+    needed = {"cross"} if site.is_cross else set()
+    if site.query_heads != site.kv_heads:
+        needed.add("gqa")
+    if lacking := sorted(needed - info.capabilities):
+        raise NotImplementedError(
+            f"The variant {info.name!r} does not support {', '.join(lacking)}, which {site.module_class} "
+            f"({site.name}) needs. Leave it out with modules=... or layers=..."
+        )
+
+
+def _base_of(model: nn.Module, name: str) -> str:
+    module = model.get_submodule(name)
+    implementation = module.config._attn_implementation or "eager"  # type: ignore[union-attr]
+    return base_name(implementation) or implementation
+
+
+def _like(variant: nn.Module, module: nn.Module) -> nn.Module:
+    """A variant on the device, in the floating dtype and in the mode of the module it goes to."""
+    reference = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if reference is not None and not any(p.is_meta for p in variant.parameters()):
+        variant = variant.to(device=reference.device, dtype=reference.dtype)
+    return variant.train(module.training)
+
+
+def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, variant: Any) -> None:
+    chain = module._modules.get(CHILD)
+    if chain is None:
+        chain = VariantChain(site, base).train(module.training)
+        module.add_module(CHILD, chain)
+    chain.attach(name, variant)  # type: ignore[operator]
+
+
+def _install(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Point configurations at the seam and place the hooks that the attached variants need."""
+    guarded = {id(module.config) for module in model.modules() if guard in module._forward_pre_hooks.values()}
+    for module in modules:
+        chain: Any = module._modules[CHILD]
+        config: Any = module.config
+        config._attn_implementation_internal = register_base(chain.base)
+        if id(config) not in guarded:
+            guarded.add(id(config))
+            module.register_forward_pre_hook(guard, with_kwargs=True)
+        if chain.needs_context and open_context not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(open_context, with_kwargs=True)
+            module.register_forward_hook(close_context)
+            if chain.site.query_norm is not None:
+                module.get_submodule(chain.site.query_norm).register_forward_pre_hook(note_raw_query)
+
+
+def _chains(model: nn.Module) -> dict[str, Any]:
+    return {name: module._modules[CHILD] for name, module in model.named_modules() if CHILD in module._modules}
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0 to 2, 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)

@@ -1,0 +1,405 @@
+"""The seam: the one function registered with transformers, and the chain of variants it runs.
+
+A patched model's configuration names `patchattn_<base>` as its attention implementation, where `<base>` is what it
+named before. transformers then calls our function, which runs the variants attached to the calling module, outermost
+first, and last the base implementation itself. A module with nothing attached goes straight to the base.
+"""
+
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+
+from .masks import is_flash, visible_keys
+from .sites import REGISTRY_NAME, AttentionSite, attention_forward
+from .storage import CacheTap, tap_cache
+from .variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, variant_info
+
+CHILD = "patchattn"  # the name under which a chain is attached to an attention module
+_PREFIX = "patchattn_"
+
+_base_names: dict[str, str] = {}  # our name -> the base implementation's
+_base_functions: dict[tuple[type, str], Callable[..., Any]] = {}
+_live_chains: "weakref.WeakSet[VariantChain]" = weakref.WeakSet()
+_local = threading.local()  # .context: the attention module now running in this thread
+
+
+@dataclass(eq=False)
+class LayerContext:
+    """What an attention module was called with; lives from its start to its end.
+
+    Attributes:
+        module: the attention module.
+        layer_input: `(B, T, E)` the layer's input, queries are made of it.
+        memory: `(B, S, E)` the other sequence of cross attention, or `None`.
+        attention_mask: the mask as the module got it.
+        cache: the kv cache it writes to, or `None`.
+        raw_query: the query before its norm, as the norm got it; `None` in a family without one.
+        tap: stands between the module and its cache where a variant changes what is stored.
+        rows_done: query rows attended so far, where a module attends in chunks.
+    """
+
+    module: nn.Module
+    layer_input: torch.Tensor
+    memory: torch.Tensor | None
+    attention_mask: Any
+    cache: Cache | None = None
+    raw_query: torch.Tensor | None = None
+    tap: CacheTap | None = None
+    rows_done: int = 0
+
+    def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
+        """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.
+
+        Raises:
+            NotImplementedError: they do not line up.
+        """
+        given = self.memory if memory else self.layer_input
+        aligned = given
+        if aligned is not None and aligned.dim() == 2 and batch == 1:  # a packed tower, attended chunk by chunk
+            aligned = aligned[None, self.rows_done : self.rows_done + rows]
+        if aligned is not None and aligned.dim() == 4:  # an image's rows and columns
+            aligned = aligned.flatten(1, 2)
+        if aligned is None or aligned.shape[:-1] != (batch, rows):
+            raise NotImplementedError(
+                f"{type(self.module).__name__} attends over {rows} tokens in a batch of {batch}, but its "
+                f"{'other sequence' if memory else 'input'} is {None if given is None else tuple(given.shape)}: a "
+                "variant that reads it cannot tell which row is which. Leave this tower out with modules=..."
+            )
+        return aligned
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of attention, as a variant sees it.
+
+    Attributes:
+        query: `(B, H, Tq, D)`, after rotary embedding and norm.
+        key, value: `(B, Hkv, Tk, D)`, cached ones included, kv heads not repeated.
+        attention_mask: in the format of the base implementation: `None`, bool or float `(B, 1, Tq, Tk)`, `(B, Tk)`
+            (flash attention) or a BlockMask (flex attention).
+        kwargs: everything else the model passed, to be handed on: `scaling`, `dropout`, `position_ids`, `softcap`, ...
+        module, site: the attention module and what is known of it.
+        base: name of the base implementation.
+        context: what the attention module was called with, for variants whose `needs_context` is true.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: Any
+    kwargs: dict[str, Any]
+    module: nn.Module
+    site: AttentionSite
+    base: str
+    context: LayerContext | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the logits; `1 / sqrt(D)` where the model passes none."""
+        given = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if given is None else given
+
+    @property
+    def is_causal(self) -> bool:
+        """Causal or not, by the rule of transformers: the call's argument, else the module's attribute."""
+        given = self.kwargs.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other query, key, value, attention_mask or scaling."""
+        kwargs = self.kwargs
+        if "scaling" in changes:
+            kwargs = {**kwargs, "scaling": changes.pop("scaling")}
+        fields = {**self.__dict__, "kwargs": kwargs, **changes}
+        return type(self)(**fields)
+
+    def visible_keys(self) -> torch.Tensor:
+        """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded."""
+        return visible_keys(
+            self.attention_mask,
+            q_length=self.query.shape[2],
+            kv_length=self.key.shape[2],
+            is_causal=self.is_causal and not self.site.is_cross,
+            base=self.base,
+            window=self.kwargs.get("sliding_window"),
+            device=self.query.device,
+        )
+
+    def layer_input(self) -> torch.Tensor:
+        """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
+        return self._context().tokens(self.query.shape[0], self.query.shape[2])
+
+    def raw_query(self) -> torch.Tensor:
+        """`(B, H, Tq, D)` the query before its norm, where the family has one; the call's own query otherwise."""
+        if self.site.query_norm is None:
+            return self.query
+        raw = self._context().raw_query
+        batch, heads, rows, _ = self.query.shape
+        if raw is None or raw.numel() != self.query.numel():
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) has a query norm ({self.site.query_norm}) whose input "
+                "does not line up with its queries; this variant needs the query before that norm."
+            )
+        if raw.dim() == 4 and raw.shape[1:3] == (heads, rows) and (heads != rows or raw.stride(1) < raw.stride(2)):
+            return raw
+        return raw.reshape(batch, rows, heads, -1).transpose(1, 2)
+
+    def _context(self) -> LayerContext:
+        if self.context is None:
+            raise RuntimeError(
+                f"No layer context in {self.site.name}: the variant must say needs_context, and the module must be "
+                "called as a module, so that its hooks run."
+            )
+        return self.context
+
+
+class VariantChain(nn.ModuleDict):
+    """The variants attached to one attention module, outermost first; a child of that module."""
+
+    def __init__(self, site: AttentionSite, base: str) -> None:
+        super().__init__()
+        self.site = site
+        self.base = base
+        self._refresh()
+
+    def attach(self, name: str, variant: Variant) -> None:
+        """Append a variant: it becomes the innermost one."""
+        self[name] = variant
+        self._refresh()
+
+    def _refresh(self) -> None:
+        active = [(name, variant) for name, variant in self.items() if not variant.is_identity]  # type: ignore[operator, union-attr]
+        self.active = tuple(name for name, _ in active)
+        self.needs_context = any(v.needs_context or v.changes_cache for _, v in active)
+        self.storing = tuple(name for name, v in active if v.changes_cache)
+        self.lacking = {
+            name: missing
+            for name, _ in active
+            if (missing := frozenset(ALL_CAPABILITIES - variant_info(name).capabilities))
+        }
+        register_base(self.base)
+        _live_chains.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy or an unpickled chain needs the registration too
+        super().__setstate__(state)
+        register_base(self.base)
+        _live_chains.add(self)
+
+    def forward(self, base: Callable[..., Any], module: nn.Module, *arguments: Any) -> AttentionOutput:
+        query, key, value, mask, kwargs = arguments
+        if not self.active:
+            return base(_as_base_sees(module, self.base), query, key, value, mask, **kwargs)
+        context = _current_context(module) if self.needs_context else None
+        call = AttentionCall(query, key, value, mask, kwargs, module, self.site, self.base, context)
+        self._refuse(call)
+        if self.storing and context is not None:
+            call = self._store(call, context)
+        output = self._attend(0, base, call)
+        if context is not None:
+            context.rows_done += query.shape[2]
+        return output
+
+    def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
+        if depth == len(self.active):
+            module = _as_base_sees(call.module, self.base)
+            return base(module, call.query, call.key, call.value, call.attention_mask, **call.kwargs)
+        inner: Attend = lambda inner_call: self._attend(depth + 1, base, inner_call)  # noqa: E731
+        return self[self.active[depth]].attend(call, inner)  # type: ignore[operator, union-attr]
+
+    def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
+        """Without a cache the new keys and values are all there are; with one, the tap has changed them already."""
+        if context.tap is not None and context.tap.covers(call.key):
+            return call
+        visible = call.visible_keys()
+        key, value = self.before_cache(call.key, call.value, context, visible)
+        return call.replace(key=key, value=value)
+
+    def before_cache(
+        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let every variant change new keys and values, outermost first."""
+        if self.site.is_cross:  # a token of the other sequence is seen by whoever sees that sequence
+            visible = visible.amax(dim=-1, keepdim=True)
+        for name in self.storing:
+            key, value = self[name].before_cache(key, value, context, visible)  # type: ignore[operator, union-attr]
+        return key, value
+
+    def _refuse(self, call: AttentionCall) -> None:
+        """Name what this call needs and cannot get, before anything is computed."""
+        site = self.site
+        if site.query_heads is not None and call.query.shape[1] != site.query_heads:
+            raise NotImplementedError(
+                f"{site.module_class} ({site.name}) was patched as {site.query_heads} query heads but is called with "
+                f"{call.query.shape[1]}. Tensor parallel shards are not supported."
+            )
+        if call.kwargs.get("cache") is not None:
+            raise NotImplementedError("Continuous batching (a paged kv cache) is not supported on a patched model.")
+        for name, lacking in self.lacking.items():
+            if needed := lacking & needed_capabilities(call):
+                raise NotImplementedError(
+                    f"The variant {name!r} does not support {', '.join(sorted(needed))}, which {site.module_class} "
+                    f"({site.name}) needs in this call. See patchattn.variant_info({name!r}).capabilities."
+                )
+
+
+def needed_capabilities(call: AttentionCall) -> set[str]:
+    """Which of the optional capabilities one call relies on."""
+    kwargs, rows, keys = call.kwargs, call.query.shape[2], call.key.shape[2]
+    needed = {"cross"} if call.site.is_cross else {"causal" if call.is_causal else "bidirectional"}
+    names = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "position_bias"}
+    needed |= {capability for name, capability in names.items() if kwargs.get(name) is not None}
+    if call.query.shape[1] != call.key.shape[1]:
+        needed.add("gqa")
+    if kwargs.get("dropout") and call.module.training:
+        needed.add("dropout")
+    if torch.compiler.is_compiling():
+        needed.add("compile")
+        return needed  # what follows reads values
+    if keys > rows and call.is_causal and not call.site.is_cross:
+        needed.add("kv_cache")
+    if call.attention_mask is not None and bool((call.visible_keys()[:, -1] < keys).any()):
+        cache = call.context.cache if call.context is not None else None
+        needed.add("static_cache" if getattr(cache, "is_compileable", False) else "padding")
+    return needed
+
+
+def seam_name(base: str) -> str:
+    """The name registered for a base implementation: no "/" or "@", which transformers takes for a Hub kernel."""
+    return _PREFIX + re.sub(r"[^0-9a-zA-Z]+", "_", base)
+
+
+def base_name(implementation: str | None) -> str | None:
+    """The base implementation behind one of our names, `None` for any other name."""
+    return _base_names.get(implementation) if implementation is not None else None
+
+
+def register_base(base: str) -> str:
+    """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
+    name = seam_name(base)
+    if name in _base_names:
+        return name
+
+    def patched_attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        attend = base_function(type(module), base)
+        chain = module._modules.get(CHILD)
+        if chain is None:
+            return attend(_as_base_sees(module, base), query, key, value, attention_mask, **kwargs)
+        return chain(attend, module, query, key, value, attention_mask, kwargs)
+
+    _base_names[name] = base
+    AttentionInterface.register(name, patched_attention)
+    mask = AttentionMaskInterface._global_mapping.get(base)
+    if mask is not None:  # without one, transformers builds no mask for the base either
+        AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def release_bases() -> None:
+    """Take the names out of transformers' registries that no patched model uses any more."""
+    used = {chain.base for chain in _live_chains}
+    for name, base in list(_base_names.items()):
+        if base not in used:
+            del _base_names[name]
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def base_function(module_class: type, base: str) -> Callable[..., Any]:
+    """What the module itself would have called under `base`: its own eager function, its own registry."""
+    found = _base_functions.get((module_class, base))
+    if found is None:
+        forward = attention_forward(module_class)
+        names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+        eager = forward.__globals__[names[0]] if names else None
+        found = forward.__globals__[REGISTRY_NAME].get_interface(base, eager)
+        if found is None:
+            raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
+        _base_functions[(module_class, base)] = found
+    return found
+
+
+class _View:
+    """An object seen through, but for a few attributes."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_target"], name)
+
+
+def _as_base_sees(module: nn.Module, base: str) -> Any:
+    """Flash attention loads the kernel that `module.config` names: show it the base's name there, not ours."""
+    if not is_flash(base):
+        return module
+    return _View(module, config=_View(module.config, _attn_implementation=base))
+
+
+def _current_context(module: nn.Module) -> LayerContext:
+    context = getattr(_local, "context", None)
+    if context is None or context.module is not module:
+        raise RuntimeError(
+            f"{type(module).__name__} was not called as a module, so that its hooks did not run; a patched attention "
+            "module must be called, not its forward method."
+        )
+    return context
+
+
+def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of a patched module: note what it is called with, and tap its cache where a variant needs that."""
+    chain = module._modules[CHILD]
+    site = chain.site  # type: ignore[union-attr]
+    values = {**dict(zip(site.arguments, args, strict=False)), **kwargs}
+    caches = [name for name, value in values.items() if isinstance(value, Cache)]
+    context = LayerContext(
+        module=module,
+        layer_input=values[site.input_argument],
+        memory=values.get(site.memory_argument) if site.memory_argument else None,
+        attention_mask=values.get("attention_mask"),
+        cache=values[caches[0]] if caches else None,
+    )
+    _local.context = context
+    if not (caches and chain.storing):  # type: ignore[union-attr]
+        return None
+    context.tap = CacheTap(context, chain)
+    tapped = tap_cache(values[caches[0]], context.tap)
+    if caches[0] in kwargs:
+        return args, {**kwargs, caches[0]: tapped}
+    position = site.arguments.index(caches[0])
+    return (*args[:position], tapped, *args[position + 1 :]), kwargs
+
+
+def close_context(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Post-hook of a patched module: let go of the tensors."""
+    _local.context = None
+
+
+def note_raw_query(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """Pre-hook of a query norm: keep what it is about to normalise."""
+    context = getattr(_local, "context", None)
+    if context is not None:
+        context.raw_query = args[0]
+
+
+def guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of one patched module per configuration: refuse to run unpatched without saying so."""
+    implementation = module.config._attn_implementation
+    if implementation not in _base_names:
+        raise RuntimeError(
+            f"This model is patched, but its attention implementation was set to {implementation!r} since, which "
+            "leaves the patch out. Call patchattn.unpatch_model(model), set the implementation, then patch again."
+        )

@@ -1,0 +1,235 @@
+"""Attention sites: where a model attends, and with what geometry.
+
+A site is an attention module whose `forward` looks its attention function up in transformers' registry. That is
+read off the compiled code of `forward`, and geometry off tensors and configuration, so no model family is named here.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+# The name of the registry that a dispatching `forward` refers to; unchanged since transformers 4.48.
+REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
+
+_PREFIX, _SUFFIX = r"(?:to_|lin_|linear_|w_?)?", r"(?:_?(?:proj|projection|lin|linear|layer|states?|b_proj))?"
+PROJECTION_ROLES = {
+    "query": re.compile(rf"{_PREFIX}q(?:uery)?{_SUFFIX}", re.I),
+    "key": re.compile(rf"{_PREFIX}k(?:ey)?{_SUFFIX}", re.I),
+    "value": re.compile(rf"{_PREFIX}v(?:al(?:ue)?)?{_SUFFIX}", re.I),
+    "fused": re.compile(r".*(?:qkv|query_?key_?value|c_attn|in_proj).*", re.I),
+    "output": re.compile(
+        r"(?:o|wo|out|c_proj|dense|proj|projection|out_?(?:proj|lin|layer)|o_proj|to_out|output)", re.I
+    ),
+}
+_QUERY_NORM = re.compile(r"(?:q|query)_?(?:layer_?)?(?:norm|ln)|(?:norm|ln|layer_?norm)_?(?:q|query)", re.I)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
+_HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
+_HEADS = re.compile(r"(?:num|n)_(?:attention_|attn_|query_|q_)?heads?")
+_KV_HEADS = re.compile(r"(?:num|n)_(?:key_value|kv)_heads?")
+_MEMORY_ARGUMENTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_states")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model: plain data, without a reference to the module.
+
+    Attributes:
+        name: dotted path inside the model.
+        tower: path of the stack of layers it belongs to (`""` for a bare decoder such as GPT2Model).
+        layer_index: index of its layer inside the tower, counted from 0.
+        module_class: class name of the module.
+        is_cross: attends to another sequence than its own.
+        query_heads, kv_heads, head_dim: geometry, `None` where tensors and configuration do not tell.
+        input_size: width of the module's input, `None` where no projection is recognised.
+        memory_size: width of what keys and values are made of; differs from `input_size` in some cross attention.
+        projections: role (`query`, `key`, `value`, `fused`, `output`) to child name.
+        query_norm: child that normalises the query after its projection, `None` without one.
+        input_argument: parameter of `forward` that holds the layer's input.
+        memory_argument: parameter of `forward` that holds the other sequence of cross attention, if it has one.
+        arguments: positional parameters of `forward`, in order.
+    """
+
+    name: str
+    tower: str
+    layer_index: int
+    module_class: str
+    is_cross: bool
+    query_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    input_size: int | None
+    memory_size: int | None
+    projections: dict[str, str]
+    query_norm: str | None
+    input_argument: str
+    memory_argument: str | None
+    arguments: tuple[str, ...]
+
+    def geometry(self) -> dict[str, Any]:
+        """What must agree for a patch made on another copy of the model to fit this one."""
+        keep = ("query_heads", "kv_heads", "head_dim", "input_size", "is_cross")
+        return {key: value for key, value in asdict(self).items() if key in keep}
+
+
+def attention_forward(module_class: type) -> Callable[..., Any]:
+    """The undecorated `forward` of a module class."""
+    return inspect.unwrap(module_class.forward)
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether this module calls the attention function that transformers' registry names."""
+    code = getattr(attention_forward(type(module)), "__code__", None)
+    return code is not None and REGISTRY_NAME in code.co_names
+
+
+def find_sites(model: nn.Module) -> list[AttentionSite]:
+    """All attention sites of a model, in the order of its modules."""
+    found = [(name, module) for name, module in model.named_modules() if dispatches(module)]
+    indices = _layer_indices([name for name, _ in found])
+    return [_describe(name, module, indices[name]) for name, module in found]
+
+
+def find_undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Layers of towers that attend without the registry, so that nothing can be patched there.
+
+    A tower is reported only if none of its layers dispatches: a hybrid model's linear attention is not a defect,
+    and neither is a single pooling head.
+    """
+    found: dict[str, bool] = {}
+    candidates: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if dispatches(module):
+            found[_tower(name)] = True
+        elif re.search(r"attention|attn", type(module).__name__, re.I) and re.search(r"\.\d+\.|^\d+\.", name):
+            if len([child for child in module.children() if hasattr(child, "weight")]) >= 2:
+                candidates.append((name, module))
+    return [(name, module) for name, module in candidates if not found.get(_tower(name))]
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(in_features, out_features)` of a linear projection: nn.Linear, Conv1D, a quantised or LoRA-wrapped one."""
+    base = getattr(module, "base_layer", module)
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return int(base.in_features), int(base.out_features)
+    weight = getattr(base, "weight", None)
+    if weight is not None and weight.dim() == 2 and hasattr(base, "nf"):  # transformers' Conv1D stores (in, out)
+        return int(weight.shape[0]), int(weight.shape[1])
+    return None
+
+
+def _describe(name: str, module: nn.Module, layer_index: int) -> AttentionSite:
+    arguments = tuple(
+        parameter.name
+        for parameter in list(inspect.signature(attention_forward(type(module))).parameters.values())[1:]
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    )
+    memory = next((argument for argument in arguments[1:] if argument in _MEMORY_ARGUMENTS), None)
+    is_cross = bool(getattr(module, "is_cross_attention", False)) or any(
+        _CROSS.search(part) for part in (*name.split(".")[-2:], type(module).__name__)
+    )
+    projections = _projections(module)
+    query_heads, kv_heads, head_dim = _geometry(module, projections)
+    widths = {role: (linear_shape(module.get_submodule(child)) or (None,))[0] for role, child in projections.items()}
+    input_size = widths.get("query", widths.get("fused"))
+    return AttentionSite(
+        name=name,
+        tower=_tower(name),
+        layer_index=layer_index,
+        module_class=type(module).__name__,
+        is_cross=is_cross,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        input_size=input_size,
+        memory_size=widths.get("key", input_size),
+        projections=projections,
+        query_norm=next((child for child, _ in module.named_children() if _QUERY_NORM.fullmatch(child)), None),
+        input_argument=arguments[0],
+        memory_argument=memory,
+        arguments=arguments,
+    )
+
+
+def _projections(module: nn.Module) -> dict[str, str]:
+    roles: dict[str, str] = {}
+    for child, child_module in module.named_children():
+        if linear_shape(child_module) is None:
+            continue
+        for role, pattern in PROJECTION_ROLES.items():
+            if role not in roles and pattern.fullmatch(child):
+                roles[role] = child
+                break
+    return roles
+
+
+def _geometry(module: nn.Module, projections: dict[str, str]) -> tuple[int | None, int | None, int | None]:
+    """Query heads, kv heads and head dim: stated by module or configuration, and corrected by the tensors' shapes."""
+    stated_heads = next(_integers(module, _HEADS), None)
+    stated_dim = next(_integers(module, _HEAD_DIM), None)
+    outputs = {
+        role: shape[1] for role, child in projections.items() if (shape := linear_shape(module.get_submodule(child)))
+    }
+    width = outputs.get("query")
+    if width is None and "fused" in outputs and stated_heads:
+        dim = stated_dim or _fused_head_dim(outputs["fused"], stated_heads, next(_integers(module, _KV_HEADS), None))
+        if dim is None:
+            return stated_heads, None, None
+        kv_twice = outputs["fused"] // dim - stated_heads
+        return stated_heads, kv_twice // 2 if kv_twice > 0 else stated_heads, dim
+    if width is None:
+        return stated_heads, next(_integers(module, _KV_HEADS), stated_heads), stated_dim
+    dim = stated_dim if stated_dim and width % stated_dim == 0 else None
+    if dim is None and stated_heads and width % stated_heads == 0:
+        dim = width // stated_heads
+    if dim is None:
+        return stated_heads, next(_integers(module, _KV_HEADS), stated_heads), None
+    # A projection may be wider than its heads (an output gate beside the query) but never narrower, unless pruned.
+    heads = min(stated_heads, width // dim) if stated_heads else width // dim
+    key_width = outputs.get("key")
+    kv_heads = key_width // dim if key_width else next(_integers(module, _KV_HEADS), heads)
+    return heads, kv_heads, dim
+
+
+def _fused_head_dim(width: int, heads: int, kv_heads: int | None) -> int | None:
+    groups = heads + 2 * (kv_heads or heads)
+    return width // groups if width % groups == 0 else None
+
+
+def _integers(module: nn.Module, pattern: re.Pattern[str]) -> Iterator[int]:
+    """Positive integers whose attribute name matches, of the module first and of its configuration second."""
+    config = getattr(module, "config", None)
+    for name, value in vars(module).items():
+        if pattern.fullmatch(name) and isinstance(value, int) and value > 0:
+            yield value
+    for name in sorted({*getattr(config, "attribute_map", {}), *vars(config)} if config is not None else ()):
+        value = getattr(config, name, None)
+        if pattern.fullmatch(name) and isinstance(value, int) and value > 0:
+            yield value
+
+
+def _tower(name: str) -> str:
+    """Path up to the container of layers, without the container's own name: `model.layers.3.attn` gives `model`."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: max(first - 1, 0)])
+
+
+def _layer_indices(names: list[str]) -> dict[str, int]:
+    """Layer index of every site.
+
+    With one number in the path it is that number. Where layers are nested in stages, sites of the same shape of path
+    are numbered through, so that a hierarchical encoder counts its blocks from first to last.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    indices: dict[str, int] = {}
+    for members in groups.values():
+        firsts = [next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in members]
+        numbered = firsts if len(set(firsts)) == len(members) else range(len(members))
+        indices.update(zip(members, numbered, strict=True))
+    return indices

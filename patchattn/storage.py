@@ -1,0 +1,94 @@
+"""What enters a kv cache: variants that scale keys or values must do so before they are stored.
+
+The seam sees keys and values after the cache. So the cache that a patched module is called with is replaced, for that
+call, by one that lets the variants change new entries and then hands everything on to the real one. That point comes
+after the projection, its norm and the rotary embedding, and is the same in every family, fused projections included.
+"""
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from transformers import Cache, EncoderDecoderCache
+
+from .masks import visible_keys
+
+if TYPE_CHECKING:
+    from .seam import LayerContext, VariantChain
+
+
+class CacheTap:
+    """Changes the keys and values of one call of one attention module on their way into its cache."""
+
+    def __init__(self, context: "LayerContext", chain: "VariantChain") -> None:
+        self.context = context
+        self.chain = chain
+        self.is_used = False  # new entries have passed
+
+    def covers(self, key: torch.Tensor) -> bool:
+        """Whether the keys that attention is called with came through the cache, in this call or an earlier one."""
+        cache = self.context.cache
+        halves = (cache.self_attention_cache, cache.cross_attention_cache) if _is_pair(cache) else (cache,)
+        return self.is_used or any(getattr(layer, "keys", None) is key for half in halves for layer in half.layers)
+
+    def change(
+        self, key: torch.Tensor, value: torch.Tensor, cache: Cache, layer_index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values, changed by the variants."""
+        self.is_used = True
+        site, module = self.chain.site, self.context.module
+        rows = key.shape[2]
+        visible = visible_keys(
+            self.context.attention_mask,
+            q_length=self.context.layer_input.shape[1],
+            kv_length=rows if site.is_cross else cache.get_mask_sizes(rows, layer_index)[0],
+            is_causal=bool(getattr(module, "is_causal", True)) and not site.is_cross,
+            base=self.chain.base,
+            window=getattr(module, "sliding_window", None),
+            device=key.device,
+        )
+        return self.chain.before_cache(key, value, self.context, visible)
+
+
+class TappedCache(Cache):
+    """A cache seen through a tap."""
+
+    def __init__(self, cache: Cache, tap: CacheTap) -> None:
+        self.__dict__.update(_cache=cache, _tap=tap)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key_states, value_states = self._tap.change(key_states, value_states, self._cache, layer_idx)
+        return self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def layers(self) -> Any:
+        return self._cache.layers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_cache"], name)
+
+
+class TappedEncoderDecoderCache(EncoderDecoderCache):
+    """Both halves of an encoder-decoder cache seen through a tap; only the one the module writes to is touched."""
+
+    def __init__(self, cache: EncoderDecoderCache, tap: CacheTap) -> None:
+        self.__dict__.update(
+            _cache=cache,
+            self_attention_cache=TappedCache(cache.self_attention_cache, tap),
+            cross_attention_cache=TappedCache(cache.cross_attention_cache, tap),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_cache"], name)
+
+
+def _is_pair(cache: Cache | None) -> TypeGuard[EncoderDecoderCache]:
+    return isinstance(cache, EncoderDecoderCache)
+
+
+def tap_cache(cache: Cache, tap: CacheTap) -> Cache:
+    """The cache to call the module with in place of `cache`."""
+    if _is_pair(cache):
+        return TappedEncoderDecoderCache(cache, tap)
+    return TappedCache(cache, tap)
