@@ -58,8 +58,9 @@ def apply_head_gate(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         gate: `(B, T, H)`; 0 removes a head for a token.
 
     Returns:
-        `(B, T, H, D)` in the dtype of `output`. A closed gate gives exact zeros also where `output` is not finite,
-        as on rows that see no key.
+        `(B, T, H, D)` in the dtype of `output`. A closed gate gives exact zeros, and finite gradients, also where
+        `output` is not finite, as on rows that see no key.
     """
     gate = gate.to(output.dtype).unsqueeze(-1)
-    return torch.where(gate == 0, torch.zeros_like(output), output * gate)
+    # cleared before the product: NaN times an upstream gradient of zero would reach the gate's gradient
+    return output.masked_fill(gate == 0, 0.0) * gate
