@@ -1,18 +1,18 @@
 """`patch_model`, its inverse, and what a patched model says of itself."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from .compatibility import name_branches
 from .seam import (
     CHILD,
     VariantChain,
+    active_chain,
     base_function,
     base_name,
     close_context,
@@ -23,7 +23,7 @@ from .seam import (
     release_bases,
 )
 from .sites import AttentionSite, find_sites, find_undispatched
-from .variant import VariantConfig, VariantInfo, nearest, variant_info
+from .variant import Variant, VariantConfig, VariantInfo, nearest, variant_info
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 CONFIG_KEY = "patchattn"  # under which a patched model's configuration carries the plan
@@ -122,8 +122,19 @@ def patch_model(
     return model
 
 
-def apply_patches(model: nn.Module, patches: Sequence[Patch]) -> None:
-    """Attach patches to a model; the common end of `patch_model` and of loading. All or nothing."""
+def apply_patches(
+    model: nn.Module,
+    patches: Sequence[Patch],
+    initialise: Callable[[dict[str, Variant]], None] | None = None,
+) -> None:
+    """Attach patches to a model; the common end of `patch_model` and of loading. All or nothing.
+
+    Args:
+        model: a `base_model`.
+        patches: outermost first.
+        initialise: called with the new variants, by the prefix of their parameters in the model's state dict, before
+            any is attached; what it raises leaves the model as it was.
+    """
     known = {site.name: site for site in find_sites(model)}
     names = list(dict.fromkeys(name for patch in patches for name in patch.sites))
     for name in names:
@@ -139,17 +150,17 @@ def apply_patches(model: nn.Module, patches: Sequence[Patch]) -> None:
             )
     existing = applied_patches(model)
     # Build everything before touching the model, so that a failure leaves it as it was.
-    built: list[tuple[str, str, nn.Module]] = []
+    built: list[tuple[str, str, Variant]] = []
     for patch in patches:
         info = variant_info(patch.variant)
         for name in patch.sites:
             chain = model.get_submodule(name)._modules.get(CHILD)
             if chain is not None and not isinstance(chain, VariantChain):
                 raise ValueError(
-                    f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, or "
-                    "unload it first."
+                    f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, "
+                    "or unload it first."
                 )
-            taken = [*(chain or ()), *(kind for kind, place, _ in built if place == name)]
+            taken = [*(chain.names() if chain else ()), *(kind for kind, place, _ in built if place == name)]
             if patch.variant in taken:
                 raise ValueError(
                     f"{name} already has the variant {patch.variant!r}. Call patchattn.unpatch_model(model) first, or "
@@ -158,14 +169,16 @@ def apply_patches(model: nn.Module, patches: Sequence[Patch]) -> None:
             _refuse_site(info, known[name])
             variant = info.variant(patch.config, known[name])
             built.append((patch.variant, name, _like(variant, model.get_submodule(name))))
+    if initialise is not None:
+        initialise({f"{name}.{CHILD}.{kind}": variant for kind, name, variant in built})
     for name in names:
         module = model.get_submodule(name)
         base_function(type(module), bases[name])
         register_base(bases[name])
     for kind, name, variant in built:
-        _attach(model.get_submodule(name), known[name], bases[name], kind, variant)  # type: ignore[arg-type]
+        _attach(model.get_submodule(name), known[name], bases[name], kind, variant)
     _install(model, [model.get_submodule(name) for name in names])
-    model.config.patchattn = plan_dict([*existing, *patches])
+    _config(model).patchattn = plan_dict([*existing, *patches])
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -182,14 +195,15 @@ def unpatch_model(model: ModelT) -> ModelT:
         raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")
     for module in base.modules():
         if module._modules.pop(CHILD, None) is not None:
-            implementation = base_name(module.config._attn_implementation)
+            config = _config(module)
+            implementation = base_name(config._attn_implementation)
             if implementation is not None:
-                module.config._attn_implementation_internal = implementation
+                config._attn_implementation_internal = implementation
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    base.config.__dict__.pop(CONFIG_KEY, None)
+    vars(base.config).pop(CONFIG_KEY, None)
     release_bases()
     return model
 
@@ -226,8 +240,8 @@ def patch_info(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_info expects a model, got {type(model).__name__}.")
     base = base_model(model)
-    chains = _chains(base)
-    variants = {name: list(chain.keys()) for name, chain in chains.items()}
+    chains = active_chains(base)
+    variants = {name: chain.names() for name, chain in chains.items()}
     rows = [{**asdict(site), "variants": variants.get(site.name, [])} for site in find_sites(base)]
     return {
         "patches": [patch.to_dict() for patch in applied_patches(base)],
@@ -235,6 +249,12 @@ def patch_info(model: nn.Module) -> dict[str, Any]:
         "base_implementations": sorted({chain.base for chain in chains.values()}),
         "extra_parameters": sum(p.numel() for chain in chains.values() for p in chain.parameters()),
     }
+
+
+def active_chains(model: nn.Module) -> dict[str, VariantChain]:
+    """Name of the attention module to the variants that compute there; `model` is a `base_model`."""
+    children = {name: module._modules.get(CHILD) for name, module in model.named_modules()}
+    return {name: active_chain(child) for name, child in children.items() if child is not None}
 
 
 def applied_patches(model: nn.Module) -> list[Patch]:
@@ -358,12 +378,16 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
 
 
 def _base_of(model: nn.Module, name: str) -> str:
-    module = model.get_submodule(name)
-    implementation = module.config._attn_implementation or "eager"  # type: ignore[union-attr]
+    implementation: str = _config(model.get_submodule(name))._attn_implementation or "eager"
     return base_name(implementation) or implementation
 
 
-def _like(variant: nn.Module, module: nn.Module) -> nn.Module:
+def _config(module: nn.Module) -> Any:
+    """The configuration of a model or an attention module; nn.Module types every attribute as a tensor."""
+    return module.config
+
+
+def _like(variant: Variant, module: nn.Module) -> Variant:
     """A variant on the device, in the floating dtype and in the mode of the module it goes to."""
     reference = next((p for p in module.parameters() if p.is_floating_point()), None)
     if reference is not None and not any(p.is_meta for p in variant.parameters()):
@@ -371,12 +395,11 @@ def _like(variant: nn.Module, module: nn.Module) -> nn.Module:
     return variant.train(module.training)
 
 
-def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, variant: Any) -> None:
-    chain = module._modules.get(CHILD)
-    if chain is None:
-        chain = VariantChain(site, base).train(module.training)
-        module.add_module(CHILD, chain)
-    chain.attach(name, variant)  # type: ignore[operator]
+def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, variant: Variant) -> None:
+    if CHILD not in module._modules:
+        module.add_module(CHILD, VariantChain(site, base).train(module.training))
+    chain: Any = module._modules[CHILD]
+    chain.attach(name, variant)
 
 
 def _install(model: nn.Module, modules: list[nn.Module]) -> None:
@@ -384,7 +407,7 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
     guarded = {id(module.config) for module in model.modules() if guard in module._forward_pre_hooks.values()}
     for module in modules:
         chain: Any = module._modules[CHILD]
-        config: Any = module.config
+        config = _config(module)
         config._attn_implementation_internal = register_base(chain.base)
         if id(config) not in guarded:
             guarded.add(id(config))
@@ -394,10 +417,6 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
             module.register_forward_hook(close_context)
             if chain.site.query_norm is not None:
                 module.get_submodule(chain.site.query_norm).register_forward_pre_hook(note_raw_query)
-
-
-def _chains(model: nn.Module) -> dict[str, Any]:
-    return {name: module._modules[CHILD] for name, module in model.named_modules() if CHILD in module._modules}
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -9,8 +9,8 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -19,13 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from .masks import is_flash, visible_keys
 from .sites import REGISTRY_NAME, AttentionSite, attention_forward
 from .storage import CacheTap, tap_cache
-from .variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, variant_info
+from .variant import ALL_CAPABILITIES, AttentionOutput, Variant, variant_info
 
 CHILD = "patchattn"  # the name under which a chain is attached to an attention module
 _PREFIX = "patchattn_"
 
 _base_names: dict[str, str] = {}  # our name -> the base implementation's
-_base_functions: dict[tuple[type, str], Callable[..., Any]] = {}
+_base_functions: dict[str, dict[type[nn.Module], Callable[..., Any]]] = {}
 _live_chains: "weakref.WeakSet[VariantChain]" = weakref.WeakSet()
 _local = threading.local()  # .context: the attention module now running in this thread
 
@@ -160,8 +160,11 @@ class AttentionCall:
         return self.context
 
 
-class VariantChain(nn.ModuleDict):
-    """The variants attached to one attention module, outermost first; a child of that module."""
+class VariantChain(nn.Module):
+    """The variants attached to one attention module, outermost first; a child of that module.
+
+    Not an nn.ModuleDict: PEFT refuses those in `modules_to_save`.
+    """
 
     def __init__(self, site: AttentionSite, base: str) -> None:
         super().__init__()
@@ -171,11 +174,18 @@ class VariantChain(nn.ModuleDict):
 
     def attach(self, name: str, variant: Variant) -> None:
         """Append a variant: it becomes the innermost one."""
-        self[name] = variant
+        self.add_module(name, variant)
         self._refresh()
 
+    def names(self) -> list[str]:
+        """Names of the variants, outermost first."""
+        return list(self._modules)
+
+    def _variant(self, name: str) -> Variant:
+        return cast(Variant, self._modules[name])
+
     def _refresh(self) -> None:
-        active = [(name, variant) for name, variant in self.items() if not variant.is_identity]  # type: ignore[operator, union-attr]
+        active = [(name, v) for name in self.names() if not (v := self._variant(name)).is_identity]
         self.active = tuple(name for name, _ in active)
         self.needs_context = any(v.needs_context or v.changes_cache for _, v in active)
         self.storing = tuple(name for name, v in active if v.changes_cache)
@@ -194,8 +204,6 @@ class VariantChain(nn.ModuleDict):
 
     def forward(self, base: Callable[..., Any], module: nn.Module, *arguments: Any) -> AttentionOutput:
         query, key, value, mask, kwargs = arguments
-        if not self.active:
-            return base(_as_base_sees(module, self.base), query, key, value, mask, **kwargs)
         context = _current_context(module) if self.needs_context else None
         call = AttentionCall(query, key, value, mask, kwargs, module, self.site, self.base, context)
         self._refuse(call)
@@ -208,10 +216,13 @@ class VariantChain(nn.ModuleDict):
 
     def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
         if depth == len(self.active):
-            module = _as_base_sees(call.module, self.base)
+            module = _as_base_sees(call.module, self.base) if is_flash(self.base) else call.module
             return base(module, call.query, call.key, call.value, call.attention_mask, **call.kwargs)
-        inner: Attend = lambda inner_call: self._attend(depth + 1, base, inner_call)  # noqa: E731
-        return self[self.active[depth]].attend(call, inner)  # type: ignore[operator, union-attr]
+
+        def inner(inner_call: AttentionCall) -> AttentionOutput:
+            return self._attend(depth + 1, base, inner_call)
+
+        return self._variant(self.active[depth]).attend(call, inner)
 
     def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
         """Without a cache the new keys and values are all there are; with one, the tap has changed them already."""
@@ -228,7 +239,7 @@ class VariantChain(nn.ModuleDict):
         if self.site.is_cross:  # a token of the other sequence is seen by whoever sees that sequence
             visible = visible.amax(dim=-1, keepdim=True)
         for name in self.storing:
-            key, value = self[name].before_cache(key, value, context, visible)  # type: ignore[operator, union-attr]
+            key, value = self._variant(name).before_cache(key, value, context, visible)
         return key, value
 
     def _refuse(self, call: AttentionCall) -> None:
@@ -247,6 +258,16 @@ class VariantChain(nn.ModuleDict):
                     f"The variant {name!r} does not support {', '.join(sorted(needed))}, which {site.module_class} "
                     f"({site.name}) needs in this call. See patchattn.variant_info({name!r}).capabilities."
                 )
+
+
+def active_chain(child: nn.Module) -> VariantChain:
+    """The chain that computes: PEFT's `modules_to_save` keeps the attached one and a copy per adapter in a wrapper."""
+    wrapper = cast(Any, child)
+    if isinstance(child, VariantChain):
+        return child
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return cast(VariantChain, wrapper.original_module)
+    return cast(VariantChain, wrapper.modules_to_save[wrapper.active_adapters[0]])
 
 
 def needed_capabilities(call: AttentionCall) -> set[str]:
@@ -286,6 +307,9 @@ def register_base(base: str) -> str:
     if name in _base_names:
         return name
 
+    functions = _base_functions.setdefault(base, {})
+    shown = _as_base_sees if is_flash(base) else None
+
     def patched_attention(
         module: nn.Module,
         query: torch.Tensor,
@@ -294,11 +318,11 @@ def register_base(base: str) -> str:
         attention_mask: Any,
         **kwargs: Any,
     ) -> AttentionOutput:
-        attend = base_function(type(module), base)
+        attend = functions.get(type(module)) or base_function(type(module), base)
         chain = module._modules.get(CHILD)
-        if chain is None:
-            return attend(_as_base_sees(module, base), query, key, value, attention_mask, **kwargs)
-        return chain(attend, module, query, key, value, attention_mask, kwargs)
+        if chain is not None and chain.active:
+            return chain(attend, module, query, key, value, attention_mask, kwargs)
+        return attend(shown(module, base) if shown else module, query, key, value, attention_mask, **kwargs)
 
     _base_names[name] = base
     AttentionInterface.register(name, patched_attention)
@@ -318,18 +342,18 @@ def release_bases() -> None:
             AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def base_function(module_class: type, base: str) -> Callable[..., Any]:
+def base_function(module_class: type[nn.Module], base: str) -> Callable[..., Any]:
     """What the module itself would have called under `base`: its own eager function, its own registry."""
-    found = _base_functions.get((module_class, base))
-    if found is None:
+    functions = _base_functions.setdefault(base, {})
+    if module_class not in functions:
         forward = attention_forward(module_class)
         names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
         eager = forward.__globals__[names[0]] if names else None
         found = forward.__globals__[REGISTRY_NAME].get_interface(base, eager)
         if found is None:
             raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
-        _base_functions[(module_class, base)] = found
-    return found
+        functions[module_class] = found
+    return functions[module_class]
 
 
 class _View:
@@ -344,8 +368,6 @@ class _View:
 
 def _as_base_sees(module: nn.Module, base: str) -> Any:
     """Flash attention loads the kernel that `module.config` names: show it the base's name there, not ours."""
-    if not is_flash(base):
-        return module
     return _View(module, config=_View(module.config, _attn_implementation=base))
 
 
@@ -361,8 +383,8 @@ def _current_context(module: nn.Module) -> LayerContext:
 
 def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-hook of a patched module: note what it is called with, and tap its cache where a variant needs that."""
-    chain = module._modules[CHILD]
-    site = chain.site  # type: ignore[union-attr]
+    chain = cast(VariantChain, module._modules[CHILD])  # or PEFT's wrapper around one, which passes attributes on
+    site = chain.site
     values = {**dict(zip(site.arguments, args, strict=False)), **kwargs}
     caches = [name for name, value in values.items() if isinstance(value, Cache)]
     context = LayerContext(
@@ -373,7 +395,7 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         cache=values[caches[0]] if caches else None,
     )
     _local.context = context
-    if not (caches and chain.storing):  # type: ignore[union-attr]
+    if not (caches and chain.storing):
         return None
     context.tap = CacheTap(context, chain)
     tapped = tap_cache(values[caches[0]], context.tap)
@@ -397,7 +419,7 @@ def note_raw_query(norm: nn.Module, args: tuple[Any, ...]) -> None:
 
 def guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of one patched module per configuration: refuse to run unpatched without saying so."""
-    implementation = module.config._attn_implementation
+    implementation = cast(Any, module.config)._attn_implementation
     if implementation not in _base_names:
         raise RuntimeError(
             f"This model is patched, but its attention implementation was set to {implementation!r} since, which "

@@ -75,7 +75,7 @@ class AttentionSite:
         return {key: value for key, value in asdict(self).items() if key in keep}
 
 
-def attention_forward(module_class: type) -> Callable[..., Any]:
+def attention_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
     """The undecorated `forward` of a module class."""
     return inspect.unwrap(module_class.forward)
 
@@ -104,15 +104,18 @@ def find_undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if dispatches(module):
             found[_tower(name)] = True
-        elif re.search(r"attention|attn", type(module).__name__, re.I) and re.search(r"\.\d+\.|^\d+\.", name):
-            if len([child for child in module.children() if hasattr(child, "weight")]) >= 2:
-                candidates.append((name, module))
+        elif (
+            re.search(r"attention|attn", type(module).__name__, re.I)
+            and re.search(r"(?:^|\.)\d+\.", name)
+            and sum(hasattr(child, "weight") for child in module.children()) >= 2
+        ):
+            candidates.append((name, module))
     return [(name, module) for name, module in candidates if not found.get(_tower(name))]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(in_features, out_features)` of a linear projection: nn.Linear, Conv1D, a quantised or LoRA-wrapped one."""
-    base = getattr(module, "base_layer", module)
+    base: Any = getattr(module, "base_layer", module)
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)
     weight = getattr(base, "weight", None)

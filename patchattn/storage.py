@@ -26,7 +26,7 @@ class CacheTap:
 
     def covers(self, key: torch.Tensor) -> bool:
         """Whether the keys that attention is called with came through the cache, in this call or an earlier one."""
-        cache = self.context.cache
+        cache: Any = self.context.cache
         halves = (cache.self_attention_cache, cache.cross_attention_cache) if _is_pair(cache) else (cache,)
         return self.is_used or any(getattr(layer, "keys", None) is key for half in halves for layer in half.layers)
 
@@ -83,7 +83,7 @@ class TappedEncoderDecoderCache(EncoderDecoderCache):
         return getattr(self.__dict__["_cache"], name)
 
 
-def _is_pair(cache: Cache | None) -> TypeGuard[EncoderDecoderCache]:
+def _is_pair(cache: Any) -> TypeGuard[EncoderDecoderCache]:
     return isinstance(cache, EncoderDecoderCache)
 
 

@@ -56,7 +56,14 @@ def option(
         minimum, maximum: inclusive bounds of a number, or of every number of a sequence.
         choices: the allowed values.
     """
-    metadata = dict(help=help, source=source, unit=unit, minimum=minimum, maximum=maximum, choices=choices)
+    metadata = {
+        "help": help,
+        "source": source,
+        "unit": unit,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+    }
     return field(default=default, metadata=metadata, kw_only=True)
 
 
@@ -132,7 +139,7 @@ def _is_instance(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")  # type: ignore[return-value]
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 class Variant(nn.Module):

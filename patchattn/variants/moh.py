@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from patchattn_kernels import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 from torch import nn
+
+from patchattn_kernels import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 
 from ..seam import AttentionCall
 from ..sites import AttentionSite

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from patchattn_kernels import scale_tokens
 from torch import nn
+
+from patchattn_kernels import scale_tokens
 
 from ..seam import AttentionCall, LayerContext
 from ..sites import AttentionSite
