@@ -1,0 +1,133 @@
+"""What the documentation shows is run, and what it lists is complete."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import patchattn
+import patchattn_kernels
+from patchattn import variant as registry
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    found.name
+    for package in (patchattn, patchattn_kernels)
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").glob("*.md")])
+
+
+def blocks(path: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"model": tiny_llama(), "__name__": "readme"}
+    for block in blocks(ROOT / "README.md"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    inputs = namespace["inputs"]
+    again, same = (namespace[name].eval()(**inputs).logits for name in ("again", "same"))
+    assert torch.equal(again, same)
+    tuned, reloaded = (namespace[name].eval()(**inputs).logits for name in ("tuned", "reloaded"))
+    torch.testing.assert_close(tuned, reloaded, rtol=0, atol=0)
+
+
+def test_readme_has_the_commands_of_continuous_integration() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for name in re.findall(r"readme_command (\w+)\)", script):
+        assert re.search(rf"^<!-- ci: {name} -->\n```bash\npip install .+\n```$", text, re.M), name
+
+
+def test_readme_lists_every_variant() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in patchattn.list_variants():
+        info = patchattn.variant_info(name)
+        paper = f"{info.title}, [arXiv {info.arxiv_id}](https://arxiv.org/abs/{info.arxiv_id}) ({info.year})"
+        assert f"| `{name}` | {paper} | {info.summary} | {info.extra_parameters} |" in text
+
+
+@pytest.mark.parametrize("name", patchattn.list_variants())
+def test_page_of_a_variant(name: str) -> None:
+    page = ROOT / "docs" / "variants" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    for setting, described in patchattn.variant_info(name).config_fields.items():
+        default = described["default"]
+        spelt = f'"{default}"' if isinstance(default, str) else str(default)
+        assert f"| `{setting}` | `{spelt}` |" in text
+    for line in "".join(blocks(page)).splitlines():
+        exec(line, {"patchattn": patchattn, "model": tiny_llama()})
+
+
+def test_api_page_lists_every_public_name() -> None:
+    listed = set(re.findall(r"^::: patchattn\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M))
+    public = {
+        name
+        for name in patchattn.__all__
+        if inspect.isclass(value := getattr(patchattn, name)) or inspect.isfunction(value)
+    }
+    assert public <= listed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?://|#|mailto:", target):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.fixture
+def example_variant() -> Iterator[types.ModuleType]:
+    """The complete variant that CONTRIBUTING shows, registered for the length of a test."""
+    (code,) = [block for block in blocks(ROOT / "CONTRIBUTING.md") if "register_variant(" in block]
+    known = dict(registry._REGISTRY)
+    module = types.ModuleType("patchattn.variants.scalable_softmax")
+    module.__package__ = "patchattn.variants"
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+        yield module
+    finally:
+        del sys.modules[module.__name__]
+        registry._REGISTRY.clear()
+        registry._REGISTRY.update(known)
+
+
+def test_example_of_a_variant(example_variant: types.ModuleType) -> None:
+    model = tiny_llama()
+    tokens = torch.arange(10)[None]
+    before = model(tokens).logits
+    with patchattn.patched(model, "scalable_softmax"):
+        assert torch.equal(model(tokens).logits, before)
+    with patchattn.patched(model, "scalable_softmax", initial_scale=0.5):
+        patched = model(tokens).logits
+    assert torch.equal(patched[:, 0], before[:, 0])  # one visible key: log 1 = 0
+    assert not torch.allclose(patched[:, -1], before[:, -1])
+    assert torch.equal(model(tokens).logits, before)
