@@ -1,6 +1,7 @@
 """Model code that asks for the attention implementation by name, and would take another branch under ours."""
 
 import ast
+import functools
 import inspect
 import re
 from typing import Any
@@ -38,19 +39,19 @@ def name_branches(model: nn.Module, base: str) -> list[str]:
         seen.add(kind)
         if kind.__name__ in _HARMLESS and _HARMLESS[kind.__name__](module):
             continue
-        found += [f"{kind.__name__}: {question}" for question in _questions(kind, base)]
+        for operator, right in _questions(kind):
+            names = ast.literal_eval(right)
+            names = (names,) if isinstance(names, str) else tuple(names)
+            if (base in names) != (seam_name(base) in names):
+                found.append(f"{kind.__name__}: _attn_implementation {operator} {right}")
     return found
 
 
-def _questions(kind: type, base: str) -> list[str]:
+@functools.cache  # reading source is slow, and the answer never changes
+def _questions(kind: type) -> tuple[tuple[str, str], ...]:
+    """Operator and right side of every comparison of the implementation's name in a class."""
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # defined in a console: there is no file to read
-        return []
-    found = []
-    for operator, right in _QUESTION.findall(source):
-        names = ast.literal_eval(right)
-        names = (names,) if isinstance(names, str) else tuple(names)
-        if (base in names) != (seam_name(base) in names):
-            found.append(f"_attn_implementation {operator} {right}")
-    return found
+        return ()
+    return tuple(_QUESTION.findall(source))

@@ -1,6 +1,7 @@
 """Tiny models of any type: the default configuration, made small by the names of its attributes."""
 
 import importlib
+import pkgutil
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -59,15 +60,14 @@ def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
 
 
 def _defined_beside(config_class: type[PretrainedConfig]) -> Iterator[type]:
-    path = config_class.__module__.replace(".configuration_", ".modeling_")
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError:
-        return
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == path:
-            if value.config_class is config_class and not value.__name__.endswith("PreTrainedModel"):
-                yield value
+    package = importlib.import_module(config_class.__module__.rpartition(".")[0])
+    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if not found.name.rpartition(".")[2].startswith("modeling_"):
+            continue
+        for value in vars(importlib.import_module(found.name)).values():
+            if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == found.name:
+                if value.config_class is config_class and not value.__name__.endswith("PreTrainedModel"):
+                    yield value
 
 
 def tiny_config(model_type: str, *, widths: bool = True, images: bool = True) -> PretrainedConfig:
@@ -89,8 +89,8 @@ def _shrunk(values: dict[str, Any], widths: bool, images: bool, tokens: dict[int
     if not all(isinstance(key, str) for key in values):  # a table, not a configuration
         return values
     old_layers = [v for k, v in values.items() if _is_count(v) and _LAYERS.fullmatch(k)]
-    kinds = max((len(set(v)) for v in values.values() if _is_list(v, str) and len(v) in old_layers), default=1)
-    layers = max(LAYERS, kinds)
+    kept = _kept_layers(values, old_layers)
+    layers = len(kept)
     hierarchical = any(_HEADS.fullmatch(k) and isinstance(v, list) and len(set(v)) > 1 for k, v in values.items())
     widths = widths and not hierarchical
     old_head_dim = next((v for k, v in values.items() if k in ("head_dim", "attention_head_dim") and _is_count(v)), None)
@@ -99,17 +99,29 @@ def _shrunk(values: dict[str, Any], widths: bool, images: bool, tokens: dict[int
     for key, value in values.items():
         if key in _DERIVED:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key == "per_layer_config":
+            small[key] = {kept.index(int(i)): _shrunk(v, widths, images, tokens) for i, v in value.items() if int(i) in kept}
+        elif isinstance(value, dict):
             if widths and (sections := value.get("mrope_section")):
                 value = {**value, "mrope_section": _apportioned(sections, HEAD_DIM / (old_head_dim or head_width))}
             small[key] = _shrunk(value, widths, images, tokens)
         elif isinstance(value, list):
-            small[key] = _shrunk_list(key, value, old_layers, layers, tokens)
+            small[key] = _shrunk_list(key, value, old_layers, kept, tokens)
         elif _is_count(value):
             small[key] = _shrunk_integer(key, value, values, layers, widths, images, tokens)
+        elif key == "head_dim" and value is None and widths:  # some families cannot do without
+            small[key] = HEAD_DIM
         else:
             small[key] = value
     return small
+
+
+def _kept_layers(values: dict[str, Any], old_layers: list[int]) -> list[int]:
+    """Indices of the layers to keep: the first of every kind, so that a hybrid keeps its attention, then the first."""
+    kinds = next((v for v in values.values() if _is_list(v, str) and v and len(v) in old_layers), [])
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    rest = [i for i in range(max(old_layers, default=LAYERS)) if i not in firsts]
+    return sorted((firsts + rest)[: max(LAYERS, len(firsts))])
 
 
 def _shrunk_integer(
@@ -152,17 +164,15 @@ def _shrunk_integer(
 
 
 def _shrunk_list(
-    key: str, value: list[Any], old_layers: list[int], layers: int, tokens: dict[int, int]
+    key: str, value: list[Any], old_layers: list[int], kept: list[int], tokens: dict[int, int]
 ) -> list[Any]:
     if _TOKEN.fullmatch(key):
         return [_token(item, tokens) if _is_count(item) else item for item in value]
     if key == "depths":
         return [min(item, 2) if _is_count(item) else item for item in value]
+    layers = len(kept)
     if len(value) in old_layers and len(value) > layers:
-        # One layer of every kind first, so that a hybrid keeps its attention layers.
-        firsts = [value.index(item) for item in dict.fromkeys(map(_hashable, value)) if item in value]
-        rest = [i for i in range(len(value)) if i not in firsts]
-        return [value[i] for i in sorted((firsts + rest)[:layers])]
+        return [value[i] for i in kept]
     if _INDICES.fullmatch(key) and value and all(isinstance(i, int) for i in value) and max(value) >= layers:
         top = max(old_layers, default=max(value) + 1) - 1
         return list(dict.fromkeys(min(i * (layers - 1) // max(top, 1), layers - 1) for i in value))
@@ -188,10 +198,6 @@ def _token(value: int, tokens: dict[int, int]) -> int:
     if value < VOCABULARY:
         return value
     return tokens.setdefault(value, VOCABULARY - 1 - len(tokens))
-
-
-def _hashable(item: Any) -> Any:
-    return tuple(item) if isinstance(item, list) else item
 
 
 def _is_count(value: Any) -> bool:

@@ -1,0 +1,189 @@
+"""The sweep: every model type of the installed transformers, one process each."""
+
+import multiprocessing
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .. import variants  # noqa: F401  (registers them)
+from ..patching import select_sites
+from ..sites import AttentionSite
+from .checks import Findings, check, find_runs, _line
+from .tiny import configuration_class, meta_model, model_classes, tiny_config, tiny_model
+
+Status = Literal["patchable", "failed", "refused", "structure only", "not built", "no attention"]
+
+
+@dataclass
+class Row:
+    """What the sweep found of one model type.
+
+    Attributes:
+        model_type: as in `AutoConfig`.
+        model_class: the class that was built.
+        status: `patchable`: a small model ran and every check held. `failed`: it ran and a check did not hold.
+            `refused`: `patch_model` raises NotImplementedError. `structure only`: sites were found in a model without
+            weights, but no small model ran. `not built`: not even that. `no attention`: nothing to patch.
+        reason: the error, or what did not hold.
+        self_sites, cross_sites: attention sites of the default configuration; of the small one if that fails.
+        towers: towers that have sites.
+        ran_sites: sites of the small model.
+        findings: what the checks of the small model found, `None` where none ran.
+        seconds: how long it took.
+    """
+
+    model_type: str
+    model_class: str = ""
+    status: Status = "not built"
+    reason: str = ""
+    self_sites: int = 0
+    cross_sites: int = 0
+    towers: list[str] = field(default_factory=list)
+    ran_sites: int = 0
+    findings: Findings | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON types."""
+        return asdict(self)
+
+
+def model_types() -> list[str]:
+    """All model types of the installed transformers, parts of composite models included."""
+    return sorted(CONFIG_MAPPING)
+
+
+def sweep(
+    model_types: Iterable[str] | None = None,
+    *,
+    timeout: float = 60.0,
+    progress: Callable[[Row, int, int], None] | None = None,
+) -> list[Row]:
+    """Try every model type of the installed transformers.
+
+    Args:
+        model_types: which ones; all by default.
+        timeout: seconds for one type.
+        progress: called as `progress(row, done, total)` after each.
+
+    Raises:
+        ValueError: an unknown model type.
+    """
+    wanted = sorted(CONFIG_MAPPING) if model_types is None else list(model_types)
+    for name in wanted:
+        if name not in CONFIG_MAPPING:
+            raise ValueError(f"transformers {transformers.__version__} has no model type {name!r}.")
+    rows = []
+    for name in wanted:
+        rows.append(_in_a_process(name, timeout))
+        if progress is not None:
+            progress(rows[-1], len(rows), len(wanted))
+    return rows
+
+
+def _in_a_process(model_type: str, timeout: float) -> Row:
+    """One type in a process of its own: a crash, a hang or a full memory costs one row, not the sweep."""
+    context = multiprocessing.get_context("fork")  # the child knows the variants registered here and imports nothing
+    receiver, sender = context.Pipe(duplex=False)
+    start = time.perf_counter()
+    process = context.Process(target=_work, args=(model_type, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        row = receiver.recv() if receiver.poll(timeout) else Row(model_type, reason=f"took more than {timeout:.0f} s")
+    except EOFError:
+        row = Row(model_type, reason="the process died")
+    process.kill()
+    process.join()
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def _work(model_type: str, sender: Connection) -> None:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    torch.set_num_threads(1)  # a forked process must not use the threads of its parent's pool
+    sender.send(examine(model_type))
+
+
+def examine(model_type: str) -> Row:
+    """Fill the row of one model type, in this process."""
+    row = Row(model_type)
+    try:
+        classes = model_classes(model_type)
+    except Exception as error:  # an optional dependency or a broken file of one family must not end the sweep
+        row.reason = _line(error)
+        return row
+    if not classes:
+        row.reason = "no model class for this configuration"
+        return row
+    _look_at_structure(row, classes)
+    if row.status in ("refused", "no attention"):
+        return row
+    _try_small(row, classes)
+    return row
+
+
+def _look_at_structure(row: Row, classes: list[type[PreTrainedModel]]) -> None:
+    """Stage 1: the default configuration, without weights."""
+    for model_class in classes:
+        try:
+            model = meta_model(model_class, configuration_class(row.model_type)())
+        except Exception as error:  # see examine
+            row.reason = row.reason or _line(error)
+            continue
+        _note_sites(row, model)
+        return
+
+
+def _note_sites(row: Row, model: PreTrainedModel) -> list[AttentionSite]:
+    row.model_class = type(model).__name__
+    row.reason = ""
+    if not any(re.search(r"attention|attn", type(module).__name__, re.I) for module in model.modules()):
+        row.status = "no attention"
+        return []
+    try:
+        sites = select_sites(model)
+    except NotImplementedError as error:
+        row.status, row.reason = "refused", str(error)
+        return []
+    row.status = "structure only"
+    row.cross_sites = sum(site.is_cross for site in sites)
+    row.self_sites = len(sites) - row.cross_sites
+    row.towers = list(dict.fromkeys(site.tower for site in sites))
+    return sites
+
+
+def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
+    """Stage 2: the first small model that can be built and run."""
+    errors: list[str] = []
+    for model_class in classes[:4]:
+        for options in ({}, {"images": False}, {"widths": False}, {"widths": False, "images": False}):
+            try:
+                config: PretrainedConfig = tiny_config(row.model_type, **options)
+                model = tiny_model(model_class, config)
+            except Exception as error:  # see examine
+                errors.append(f"{model_class.__name__}: {_line(error)}")
+                continue
+            sites = select_sites(model) if row.status == "structure only" else _note_sites(row, model)
+            if row.status != "structure only":
+                return
+            runs, reached, error_text = find_runs(model, sites)
+            if not runs:
+                errors.append(error_text)
+                continue
+            row.model_class, row.ran_sites = model_class.__name__, len(sites)
+            row.findings = check(model, sites, runs, reached)
+            row.status = "failed" if row.findings.problems else "patchable"
+            row.reason = "; ".join(row.findings.problems)
+            return
+    row.reason = errors[0] if errors else row.reason
