@@ -38,6 +38,11 @@ def test_head_norms_do_not_overflow_in_half_precision() -> None:
     torch.testing.assert_close(norms, torch.full((1, 1, 1), 2400.0))
 
 
+def test_head_norms_keep_double_precision() -> None:
+    query = random(2, 3, 4, 5, seed=0, dtype=torch.float64)
+    torch.testing.assert_close(head_norms(query), (query**2).sum(-1).sqrt().transpose(1, 2), rtol=1e-14, atol=0)
+
+
 @few
 @given(batch=sizes, tokens=sizes, heads=st.integers(2, 8), seed=seeds)
 def test_normalized_scores(batch: int, tokens: int, heads: int, seed: int) -> None:
