@@ -1,6 +1,8 @@
 """patchattn replaces the attention of a transformers model by a published variant, in place and reversibly."""
 
 from . import variants
+from .checkpoint import from_pretrained, load_patch, patched_class, save_patch
+from .hub import push_to_hub, save_pretrained
 from .observe import observe
 from .patching import patch_info, patch_model, patched, unpatch_model
 from .seam import AttentionCall, LayerContext
@@ -29,13 +31,19 @@ __all__ = [
     "VariantConfig",
     "VariantInfo",
     "find_sites",
+    "from_pretrained",
     "list_variants",
+    "load_patch",
     "observe",
     "option",
     "patch_info",
     "patch_model",
     "patched",
+    "patched_class",
+    "push_to_hub",
     "register_variant",
+    "save_patch",
+    "save_pretrained",
     "unpatch_model",
     "variant_info",
     "variants",

@@ -1,0 +1,379 @@
+"""A patch on disk, and back: `save_patch`, `load_patch`, `from_pretrained`.
+
+A saved patch is two files: `patchattn_config.json` (format version, plan, base model, geometry of the patched sites)
+and `patchattn_model.safetensors` (the variants' tensors by their names in the base model's state dict, possibly none).
+Nothing read here is executed or unpickled, and everything is validated before a model is touched.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import nn
+
+from .patching import (
+    CONFIG_KEY,
+    FORMAT_VERSION,
+    Patch,
+    active_chains,
+    applied_patches,
+    apply_patches,
+    base_model,
+    is_patched,
+    plan_dict,
+)
+from .seam import CHILD
+from .sites import find_sites
+from .variant import Variant, nearest
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+CONFIG_FILE = "patchattn_config.json"
+TENSORS_FILE = "patchattn_model.safetensors"
+CODE_MODULE = "modeling_patchattn"  # the Hub's custom-code entry, without its .py
+_MODEL_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class SavedPatch:
+    """What `patchattn_config.json` says.
+
+    Attributes:
+        patches: outermost first.
+        base: `name_or_path`, `revision`, `model_type` and `architecture` of the base model.
+        sites: name of each patched attention module to its `AttentionSite.geometry()`.
+    """
+
+    patches: tuple[Patch, ...]
+    base: Mapping[str, Any]
+    sites: Mapping[str, Mapping[str, Any]]
+
+
+def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Write a model's patch, without the base model: `patchattn_config.json` and `patchattn_model.safetensors`.
+
+    Of a PeftModel whose variants are in `modules_to_save`, the active adapter's copy is written.
+
+    Args:
+        model: a patched model, or a PeftModel around one.
+        directory: is made if it does not exist.
+
+    Raises:
+        ValueError: the model is not patched.
+        TypeError: `model` is not a transformers model.
+    """
+    base = base_model(model)
+    chains = active_chains(base)
+    if not chains:
+        raise ValueError(f"{type(base).__name__} is not patched; there is nothing to save. Call patch_model first.")
+    tensors = {
+        f"{name}.{CHILD}.{key}": tensor.detach().cpu().contiguous()
+        for name, chain in chains.items()
+        for key, tensor in chain.state_dict().items()
+    }
+    config: Any = base.config
+    from . import __version__  # not yet defined when this module is imported
+
+    content = {
+        **plan_dict(applied_patches(base)),
+        "patchattn_version": __version__,
+        "base_model": {
+            "name_or_path": config._name_or_path,
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "architecture": type(base).__name__,
+        },
+        "sites": {site.name: site.geometry() for site in find_sites(base) if site.name in chains},
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_patch(
+    model: ModelT,
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+) -> ModelT:
+    """Put a saved patch onto an unpatched copy of its base model, in place.
+
+    Args:
+        model: the base model, or a PeftModel around it.
+        source: folder written by `save_patch`, or name of a Hub repository that holds one.
+        revision, token, cache_dir: of the Hub repository.
+
+    Returns:
+        The same model. The variants' tensors take the dtype and the device of the attention modules they go to.
+
+    Raises:
+        ValueError: the model is patched already; a file is missing, damaged or of a newer format; the patch names an
+            unknown variant or was made on another base model; tensors are missing, left over or of another shape. The
+            model is then as it was.
+        TypeError: `model` is not a transformers model.
+        NotImplementedError: as `patch_model`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_patch expects a model, got {type(model).__name__}.")
+    base = base_model(model)
+    if is_patched(base):
+        raise ValueError("load_patch expects an unpatched model; this one is patched. Call unpatch_model first.")
+    folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
+    saved = read_patch(folder)
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        raise ValueError(f"There is no {TENSORS_FILE} beside {folder / CONFIG_FILE}.")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}.") from error
+    _refuse_other_base(base, saved)
+    apply_patches(base, saved.patches, initialise=functools.partial(_fill, tensors=tensors, path=path))
+    return model
+
+
+def from_pretrained(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a base model and its patch in one call.
+
+    Args:
+        source: a folder or a Hub repository that holds a whole patched model (written by `save_pretrained`, the
+            model's own or patchattn's), or a patch alone (`save_patch`), whose base model is then loaded from where it
+            came from, or a PEFT adapter beside such a patch.
+        revision, token, cache_dir: of the Hub repository; token and cache_dir hold for the base model, too.
+        kwargs: for the `from_pretrained` of the model's class: `dtype`, `device_map`, `attn_implementation`, ...
+
+    Returns:
+        The patched model, in evaluation mode; a PeftModel if there is an adapter.
+
+    Raises:
+        ValueError: nothing there is a patch, a file is damaged, or as `load_patch`.
+    """
+    folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
+    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+    config = read_json(folder / _MODEL_CONFIG) if (folder / _MODEL_CONFIG).is_file() else {}
+    if CONFIG_KEY in config:
+        read_plan(config[CONFIG_KEY], folder / _MODEL_CONFIG)  # fail before the weights are loaded
+        architectures = config.get("architectures") or [None]
+        kind = patched_class(architectures[0])
+        return kind.from_pretrained(source, revision=revision or "main", **where, **kwargs)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{str(source)!r} holds no patch: {CONFIG_FILE} is not there, nor {CONFIG_KEY!r} in a {_MODEL_CONFIG}."
+        )
+    saved = read_patch(folder)
+    name, base_revision = saved.base.get("name_or_path"), saved.base.get("revision")
+    has_adapter = (folder / _ADAPTER_CONFIG).is_file()
+    if has_adapter:
+        adapter = read_json(folder / _ADAPTER_CONFIG)
+        name, base_revision = adapter.get("base_model_name_or_path") or name, adapter.get("revision") or base_revision
+    if not name:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
+            "call patchattn.load_patch(base_model, folder)."
+        )
+    kind = model_class(saved.base.get("architecture"))
+    base = load_patch(kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs), folder)
+    if not has_adapter:
+        return base
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(source), revision=revision, **where)
+
+
+def read_patch(folder: Path) -> SavedPatch:
+    """Read and validate `patchattn_config.json`; ValueError on whatever is wrong with it."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"There is no {CONFIG_FILE} in {folder}. A whole model written by save_pretrained is loaded by "
+            "patchattn.from_pretrained."
+        )
+    content = read_json(path)
+    patches = read_plan(content, path)
+    base, sites = content.get("base_model"), content.get("sites")
+    if not (isinstance(base, dict) and isinstance(sites, dict) and all(isinstance(s, dict) for s in sites.values())):
+        raise ValueError(f"{path}: base_model, sites and each of the sites must be dictionaries.")
+    if unknown := sorted({name for patch in patches for name in patch.sites} - set(sites)):
+        raise ValueError(f"{path}: sites says nothing of {unknown[0]!r}, which is patched.")
+    return SavedPatch(tuple(patches), base, sites)
+
+
+def read_plan(content: Any, path: Path | str) -> list[Patch]:
+    """The patches of a plan (see `patching.plan_dict`); ValueError, naming `path`, on whatever is wrong with it."""
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{path}: format_version must be a positive integer, got {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}; this patchattn reads up to {FORMAT_VERSION}. Upgrade patchattn."
+        )
+    entries = content.get("patches")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: patches must be a list of at least one patch, got {entries!r}.")
+    try:
+        return [Patch.from_dict(entry) for entry in entries]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a dictionary; ValueError if it is damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the decoder of JSON or of UTF-8
+        raise ValueError(f"{path} is damaged or no JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}.")
+    return content
+
+
+def model_class(architecture: str | None) -> Any:
+    """The transformers model class of that name; ValueError if there is none. Code of other origin is never run."""
+    found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"The base model's class is given as {architecture!r}, which is no model class of transformers "
+            f"{transformers.__version__}. Load the base model yourself and call patchattn.load_patch."
+        )
+    return found
+
+
+@functools.cache
+def patched_class(architecture: str) -> Any:
+    """A stand-in for a transformers model class that loads patched models; for custom code on the Hub.
+
+    It patches itself when it is built, by the plan in its configuration, so that transformers' own loading finds a
+    place for every tensor, whatever it renames, shards, casts or maps to devices. The loaded model is of the original
+    class.
+
+    Raises:
+        ValueError: transformers has no such class; and, when loading, tensors of variants are missing, left over or of
+            another shape.
+    """
+    original: Any = model_class(architecture)
+
+    class Patched(original):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            apply_patches(self, read_plan(getattr(config, CONFIG_KEY, None), "the model's configuration"))
+
+        @classmethod
+        def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+            wants_info = kwargs.pop("output_loading_info", False)
+            may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+            # Mismatches are tolerated there and refused here, by an error that says which.
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+            try:
+                model, info = super().from_pretrained(source, *args, **kwargs)
+            except SafetensorError as error:
+                raise ValueError(f"{_damaged_file(source)} is damaged or no safetensors file: {error}.") from error
+            _refuse_incomplete(source, info, may_mismatch)
+            model.__class__ = original
+            # A copy saved from here has no code file beside it.
+            if CODE_MODULE in str(getattr(model.config, "auto_map", None)):
+                del model.config.auto_map
+            return (model, info) if wants_info else model
+
+    for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Patched, attribute, getattr(original, attribute))
+    return Patched
+
+
+def _refuse_incomplete(source: Any, info: Mapping[str, Any], may_mismatch: bool) -> None:
+    """Turn what transformers only reports into an error, where it concerns variants or shapes."""
+    mark = f".{CHILD}."
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    problems = {
+        "missing": [key for key in info["missing_keys"] if mark in key],
+        "left over": [key for key in info["unexpected_keys"] if mark in key],
+        "of another shape": [key for key in mismatched if mark in key or not may_mismatch],
+    }
+    if lines := [_listed(keys, what) for what, keys in problems.items() if keys]:
+        raise ValueError(f"The weights in {str(source)!r} do not fit the model: {'; '.join(lines)}.")
+
+
+def _damaged_file(folder: str | PathLike[str]) -> str:
+    """The first safetensors file that cannot be opened."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return f"A file of {str(folder)!r}"
+
+
+def _small_files(source: str | PathLike[str], **where: Any) -> Path:
+    """The folder itself, or a Hub repository's files that tell what it holds."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=[_MODEL_CONFIG, _ADAPTER_CONFIG, CONFIG_FILE, TENSORS_FILE], **where
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(source)!r} is no folder, nor a Hub repository that can be read: {error}") from error
+
+
+def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
+    """Say which property of the base model differs from that of the model the patch was made on."""
+    config: Any = base.config
+    made_on = f"This patch was made on {saved.base.get('architecture')} ({saved.base.get('name_or_path') or 'unnamed'})"
+    if config.model_type != saved.base.get("model_type"):
+        raise ValueError(
+            f"{made_on}, of model type {saved.base.get('model_type')!r}; got {type(base).__name__}, of model type "
+            f"{config.model_type!r}."
+        )
+    sites = {site.name: site.geometry() for site in find_sites(base)}
+    for name, geometry in saved.sites.items():
+        if name not in sites:
+            raise ValueError(
+                f"{made_on}; {type(base).__name__} has no attention module {name!r}{nearest(name, list(sites))}"
+            )
+        for key, here in sites[name].items():
+            if geometry.get(key) != here:
+                raise ValueError(
+                    f"{made_on}, where {name} has {key} = {geometry.get(key)}; in the model given it is {here}."
+                )
+
+
+def _fill(variants: Mapping[str, Variant], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copy tensors into variants that are not attached yet, or raise ValueError and copy nothing."""
+    wanted = {f"{prefix}.{key}": own for prefix, v in variants.items() for key, own in v.state_dict().items()}
+    if missing := [key for key in wanted if key not in tensors]:
+        raise ValueError(f"{path}: {_listed(missing, 'missing')}.")
+    if extra := [key for key in tensors if key not in wanted]:
+        raise ValueError(f"{path}: {_listed(extra, 'left over: no variant of this patch has them')}.")
+    for key, own in wanted.items():
+        if own.shape != tensors[key].shape:
+            raise ValueError(f"{path}: {key} has the shape {tuple(tensors[key].shape)}, expected {tuple(own.shape)}.")
+        if own.is_meta:
+            raise ValueError("The base model is on the meta device; load its weights before its patch.")
+    for key, own in wanted.items():
+        own.copy_(tensors[key])
+
+
+def _listed(keys: Sequence[str], what: str) -> str:
+    """`3 tensors missing (a, b, ...)`."""
+    shown = ", ".join(list(keys)[:2]) + (", ..." if len(keys) > 2 else "")
+    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} {what} ({shown})"

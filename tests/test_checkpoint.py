@@ -1,0 +1,468 @@
+"""A patched model on disk, on the Hub, and back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import patchattn
+from patchattn import checkpoint
+from patchattn.patching import is_patched
+
+from .families import FAMILIES, outputs
+
+SETTINGS = {"ssa": {"key": True}, "moh": {"router": "learned", "active_ratio": 0.5}}
+
+
+def base(name="llama"):
+    return FAMILIES[name].make()
+
+
+def patch(model, settings=SETTINGS):
+    """Both variants, with parameters far from where they start."""
+    patchattn.patch_model(model, list(settings), settings if len(settings) > 1 else next(iter(settings.values())))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".patchattn." in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def run(model, name="llama"):
+    return outputs(model, **FAMILIES[name].inputs())
+
+
+def equal(left, right):
+    """Equal but for what the layout of loaded tensors in memory does: gpt-oss differs by 2e-7 without any patch."""
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the patch of a patched Llama, and what that model computes."""
+    model = patch(base())
+    patchattn.save_patch(model, tmp_path / "patch")
+    return tmp_path / "patch", run(model)
+
+
+# --- settings as plain dictionaries
+
+
+@pytest.mark.parametrize("name", patchattn.list_variants())
+def test_settings_survive_json_and_yaml(name):
+    kind = patchattn.variant_info(name).variant
+    for config in (kind.config_class(), kind.config_class.from_dict(kind.neutral_config())):
+        values = config.to_dict()
+        assert kind.config_class.from_dict(json.loads(json.dumps(values))) == config
+        assert kind.config_class.from_dict(yaml.safe_load(yaml.safe_dump(values))) == config
+
+
+# --- whole models
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_models_own_save_pretrained_keeps_the_patch(name, tmp_path):
+    model = patch(base(name))
+    expected = run(model, name)
+    model.save_pretrained(tmp_path)
+    options = FAMILIES[name].options
+    kwargs = {"attn_implementation": options["implementation"]} if "implementation" in options else {}
+    loaded = patchattn.from_pretrained(tmp_path, **kwargs)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert equal(run(loaded, name), expected)
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert patchattn.patch_info(loaded) == patchattn.patch_info(model)
+    assert equal(run(patchattn.unpatch_model(loaded), name), run(patchattn.unpatch_model(model), name))
+    assert not equal(run(model, name), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "llava"])
+def test_shards_dtype_and_device_map(name, tmp_path):
+    model = patch(base(name))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = patchattn.from_pretrained(tmp_path, dtype="bfloat16", device_map="cpu")
+    expected = {k: v for k, v in model.state_dict().items() if ".patchattn." in k}
+    assert len(expected) > 4
+    for key, value in loaded.state_dict().items():
+        assert value.device.type == "cpu"
+        if key in expected:
+            assert torch.equal(value, expected.pop(key).bfloat16()), key
+    assert not expected
+
+
+def test_a_model_without_weights_can_be_patched():
+    with torch.device("meta"):
+        model = FAMILIES["llama"].build()
+    patchattn.patch_model(model, ["ssa", "moh"], SETTINGS)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_loaded_models_can_be_saved_again(tmp_path):
+    model = patch(base())
+    patchattn.save_pretrained(model, tmp_path / "first", custom_code=True)
+    again = patchattn.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    assert "auto_map" not in (tmp_path / "second/config.json").read_text()  # no code file is there
+    assert equal(run(patchattn.from_pretrained(tmp_path / "second")), run(model))
+
+
+def test_plain_loading_leaves_the_patch_out(tmp_path):
+    model = patch(base())
+    patchattn.save_pretrained(model, tmp_path, custom_code=True)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not is_patched(plain)
+    assert info["unexpected_keys"] == {key for key in model.state_dict() if ".patchattn." in key}
+    assert not info["missing_keys"]
+    assert plain.config.patchattn == model.config.patchattn  # stale, and no hindrance:
+    patched = run(model)
+    unpatched = run(patchattn.unpatch_model(model))
+    assert equal(run(plain), unpatched)
+    assert patchattn.patch_info(plain)["patches"] == []
+    patch(plain)
+    assert equal(run(plain), patched)
+    assert equal(run(patchattn.unpatch_model(plain)), unpatched)
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors, next(key for key in tensors if key.endswith("moh.routed_weight")))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+WHOLE_MODEL_DAMAGE = {
+    "truncated": (lambda d: truncate(d / "model.safetensors"), r"model\.safetensors is damaged"),
+    "missing": (lambda d: edit_tensors(d / "model.safetensors", lambda t, k: t.pop(k)), "1 tensor missing .*routed"),
+    "left over": (
+        lambda d: edit_tensors(
+            d / "model.safetensors", lambda t, k: t.update({k.replace("routed", "other"): torch.ones(1)})
+        ),
+        "left over .*other_weight",
+    ),
+    "shape": (
+        lambda d: edit_tensors(d / "model.safetensors", lambda t, k: t.update({k: torch.ones(3, 3)})),
+        "of another shape .*routed_weight",
+    ),
+    "base shape": (
+        lambda d: edit_tensors(d / "model.safetensors", lambda t, k: t.update({"lm_head.weight": torch.ones(3, 32)})),
+        "of another shape .*lm_head",
+    ),
+    "newer": (
+        lambda d: edit_json(d / "config.json", lambda c: c["patchattn"].update(format_version=2)),
+        "config.json has format version 2; this patchattn reads up to 1",
+    ),
+    "plan": (
+        lambda d: edit_json(d / "config.json", lambda c: c["patchattn"]["patches"][0].update(variant="sssa")),
+        "did you mean 'ssa'",
+    ),
+    "architecture": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=["os"])),
+        "'os', which is no model class",
+    ),
+    "no patch": (lambda d: edit_json(d / "config.json", lambda c: c.pop("patchattn")), "holds no patch"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_MODEL_DAMAGE)
+def test_damaged_whole_models_are_refused(case, tmp_path):
+    patch(base()).save_pretrained(tmp_path)
+    damage, message = WHOLE_MODEL_DAMAGE[case]
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        patchattn.from_pretrained(tmp_path)
+
+
+# --- patches alone
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "llava", "t5"])
+def test_a_patch_alone_fits_a_fresh_base(name, tmp_path):
+    model = patch(base(name))
+    patchattn.save_patch(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["patchattn_config.json", "patchattn_model.safetensors"]
+    tensors = load_file(tmp_path / "patchattn_model.safetensors")
+    assert tensors.keys() == {key for key in model.state_dict() if ".patchattn." in key}
+    fresh = base(name)
+    assert patchattn.load_patch(fresh, tmp_path) is fresh
+    assert equal(run(fresh, name), run(model, name))
+    assert fresh.config.patchattn == model.config.patchattn
+
+
+def test_a_patch_without_tensors(tmp_path):
+    model = patch(base(), {"moh": {"active_ratio": 0.5}})
+    patchattn.save_patch(model, tmp_path)
+    assert load_file(tmp_path / "patchattn_model.safetensors") == {}
+    assert equal(run(patchattn.load_patch(base(), tmp_path)), run(model))
+
+
+def test_from_pretrained_finds_the_base_of_a_patch(tmp_path):
+    base("bert").save_pretrained(tmp_path / "base")
+    model = patch(type(base("bert")).from_pretrained(tmp_path / "base"))
+    patchattn.save_patch(model, tmp_path / "patch")
+    loaded = patchattn.from_pretrained(tmp_path / "patch", dtype=torch.float32)
+    assert type(loaded) is type(model)
+    assert equal(run(loaded, "bert"), run(model, "bert"))
+
+
+def test_from_pretrained_says_when_the_base_is_unknown(saved):
+    with pytest.raises(ValueError, match="does not say where its base model came from"):
+        patchattn.from_pretrained(saved[0])
+
+
+def of_config(change):
+    return lambda folder: edit_json(folder / "patchattn_config.json", change)
+
+
+def of_tensors(change):
+    return lambda folder: edit_tensors(folder / "patchattn_model.safetensors", change)
+
+
+def settings_of_moh(content):
+    return content["patches"][1]["config"]
+
+
+DAMAGE = {
+    "truncated": (lambda d: truncate(d / "patchattn_model.safetensors"), r"model\.safetensors is damaged"),
+    "no tensors": (lambda d: (d / "patchattn_model.safetensors").unlink(), "no patchattn_model.safetensors beside"),
+    "garbage": (lambda d: (d / "patchattn_model.safetensors").write_bytes(b"\x80pickle" * 9), "damaged or no safetens"),
+    "missing": (of_tensors(lambda t, k: t.pop(k)), "1 tensor missing .*routed_weight"),
+    "left over": (of_tensors(lambda t, k: t.update(more=torch.ones(2))), r"1 tensor left over.*\(more\)"),
+    "shape": (of_tensors(lambda t, k: t.update({k: torch.ones(5, 32)})), r"routed_weight has .* \(5, 32\), expected"),
+    "no config": (lambda d: (d / "patchattn_config.json").unlink(), "There is no patchattn_config.json"),
+    "json": (lambda d: truncate(d / "patchattn_config.json"), r"config\.json is damaged or no JSON"),
+    "bytes": (lambda d: (d / "patchattn_config.json").write_bytes(b"\xff\xfe"), r"config\.json is damaged or no JSON"),
+    "list": (lambda d: (d / "patchattn_config.json").write_text("[]"), "must hold a dictionary, got list"),
+    "newer": (of_config(lambda c: c.update(format_version=2)), "version 2; this patchattn reads up to 1. Upgrade"),
+    "no version": (of_config(lambda c: c.pop("format_version")), "format_version must be a positive integer"),
+    "no patches": (of_config(lambda c: c.update(patches=[])), "a list of at least one patch"),
+    "variant": (
+        of_config(lambda c: c["patches"][1].update(variant="mho")),
+        "variant 'mho'; did you mean 'moh'",
+    ),
+    "field": (of_config(lambda c: settings_of_moh(c).update(activ_ratio=1.0)), "did you mean 'active_ratio'"),
+    "value": (of_config(lambda c: settings_of_moh(c).update(active_ratio=7)), "active_ratio must lie between 0"),
+    "type": (of_config(lambda c: settings_of_moh(c).update(active_ratio="x")), "config.json: .*active_ratio must be"),
+    "other type": (of_config(lambda c: c["base_model"].update(model_type="bert")), "'bert'; got LlamaForCausalLM"),
+    "geometry": (
+        of_config(lambda c: c["sites"]["model.layers.1.self_attn"].update(query_heads=8)),
+        "where model.layers.1.self_attn has query_heads = 8; in the model given it is 4",
+    ),
+    "site": (
+        of_config(lambda c: c["sites"].update({"model.layers.7.self_attn": {}})),
+        "no attention module 'model.layers.7.self_attn'; did you mean",
+    ),
+    "sites": (of_config(lambda c: c["sites"].popitem()), "sites says nothing of 'model.layers.1.self_attn'"),
+    "base": (of_config(lambda c: c.update(base_model=None)), "base_model, sites and each of the sites must be"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_patch_leaves_the_model_as_it_was(case, saved):
+    damage, message = DAMAGE[case]
+    damage(saved[0])
+    model = base()
+    before, state = run(model), {key: value.clone() for key, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        patchattn.load_patch(model, saved[0])
+    assert not is_patched(model)
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert equal(run(model), before)
+
+
+def test_a_model_in_the_wrong_state_is_refused(saved):
+    folder, expected = saved
+    with pytest.raises(ValueError, match="model type 'llama'; got BertForMaskedLM, of model type 'bert'"):
+        patchattn.load_patch(base("bert"), folder)
+    model = patchattn.load_patch(base(), folder)
+    with pytest.raises(ValueError, match="this one is patched"):
+        patchattn.load_patch(model, folder)
+    assert equal(run(model), expected)
+    with torch.device("meta"):
+        empty = FAMILIES["llama"].build()
+    with pytest.raises(ValueError, match="meta device"):
+        patchattn.load_patch(empty, folder)
+    assert not is_patched(empty)
+    with pytest.raises(ValueError, match="nothing to save"):
+        patchattn.save_patch(base(), folder)
+    with pytest.raises(TypeError, match="expects a model, got str"):
+        patchattn.load_patch("llama", folder)
+
+
+# --- the Hub
+
+
+def test_a_patch_from_the_hub(saved, monkeypatch):
+    folder, expected = saved
+    asked = []
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or folder)
+    model = patchattn.load_patch(base(), "someone/patch", revision="v1", token="secret")
+    assert equal(run(model), expected)
+    [(name, kwargs)] = asked
+    assert (name, kwargs["revision"], kwargs["token"]) == ("someone/patch", "v1", "secret")
+    assert set(kwargs["allow_patterns"]) >= {"patchattn_config.json", "patchattn_model.safetensors"}
+
+
+def test_a_place_that_is_not_there(monkeypatch):
+    def offline(name, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"'someone/patch' is no folder, nor a Hub repository .* no network"):
+        patchattn.from_pretrained("someone/patch")
+
+
+@pytest.fixture
+def hub_calls(monkeypatch, tmp_path):
+    """HfApi that keeps what is uploaded in `tmp_path / "hub"`."""
+    calls = {}
+
+    class Repository:
+        repo_id = "someone/model"
+
+    def create_repo(self, repo_id, **kwargs):
+        calls["create"] = (repo_id, self.token, kwargs)
+        return Repository()
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        calls["upload"] = kwargs
+        shutil.copytree(folder_path, tmp_path / "hub")
+        return "https://huggingface.co/someone/model/commit/1"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return calls
+
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+def test_push_to_hub_uploads_a_whole_folder(hub_calls, tmp_path):
+    model = patch(base())
+    model.config._name_or_path = "someone/base"
+    address = patchattn.push_to_hub(
+        model, "model", private=True, token="secret", commit_message="done", tokenizer=Tokenizer()
+    )
+    assert address.endswith("/commit/1")
+    assert hub_calls["create"] == ("model", "secret", {"private": True, "exist_ok": True})
+    assert hub_calls["upload"] == {"repo_id": "someone/model", "commit_message": "done"}
+    files = set(os.listdir(tmp_path / "hub"))
+    assert files >= {"README.md", "config.json", "model.safetensors", "patchattn_config.json", "tokenizer.json"}
+    assert "modeling_patchattn.py" not in files
+    assert equal(run(patchattn.from_pretrained(tmp_path / "hub")), run(model))
+    assert equal(run(patchattn.load_patch(base(), tmp_path / "hub")), run(model))
+    card = ModelCard.load(tmp_path / "hub/README.md")
+    assert card.data.library_name == "patchattn"
+    assert card.data.base_model == "someone/base"
+    assert {"patchattn", "moh", "ssa"} <= set(card.data.tags)
+    for text in ("arXiv:2410.11842", "arXiv:2411.12892", "| `active_ratio` | `0.5` |", "patchattn.from_pretrained("):
+        assert text in card.text
+
+
+def test_the_card_names_no_local_folder(tmp_path):
+    model = patch(base())
+    model.config._name_or_path = str(tmp_path)
+    patchattn.save_pretrained(model, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.base_model is None
+    assert str(tmp_path) not in card.content
+
+
+def test_push_to_hub_sends_nothing_of_an_unpatched_model(hub_calls):
+    with pytest.raises(ValueError, match="not patched"):
+        patchattn.push_to_hub(base(), "model")
+    assert hub_calls == {}
+
+
+# --- custom code, and a fresh process
+
+
+def test_the_custom_code_entry(tmp_path):
+    patchattn.save_pretrained(patch(base("bert")), tmp_path, custom_code=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModelForMaskedLM": "modeling_patchattn.BertForMaskedLM"}
+    code = (tmp_path / "modeling_patchattn.py").read_text()
+    assert 'BertForMaskedLM = patched_class("BertForMaskedLM")' in code
+    model = patch(base("t5").encoder)
+    with pytest.raises(ValueError, match="No Auto class of transformers stands for T5Stack"):
+        patchattn.save_pretrained(model, tmp_path / "stack", custom_code=True)
+    assert not (tmp_path / "stack").exists()
+
+
+FRESH = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder = sys.argv[1]
+tokens = load_file(folder + "/inputs.safetensors")
+plain = AutoModelForCausalLM.from_pretrained(folder + "/whole")
+if "patchattn" in sys.modules:
+    raise SystemExit("plain loading imported patchattn")
+models = {
+    "plain": plain,
+    "custom": AutoModelForCausalLM.from_pretrained(folder + "/whole", trust_remote_code=True),
+    "plain after": AutoModelForCausalLM.from_pretrained(folder + "/base"),
+}
+import patchattn
+
+models["whole"] = patchattn.from_pretrained(folder + "/whole")
+models["patch"] = patchattn.from_pretrained(folder + "/patch")
+with torch.no_grad():
+    results = {name: model(**tokens).logits for name, model in models.items()}
+save_file(results, folder + "/outputs.safetensors")
+print(type(models["custom"]).__module__, patchattn.patch_info(models["custom"])["patches"][1]["variant"])
+"""
+
+
+def test_a_fresh_process_computes_the_same(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    unpatched = run(model)[0]
+    patch(model)
+    patchattn.save_pretrained(model, tmp_path / "whole", custom_code=True)
+    patchattn.save_patch(model, tmp_path / "patch")
+    save_file(FAMILIES["llama"].inputs(), tmp_path / "inputs.safetensors")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    process = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path)], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[-2:] == ["transformers.models.llama.modeling_llama", "moh"]
+    results = load_file(tmp_path / "outputs.safetensors")
+    patched = run(model)[0]
+    assert not equal([patched], [unpatched])
+    for name in ("custom", "whole", "patch"):
+        assert equal([results[name]], [patched]), name
+    for name in ("plain", "plain after"):
+        assert equal([results[name]], [unpatched]), name
