@@ -175,7 +175,7 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
     """Compare what the sites state with the shapes of the calls; `right`, or what is wrong where."""
     wrong: list[str] = []
     seen: set[str] = set()
-    unaligned: set[str] = set()
+    notes: list[str] = []
 
     def compare(call: AttentionCall) -> None:
         site = call.site
@@ -183,17 +183,19 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
         stated = (site.query_heads, site.kv_heads, site.head_dim)
         actual = (call.query.shape[1], call.key.shape[1], call.query.shape[-1])
         for what, said, is_so in zip(("query heads", "kv heads", "head dim"), stated, actual, strict=True):
-            if said != is_so:
+            if said is None:
+                notes.append(f"{what} unknown in {site.module_class}")
+            elif said != is_so:
                 wrong.append(f"{site.module_class}: {what} {said}, really {is_so}")
         try:
             tokens = call.layer_input()
             if site.input_size is not None and tokens.shape[-1] != site.input_size:
                 wrong.append(f"{site.module_class}: input size {site.input_size}, really {tokens.shape[-1]}")
         except NotImplementedError:
-            unaligned.add(site.module_class)
+            notes.append(f"input not aligned in {site.module_class}")
         memory = call.context.memory if call.context else None
         if memory is not None and not site.is_cross:
-            wrong.append(f"{site.module_class}: self attention, but called with another sequence")
+            notes.append(f"self attention called with another sequence in {site.module_class}")
 
     with _probing(compare) as name:
         try:
@@ -206,8 +208,7 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
     if unseen := sorted({type(model.get_submodule(n)).__name__ for n in reached - seen}):
         wrong.append(f"{', '.join(unseen)}: run, but attention was not called through the seam")
     findings.problems += dict.fromkeys(wrong)
-    notes = f"input not aligned in {', '.join(sorted(unaligned))}" if unaligned else ""
-    return "; ".join(filter(None, [*dict.fromkeys(wrong), notes])) or "right"
+    return "; ".join(dict.fromkeys([*wrong, *notes])) or "right"
 
 
 @contextmanager

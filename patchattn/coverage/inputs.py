@@ -10,12 +10,24 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-BATCH, TOKENS, DECODER_TOKENS = 2, 16, 12
-_MAX_GUESSES = 60
+BATCH, TOKENS, DECODER_TOKENS, MEMORY_TOKENS = 2, 16, 12, 10
+_MAX_GUESSES = 40
 _FIRST_TOKEN = 5  # below are padding and separators, in nearly all vocabularies
 
+_MASK = re.compile(r"mask")
+_SHAPES = re.compile(r"grid_thw|grid_hws|spatial_shapes|image_sizes")
+
 # Shapes that no attribute tells, by model type and argument.
-_HINTS: dict[str, dict[str, tuple[int, ...]]] = {}
+_HINTS: dict[str, dict[str, Any]] = {
+    "decision_transformer": {
+        "states": (2, 8, 17),
+        "actions": (2, 8, 4),
+        "rewards": (2, 8, 1),
+        "returns_to_go": (2, 8, 1),
+        "timesteps": ("long", 2, 8),
+        "attention_mask": (),
+    },
+}
 
 
 def guesses(module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -23,31 +35,61 @@ def guesses(module: nn.Module) -> Iterator[dict[str, Any]]:
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     named = [p for p in list(parameters.values())[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = [p.name for p in named]
-    required = [p.name for p in named if p.default is p.empty]
-    main = getattr(module, "main_input_name", "input_ids")
-    wanted = list(required)
-    if main in names and main not in wanted:
-        wanted.insert(0, main)
-    if not wanted and names:
-        wanted = names[:1]
-    if "input_ids" in wanted or any(name in names for name in ("input_features", "input_values")):
-        wanted += [name for name in ("decoder_input_ids",) if name in names and name not in wanted]
-    sets = [wanted]
-    if "pixel_values" in names and "input_ids" in names:  # image and text, before text alone and image alone
-        both = [*wanted, *(n for n in ("input_ids", "pixel_values", "bbox") if n in names and n not in wanted)]
-        sets = [both, wanted, [n for n in wanted if n != "input_ids"] or ["pixel_values"]]
-    if "input_ids" in names and "input_ids" not in wanted:
-        sets.append([*required, "input_ids"])
-    extras = [name for name in names if re.search(r"grid_thw|spatial_shapes|pixel_attention_mask|image_sizes", name)]
-    sets += [[*wanted, *(n for n in extras if n not in wanted)]] if extras else []
-    config = module.config
     tried = 0
+    for chosen in _argument_sets(names, [p.name for p in named if p.default is p.empty], module):
+        masks = [name for name in chosen if _MASK.search(name)]
+        others = [name for name in chosen if name not in masks]
+        for values in itertools.product(*(list(_alternatives(name, module.config)) for name in others)):
+            arguments = dict(zip(others, values, strict=True))
+            for filled in _masked(arguments, masks):
+                yield filled
+                tried += 1
+                if tried >= _MAX_GUESSES:
+                    return
+
+
+def _argument_sets(names: list[str], required: list[str], module: nn.Module) -> Iterator[list[str]]:
+    """Which arguments to pass: the required and the main one first, then more and more of the optional ones."""
+    main = getattr(module, "main_input_name", "input_ids")
+    least = list(required)
+    if main in names and main not in least:
+        least.insert(0, main)
+    least = least or names[:1]
+    if "decoder_input_ids" in names and "decoder_input_ids" not in least:
+        least.append("decoder_input_ids")
+
+    def those(*wanted: str) -> list[str]:
+        return list(dict.fromkeys([*least, *(name for name in names if name in wanted)]))
+
+    sets = [least]
+    if "pixel_values" in names and "input_ids" in names:  # both, before either alone
+        sets = [those("input_ids", "pixel_values", "bbox"), least, [n for n in least if n != "input_ids"] or ["pixel_values"]]
+    sets.append([name for name in names if name in (*required, "input_ids")])
+    sets.append(those("encoder_hidden_states"))
+    sets.append(those(*(name for name in names if _SHAPES.search(name) or (_MASK.search(name) and "pixel" in name))))
+    sets.append(those(*(name for name in names if _MASK.search(name))))
+    sets.append(those("inputs_embeds", "patch_embeds", "encoder_hidden_states"))
+    hinted = _HINTS.get(module.config.model_type, {})
+    if set(hinted) <= set(names) and hinted:
+        sets.insert(0, list(hinted))
+    if "use_cache" in names:  # the default cache does not know every hybrid
+        sets.append([*least, "use_cache"])
+    seen: list[list[str]] = []
     for chosen in sets:
-        for values in itertools.product(*(list(_alternatives(name, config)) for name in chosen)):
-            yield dict(zip(chosen, values, strict=True))
-            tried += 1
-            if tried >= _MAX_GUESSES:
-                return
+        if chosen and chosen not in seen:
+            seen.append(chosen)
+            yield chosen
+
+
+def _masked(arguments: dict[str, Any], masks: list[str]) -> Iterator[dict[str, Any]]:
+    """The arguments with masks that hide nothing, over the second or the last axis of the first argument."""
+    first = next(iter(arguments.values()), None)
+    if not masks or first is None:
+        yield arguments
+        return
+    for axis in dict.fromkeys((1, first.dim() - 1)):
+        mask = torch.ones(first.shape[0], first.shape[axis], dtype=torch.long)
+        yield {**arguments, **dict.fromkeys(masks, mask)}
 
 
 def _alternatives(name: str, config: PretrainedConfig) -> Iterator[Any]:
@@ -58,8 +100,9 @@ def _alternatives(name: str, config: PretrainedConfig) -> Iterator[Any]:
         return torch.randn(*shape, generator=generator)
 
     width = _number(config, "hidden_size", "d_model", "embed_dim", "n_embd", "dim") or 64
-    if name in _HINTS.get(config.model_type, {}):
-        yield noise(*_HINTS[config.model_type][name])
+    hint = _HINTS.get(config.model_type, {}).get(name)
+    if hint is not None:
+        yield torch.zeros(hint[1:], dtype=torch.long) if hint[0] == "long" else noise(*hint)
     elif re.fullmatch(r"(?:\w+_)?input_ids|input_tokens|\w*codes|\w+_ids", name) and "position" not in name:
         length = DECODER_TOKENS if "decoder" in name else TOKENS
         top = min([v for v in _numbers(config, "vocab_size", "codebook_size") if v > _FIRST_TOKEN + 1] or [64])
@@ -69,21 +112,22 @@ def _alternatives(name: str, config: PretrainedConfig) -> Iterator[Any]:
             yield torch.randint(_FIRST_TOKEN, min(top, 64), (BATCH, length, books), generator=generator)
     elif "position" in name:
         yield torch.arange(TOKENS)[None]
-    elif re.search(r"mask", name):
-        yield torch.ones(BATCH, TOKENS, dtype=torch.long)
-        yield torch.ones(1, 16, dtype=torch.long)
     elif re.search(r"grid_thw|grid_hws", name):
         yield torch.tensor([[1, 4, 4]])
         yield torch.tensor([[4, 4]])
     elif re.search(r"spatial_shapes|image_sizes", name):
         yield torch.tensor([[4, 4]])
         yield torch.tensor([[32, 32]] * BATCH)
+    elif name == "use_cache":
+        yield False
     elif name == "bbox":
         yield torch.zeros(BATCH, TOKENS, 4, dtype=torch.long)
     elif re.search(r"pixel_values|^(?:images?|frames|x|pixels)$", name):
         yield from _images(config, noise, video="video" in name)
     elif re.search(r"input_features|input_values|audio|waveform|mel|spectrogram", name):
         yield from _sounds(config, noise, prefer_samples="values" in name)
+    elif name.startswith(("encoder_", "cross_", "key_value", "memory")):
+        yield noise(BATCH, MEMORY_TOKENS, width)
     elif re.search(r"hidden_states|embeds|embeddings|inputs|features|query|key|value", name):
         yield noise(BATCH, TOKENS, width)
         yield from _patches(config, noise)

@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import variants  # noqa: F401  (registers them)
-from ..patching import select_sites
+from ..patching import patch_model, select_sites, unpatch_model
 from ..sites import AttentionSite
-from .checks import Findings, check, find_runs, _line
-from .tiny import configuration_class, meta_model, model_classes, tiny_config, tiny_model
+from ..variant import list_variants, variant_info
+from .checks import Findings, _line, check, find_runs
+from .tiny import SCALES, TooLargeError, default_config, meta_model, model_classes, tiny_config, tiny_model
 
 Status = Literal["patchable", "failed", "refused", "structure only", "not built", "no attention"]
 
@@ -112,32 +113,34 @@ def _work(model_type: str, sender: Connection) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)  # a forked process must not use the threads of its parent's pool
-    sender.send(examine(model_type))
-
-
-def examine(model_type: str) -> Row:
-    """Fill the row of one model type, in this process."""
     row = Row(model_type)
     try:
-        classes = model_classes(model_type)
-    except Exception as error:  # an optional dependency or a broken file of one family must not end the sweep
+        examine(row)
+    except Exception as error:  # ours or the model's: one type's finding, not the end of the sweep
+        row.status, row.reason = "failed", _line(error)
+    sender.send(row)
+
+
+def examine(row: Row) -> None:
+    """Fill the row of one model type, in this process."""
+    try:
+        classes = model_classes(row.model_type)
+    except Exception as error:  # an optional dependency or a broken file of one family
         row.reason = _line(error)
-        return row
+        return
     if not classes:
-        row.reason = "no model class for this configuration"
-        return row
+        row.reason = "no model class of its own: the configuration describes a part of other models"
+        return
     _look_at_structure(row, classes)
-    if row.status in ("refused", "no attention"):
-        return row
-    _try_small(row, classes)
-    return row
+    if row.status not in ("refused", "no attention"):
+        _try_small(row, classes)
 
 
 def _look_at_structure(row: Row, classes: list[type[PreTrainedModel]]) -> None:
     """Stage 1: the default configuration, without weights."""
     for model_class in classes:
         try:
-            model = meta_model(model_class, configuration_class(row.model_type)())
+            model = meta_model(model_class, default_config(row.model_type))
         except Exception as error:  # see examine
             row.reason = row.reason or _line(error)
             continue
@@ -151,11 +154,10 @@ def _note_sites(row: Row, model: PreTrainedModel) -> list[AttentionSite]:
     if not any(re.search(r"attention|attn", type(module).__name__, re.I) for module in model.modules()):
         row.status = "no attention"
         return []
-    try:
-        sites = select_sites(model)
-    except NotImplementedError as error:
-        row.status, row.reason = "refused", str(error)
+    if refusal := _refusal(model):
+        row.status, row.reason = "refused", refusal
         return []
+    sites = select_sites(model)
     row.status = "structure only"
     row.cross_sites = sum(site.is_cross for site in sites)
     row.self_sites = len(sites) - row.cross_sites
@@ -163,18 +165,34 @@ def _note_sites(row: Row, model: PreTrainedModel) -> list[AttentionSite]:
     return sites
 
 
+def _refusal(model: PreTrainedModel) -> str:
+    """Why no variant can be attached to a model; empty if one can."""
+    refusal = ""
+    for name in list_variants():
+        try:
+            patch_model(model, name, variant_info(name).variant.neutral_config())
+        except NotImplementedError as error:
+            refusal = refusal or str(error)
+        else:
+            unpatch_model(model)
+            return ""
+    return refusal
+
+
 def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
     """Stage 2: the first small model that can be built and run."""
     errors: list[str] = []
-    for model_class in classes[:4]:
-        for options in ({}, {"images": False}, {"widths": False}, {"widths": False, "images": False}):
+    for model_class in classes[:2]:
+        for scale in SCALES:
             try:
-                config: PretrainedConfig = tiny_config(row.model_type, **options)
-                model = tiny_model(model_class, config)
+                model = tiny_model(model_class, tiny_config(row.model_type, scale))
+                sites = select_sites(model) if row.status == "structure only" else _note_sites(row, model)
+            except TooLargeError as error:
+                errors.append(f"{model_class.__name__}: {error}")
+                break  # the next scales are larger
             except Exception as error:  # see examine
                 errors.append(f"{model_class.__name__}: {_line(error)}")
                 continue
-            sites = select_sites(model) if row.status == "structure only" else _note_sites(row, model)
             if row.status != "structure only":
                 return
             runs, reached, error_text = find_runs(model, sites)
@@ -186,4 +204,4 @@ def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
             row.status = "failed" if row.findings.problems else "patchable"
             row.reason = "; ".join(row.findings.problems)
             return
-    row.reason = errors[0] if errors else row.reason
+    row.reason = "; ".join(dict.fromkeys(errors[:1] + errors[-1:])) or row.reason

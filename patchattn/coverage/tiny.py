@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,30 +13,75 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-LAYERS, HEADS, HEAD_DIM, WIDTH, VOCABULARY = 4, 4, 32, 128, 1024
-MAX_PARAMETERS = 60_000_000
+LAYERS, HEADS, WIDTH, VOCABULARY = 4, 4, 128, 1024
+MAX_PARAMETERS = 120_000_000
 
+
+class TooLargeError(ValueError):
+    """A model that was made as small as can be is still large."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How narrow a model is made.
+
+    Attributes:
+        head_dim: width of a head, the layer has four; `None` leaves all widths as they are.
+        images: make images a few patches wide.
+    """
+
+    head_dim: int | None
+    images: bool
+
+
+# In the order they are tried: some families fix a head's width or an image's size.
+SCALES = [Scale(32, True), Scale(32, False), Scale(128, True), Scale(None, True), Scale(None, False)]
+
+_VOCABULARY = re.compile(r"(?:\w+_)?vocab_size(?:_\w+)?")
+_SHARED_LAYERS = re.compile(r"num_kv_shared_layers")
 _LAYERS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(?:layers?|blocks)|(?:\w+_)?(?:depth|layers)|n_layer|num_layers_\w+")
 _HEADS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?heads?|(?:\w+_)?(?:attention|attn)_heads")
 _KV_HEADS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(?:key_value|kv)_heads|num_multi_query_groups?")
+_MAMBA_HEADS = re.compile(r"mamba_\w*heads")
 _HEAD_DIM = re.compile(
-    r"(?:\w+_)?head_(?:dim|size)|d_kv|d_head|dim_head|dim_per_head|kv_channels|attention_head_size|(?:qk|v)_channels_per_head"
+    r"(?:\w+_)?(?:head_(?:dim|size)|d_head)|d_kv|dim_head|dim_per_head|kv_channels|(?:qk|v)_channels_per_head"
 )
+_HALF_HEAD_DIM = re.compile(r"qk_(?:nope|rope)_head_dim")
 _WIDTH = re.compile(
-    r"(?:\w+_)?(?:hidden_size|hidden_dim|d_model|embed_dim|embed_size|n_embd|embedding_size|embedding_dim|emb_dim|"
-    r"proj_dim|projection_dim|projection_size|width|channels_out|hidden_channels)|(?:\w+_)?dim"
+    r"(?!\w*head)(?:\w+_)?(?:hidden_size|hidden_dim|d_model|embed_dim|embed_size|n_embd|embedding_size|embedding_dim|"
+    r"emb_dim|proj_dim|projection_dim|projection_size|width|channels_out|hidden_channels|dim)"
 )
-_INNER = re.compile(r"(?:\w+_)?(?:intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|mlp_dim|d_ff|n_inner)")
-_EXPERTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?experts|moe_num_experts")
-_CHOSEN = re.compile(r"(?:\w+_)?(?:top_?k|experts_per_tok(?:en)?|experts_per_token|num_selected_experts)")
+_INNER = re.compile(
+    r"(?:\w+_)?(?:intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|mlp_dim|d_ff|n_inner|mamba_d_ssm)"
+)
+_EXPERTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?experts")
+_CHOSEN = re.compile(r"(?:\w+_)?(?:top_?k|experts_per_tok(?:en)?|num_selected_experts|moe_k)")
 _GROUPS = re.compile(r"n_group|topk_group|num_expert_group|n_groups_per_expert")
 _LORA = re.compile(r"(?:\w+_)?lora_rank")
 _TOKEN = re.compile(r"(?:\w+_)?token_(?:id|index|ids)|(?:\w+_)?token")
-_INDICES = re.compile(r"\w*(?:index|indexes|indices|layer_idx|layers_idx|feature_layers?|select_layers?|layer_ids)\w*")
+_INDICES = re.compile(
+    r"(?:\w*_)?(?:index|indexes|indices|feature_layers?|select_layers?|layer_ids)|"
+    r"(?:\w*_)?(?:layers?|blocks?)_(?:idx|indexes|indices)"
+)
 _DERIVED = ("out_features", "out_indices", "stage_names", "transformers_version", "architectures", "id2label", "label2id")
 
 # Where names do not tell: values for a default configuration that cannot be built or whose parts disagree.
-_HINTS: dict[str, dict[str, Any]] = {}
+_HINTS: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4},
+    "bailing_hybrid": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 32},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "deepseek_ocr2": {"text_config": {"model_type": "deepseek_ocr2_text", "mlp_layer_types": ["dense"] * 32}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "informer": {"prediction_length": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "time_series_transformer": {"prediction_length": 4},
+}
 
 
 def configuration_class(model_type: str) -> type[PretrainedConfig]:
@@ -70,47 +116,42 @@ def _defined_beside(config_class: type[PretrainedConfig]) -> Iterator[type]:
                     yield value
 
 
-def tiny_config(model_type: str, *, widths: bool = True, images: bool = True) -> PretrainedConfig:
-    """The default configuration with few layers, experts and tokens.
-
-    Args:
-        model_type: as in `AutoConfig`.
-        widths: narrow the layers as well: to 4 heads of 32.
-        images: make images a few patches wide as well.
-    """
-    config_class = configuration_class(model_type)
-    hints = _HINTS.get(model_type, {})
-    small = _shrunk(config_class(**hints).to_dict(), widths, images, tokens={})
-    return config_class(**small)
+def tiny_config(model_type: str, scale: Scale = SCALES[0]) -> PretrainedConfig:
+    """The default configuration with few layers, experts and tokens, and as narrow as `scale` says."""
+    default = default_config(model_type)
+    return type(default)(**_shrunk(default.to_dict(), scale, tokens={}))
 
 
-def _shrunk(values: dict[str, Any], widths: bool, images: bool, tokens: dict[int, int]) -> dict[str, Any]:
+def default_config(model_type: str) -> PretrainedConfig:
+    """The default configuration, completed where it cannot be built without help."""
+    return configuration_class(model_type)(**_HINTS.get(model_type, {}))
+
+
+def _shrunk(values: dict[str, Any], scale: Scale, tokens: dict[int, int]) -> dict[str, Any]:
     """A copy of a configuration's dictionary with small values; sub-configurations likewise."""
     if not all(isinstance(key, str) for key in values):  # a table, not a configuration
         return values
     old_layers = [v for k, v in values.items() if _is_count(v) and _LAYERS.fullmatch(k)]
     kept = _kept_layers(values, old_layers)
-    layers = len(kept)
-    hierarchical = any(_HEADS.fullmatch(k) and isinstance(v, list) and len(set(v)) > 1 for k, v in values.items())
-    widths = widths and not hierarchical
-    old_head_dim = next((v for k, v in values.items() if k in ("head_dim", "attention_head_dim") and _is_count(v)), None)
-    head_width = _width_per_head(values)
+    if any(_HEADS.fullmatch(k) and isinstance(v, list) and len(set(v)) > 1 for k, v in values.items()):
+        scale = replace(scale, head_dim=None)  # a pyramid of widths that depend on each other
     small: dict[str, Any] = {}
     for key, value in values.items():
         if key in _DERIVED:
             continue
         if isinstance(value, dict) and key == "per_layer_config":
-            small[key] = {kept.index(int(i)): _shrunk(v, widths, images, tokens) for i, v in value.items() if int(i) in kept}
+            small[key] = {kept.index(int(i)): _shrunk(v, scale, tokens) for i, v in value.items() if int(i) in kept}
         elif isinstance(value, dict):
-            if widths and (sections := value.get("mrope_section")):
-                value = {**value, "mrope_section": _apportioned(sections, HEAD_DIM / (old_head_dim or head_width))}
-            small[key] = _shrunk(value, widths, images, tokens)
+            if scale.head_dim and (sections := value.get("mrope_section")):
+                factor = scale.head_dim / _old_head_dim(values)
+                value = {**value, "mrope_section": _apportioned(sections, factor)}
+            small[key] = _shrunk(value, scale, tokens)
         elif isinstance(value, list):
             small[key] = _shrunk_list(key, value, old_layers, kept, tokens)
         elif _is_count(value):
-            small[key] = _shrunk_integer(key, value, values, layers, widths, images, tokens)
-        elif key == "head_dim" and value is None and widths:  # some families cannot do without
-            small[key] = HEAD_DIM
+            small[key] = _shrunk_integer(key, value, values, len(kept), scale, tokens)
+        elif key == "head_dim" and value is None and scale.head_dim:  # some families cannot do without
+            small[key] = scale.head_dim
         else:
             small[key] = value
     return small
@@ -125,42 +166,36 @@ def _kept_layers(values: dict[str, Any], old_layers: list[int]) -> list[int]:
 
 
 def _shrunk_integer(
-    key: str, value: int, values: dict[str, Any], layers: int, widths: bool, images: bool, tokens: dict[int, int]
+    key: str, value: int, values: dict[str, Any], layers: int, scale: Scale, tokens: dict[int, int]
 ) -> int:
     if _TOKEN.fullmatch(key):
         return _token(value, tokens)
-    if re.fullmatch(r"(?:\w+_)?vocab_size", key):
-        return min(value, VOCABULARY)
-    if _LAYERS.fullmatch(key):
-        return min(value, layers)
-    if _INDICES.fullmatch(key):
-        return min(value, layers - 1)
-    if _GROUPS.fullmatch(key):
-        return 1
-    if _EXPERTS.fullmatch(key):
-        return min(value, 4)
-    if _CHOSEN.fullmatch(key):
-        return min(value, 2)
-    if key == "image_size" and images and _is_count(values.get("patch_size")):
+    if key == "image_size" and scale.images and _is_count(values.get("patch_size")):
         return min(value, values["patch_size"] * 8)
-    if not widths:
-        return value
-    if _KV_HEADS.fullmatch(key):
+    limits = [
+        (_VOCABULARY, VOCABULARY),
+        (_SHARED_LAYERS, 0),
+        (_LAYERS, layers),
+        (_INDICES, layers - 1),
+        (_GROUPS, 1),
+        (_EXPERTS, 4),
+        (_CHOSEN, 2),
+    ]
+    if scale.head_dim:
+        width = HEADS * scale.head_dim
         heads = next((v for k, v in values.items() if _HEADS.fullmatch(k) and not _KV_HEADS.fullmatch(k)), value)
-        return min(value, HEADS if not _is_count(heads) or value >= heads else HEADS // 2)
-    if _HEADS.fullmatch(key):
-        return 2 * HEADS if "mamba" in key else min(value, HEADS)
-    if key in ("qk_nope_head_dim", "qk_rope_head_dim"):
-        return HEAD_DIM // 2
-    if _HEAD_DIM.fullmatch(key):
-        return HEAD_DIM
-    if _WIDTH.fullmatch(key) and "head" not in key:
-        return min(value, WIDTH)
-    if _INNER.fullmatch(key):
-        return min(value, 2 * WIDTH)
-    if _LORA.fullmatch(key):
-        return min(value, HEAD_DIM)
-    return value
+        halves = "qk_rope_head_dim" in values  # multi-head latent attention: head_dim is that of the rotated half
+        limits += [
+            (_KV_HEADS, HEADS if not _is_count(heads) or value >= heads else HEADS // 2),
+            (_MAMBA_HEADS, 2 * HEADS),
+            (_HEADS, HEADS),
+            (_HALF_HEAD_DIM, scale.head_dim // 2),
+            (_HEAD_DIM, scale.head_dim // 2 if key == "head_dim" and halves else scale.head_dim),
+            (_WIDTH, width),
+            (_INNER, 2 * width),
+            (_LORA, scale.head_dim),
+        ]
+    return next((min(value, limit) for pattern, limit in limits if pattern.fullmatch(key)), value)
 
 
 def _shrunk_list(
@@ -179,10 +214,12 @@ def _shrunk_list(
     return value
 
 
-def _width_per_head(values: dict[str, Any]) -> float:
-    width = next((v for k, v in values.items() if k in ("hidden_size", "d_model", "embed_dim") and _is_count(v)), WIDTH)
-    heads = next((v for k, v in values.items() if k in ("num_attention_heads", "num_heads") and _is_count(v)), HEADS)
-    return width / heads
+def _old_head_dim(values: dict[str, Any]) -> float:
+    def first(default: int | None, *names: str) -> int | None:
+        return next((values[name] for name in names if _is_count(values.get(name))), default)
+
+    width, heads = first(WIDTH, "hidden_size", "d_model", "embed_dim"), first(HEADS, "num_attention_heads", "num_heads")
+    return first(None, "head_dim", "attention_head_dim") or width / heads  # type: ignore[operator]
 
 
 def _apportioned(sections: list[int], factor: float) -> list[int]:
@@ -218,11 +255,11 @@ def tiny_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     """A model with random weights, the same for the same configuration.
 
     Raises:
-        ValueError: it would not be tiny.
+        TooLargeError: it would not be tiny.
     """
     size = sum(p.numel() for p in meta_model(model_class, config).parameters())
     if size > MAX_PARAMETERS:
-        raise ValueError(f"{model_class.__name__} could not be made small: {size / 1e6:.0f} million parameters.")
+        raise TooLargeError(f"it could not be made small: {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
     model = model_class(config).eval().float()
     _randomise(model)
