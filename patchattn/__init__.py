@@ -1,11 +1,12 @@
 """patchattn replaces the attention of a transformers model by a published variant, in place and reversibly."""
 
 from . import variants
+from .call import AttentionCall, LayerContext
+from .checking import Check, CheckReport, check_patch
 from .checkpoint import from_pretrained, load_patch, patched_class, save_patch
 from .hub import push_to_hub, save_pretrained
 from .observe import observe
-from .patching import patch_info, patch_model, patched, unpatch_model
-from .seam import AttentionCall, LayerContext
+from .patching import patch_info, patch_model, patched, unpatch_model, unpatched
 from .sites import AttentionSite, find_sites
 from .variant import (
     Attend,
@@ -26,10 +27,13 @@ __all__ = [
     "AttentionCall",
     "AttentionOutput",
     "AttentionSite",
+    "Check",
+    "CheckReport",
     "LayerContext",
     "Variant",
     "VariantConfig",
     "VariantInfo",
+    "check_patch",
     "find_sites",
     "from_pretrained",
     "list_variants",
@@ -45,6 +49,7 @@ __all__ = [
     "save_patch",
     "save_pretrained",
     "unpatch_model",
+    "unpatched",
     "variant_info",
     "variants",
 ]

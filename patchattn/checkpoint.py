@@ -27,11 +27,11 @@ from .patching import (
     active_chains,
     applied_patches,
     apply_patches,
-    base_model,
     is_patched,
     plan_dict,
 )
 from .seam import CHILD
+from .selection import base_model
 from .sites import find_sites
 from .variant import Variant, nearest
 

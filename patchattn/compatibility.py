@@ -49,7 +49,7 @@ def name_branches(model: nn.Module, base: str) -> list[str]:
 
 
 @functools.cache
-def _questions(kind: type) -> tuple[tuple[str, str], ...]:
+def _questions(kind: Any) -> tuple[tuple[str, str], ...]:
     """Operator and right side of every comparison of the implementation's name in a class."""
     found: list[tuple[str, str]] = []
     for value in vars(kind).values():

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .patching import base_model
-from .seam import AttentionCall
+from .call import AttentionCall
+from .selection import base_model
 from .variant import Variant
 
 

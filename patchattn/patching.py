@@ -1,6 +1,5 @@
 """`patch_model`, its inverse, and what a patched model says of itself."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ from .seam import (
     register_base,
     release_bases,
 )
-from .sites import AttentionSite, find_sites, find_undispatched
+from .selection import base_model, select_sites
+from .sites import AttentionSite, find_sites
 from .variant import Variant, VariantConfig, VariantInfo, nearest, variant_info
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -225,6 +225,26 @@ def patched(model: ModelT, variant: str | Sequence[str], *args: Any, **kwargs: A
             unpatch_model(model)
 
 
+@contextmanager
+def unpatched(model: ModelT) -> Iterator[ModelT]:
+    """The model without its patches for the length of a `with` block; they come back as they were, trained values too.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    base = base_model(model)
+    children = [(module, child) for module in base.modules() if (child := module._modules.get(CHILD)) is not None]
+    plan = getattr(base.config, CONFIG_KEY, None)
+    unpatch_model(model)
+    try:
+        yield model
+    finally:
+        for module, child in children:
+            module.add_module(CHILD, child)
+        _install(base, [module for module, _ in children])
+        _config(base).patchattn = plan
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether any attention module of the model carries a variant."""
     return any(CHILD in module._modules for module in model.modules())
@@ -268,67 +288,6 @@ def applied_patches(model: nn.Module) -> list[Patch]:
 def plan_dict(patches: Sequence[Patch]) -> dict[str, Any]:
     """The plan as a model's `config.json` carries it under `patchattn`."""
     return {"format_version": FORMAT_VERSION, "patches": [patch.to_dict() for patch in patches]}
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of a PeftModel or a compiled or data-parallel wrapper."""
-    for attribute in ("_orig_mod", "module"):
-        inner = model._modules.get(attribute)
-        if inner is not None:
-            return base_model(inner)
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        return base_model(model.get_base_model())  # type: ignore[operator]
-    if not hasattr(model, "config"):
-        raise TypeError(f"Expected a transformers model (one with a config), got {type(model).__name__}.")
-    return model
-
-
-def select_sites(
-    model: nn.Module, *, layers: int | Iterable[int] | None = None, modules: str | None = None
-) -> list[AttentionSite]:
-    """The attention sites that `layers` and `modules` choose; see `patch_model`."""
-    sites = find_sites(model)
-    undispatched = find_undispatched(model)
-    if undispatched and (not sites or modules is None):
-        name, module = undispatched[0]
-        family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-        hint = " Choose the others with modules=..." if sites else ""
-        raise NotImplementedError(
-            f"{type(model).__name__} (model type {family!r}) cannot be patched: {type(module).__name__} ({name}) "
-            f"computes attention itself and does not call transformers' attention interface.{hint}"
-        )
-    if not sites:
-        raise NotImplementedError(
-            f"{type(model).__name__} has no attention module that calls transformers' attention interface."
-        )
-    if modules is not None:
-        if not isinstance(modules, str):
-            raise TypeError(f"modules must be a regular expression, got {modules!r}.")
-        try:
-            pattern = re.compile(modules)
-        except re.error as error:
-            raise ValueError(f"modules={modules!r} is not a valid regular expression: {error}.") from error
-        chosen = [site for site in sites if pattern.search(site.name)]
-        if not chosen:
-            raise ValueError(
-                f"modules={modules!r} matches none of the {len(sites)} attention modules, such as {sites[0].name!r}."
-            )
-        sites = chosen
-    if layers is not None:
-        wanted = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
-        if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes):
-            raise TypeError(f"layers must be an integer or several, got {layers!r}.")
-        wanted = list(wanted)
-        there = {site.layer_index for site in sites}
-        for index in wanted:
-            if not isinstance(index, int) or isinstance(index, bool):
-                raise TypeError(f"layers must be integers, got {index!r}.")
-            if index not in there:
-                raise ValueError(f"There is no layer {index}: layers with attention are {_ranges(sorted(there))}.")
-        if not wanted:
-            raise ValueError("layers is empty: nothing would be patched.")
-        sites = [site for site in sites if site.layer_index in wanted]
-    return sites
 
 
 def _settings_per_variant(
@@ -417,14 +376,3 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
             module.register_forward_hook(close_context)
             if chain.site.query_norm is not None:
                 module.get_submodule(chain.site.query_norm).register_forward_pre_hook(note_raw_query)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as `0 to 2, 5`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)

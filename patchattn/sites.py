@@ -25,11 +25,14 @@ PROJECTION_ROLES = {
         r"(?:o|wo|out|c_proj|dense|proj|projection|out_?(?:proj|lin|layer)|o_proj|to_out|output)", re.I
     ),
 }
+# The first half of a low-rank query projection (multi-head latent attention), which reads the layer's input.
+_QUERY_DOWN = re.compile(rf"{_PREFIX}q(?:uery)?_?a(?:_?(?:proj|projection|layer))?", re.I)
 _QUERY_NORM = re.compile(r"(?:q|query)_?(?:layer_?)?(?:norm|ln)|(?:norm|ln|layer_?norm)_?(?:q|query)", re.I)
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
 _HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
 _HEADS = re.compile(r"(?:num|n)_(?:attention_|attn_|query_|q_)?heads?")
 _KV_HEADS = re.compile(r"(?:num|n)_(?:key_value|kv)_heads?")
+_MASK_ARGUMENTS = ("attention_mask", "mask")
 _MEMORY_ARGUMENTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_states")
 
 
@@ -50,6 +53,7 @@ class AttentionSite:
         query_norm: child that normalises the query after its projection, `None` without one.
         input_argument: parameter of `forward` that holds the layer's input.
         memory_argument: parameter of `forward` that holds the other sequence of cross attention, if it has one.
+        mask_argument: parameter of `forward` that holds the attention mask, if it has one.
         arguments: positional parameters of `forward`, in order.
     """
 
@@ -67,6 +71,7 @@ class AttentionSite:
     query_norm: str | None
     input_argument: str
     memory_argument: str | None
+    mask_argument: str | None
     arguments: tuple[str, ...]
 
     def geometry(self) -> dict[str, Any]:
@@ -137,7 +142,8 @@ def _describe(name: str, module: nn.Module, layer_index: int) -> AttentionSite:
     projections = _projections(module)
     query_heads, kv_heads, head_dim = _geometry(module, projections)
     widths = {role: (linear_shape(module.get_submodule(child)) or (None,))[0] for role, child in projections.items()}
-    input_size = widths.get("query", widths.get("fused"))
+    down = next((linear_shape(child) for key, child in module.named_children() if _QUERY_DOWN.fullmatch(key)), None)
+    input_size = down[0] if down else widths.get("query", widths.get("fused"))
     return AttentionSite(
         name=name,
         tower=_tower(name),
@@ -153,6 +159,7 @@ def _describe(name: str, module: nn.Module, layer_index: int) -> AttentionSite:
         query_norm=next((child for child, _ in module.named_children() if _QUERY_NORM.fullmatch(child)), None),
         input_argument=arguments[0],
         memory_argument=memory,
+        mask_argument=next((argument for argument in arguments if argument in _MASK_ARGUMENTS), None),
         arguments=arguments,
     )
 
@@ -192,8 +199,10 @@ def _geometry(module: nn.Module, projections: dict[str, str]) -> tuple[int | Non
         return stated_heads, next(_integers(module, _KV_HEADS), stated_heads), None
     # A projection may be wider than its heads (an output gate beside the query) but never narrower, unless pruned.
     heads = min(stated_heads, width // dim) if stated_heads else width // dim
-    key_width = outputs.get("key")
-    kv_heads = key_width // dim if key_width else next(_integers(module, _KV_HEADS), heads)
+    if "key" in outputs:
+        return heads, outputs["key"] // dim, dim
+    groups = getattr(module, "num_key_value_groups", None)  # how often attention repeats each kv head
+    kv_heads = heads // groups if isinstance(groups, int) and groups > 0 else next(_integers(module, _KV_HEADS), heads)
     return heads, kv_heads, dim
 
 
@@ -209,8 +218,13 @@ def _integers(module: nn.Module, pattern: re.Pattern[str]) -> Iterator[int]:
         if pattern.fullmatch(name) and isinstance(value, int) and value > 0:
             yield value
     for name in sorted({*getattr(config, "attribute_map", {}), *vars(config)} if config is not None else ()):
-        value = getattr(config, name, None)
-        if pattern.fullmatch(name) and isinstance(value, int) and value > 0:
+        if not pattern.fullmatch(name):
+            continue
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # transformers refuses to name one value where it differs between layers
+            continue
+        if isinstance(value, int) and value > 0:
             yield value
 
 

@@ -13,7 +13,8 @@ from transformers import Cache, EncoderDecoderCache
 from .masks import visible_keys
 
 if TYPE_CHECKING:
-    from .seam import LayerContext, VariantChain
+    from .call import LayerContext
+    from .seam import VariantChain
 
 
 class CacheTap:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 if typing.TYPE_CHECKING:
-    from .seam import AttentionCall, LayerContext
+    from .call import AttentionCall, LayerContext
     from .sites import AttentionSite
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
@@ -146,7 +146,8 @@ class Variant(nn.Module):
     """One published attention, attached to one attention module.
 
     A subclass gives `config_class` and `attend`; the rest is optional. It holds no reference to the module it is
-    attached to, so that copies and pickles of a patched model are complete and independent.
+    attached to, so that copies and pickles of a patched model are complete and independent. Its weights are
+    nn.Parameter, not nn.Linear: PEFT's `target_modules="all-linear"` would put LoRA on those.
 
     Args:
         config: settings, validated.
@@ -232,6 +233,7 @@ class VariantInfo:
         capabilities: what it supports; anything else is refused.
         extra_parameters: what it adds, in words.
         summary: one line.
+        examples: settings that between them reach every path of the variant; the test suite runs each on every family.
     """
 
     name: str
@@ -245,6 +247,7 @@ class VariantInfo:
     code: str | None = None
     kind: Literal["attention"] = "attention"
     capabilities: frozenset[str] = ALL_CAPABILITIES
+    examples: tuple[Mapping[str, Any], ...] = ({},)
 
     @property
     def config_fields(self) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from patchattn_kernels import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 
-from ..seam import AttentionCall
+from ..call import AttentionCall
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, option, register_variant
 
@@ -132,7 +132,8 @@ class MoH(Variant):
 
     def _softmax(self, tokens: torch.Tensor, name: str, factor: int) -> torch.Tensor:
         weight = getattr(self, name)
-        return nn.functional.linear(tokens.to(weight.dtype), weight).float().softmax(-1) * factor
+        logits = nn.functional.linear(tokens.to(weight.dtype), weight)
+        return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)) * factor
 
 
 register_variant(
@@ -146,5 +147,10 @@ register_variant(
         summary="Every token keeps only the query heads it needs.",
         extra_parameters="none (query_norm); about heads + 2 vectors of the layer's width per layer (learned)",
         needs_training=True,
+        examples=(
+            {},
+            {"router": "learned", "shared_ratio": 0.25},
+            {"router": "learned", "shared_ratio": 0.5, "active_ratio": 1.0},
+        ),
     )
 )

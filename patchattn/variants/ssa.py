@@ -8,7 +8,7 @@ from torch import nn
 
 from patchattn_kernels import scale_tokens
 
-from ..seam import AttentionCall, LayerContext
+from ..call import AttentionCall, LayerContext
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, option, register_variant
 
@@ -99,7 +99,7 @@ class SSA(Variant):
         return key, value
 
     def temperature(self, stream: str, tokens: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
-        """Inverse temperatures in float32.
+        """Inverse temperatures, in float32 at least.
 
         Args:
             stream: `query`, `key` or `value`.
@@ -109,12 +109,14 @@ class SSA(Variant):
         Returns:
             `(B or 1, T)`.
         """
-        tau = torch.ones((), device=visible.device)
+        weights = [weights[stream] for weights in (self.token, self.alpha) if stream in weights]
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        tau = torch.ones((), device=visible.device, dtype=dtype)
         if tokens is not None:
             weight = self.token[stream]
-            tau = tau + torch.tanh((tokens.to(weight.dtype) @ weight).float())
+            tau = tau + torch.tanh((tokens.to(weight.dtype) @ weight).to(dtype))
         if self.config.position_aware:
-            tau = tau + self.alpha[stream].float().sigmoid() * visible.clamp(min=1).float().log()
+            tau = tau + self.alpha[stream].to(dtype).sigmoid() * visible.clamp(min=1).to(dtype).log()
         return tau
 
 
@@ -129,5 +131,6 @@ register_variant(
         summary="Every token has its own softmax temperature, from its content and its position.",
         extra_parameters="one vector of the layer's width and one value per scaled stream and layer",
         needs_training=True,
+        examples=({}, {"key": True}),
     )
 )

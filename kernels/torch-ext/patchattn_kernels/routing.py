@@ -7,7 +7,7 @@ import torch
 
 
 def head_norms(query: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of every query vector, in float32.
+    """Euclidean norm of every query vector, in float32 at least.
 
     Args:
         query: `(B, H, T, D)`.
@@ -15,7 +15,8 @@ def head_norms(query: torch.Tensor) -> torch.Tensor:
     Returns:
         `(B, T, H)`. Rotary embeddings keep norms, so a query taken before or after them gives the same result.
     """
-    return torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32).transpose(1, 2)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.linalg.vector_norm(query, dim=-1, dtype=dtype).transpose(1, 2)
 
 
 def normalized_scores(norms: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,163 @@
+"""What a variant sees: one call of attention, and what the attention module was called with."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .masks import visible_keys
+from .sites import AttentionSite
+from .storage import CacheTap
+
+
+@dataclass(eq=False)
+class LayerContext:
+    """What an attention module was called with; lives from its start to its end.
+
+    Attributes:
+        module: the attention module.
+        layer_input: `(B, T, E)` the layer's input, queries are made of it.
+        memory: `(B, S, E)` the other sequence of cross attention, or `None`.
+        attention_mask: the mask as the module got it.
+        cache: the kv cache it writes to, or `None`.
+        raw_query: the query before its norm, as the norm got it; `None` in a family without one.
+        tap: stands between the module and its cache where a variant changes what is stored.
+        rows_done: query rows attended so far, where a module attends in chunks.
+    """
+
+    module: nn.Module
+    layer_input: torch.Tensor
+    memory: torch.Tensor | None
+    attention_mask: Any
+    cache: Cache | None = None
+    raw_query: torch.Tensor | None = None
+    tap: CacheTap | None = None
+    rows_done: int = 0
+
+    def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
+        """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.
+
+        Raises:
+            NotImplementedError: they do not line up.
+        """
+        given = self.memory if memory else self.layer_input
+        aligned = given
+        if aligned is not None and aligned.dim() == 2 and batch == 1:  # a packed tower, attended chunk by chunk
+            aligned = aligned[None, self.rows_done : self.rows_done + rows]
+        if aligned is not None and aligned.dim() == 4:  # an image's rows and columns
+            aligned = aligned.flatten(1, 2)
+        if aligned is None or aligned.shape[:-1] != (batch, rows):
+            raise NotImplementedError(
+                f"{type(self.module).__name__} attends over {rows} tokens in a batch of {batch}, but its "
+                f"{'other sequence' if memory else 'input'} is {None if given is None else tuple(given.shape)}: a "
+                "variant that reads it cannot tell which row is which. Leave this tower out with modules=..."
+            )
+        return aligned
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of attention, as a variant sees it.
+
+    Attributes:
+        query: `(B, H, Tq, D)`, after rotary embedding and norm.
+        key, value: `(B, Hkv, Tk, D)`, cached ones included, kv heads not repeated.
+        attention_mask: in the format of the base implementation: `None`, bool or float `(B, 1, Tq, Tk)`, `(B, Tk)`
+            (flash attention) or a BlockMask (flex attention).
+        kwargs: everything else the model passed, to be handed on: `scaling`, `dropout`, `position_ids`, `softcap`, ...
+        module, site: the attention module and what is known of it.
+        base: name of the base implementation.
+        context: what the attention module was called with, for variants whose `needs_context` is true.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: Any
+    kwargs: dict[str, Any]
+    module: nn.Module
+    site: AttentionSite
+    base: str
+    context: LayerContext | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the logits; `1 / sqrt(D)` where the model passes none."""
+        given = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if given is None else given
+
+    @property
+    def is_causal(self) -> bool:
+        """Causal or not, by the rule of transformers: the call's argument, else the module's attribute."""
+        given = self.kwargs.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other query, key, value, attention_mask or scaling."""
+        kwargs = self.kwargs
+        if "scaling" in changes:
+            kwargs = {**kwargs, "scaling": changes.pop("scaling")}
+        fields = {**self.__dict__, "kwargs": kwargs, **changes}
+        return type(self)(**fields)
+
+    def visible_keys(self) -> torch.Tensor:
+        """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded."""
+        return visible_keys(
+            self.attention_mask,
+            q_length=self.query.shape[2],
+            kv_length=self.key.shape[2],
+            is_causal=self.is_causal and not self.site.is_cross,
+            base=self.base,
+            window=self.kwargs.get("sliding_window"),
+            device=self.query.device,
+        )
+
+    def layer_input(self) -> torch.Tensor:
+        """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
+        return self._context().tokens(self.query.shape[0], self.query.shape[2])
+
+    def raw_query(self) -> torch.Tensor:
+        """`(B, H, Tq, D)` the query before its norm, where the family has one; the call's own query otherwise."""
+        if self.site.query_norm is None:
+            return self.query
+        raw = self._context().raw_query
+        batch, heads, rows, _ = self.query.shape
+        if raw is None or raw.numel() != self.query.numel():
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) has a query norm ({self.site.query_norm}) whose input "
+                "does not line up with its queries; this variant needs the query before that norm."
+            )
+        if raw.dim() == 4 and raw.shape[1:3] == (heads, rows) and (heads != rows or raw.stride(1) < raw.stride(2)):
+            return raw
+        return raw.reshape(batch, rows, heads, -1).transpose(1, 2)
+
+    def _context(self) -> LayerContext:
+        if self.context is None:
+            raise RuntimeError(
+                f"No layer context in {self.site.name}: the variant must say needs_context, and the module must be "
+                "called as a module, so that its hooks run."
+            )
+        return self.context
+
+
+def needed_capabilities(call: AttentionCall) -> set[str]:
+    """Which of the optional capabilities one call relies on."""
+    kwargs, rows, keys = call.kwargs, call.query.shape[2], call.key.shape[2]
+    needed = {"cross"} if call.site.is_cross else {"causal" if call.is_causal else "bidirectional"}
+    names = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "position_bias"}
+    needed |= {capability for name, capability in names.items() if kwargs.get(name) is not None}
+    if call.query.shape[1] != call.key.shape[1]:
+        needed.add("gqa")
+    if kwargs.get("dropout") and call.module.training:
+        needed.add("dropout")
+    if torch.compiler.is_compiling():
+        needed.add("compile")
+        return needed  # what follows reads values
+    if keys > rows and call.is_causal and not call.site.is_cross:
+        needed.add("kv_cache")
+    if call.attention_mask is not None and bool((call.visible_keys()[:, -1] < keys).any()):
+        cache = call.context.cache if call.context is not None else None
+        needed.add("static_cache" if getattr(cache, "is_compileable", False) else "padding")
+    return needed

@@ -1,0 +1,80 @@
+"""Which model is meant, and which of its attention modules."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from .sites import AttentionSite, find_sites, find_undispatched
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, out of a PeftModel or a compiled or data-parallel wrapper."""
+    for attribute in ("_orig_mod", "module"):
+        inner = model._modules.get(attribute)
+        if inner is not None:
+            return base_model(inner)
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        return base_model(model.get_base_model())  # type: ignore[operator]
+    if not hasattr(model, "config"):
+        raise TypeError(f"Expected a transformers model (one with a config), got {type(model).__name__}.")
+    return model
+
+
+def select_sites(
+    model: nn.Module, *, layers: int | Iterable[int] | None = None, modules: str | None = None
+) -> list[AttentionSite]:
+    """The attention sites that `layers` and `modules` choose; see `patch_model`."""
+    sites = find_sites(model)
+    undispatched = find_undispatched(model)
+    if undispatched and (not sites or modules is None):
+        name, module = undispatched[0]
+        family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+        hint = " Choose the others with modules=..." if sites else ""
+        raise NotImplementedError(
+            f"{type(model).__name__} (model type {family!r}) cannot be patched: {type(module).__name__} ({name}) "
+            f"computes attention itself and does not call transformers' attention interface.{hint}"
+        )
+    if not sites:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no attention module that calls transformers' attention interface."
+        )
+    if modules is not None:
+        if not isinstance(modules, str):
+            raise TypeError(f"modules must be a regular expression, got {modules!r}.")
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"modules={modules!r} is not a valid regular expression: {error}.") from error
+        chosen = [site for site in sites if pattern.search(site.name)]
+        if not chosen:
+            raise ValueError(
+                f"modules={modules!r} matches none of the {len(sites)} attention modules, such as {sites[0].name!r}."
+            )
+        sites = chosen
+    if layers is not None:
+        wanted = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
+        if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes):
+            raise TypeError(f"layers must be an integer or several, got {layers!r}.")
+        wanted = list(wanted)
+        there = {site.layer_index for site in sites}
+        for index in wanted:
+            if not isinstance(index, int) or isinstance(index, bool):
+                raise TypeError(f"layers must be integers, got {index!r}.")
+            if index not in there:
+                raise ValueError(f"There is no layer {index}: layers with attention are {_ranges(sorted(there))}.")
+        if not wanted:
+            raise ValueError("layers is empty: nothing would be patched.")
+        sites = [site for site in sites if site.layer_index in wanted]
+    return sites
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0 to 2, 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)

@@ -1,0 +1,323 @@
+"""The invariants of a patched model, over every registered variant and every family. Nothing here names a variant."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import patchattn
+
+from .behaviour import Case, assert_same, cases, neutral_cases, snapshot, variant_parameters
+from .families import FAMILIES, LENGTH, VOCABULARY, of_kind, outputs
+
+EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
+EVERY_FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
+CAUSAL = [*of_kind("decoder"), "llava", "qwen2_5_vl"]
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of what differs by the order of sums alone
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> None:
+    torch.testing.assert_close(left, right, rtol=TOLERANCES[left.dtype], atol=TOLERANCES[left.dtype])
+
+
+def text(length: int = LENGTH, rows: int = 2) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY - 4, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("case", neutral_cases(), ids=str)
+def test_neutral_settings_change_nothing(family: str, case: Case) -> None:
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
+    expected = outputs(model, **inputs)
+    case.patch(model, live=False)
+    for left, right in zip(expected, outputs(model, **inputs), strict=True):
+        assert torch.equal(left, right)
+
+
+@EVERY_FAMILY
+@EVERY_CASE
+def test_a_patch_changes_the_output_and_unpatching_restores_every_bit(family: str, case: Case) -> None:
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
+    expected = outputs(model, **inputs)
+    before = snapshot(model)  # after a forward: transformers installs hooks of its own in the first
+    case.patch(model)
+    changed = outputs(model, **inputs)
+    assert max(float((left - right).abs().max()) for left, right in zip(expected, changed, strict=True)) > 1e-4
+    assert all(bool(tensor.isfinite().all()) for tensor in changed)
+    patchattn.unpatch_model(model)
+    assert_same(before, snapshot(model))
+    for left, right in zip(expected, outputs(model, **inputs), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", [*CAUSAL, *of_kind("encoder")])
+@EVERY_CASE
+def test_padding_changes_no_real_token(family: str, case: Case, side: str) -> None:
+    model = FAMILIES[family].make_exact()
+    # These make positions of their own from the tokens or the mask, where they have absolute ones at all.
+    takes_positions = family not in ("qwen2_5_vl", "roberta", "opt", "modernbert", "distilbert")
+    if side == "left" and family == "distilbert":
+        pytest.skip("DistilBERT has absolute positions and lets nobody shift them")
+    case.patch(model)
+    tokens, short = text(), LENGTH - 3
+    mask = torch.ones_like(tokens)
+    real = slice(3, None) if side == "left" else slice(0, short)
+    mask[1] = 0
+    mask[1, real] = 1
+    padded = tokens * mask
+    extra = {"position_ids": positions(mask)} if takes_positions else {}
+    together = outputs(model, input_ids=padded, attention_mask=mask, **extra)[0]
+    close(together[:1], outputs(model, input_ids=tokens[:1])[0])
+    close(together[1:, real], outputs(model, input_ids=padded[1:, real])[0])
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@EVERY_CASE
+def test_padding_of_the_encoder_changes_no_decoder_token(family: str, case: Case) -> None:
+    model, inputs = FAMILIES[family].make_exact(), FAMILIES[family].inputs()
+    case.patch(model)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, 6:] = 0
+    together = outputs(model, **inputs, attention_mask=mask)[0]
+    alone = {"input_ids": inputs["input_ids"][1:, :6], "decoder_input_ids": inputs["decoder_input_ids"][1:]}
+    close(together[1:], outputs(model, **alone)[0])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("chunks", [[1] * LENGTH, [4, 3, 1, 1], [LENGTH - 1, 1]], ids=["tokens", "chunks", "prefill"])
+@pytest.mark.parametrize("family", CAUSAL)
+@EVERY_CASE
+def test_cached_decoding_equals_one_forward(family: str, case: Case, chunks: list[int], kind: str) -> None:
+    model, tokens = FAMILIES[family].make_exact(), text()
+    case.patch(model)
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=16)
+    full = outputs(model, input_ids=tokens)[0]
+    parts = [
+        outputs(model, input_ids=chunk, past_key_values=cache, use_cache=True)[0]
+        for chunk in tokens.split(chunks, dim=1)
+    ]
+    close(torch.cat(parts, dim=1), full)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt", "mistral"])
+@EVERY_CASE
+def test_left_padded_cached_decoding_equals_unpadded(family: str, case: Case) -> None:
+    model, tokens = FAMILIES[family].make_exact(), text()
+    case.patch(model)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    cache, parts, done = DynamicCache(config=model.config), [], 0
+    for size in (5, 1, 2, 1):
+        chunk = slice(done, done + size)
+        done += size
+        parts.append(
+            outputs(
+                model,
+                input_ids=tokens[:, chunk],
+                attention_mask=mask[:, :done],
+                position_ids=positions(mask)[:, chunk],
+                past_key_values=cache,
+            )[0]
+        )
+    together = torch.cat(parts, dim=1)
+    close(together[:1], outputs(model, input_ids=tokens[:1])[0])
+    close(together[1:, 3:], outputs(model, input_ids=tokens[1:, 3:])[0])
+
+
+@pytest.mark.parametrize("family", of_kind("encoder_decoder"))
+@EVERY_CASE
+def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, case: Case) -> None:
+    model, inputs = FAMILIES[family].make_exact(), FAMILIES[family].inputs()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    case.patch(model)
+    full = outputs(model, **inputs)[0]
+    decoder, parts, past, encoded = inputs.pop("decoder_input_ids"), [], None, None
+    for chunk in decoder.split([2, 1, 2, 1], dim=1):
+        with torch.no_grad():
+            given = inputs if encoded is None else {"encoder_outputs": (encoded,)}
+            step = model(**given, decoder_input_ids=chunk, past_key_values=past, use_cache=True)
+        past, encoded = step.past_key_values, step.encoder_last_hidden_state
+        parts.append(step.logits)
+    close(torch.cat(parts, dim=1), full)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "t5"])
+@EVERY_CASE
+def test_generation_with_beams_static_cache_and_padding(family: str, case: Case) -> None:
+    model, tokens = FAMILIES[family].make_exact(), text(6)
+    case.patch(model)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    given = {"input_ids": tokens * mask, "attention_mask": mask}
+    for beams in (1, 3):
+        plain = model.generate(**given, **settings, num_beams=beams, use_cache=False)
+        assert torch.equal(plain, model.generate(**given, **settings, num_beams=beams))
+    greedy = model.generate(**given, **settings)
+    alone = model.generate(tokens[1:, 2:], **settings)
+    assert torch.equal(greedy[1, -5:], alone[0, -5:])
+    if family != "t5":
+        static = model.generate(**given, **settings, cache_implementation="static", disable_compile=True)
+        assert torch.equal(greedy, static)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "t5"])
+@EVERY_CASE
+def test_eager_gives_attentions_and_the_same_output_as_sdpa(family: str, case: Case) -> None:
+    inputs = FAMILIES[family].inputs()
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model = FAMILIES[family].make(implementation=implementation)
+        case.patch(model)
+        results.append(outputs(model, **inputs))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        result = model(**inputs, output_attentions=True)
+    attentions = result.get("attentions") or result["decoder_attentions"]
+    assert len(attentions) == 2
+    assert attentions[0].shape[1] == 4
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(attentions[0].shape[:-1]))
+
+
+@EVERY_FAMILY
+@EVERY_CASE
+def test_every_parameter_of_a_variant_learns(family: str, case: Case) -> None:
+    model = case.patch(FAMILIES[family].make()).train()
+    result = model(**FAMILIES[family].inputs())
+    names = ("logits", "last_hidden_state", "logits_per_text")
+    torch.manual_seed(5)  # a random direction: the mean square of a normalised output is constant
+    sum(
+        (result[name] * torch.randn_like(result[name])).sum() for name in names if result.get(name) is not None
+    ).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    variant = variant_parameters(model)
+    learned = 0
+    for name in variant:
+        layer = name.split("patchattn.")[0]
+        own = [grad for other, grad in grads.items() if other.startswith(layer) and other not in variant]
+        if all(grad is None for grad in own):
+            continue  # a layer whose output this model does not use: LLaVA's last vision layer
+        assert grads[name] is not None, name
+        assert float(grads[name].abs().max()) > 1e-7, name
+        learned += 1
+    assert learned or not variant
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "vit", "t5"])
+@EVERY_CASE
+def test_activation_checkpointing_gives_the_same_gradients(family: str, case: Case) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = FAMILIES[family].make_exact()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        case.patch(model).train()
+        for name in ("attention_dropout", "dropout"):
+            for module in model.modules():
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in FAMILIES[family].inputs().items()}
+        model(**inputs).logits.pow(2).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit", "llava"])
+@EVERY_CASE
+def test_copies_and_pickles_are_complete_and_independent(family: str, case: Case) -> None:
+    model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
+    pickled = pickle.dumps(model)  # before a forward: transformers then installs hooks that cannot be pickled
+    expected = outputs(model, **inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickled)):
+        for left, right in zip(expected, outputs(twin, **inputs), strict=True):
+            assert torch.equal(left, right)
+        patchattn.unpatch_model(twin)
+        for left, right in zip(expected, outputs(model, **inputs), strict=True):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@EVERY_CASE
+def test_compiles_without_graph_breaks(family: str, case: Case) -> None:
+    model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
+    expected = outputs(model, **inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for left, right in zip(expected, outputs(compiled, **inputs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    compiled.train()
+    compiled(**inputs).logits.pow(2).mean().backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@EVERY_CASE
+def test_compiles_with_inductor(family: str, case: Case) -> None:
+    model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
+    expected = outputs(model, **inputs)
+    torch._dynamo.reset()
+    for left, right in zip(expected, outputs(torch.compile(model, fullgraph=True), **inputs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "vit", "t5", "llava"])
+@EVERY_CASE
+def test_half_precision_and_autocast(family: str, case: Case) -> None:
+    inputs = FAMILIES[family].inputs()
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    model = case.patch(FAMILIES[family].make().bfloat16())
+    assert {p.dtype for p in variant_parameters(model).values()} <= {torch.bfloat16}
+    result = outputs(model, **half)[0]
+    assert result.dtype == torch.bfloat16
+    assert bool(result.isfinite().all())
+    model = case.patch(FAMILIES[family].make())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bool(outputs(model, **inputs)[0].isfinite().all())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit", "t5"])
+@EVERY_CASE
+def test_batch_of_one_and_single_token(family: str, case: Case) -> None:
+    model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
+    for left, right in zip(
+        outputs(model, **{name: value[:1] for name, value in inputs.items()}), outputs(model, **inputs), strict=True
+    ):
+        torch.testing.assert_close(left, right[:1], rtol=1e-4, atol=1e-4)
+    if family in ("llama", "bert"):
+        assert outputs(model, input_ids=text(1))[0].shape[:2] == (2, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "llava", "t5", "vit"])
+@EVERY_CASE
+def test_only_the_chosen_layers_change(family: str, case: Case) -> None:
+    model = FAMILIES[family].make()
+    case.patch(model, layers=1)
+    info = patchattn.patch_info(model)
+    for site in info["sites"]:
+        assert site["variants"] == ([case.variant] if site["layer_index"] == 1 else [])
+
+
+@EVERY_CASE
+def test_packed_sequences_equal_separate_ones(case: Case) -> None:
+    model, tokens = case.patch(FAMILIES["llama"].make_exact()), text()
+    lengths = (LENGTH, 5)
+    packed = torch.cat([tokens[:1], tokens[1:, :5]], dim=1)
+    numbers = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = outputs(model, input_ids=packed, position_ids=numbers, use_cache=False)[0]
+    close(together[:, :LENGTH], outputs(model, input_ids=tokens[:1])[0])
+    close(together[:, LENGTH:], outputs(model, input_ids=tokens[1:, :5])[0])
