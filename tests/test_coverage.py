@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from patchattn import list_variants
 from patchattn.coverage import Row, current_versions, patchable_types, sweep, to_markdown
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import variant as registry
+from ..call import AttentionCall
 from ..patching import patch_model, unpatch_model
-from ..seam import AttentionCall
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, list_variants, register_variant
 from .inputs import guesses
@@ -125,7 +125,8 @@ def check(model: PreTrainedModel, sites: list[AttentionSite], runs: list[Run], r
 
     if difference(base, _outputs(model, runs)) != 0:
         findings.problems.append("the output after unpatching differs")
-    findings.problems += [f"unpatching left a change in {part}" for part, value in _state(model).items() if value != before[part]]
+    after = _state(model)
+    findings.problems += [f"unpatching left a change in {part}" for part in after if after[part] != before[part]]
     return findings
 
 
@@ -241,10 +242,8 @@ def _probing(compare: Callable[[AttentionCall], None]) -> Iterator[str]:
 
 
 def _clean(model: PreTrainedModel) -> None:
-    try:
+    with suppress(ValueError):  # the patch was refused, so there is none
         unpatch_model(model)
-    except ValueError:  # the patch was refused, so there is none
-        pass
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any]:

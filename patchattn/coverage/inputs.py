@@ -1,5 +1,6 @@
 """Inputs for a model nobody described: guessed from the signature of its `forward` and from its configuration."""
 
+import copy
 import inspect
 import itertools
 import re
@@ -17,16 +18,46 @@ _FIRST_TOKEN = 5  # below are padding and separators, in nearly all vocabularies
 _MASK = re.compile(r"mask")
 _SHAPES = re.compile(r"grid_thw|grid_hws|spatial_shapes|image_sizes")
 
-# Shapes that no attribute tells, by model type and argument.
+# What no attribute tells, by model type and argument: a shape of noise, or the value itself.
+_SERIES = {
+    "past_values": (2, 11),
+    "past_time_features": (2, 11, 0),
+    "past_observed_mask": torch.ones(2, 11),
+}
 _HINTS: dict[str, dict[str, Any]] = {
+    "autoformer": _SERIES,
     "decision_transformer": {
         "states": (2, 8, 17),
         "actions": (2, 8, 4),
         "rewards": (2, 8, 1),
         "returns_to_go": (2, 8, 1),
-        "timesteps": ("long", 2, 8),
-        "attention_mask": (),
+        "timesteps": torch.arange(8).repeat(2, 1),
+        "attention_mask": torch.ones(2, 8, dtype=torch.long),
     },
+    "deepseek_ocr2_encoder": {"num_patches": 8},
+    "fun_asr_nano_encoder": {
+        "input_features": (2, 64, 560),
+        "input_features_mask": torch.ones(2, 64, dtype=torch.long),
+    },
+    "gemma4_vision": {
+        "pixel_values": (2, 16, 768),
+        "pixel_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).repeat(2, 1, 1),
+    },
+    "granite_speech5_encoder": {"input_features": (2, 64, 320)},
+    "idefics": {"pixel_values": (2, 2, 3, 112, 112), "image_attention_mask": torch.ones(2, 16, 2, dtype=torch.long)},
+    "informer": _SERIES,
+    "mllama_vision_model": {
+        "pixel_values": (1, 1, 4, 3, 112, 112),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(1, 1, 4, dtype=torch.long),
+    },
+    "mimi_decoder": {"latents": (2, 128, 16)},
+    "molmo2_vision": {"pixel_values": (2, 729, 588)},
+    "muse_glimmer_vision": {"pixel_values": (16, 1176), "grid_thw": torch.tensor([[1, 4, 4]])},
+    "muse_spark_vision": {"pixel_values": (16, 1176), "grid_thw": torch.tensor([[1, 4, 4]])},
+    "paddleocr_vl_vision": {"pixel_values": (1, 16, 3, 14, 14), "grid_thw": torch.tensor([[1, 4, 4]])},
+    "patchtst": {"past_values": (2, 32, 1)},
+    "time_series_transformer": _SERIES,
 }
 
 
@@ -37,7 +68,7 @@ def guesses(module: nn.Module) -> Iterator[dict[str, Any]]:
     names = [p.name for p in named]
     tried = 0
     for chosen in _argument_sets(names, [p.name for p in named if p.default is p.empty], module):
-        masks = [name for name in chosen if _MASK.search(name)]
+        masks = [name for name in chosen if _MASK.search(name) and name not in _hints(module.config)]
         others = [name for name in chosen if name not in masks]
         for values in itertools.product(*(list(_alternatives(name, module.config)) for name in others)):
             arguments = dict(zip(others, values, strict=True))
@@ -63,15 +94,15 @@ def _argument_sets(names: list[str], required: list[str], module: nn.Module) -> 
 
     sets = [least]
     if "pixel_values" in names and "input_ids" in names:  # both, before either alone
-        sets = [those("input_ids", "pixel_values", "bbox"), least, [n for n in least if n != "input_ids"] or ["pixel_values"]]
+        without_text = [name for name in least if name != "input_ids"] or ["pixel_values"]
+        sets = [those("input_ids", "pixel_values", "bbox"), least, without_text]
     sets.append([name for name in names if name in (*required, "input_ids")])
     sets.append(those("encoder_hidden_states"))
     sets.append(those(*(name for name in names if _SHAPES.search(name) or (_MASK.search(name) and "pixel" in name))))
     sets.append(those(*(name for name in names if _MASK.search(name))))
     sets.append(those("inputs_embeds", "patch_embeds", "encoder_hidden_states"))
-    hinted = _HINTS.get(module.config.model_type, {})
-    if set(hinted) <= set(names) and hinted:
-        sets.insert(0, list(hinted))
+    if hinted := _hints(module.config):
+        sets.insert(0, those(*hinted))
     if "use_cache" in names:  # the default cache does not know every hybrid
         sets.append([*least, "use_cache"])
     seen: list[list[str]] = []
@@ -92,6 +123,10 @@ def _masked(arguments: dict[str, Any], masks: list[str]) -> Iterator[dict[str, A
         yield {**arguments, **dict.fromkeys(masks, mask)}
 
 
+def _hints(config: Any) -> dict[str, Any]:
+    return _HINTS.get(config.model_type, {})
+
+
 def _alternatives(name: str, config: PretrainedConfig) -> Iterator[Any]:
     """Values an argument of this name may want."""
     generator = torch.Generator().manual_seed(len(name))
@@ -100,9 +135,9 @@ def _alternatives(name: str, config: PretrainedConfig) -> Iterator[Any]:
         return torch.randn(*shape, generator=generator)
 
     width = _number(config, "hidden_size", "d_model", "embed_dim", "n_embd", "dim") or 64
-    hint = _HINTS.get(config.model_type, {}).get(name)
-    if hint is not None:
-        yield torch.zeros(hint[1:], dtype=torch.long) if hint[0] == "long" else noise(*hint)
+    if name in _hints(config):
+        hint = _hints(config)[name]
+        yield noise(*hint) if isinstance(hint, tuple) else copy.deepcopy(hint)
     elif re.fullmatch(r"(?:\w+_)?input_ids|input_tokens|\w*codes|\w+_ids", name) and "position" not in name:
         length = DECODER_TOKENS if "decoder" in name else TOKENS
         top = min([v for v in _numbers(config, "vocab_size", "codebook_size") if v > _FIRST_TOKEN + 1] or [64])
@@ -139,8 +174,9 @@ def _alternatives(name: str, config: PretrainedConfig) -> Iterator[Any]:
 
 def _images(config: PretrainedConfig, noise: Any, *, video: bool) -> Iterator[torch.Tensor]:
     channels = _number(config, "num_channels", "in_channels", "in_chans", "num_channels_in") or 3
-    sizes = [s if isinstance(s, (list, tuple)) else (s, s) for s in _values(config, "image_size", "input_size", "img_size")]
-    sizes = [tuple(s) for s in sizes if len(s) == 2] + [(64, 64), (224, 224)]
+    stated = _values(config, "image_size", "input_size", "img_size")
+    pairs = [tuple(s) if isinstance(s, list | tuple) else (s, s) for s in stated]
+    sizes = [pair for pair in pairs if len(pair) == 2] + [(64, 64), (224, 224)]
     frames = _number(config, "num_frames", "frames_per_clip", "num_image_with_embedding") or 2
     stills = [(BATCH, channels, *size) for size in dict.fromkeys(sizes)]
     films = [(BATCH, frames, channels, *size) for size in dict.fromkeys(sizes)]
@@ -161,10 +197,11 @@ def _patches(config: PretrainedConfig, noise: Any) -> Iterator[torch.Tensor]:
 
 def _sounds(config: PretrainedConfig, noise: Any, *, prefer_samples: bool) -> Iterator[torch.Tensor]:
     samples = [noise(BATCH, 8000), noise(BATCH, 1, 8000), noise(BATCH, 8000, 1)]
-    mels = _number(config, "num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_dim", "mel_bins") or 80
+    names = ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_size", "input_dim", "mel_bins")
+    mels = _numbers(config, *names) or [80]
     positions = _numbers(config, "max_source_positions")
     lengths = [*(2 * p for p in positions if p <= 3000), *_numbers(config, "max_length"), 64, 256]
-    spectra = [shape for length in lengths[:3] for shape in ((BATCH, mels, length), (BATCH, length, mels))]
+    spectra = [s for n in lengths[:3] for mel in mels[:2] for s in ((BATCH, mel, n), (BATCH, n, mel))]
     yield from samples if prefer_samples else ()
     for shape in spectra:
         yield noise(*shape)

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import variants  # noqa: F401  (registers them)
-from ..patching import patch_model, select_sites, unpatch_model
+from ..patching import patch_model, unpatch_model
+from ..selection import select_sites
 from ..sites import AttentionSite
 from ..variant import list_variants, variant_info
 from .checks import Findings, _line, check, find_runs

@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 4, 4, 128, 1024
-MAX_PARAMETERS = 120_000_000
+MAX_PARAMETERS = 60_000_000
 
 
 class TooLargeError(ValueError):
@@ -57,18 +57,19 @@ _INNER = re.compile(
 _EXPERTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?experts")
 _CHOSEN = re.compile(r"(?:\w+_)?(?:top_?k|experts_per_tok(?:en)?|num_selected_experts|moe_k)")
 _GROUPS = re.compile(r"n_group|topk_group|num_expert_group|n_groups_per_expert")
+_CONVOLUTION_GROUPS = re.compile(r"upsample_groups")
 _LORA = re.compile(r"(?:\w+_)?lora_rank")
 _TOKEN = re.compile(r"(?:\w+_)?token_(?:id|index|ids)|(?:\w+_)?token")
 _INDICES = re.compile(
     r"(?:\w*_)?(?:index|indexes|indices|feature_layers?|select_layers?|layer_ids)|"
     r"(?:\w*_)?(?:layers?|blocks?)_(?:idx|indexes|indices)"
 )
-_DERIVED = ("out_features", "out_indices", "stage_names", "transformers_version", "architectures", "id2label", "label2id")
+_DERIVED = re.compile(r"out_features|out_indices|stage_names|transformers_version|architectures|id2label|label2id")
 
 # Where names do not tell: values for a default configuration that cannot be built or whose parts disagree.
 _HINTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
-    "bailing_hybrid": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "bailing_hybrid": {"num_experts_per_tok": 2},
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 32},
@@ -79,7 +80,13 @@ _HINTS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"model_type": "deepseek_ocr2_text", "mlp_layer_types": ["dense"] * 32}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "informer": {"prediction_length": 4},
+    "kimi_linear": {
+        "num_experts_per_tok": 2,
+        "layer_types": [*["linear_attention", "full_attention"] * 13, "full_attention"],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "nemotron": {"num_key_value_heads": 8},
     "time_series_transformer": {"prediction_length": 4},
 }
 
@@ -93,10 +100,9 @@ def configuration_class(model_type: str) -> type[PretrainedConfig]:
 def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
     """Model classes of a type: the plain model, those of the other auto classes, then what else its file defines."""
     config_class = configuration_class(model_type)
-    mappings = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    mappings.remove(modeling_auto.MODEL_MAPPING_NAMES)
+    mappings = [value for name, value in vars(modeling_auto).items() if re.fullmatch(r"MODEL_\w*MAPPING_NAMES", name)]
     names: list[str] = []
-    for mapping in (modeling_auto.MODEL_MAPPING_NAMES, *(m for m in mappings if "config" not in str(m.get("bert")).lower())):
+    for mapping in mappings:  # the plain model's is the first
         entry = mapping.get(model_type, ())
         names += [entry] if isinstance(entry, str) else entry
     transformers = importlib.import_module("transformers")
@@ -111,9 +117,10 @@ def _defined_beside(config_class: type[PretrainedConfig]) -> Iterator[type]:
         if not found.name.rpartition(".")[2].startswith("modeling_"):
             continue
         for value in vars(importlib.import_module(found.name)).values():
-            if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == found.name:
-                if value.config_class is config_class and not value.__name__.endswith("PreTrainedModel"):
-                    yield value
+            if not isinstance(value, type) or not issubclass(value, PreTrainedModel) or value.__module__ != found.name:
+                continue
+            if getattr(value, "config_class", None) is config_class and not value.__name__.endswith("PreTrainedModel"):
+                yield value
 
 
 def tiny_config(model_type: str, scale: Scale = SCALES[0]) -> PretrainedConfig:
@@ -137,7 +144,7 @@ def _shrunk(values: dict[str, Any], scale: Scale, tokens: dict[int, int]) -> dic
         scale = replace(scale, head_dim=None)  # a pyramid of widths that depend on each other
     small: dict[str, Any] = {}
     for key, value in values.items():
-        if key in _DERIVED:
+        if _DERIVED.fullmatch(key):
             continue
         if isinstance(value, dict) and key == "per_layer_config":
             small[key] = {kept.index(int(i)): _shrunk(v, scale, tokens) for i, v in value.items() if int(i) in kept}
@@ -159,8 +166,8 @@ def _shrunk(values: dict[str, Any], scale: Scale, tokens: dict[int, int]) -> dic
 
 def _kept_layers(values: dict[str, Any], old_layers: list[int]) -> list[int]:
     """Indices of the layers to keep: the first of every kind, so that a hybrid keeps its attention, then the first."""
-    kinds = next((v for v in values.values() if _is_list(v, str) and v and len(v) in old_layers), [])
-    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    lists = [v for v in values.values() if _is_list(v, str) and v and len(v) in old_layers]
+    firsts = list(dict.fromkeys(kinds.index(kind) for kinds in lists for kind in dict.fromkeys(kinds)))
     rest = [i for i in range(max(old_layers, default=LAYERS)) if i not in firsts]
     return sorted((firsts + rest)[: max(LAYERS, len(firsts))])
 
@@ -194,6 +201,7 @@ def _shrunk_integer(
             (_WIDTH, width),
             (_INNER, 2 * width),
             (_LORA, scale.head_dim),
+            (_CONVOLUTION_GROUPS, width),
         ]
     return next((min(value, limit) for pattern, limit in limits if pattern.fullmatch(key)), value)
 
