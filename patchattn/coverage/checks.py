@@ -1,6 +1,7 @@
 """What is asked of one small model: does a patch run, change what it should and nothing else, and come off again."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from ..patching import patch_model, unpatch_model
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, list_variants, register_variant
 from .inputs import guesses
+
+
+_PATIENCE = 5.0  # seconds of guessing inputs for one module
 
 
 @dataclass
@@ -73,7 +77,10 @@ def _first_run(
     model: nn.Module, path: str, module: PreTrainedModel, inside: set[str]
 ) -> tuple[tuple[Run, set[str]] | None, str]:
     error = "no inputs to guess"
+    start = time.monotonic()
     for inputs in guesses(module):
+        if time.monotonic() - start > _PATIENCE:
+            break
         run = Run(path, inputs)
         try:
             with _noting_calls(model, inside) as called:

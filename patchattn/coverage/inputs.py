@@ -24,6 +24,11 @@ _SERIES = {
     "past_time_features": (2, 11, 0),
     "past_observed_mask": torch.ones(2, 11),
 }
+_PACKED_SOUND = {
+    "input_features": (128, 200),
+    "feature_lens": torch.tensor([200]),
+    "aftercnn_lens": torch.tensor([100]),
+}
 _HINTS: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "decision_transformer": {
@@ -57,6 +62,8 @@ _HINTS: dict[str, dict[str, Any]] = {
     "muse_spark_vision": {"pixel_values": (16, 1176), "grid_thw": torch.tensor([[1, 4, 4]])},
     "paddleocr_vl_vision": {"pixel_values": (1, 16, 3, 14, 14), "grid_thw": torch.tensor([[1, 4, 4]])},
     "patchtst": {"past_values": (2, 32, 1)},
+    "qwen2_5_omni_audio_encoder": _PACKED_SOUND,
+    "qwen3_omni_moe_audio_encoder": _PACKED_SOUND,
     "time_series_transformer": _SERIES,
 }
 
@@ -96,7 +103,7 @@ def _argument_sets(names: list[str], required: list[str], module: nn.Module) -> 
     if "pixel_values" in names and "input_ids" in names:  # both, before either alone
         without_text = [name for name in least if name != "input_ids"] or ["pixel_values"]
         sets = [those("input_ids", "pixel_values", "bbox"), least, without_text]
-    sets.append([name for name in names if name in (*required, "input_ids")])
+    sets += [[name for name in names if name in (*required, other)] for other in ("input_ids", "inputs_embeds")]
     sets.append(those("encoder_hidden_states"))
     sets.append(those(*(name for name in names if _SHAPES.search(name) or (_MASK.search(name) and "pixel" in name))))
     sets.append(those(*(name for name in names if _MASK.search(name))))

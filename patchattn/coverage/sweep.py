@@ -67,7 +67,7 @@ def model_types() -> list[str]:
 def sweep(
     model_types: Iterable[str] | None = None,
     *,
-    timeout: float = 60.0,
+    timeout: float = 40.0,
     progress: Callable[[Row, int, int], None] | None = None,
 ) -> list[Row]:
     """Try every model type of the installed transformers.

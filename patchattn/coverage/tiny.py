@@ -64,7 +64,8 @@ _INDICES = re.compile(
     r"(?:\w*_)?(?:index|indexes|indices|feature_layers?|select_layers?|layer_ids)|"
     r"(?:\w*_)?(?:layers?|blocks?)_(?:idx|indexes|indices)"
 )
-_DERIVED = re.compile(r"out_features|out_indices|stage_names|transformers_version|architectures|id2label|label2id")
+_DERIVED = re.compile(r"stage_names|transformers_version|architectures|id2label|label2id")
+_STAGES = re.compile(r"out_features|out_indices")
 
 # Where names do not tell: values for a default configuration that cannot be built or whose parts disagree.
 _HINTS: dict[str, dict[str, Any]] = {
@@ -87,6 +88,7 @@ _HINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 128},
     "time_series_transformer": {"prediction_length": 4},
 }
 
@@ -144,7 +146,7 @@ def _shrunk(values: dict[str, Any], scale: Scale, tokens: dict[int, int]) -> dic
         scale = replace(scale, head_dim=None)  # a pyramid of widths that depend on each other
     small: dict[str, Any] = {}
     for key, value in values.items():
-        if _DERIVED.fullmatch(key):
+        if _DERIVED.fullmatch(key) or (_STAGES.fullmatch(key) and "depths" not in values):
             continue
         if isinstance(value, dict) and key == "per_layer_config":
             small[key] = {kept.index(int(i)): _shrunk(v, scale, tokens) for i, v in value.items() if int(i) in kept}
