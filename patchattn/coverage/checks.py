@@ -18,7 +18,6 @@ from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, list_variants, register_variant
 from .inputs import guesses
 
-
 _PATIENCE = 5.0  # seconds of guessing inputs for one module
 
 

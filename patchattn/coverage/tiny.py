@@ -146,7 +146,11 @@ def _shrunk(values: dict[str, Any], scale: Scale, tokens: dict[int, int]) -> dic
         scale = replace(scale, head_dim=None)  # a pyramid of widths that depend on each other
     small: dict[str, Any] = {}
     for key, value in values.items():
-        if _DERIVED.fullmatch(key) or (_STAGES.fullmatch(key) and "depths" not in values):
+        if _DERIVED.fullmatch(key):
+            continue
+        if _STAGES.fullmatch(key):
+            if "depths" in values:  # as many stages as before
+                small[key] = value
             continue
         if isinstance(value, dict) and key == "per_layer_config":
             small[key] = {kept.index(int(i)): _shrunk(v, scale, tokens) for i, v in value.items() if int(i) in kept}
