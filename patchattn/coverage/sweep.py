@@ -24,6 +24,8 @@ from .tiny import SCALES, TooLargeError, default_config, meta_model, model_class
 
 Status = Literal["patchable", "failed", "refused", "structure only", "not built", "no attention"]
 
+_PATIENCE = 10.0  # seconds after which no other way to build a small model is tried
+
 
 @dataclass
 class Row:
@@ -183,8 +185,11 @@ def _refusal(model: PreTrainedModel) -> str:
 def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
     """Stage 2: the first small model that can be built and run."""
     errors: list[str] = []
+    start = time.monotonic()
     for model_class in classes[:2]:
         for scale in SCALES:
+            if time.monotonic() - start > _PATIENCE:
+                break
             try:
                 model = tiny_model(model_class, tiny_config(row.model_type, scale))
                 sites = select_sites(model) if row.status == "structure only" else _note_sites(row, model)
