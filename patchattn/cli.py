@@ -40,6 +40,93 @@ def list_() -> None:
 
 
 @app.command()
+def info(name: Annotated[str, typer.Argument(help="A variant, as `patchattn list` names it.")]) -> None:
+    """Paper, code, capabilities and every setting of a variant."""
+    from typing import get_type_hints
+
+    from rich.padding import Padding
+
+    from .variant import variant_info
+
+    console, variant = Console(highlight=False), variant_info(name)
+    console.print(f"[bold]{variant.name}[/]: {variant.title} ({variant.year})")
+    console.print(variant.summary)
+    facts = {
+        "paper": f"https://arxiv.org/abs/{variant.arxiv_id}" if variant.arxiv_id else "none",
+        "code": variant.code or "none released",
+        "adds": variant.extra_parameters,
+        "needs training": "yes" if variant.needs_training else "no",
+        "supports": ", ".join(sorted(variant.capabilities)),
+    }
+    for key, value in facts.items():
+        console.print(f"  {key}: {value}", soft_wrap=True)
+    hints = get_type_hints(variant.variant.config_class)
+    for key, field in variant.config_fields.items():
+        unit = f" {field['unit']}" if field["unit"] else ""
+        console.print(f"\n[bold]{key}[/] = {field['default']}{unit}   ({_allowed(field, hints[key])})")
+        console.print(Padding(f"{field['help']}\nDefault: {field['source']}", (0, 0, 0, 4)))
+
+
+@app.command()
+def coverage(
+    types: Annotated[list[str] | None, typer.Argument(help="Model types such as llama; all by default.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the whole table to this file.")] = None,
+) -> None:
+    """Try every model type of the installed transformers: patchable, refused and why, or not built."""
+    from collections import Counter
+
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .coverage import current_versions, sweep, to_markdown
+
+    console = Console()
+    with Progress(console=console) as progress:
+        bar = progress.add_task("model types", total=None)
+        rows = sweep(types, progress=lambda row, done, total: progress.update(bar, completed=done, total=total))
+    if markdown is not None:
+        markdown.write_text(to_markdown(rows, current_versions()), encoding="utf-8")
+        console.print(f"Wrote {markdown}", soft_wrap=True)
+    if types:
+        table = Table("model type", "status", "reason")
+        for row in rows:
+            table.add_row(row.model_type, row.status, row.reason)
+    else:
+        table = Table("status", "model types")
+        for status, count in Counter(row.status for row in rows).most_common():
+            table.add_row(status, str(count))
+    console.print(table)
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
+    variant: Annotated[str, typer.Option(help="A variant, as `patchattn list` names it.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, such as active_ratio=0.5; may be repeated.")
+    ] = None,
+) -> None:
+    """Check that a patch behaves on a model: neutral, undone exactly, with padding, with a cache; and its cost."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from .checking import check_patch
+    from .demo.tasks import load_pretrained
+    from .variant import variant_info
+
+    config = variant_info(variant).variant.config_class.from_dict(_parse_settings(settings or []))
+    _quiet()
+    architectures = load_pretrained(AutoConfig, model).architectures or []
+    decodes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    loaded = load_pretrained(AutoModelForCausalLM if decodes else AutoModel, model)
+    report = check_patch(loaded, variant=variant, config=config)
+    Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     task: Annotated[
         str | None, typer.Option(help="recall (a tiny Llama, trained here) or sst2 (with --model).")
@@ -58,16 +145,49 @@ def demo(
     ] = False,
 ) -> None:
     """Patch, fine-tune with LoRA, compare, undo: on a task of its own or on SST-2. Needs no network by default."""
+    from .demo import make_task, run_demo
+
+    _quiet()
+    run_demo(make_task(task, model, data, quick), seed or [0], output, steps)
+
+
+def _quiet() -> None:
+    """What transformers says while loading, such as that an encoder's head is new, is no news here."""
     import warnings
 
     from transformers.utils import logging
 
-    from .demo import make_task, run_demo
-
-    logging.set_verbosity_error()  # the new head of an encoder is no news here
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    run_demo(make_task(task, model, data, quick), seed or [0], output, steps)
+
+
+def _parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set expects name=value, such as active_ratio=0.5, got {pair!r}.")
+        settings[key.strip()] = yaml.safe_load(value)
+    return settings
+
+
+def _allowed(field: dict[str, Any], hint: Any) -> str:
+    """The values that a setting takes, in words."""
+    from typing import Literal, get_args, get_origin
+
+    if hint is bool:
+        return "True or False"
+    choices = field["choices"] or (get_args(hint) if get_origin(hint) is Literal else None)
+    if choices:
+        return " or ".join(map(str, choices))
+    optional = " or None" if type(None) in get_args(hint) else ""
+    low, high = ("" if field[bound] is None else f"{field[bound]:g}" for bound in ("minimum", "maximum"))
+    numbers = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else "any"
+    return numbers + optional
 
 
 def _one_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of he
 
     layers, heads = len(shares), max(map(len, shares))
     percent = [[100 * share for share in layer] + [float("nan")] * (heads - len(layer)) for layer in shares]
-    size = (min(16.0, 2.6 + 0.5 * heads), min(16.0, 1.7 + 0.4 * layers))
+    size = (min(16.0, 2.6 + 0.5 * heads), min(16.0, max(3.0, 1.7 + 0.4 * layers)))
     figure = Figure(figsize=(max(size[0], 0.085 * len(title) + 0.5), size[1]), layout="constrained")
     axes = figure.subplots()
     # cividis looks the same with and without colour vision deficiencies, and darkens evenly in print
@@ -41,7 +41,7 @@ def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of he
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="tokens that use the head, %")
+    figure.colorbar(image, ax=axes, label="tokens using the head, %")
     if layers * heads <= _WITH_NUMBERS:
         axes.set_xticks(range(heads))
         axes.set_yticks(range(layers))

@@ -1,0 +1,97 @@
+"""Training of one patched model: LoRA, the variant's own parameters and a new head."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sites import find_sites
+from ..variant import Variant
+from .tasks import Batch, Task
+
+_WARMUP = 0.1  # share of the steps
+_CLIP = 1.0  # largest gradient norm
+SCALAR_LR = 1e-2  # as in SSA's released code, for its temperature scalars
+
+
+def parameter_groups(model: nn.Module, lr: float, scalar_lr: float = SCALAR_LR) -> list[dict[str, Any]]:
+    """Trainable parameters for an optimizer, the scalars of variants in a group of their own.
+
+    A scalar such as SSA's alpha has to travel several units, where the entries of a vector or a matrix move by
+    hundredths, so it needs the larger learning rate.
+
+    Args:
+        model: a model of which some parameters are trainable.
+        lr: learning rate of everything else.
+        scalar_lr: learning rate of the variants' scalars.
+    """
+    variants = [module for module in model.modules() if isinstance(module, Variant)]
+    small = {id(p) for variant in variants for p in variant.parameters() if p.numel() == 1}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in small], "lr": lr},
+        {"params": [p for p in trained if id(p) in small], "lr": scalar_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Names of the query and value projections of every attention site, or of the projection that fuses them."""
+    targets = []
+    for site in find_sites(model):
+        roles = ("query", "value") if "query" in site.projections else ("fused",)
+        targets += [f"{site.name}.{site.projections[role]}" for role in roles if role in site.projections]
+    if not targets:
+        raise NotImplementedError(f"No query or value projections are recognised in {type(model).__name__}.")
+    return targets
+
+
+def add_lora(model: nn.Module, task: Task, seed: int, *, is_patched: bool) -> Any:
+    """A PeftModel around the model: LoRA on queries and values; the variant and the task's head are trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    whole = [*task.head(model), *(["patchattn"] if is_patched else [])]
+    config = LoraConfig(
+        r=task.rank, lora_alpha=2 * task.rank, target_modules=lora_targets(model), modules_to_save=whole or None
+    )
+    torch.manual_seed(seed)  # every variant starts from the same LoRA weights
+    return get_peft_model(model, config)
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    steps: int,
+    groups: list[dict[str, Any]],
+    follow: Callable[[float], None],
+    stop_at: float = 0.0,
+) -> None:
+    """Train with AdamW, a linear warm-up and a linear decay to zero; leaves the model in evaluation mode.
+
+    Args:
+        model: returns a `loss` for each batch.
+        batches: `steps` of them.
+        steps: length of the schedule.
+        groups: for the optimizer.
+        follow: gets the loss after each step.
+        stop_at: end early at this loss.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    warmup = max(1, round(_WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    trained = [p for group in groups for p in group["params"]]
+    model.train()
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, _CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        follow(loss.item())
+        if loss.item() < stop_at:
+            break
+    model.eval()
