@@ -106,7 +106,8 @@ class VariantChain(nn.Module):
         self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Let every variant change new keys and values, outermost first."""
-        if self.site.is_cross:  # a token of the other sequence is seen by whoever sees that sequence
+        # A token of another sequence, or one whose queries are pooled, is seen by whoever sees that sequence.
+        if self.site.is_cross or visible.shape[-1] != key.shape[2]:
             visible = visible.amax(dim=-1, keepdim=True)
         for name in self.storing:
             key, value = self._variant(name).before_cache(key, value, context, visible)

@@ -18,7 +18,7 @@ from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, list_variants, register_variant
 from .inputs import guesses
 
-_PATIENCE = 5.0  # seconds of guessing inputs for one module
+_PATIENCE = 5.0  # seconds of computing while guessing inputs for one module
 
 
 @dataclass
@@ -76,9 +76,9 @@ def _first_run(
     model: nn.Module, path: str, module: PreTrainedModel, inside: set[str]
 ) -> tuple[tuple[Run, set[str]] | None, str]:
     error = "no inputs to guess"
-    start = time.monotonic()
+    start = time.process_time()
     for inputs in guesses(module):
-        if time.monotonic() - start > _PATIENCE:
+        if time.process_time() - start > _PATIENCE:
             break
         run = Run(path, inputs)
         try:

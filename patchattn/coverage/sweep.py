@@ -24,7 +24,7 @@ from .tiny import SCALES, TooLargeError, default_config, meta_model, model_class
 
 Status = Literal["patchable", "failed", "refused", "structure only", "not built", "no attention"]
 
-_PATIENCE = 10.0  # seconds after which no other way to build a small model is tried
+_PATIENCE = 10.0  # seconds of computing after which no other way to build a small model is tried
 
 
 @dataclass
@@ -69,7 +69,7 @@ def model_types() -> list[str]:
 def sweep(
     model_types: Iterable[str] | None = None,
     *,
-    timeout: float = 40.0,
+    timeout: float = 60.0,
     progress: Callable[[Row, int, int], None] | None = None,
 ) -> list[Row]:
     """Try every model type of the installed transformers.
@@ -185,10 +185,10 @@ def _refusal(model: PreTrainedModel) -> str:
 def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
     """Stage 2: the first small model that can be built and run."""
     errors: list[str] = []
-    start = time.monotonic()
+    start = time.process_time()
     for model_class in classes[:2]:
         for scale in SCALES:
-            if time.monotonic() - start > _PATIENCE:
+            if time.process_time() - start > _PATIENCE:
                 break
             try:
                 model = tiny_model(model_class, tiny_config(row.model_type, scale))

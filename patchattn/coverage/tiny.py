@@ -159,6 +159,8 @@ def _shrunk(values: dict[str, Any], scale: Scale, tokens: dict[int, int]) -> dic
                 factor = scale.head_dim / _old_head_dim(values)
                 value = {**value, "mrope_section": _apportioned(sections, factor)}
             small[key] = _shrunk(value, scale, tokens)
+        elif key == "image_size" and scale.images and _is_list(value, int):
+            small[key] = [min(size, 256) for size in value]
         elif isinstance(value, list):
             small[key] = _shrunk_list(key, value, old_layers, kept, tokens)
         elif _is_count(value):
