@@ -34,7 +34,7 @@ def name_branches(model: nn.Module, base: str) -> list[str]:
     found: list[str] = []
     seen: set[type] = set()
     for module in model.modules():
-        kind = type(module)
+        kind: Any = type(module)
         if kind in seen or kind.__module__.startswith("torch."):
             continue
         seen.add(kind)

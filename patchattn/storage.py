@@ -44,10 +44,18 @@ class CacheTap:
             kv_length=rows if site.is_cross else cache.get_mask_sizes(rows, layer_index)[0],
             is_causal=bool(getattr(module, "is_causal", True)) and not site.is_cross,
             base=self.chain.base,
-            window=getattr(module, "sliding_window", None),
+            window=_window(module),
             device=key.device,
         )
         return self.chain.before_cache(key, value, self.context, visible)
+
+
+def _window(module: Any) -> int | None:
+    """The sliding window of a module: its own where the model's layers differ, else the configuration's."""
+    if not getattr(module, "is_sliding", True):
+        return None
+    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return window
 
 
 class TappedCache(Cache):

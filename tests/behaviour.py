@@ -59,7 +59,8 @@ def randomise(model: nn.Module) -> None:
 
 
 def implementations(model: nn.Module) -> list[str]:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    modules = [m for m in model.modules() if hasattr(m, "config") and not isinstance(m, patchattn.Variant)]
+    configs = {id(m.config): m.config for m in modules}
     return [config._attn_implementation for config in configs.values()]
 
 

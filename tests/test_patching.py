@@ -1,0 +1,375 @@
+"""Patching, unpatching and composing; every mistake a user can make, and the model as it was after it."""
+
+import copy
+import gc
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import patchattn
+from patchattn.seam import _live_chains, base_name, seam_name
+from patchattn.variant import _REGISTRY
+
+from .behaviour import assert_same, implementations, randomise, registered, snapshot
+from .families import FAMILIES, outputs
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    return FAMILIES["llama"].make()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return FAMILIES["llama"].inputs()["input_ids"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(patchattn.VariantConfig):
+    factor: float = patchattn.option(2.0, help="Multiplies the output.", source="ours")
+    fail_at: int = patchattn.option(-1, help="Layer that cannot be built.", source="ours")
+
+
+class Toy(patchattn.Variant):
+    config_class = ToyConfig
+
+    def __init__(self, config, site) -> None:
+        super().__init__(config, site)
+        if site.layer_index == config.fail_at:
+            raise NotImplementedError("this layer cannot be built")
+
+    def attend(self, call, inner):
+        self.report(call, query=call.query)
+        output, weights = inner(call.replace(query=call.query + 1.0))
+        return output * self.config.factor, weights
+
+
+@pytest.fixture
+def toy(request):
+    """The name of a variant registered for one test; a marker's argument says which capabilities it has."""
+    missing = getattr(request, "param", frozenset())
+    capabilities = patchattn.variant_info("moh").capabilities - missing
+    facts = {
+        "title": "",
+        "arxiv_id": None,
+        "year": 2026,
+        "summary": "",
+        "extra_parameters": "",
+        "needs_training": False,
+    }
+    patchattn.register_variant(patchattn.VariantInfo(name="toy", variant=Toy, capabilities=capabilities, **facts))
+    yield "toy"
+    del _REGISTRY["toy"]
+
+
+def lacking(*capabilities: str):
+    return pytest.mark.parametrize("toy", [frozenset(capabilities)], indirect=True)
+
+
+def test_the_first_of_several_variants_is_outermost(llama, tokens, toy) -> None:
+    seen: list[tuple[str, torch.Tensor]] = []
+    patchattn.patch_model(llama, [toy, "moh"], {"moh": {"active_ratio": 0.5}})
+    chain = llama.model.layers[0].self_attn.patchattn
+    assert chain.names() == ["toy", "moh"]
+    with patchattn.observe(llama, lambda call, values: seen.append((next(iter(values)), call.query))):
+        both = outputs(llama, input_ids=tokens)[0]
+    assert [name for name, _ in seen[:2]] == ["query", "gate"]
+    torch.testing.assert_close(seen[1][1], seen[0][1] + 1.0)  # the inner one sees what the outer one made of the query
+    patchattn.unpatch_model(llama)
+    patchattn.patch_model(llama, toy)
+    patchattn.patch_model(llama, "moh", active_ratio=0.5)  # a later patch goes inside
+    assert torch.equal(outputs(llama, input_ids=tokens)[0], both)
+    assert [patch["variant"] for patch in patchattn.patch_info(llama)["patches"]] == ["toy", "moh"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("mho",), ValueError, "Unknown variant 'mho'; did you mean 'moh'"),
+        ((3,), TypeError, "variant must be a name or a list"),
+        (([],), TypeError, "variant must be a name or a list"),
+        ((["moh", "moh"],), ValueError, "same variant twice"),
+        (("moh", {"active_ratoi": 0.5}), ValueError, "did you mean 'active_ratio'"),
+        (("moh", 0.5), TypeError, "built from a dictionary"),
+        ((["ssa", "moh"], {"mho": {}}), ValueError, "did you mean 'moh'"),
+        ((["ssa", "moh"], 3), TypeError, "map names to settings"),
+    ],
+)
+def test_bad_arguments(llama, arguments, error, message) -> None:
+    before = snapshot(llama)
+    with pytest.raises(error, match=message):
+        patchattn.patch_model(llama, *arguments)
+    assert_same(before, snapshot(llama))
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        ({"layers": 7}, ValueError, "There is no layer 7: layers with attention are 0 to 1"),
+        ({"layers": -1}, ValueError, "There is no layer -1"),
+        ({"layers": []}, ValueError, "layers is empty"),
+        ({"layers": "0"}, TypeError, "layers must be an integer or several"),
+        ({"layers": [0.5]}, TypeError, "layers must be integers"),
+        ({"modules": "vision"}, ValueError, "matches none of the 2 attention modules"),
+        ({"modules": "("}, ValueError, "not a valid regular expression"),
+        ({"modules": 3}, TypeError, "must be a regular expression"),
+    ],
+)
+def test_bad_places(llama, where, error, message) -> None:
+    before = snapshot(llama)
+    with pytest.raises(error, match=message):
+        patchattn.patch_model(llama, "moh", **where)
+    assert_same(before, snapshot(llama))
+
+
+def test_settings_twice_and_settings_of_several_are_refused(llama) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        patchattn.patch_model(llama, "moh", {"active_ratio": 0.5}, router="learned")
+    with pytest.raises(ValueError, match="give settings per name"):
+        patchattn.patch_model(llama, ["moh", "ssa"], active_ratio=0.5)
+    with pytest.raises(TypeError, match="configured by MoHConfig, got SSAConfig"):
+        patchattn.patch_model(llama, "moh", patchattn.variant_info("ssa").variant.config_class())
+
+
+def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(llama, toy) -> None:
+    before = snapshot(llama)
+    with pytest.raises(NotImplementedError, match="cannot be built"):
+        patchattn.patch_model(llama, toy, fail_at=1)
+    assert_same(before, snapshot(llama))
+    patchattn.patch_model(llama, "ssa")
+    before = snapshot(llama)
+    with pytest.raises(NotImplementedError, match="cannot be built"):
+        patchattn.patch_model(llama, toy, fail_at=1)
+    assert_same(before, snapshot(llama))
+
+
+def test_the_wrong_state_of_a_model(llama) -> None:
+    with pytest.raises(ValueError, match="is not patched"):
+        patchattn.unpatch_model(llama)
+    with pytest.raises(TypeError, match="expects a model, got dict"):
+        patchattn.patch_model({}, "moh")
+    with pytest.raises(TypeError, match="transformers model"):
+        patchattn.patch_model(nn.Linear(2, 2), "moh")
+    patchattn.patch_model(llama, "moh")
+    with pytest.raises(ValueError, match="already has the variant 'moh'"):
+        patchattn.patch_model(llama, "moh", layers=1)
+    with pytest.raises(ValueError, match="this one is patched"), patchattn.patched(llama, "ssa"):
+        pass
+    assert len(patchattn.patch_info(llama)["patches"]) == 1
+
+
+def test_other_layers_may_have_other_settings(llama, tokens) -> None:
+    patchattn.patch_model(llama, "moh", active_ratio=0.5, layers=0)
+    patchattn.patch_model(llama, "moh", active_ratio=0.75, layers=1)
+    gates: dict[int, float] = {}
+    with patchattn.observe(llama, lambda call, v: gates.update({call.site.layer_index: float(v["gate"].mean())})):
+        outputs(llama, input_ids=tokens)
+    assert gates == {0: 0.5, 1: 0.75}
+
+
+def test_patched_restores_after_an_exception(llama) -> None:
+    before = snapshot(llama)
+    with patchattn.patched(llama, "moh") as inside:
+        assert inside is llama
+    with pytest.raises(KeyError), patchattn.patched(llama, "moh"):
+        raise KeyError
+    assert_same(before, snapshot(llama))
+
+
+def test_unpatched_brings_trained_values_back(llama, tokens) -> None:
+    base = outputs(llama, input_ids=tokens)[0]
+    patchattn.patch_model(llama, "ssa")
+    randomise(llama)
+    trained, before = outputs(llama, input_ids=tokens)[0], snapshot(llama)
+    with patchattn.unpatched(llama):
+        assert torch.equal(outputs(llama, input_ids=tokens)[0], base)
+    after = snapshot(llama)
+    for key in ("state", "config", "implementations", "modules", "attributes"):
+        assert_same({key: before[key]}, {key: after[key]})
+    assert torch.equal(outputs(llama, input_ids=tokens)[0], trained)
+
+
+def test_towers_are_chosen_by_name() -> None:
+    model = FAMILIES["llava"].make()
+    patchattn.patch_model(model, "moh", modules=r"language_model\..*")
+    towers = {site["tower"] for site in patchattn.patch_info(model)["sites"] if site["variants"]}
+    assert towers == {"model.language_model"}
+    assert implementations(model).count("patchattn_sdpa") == 1
+
+
+def test_cross_attention_is_a_site_of_its_own() -> None:
+    model = FAMILIES["bart"].make()
+    patchattn.patch_model(model, "ssa", modules="encoder_attn")
+    sites = [site for site in patchattn.patch_info(model)["sites"] if site["variants"]]
+    assert len(sites) == 2
+    assert all(site["is_cross"] for site in sites)
+
+
+def test_setting_the_implementation_of_a_patched_model_is_noticed(llama, tokens) -> None:
+    patchattn.patch_model(llama, "moh")
+    llama.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="set to 'eager' since"):
+        llama(tokens)
+    patchattn.unpatch_model(llama)
+    assert llama.config._attn_implementation == "eager"
+    llama(tokens)
+
+
+def test_two_models_on_one_configuration(tokens) -> None:
+    torch.manual_seed(0)
+    config = FAMILIES["llama"].make().config
+    first, second = tf.LlamaForCausalLM(config).eval(), tf.LlamaForCausalLM(config).eval()
+    plain = outputs(second, input_ids=tokens)[0]
+    patchattn.patch_model(first, "moh")
+    assert torch.equal(outputs(second, input_ids=tokens)[0], plain)
+    patchattn.patch_model(second, "ssa")
+    patchattn.unpatch_model(first)
+    with pytest.raises(RuntimeError, match="leaves the patch out"):
+        second(tokens)
+
+
+def test_the_registry_is_left_clean(llama) -> None:
+    gc.collect()
+    patchattn.patch_model(llama, "moh")
+    assert "patchattn_sdpa" in registered()
+    twin = copy.deepcopy(llama)
+    patchattn.unpatch_model(llama)
+    assert "patchattn_sdpa" in registered()  # the twin still needs it
+    patchattn.unpatch_model(twin)
+    gc.collect()
+    if any(name.startswith("patchattn_") for name in registered()):
+        assert {chain.base for chain in _live_chains}, "registered for no model at all"
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "family"),
+    [
+        (tf.DebertaV2Config, "DebertaV2Model", "deberta-v2"),
+        (tf.FalconConfig, "FalconModel", "falcon"),
+        (tf.BloomConfig, "BloomModel", "bloom"),
+        (tf.GPTJConfig, "GPTJModel", "gptj"),
+        (tf.MptConfig, "MptModel", "mpt"),
+    ],
+)
+def test_families_that_do_not_dispatch_are_refused_by_name(config, model, family) -> None:
+    with torch.device("meta"):
+        refused = getattr(tf, model)(config(num_hidden_layers=1))
+    modules = [name for name, _ in refused.named_modules()]
+    with pytest.raises(NotImplementedError, match=f"'{family}'.*does not call transformers' attention interface"):
+        patchattn.patch_model(refused, "moh")
+    assert [name for name, _ in refused.named_modules()] == modules
+
+
+def test_code_that_asks_for_the_implementation_by_name_is_refused() -> None:
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50}
+    model = tf.GPT2Model(tf.GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager"))
+    with pytest.raises(NotImplementedError, match="asks for the implementation by name"):
+        patchattn.patch_model(model, "moh")
+    model = tf.GPT2Model(tf.GPT2Config(**sizes, attn_implementation="eager"))
+    patchattn.patch_model(model, "moh")  # where that branch makes no difference, it is no reason
+
+
+@lacking("gqa")
+def test_a_missing_capability_is_refused_when_patching(llama, toy) -> None:
+    with pytest.raises(NotImplementedError, match="'toy' does not support gqa"):
+        patchattn.patch_model(llama, toy)
+
+
+@lacking("cross")
+def test_cross_attention_may_be_left_out(toy) -> None:
+    model = FAMILIES["t5"].make()
+    with pytest.raises(NotImplementedError, match="'toy' does not support cross"):
+        patchattn.patch_model(model, toy)
+    patchattn.patch_model(model, toy, modules="SelfAttention")
+
+
+@pytest.mark.parametrize(
+    ("toy", "family", "extra"),
+    [
+        (frozenset({"causal"}), "llama", {}),
+        (frozenset({"bidirectional"}), "bert", {}),
+        (frozenset({"softcap"}), "gemma2", {}),
+        (frozenset({"sinks"}), "gpt_oss", {}),
+        (frozenset({"position_bias"}), "t5", {}),
+        (frozenset({"padding"}), "bert", {"attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] * 4])}),
+    ],
+    indirect=["toy"],
+    ids=["causal", "bidirectional", "softcap", "sinks", "position_bias", "padding"],
+)
+def test_a_missing_capability_is_refused_at_the_call(toy, family, extra, request) -> None:
+    model = patchattn.patch_model(FAMILIES[family].make(), toy)
+    name = request.node.callspec.id
+    with pytest.raises(NotImplementedError, match=f"'toy' does not support {name}"):
+        model(**FAMILIES[family].inputs(), **extra)
+
+
+@lacking("kv_cache", "dropout")
+def test_caches_and_dropout_are_refused_at_the_call(llama, tokens, toy) -> None:
+    patchattn.patch_model(llama, toy)
+    past = llama(tokens[:, :4], use_cache=True).past_key_values
+    with pytest.raises(NotImplementedError, match="does not support kv_cache"):
+        llama(tokens[:, 4:], past_key_values=past)
+    for layer in llama.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(NotImplementedError, match="does not support dropout"):
+        llama.train()(tokens)
+
+
+def test_registration_checks_what_it_is_given(toy) -> None:
+    info = patchattn.variant_info("moh")
+    with pytest.raises(TypeError, match="expects a VariantInfo"):
+        patchattn.register_variant("moh")
+    for changes, error, message in (
+        ({"name": "My-Variant"}, ValueError, "lower-case identifier"),
+        ({"name": "moh", "variant": Toy}, ValueError, "registered already"),
+        ({"name": "other", "variant": nn.Linear}, TypeError, "subclass of patchattn.Variant"),
+        ({"name": "other", "capabilities": frozenset({"speed"})}, ValueError, "unknown capabilities"),
+    ):
+        with pytest.raises(error, match=message):
+            patchattn.register_variant(type(info)(**{**vars(info), **changes}))
+    with pytest.raises(ValueError, match="did you mean 'ssa'"):
+        patchattn.variant_info("sssa")
+    assert patchattn.list_variants() == sorted(patchattn.list_variants())
+
+
+def test_names_of_the_seam_are_no_hub_kernels() -> None:
+    for base in ("sdpa", "eager", "flash_attention_2", "kernels-community/flash-attn2@v1:flash"):
+        name = seam_name(base)
+        assert "/" not in name
+        assert "|" not in name
+        assert ("flash" in name) == ("flash" in base)  # model code looks for that word
+    assert base_name("sdpa") is None
+    assert base_name(None) is None
+
+
+def test_threads_do_not_see_each_others_layers(tokens) -> None:
+    model = patchattn.patch_model(FAMILIES["qwen3"].make(), ["ssa", "moh"])
+    randomise(model)
+    batches = [tokens[:, :length] for length in (3, 5, 7, 9)]
+    expected = [outputs(model, input_ids=batch)[0] for batch in batches]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(outputs(model, input_ids=batches[index])[0], expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_calling_forward_around_the_hooks_is_refused(tokens) -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "ssa")
+    layer = model.model.layers[0].self_attn
+    hidden = torch.randn(2, 9, 32)
+    angles = model.model.rotary_emb(hidden, torch.arange(9)[None])
+    with pytest.raises(RuntimeError, match="must be called, not its forward"):
+        layer.forward(hidden_states=hidden, position_embeddings=angles)

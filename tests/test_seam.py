@@ -1,0 +1,118 @@
+"""The base implementation that computes stays the one the user had, whatever it is."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations import flash_attention
+from transformers.masking_utils import flash_attention_mask
+
+import patchattn
+
+from .behaviour import Case, cases
+from .families import FAMILIES, outputs
+
+EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
+
+
+def flash_in_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> torch.Tensor:
+    """What the flash kernels compute, `(B, T, H, D)` in and out: causal to the last key, 2D padding, window."""
+    assert kwargs["attn_implementation"] == "flash_attention_2"  # the name a kernel would be loaded by
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    rows, keys = query.shape[2], key.shape[2]
+    mask = torch.ones(rows, keys, dtype=torch.bool)
+    if kwargs["is_causal"]:
+        mask = mask.tril(keys - rows)
+    if kwargs.get("sliding_window"):
+        mask = mask.triu(keys - rows - kwargs["sliding_window"] + 1)
+    mask = mask[None, None]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, -keys:].bool()
+    mask = mask | ~mask.any(-1, keepdim=True)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=kwargs["softmax_scale"])
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "bert"])
+@EVERY_CASE
+def test_flash_attention_stays_the_base(family: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_in_torch)
+    tokens = FAMILIES[family].inputs()["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    real = mask.bool()
+    results = []
+    for base in ("sdpa", "flash_attention_2"):
+        model = FAMILIES[family].make()
+        model.config._attn_implementation_internal = base
+        case.patch(model)
+        assert patchattn.patch_info(model)["base_implementations"] == [base]
+        parts = [outputs(model, input_ids=tokens, attention_mask=mask)[0][real], outputs(model, input_ids=tokens)[0]]
+        if family != "bert":
+            cache = DynamicCache(config=model.config)
+            parts += [
+                outputs(model, input_ids=chunk, past_key_values=cache)[0] for chunk in tokens.split([4, 3, 2], dim=1)
+            ]
+        results.append(parts)
+        patchattn.unpatch_model(model)
+        assert model.config._attn_implementation == base
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@EVERY_CASE
+def test_flex_attention_stays_the_base(case: Case) -> None:
+    tokens = FAMILIES["llama"].inputs()["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    results = []
+    for base in ("sdpa", "flex_attention"):
+        model = FAMILIES["llama"].make(implementation=base)
+        case.patch(model)
+        results.append(outputs(model, input_ids=tokens, attention_mask=mask)[0][mask.bool()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hub_kernel_stays_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel from the Hub is registered under its repository's name, with flash attention's masks."""
+    name, calls = "someone/attention-kernel", []
+
+    def kernel(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        calls.append(module.config._attn_implementation)
+        kwargs.update(softmax_scale=kwargs.pop("scaling"), is_causal=True, attn_implementation="flash_attention_2")
+        out = flash_in_torch(*(x.transpose(1, 2) for x in (query, key, value)), attention_mask, **kwargs)
+        return out, None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, kernel)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, flash_attention_mask)
+    tokens = FAMILIES["llama"].inputs()["input_ids"]
+    expected = outputs(patchattn.patch_model(FAMILIES["llama"].make(), ["ssa", "moh"]), input_ids=tokens)[0]
+    model = FAMILIES["llama"].make()
+    model.config._attn_implementation_internal = name
+    patchattn.patch_model(model, ["ssa", "moh"])
+    torch.testing.assert_close(outputs(model, input_ids=tokens)[0], expected, rtol=1e-4, atol=1e-4)
+    assert calls == [name, name]  # one per layer, and each is shown the name it knows
+    patchattn.unpatch_model(model)
+    assert model.config._attn_implementation == name
+
+
+def test_towers_keep_their_own_bases() -> None:
+    model, inputs = FAMILIES["llava"].make(), FAMILIES["llava"].inputs()
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    patchattn.patch_model(model, "moh")
+    assert patchattn.patch_info(model)["base_implementations"] == ["eager", "sdpa"]
+    outputs(model, **inputs)
+    patchattn.unpatch_model(model)
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_continuous_batching_is_refused() -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "moh")
+    with pytest.raises(NotImplementedError, match="Continuous batching"):
+        model(FAMILIES["llama"].inputs()["input_ids"], cache=object())
