@@ -1,55 +1,75 @@
-"""patchattn replaces the attention of a transformers model by a published variant, in place and reversibly."""
+"""patchattn replaces the attention of a transformers model by a published variant, in place and reversibly.
 
-from . import variants
-from .call import AttentionCall, LayerContext
-from .checking import Check, CheckReport, check_patch
-from .checkpoint import from_pretrained, load_patch, patched_class, save_patch
-from .hub import push_to_hub, save_pretrained
-from .observe import observe
-from .patching import patch_info, patch_model, patched, unpatch_model, unpatched
-from .sites import AttentionSite, find_sites
-from .variant import (
-    Attend,
-    AttentionOutput,
-    Variant,
-    VariantConfig,
-    VariantInfo,
-    list_variants,
-    option,
-    register_variant,
-    variant_info,
-)
+Importing it is quick: like transformers, it loads torch only when a name is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .call import AttentionCall as AttentionCall
+    from .call import LayerContext as LayerContext
+    from .checking import Check as Check
+    from .checking import CheckReport as CheckReport
+    from .checking import check_patch as check_patch
+    from .checkpoint import from_pretrained as from_pretrained
+    from .checkpoint import load_patch as load_patch
+    from .checkpoint import patched_class as patched_class
+    from .checkpoint import save_patch as save_patch
+    from .hub import push_to_hub as push_to_hub
+    from .hub import save_pretrained as save_pretrained
+    from .observation import observe as observe
+    from .patching import patch_info as patch_info
+    from .patching import patch_model as patch_model
+    from .patching import patched as patched
+    from .patching import unpatch_model as unpatch_model
+    from .patching import unpatched as unpatched
+    from .sites import AttentionSite as AttentionSite
+    from .sites import find_sites as find_sites
+    from .variant import Attend as Attend
+    from .variant import AttentionOutput as AttentionOutput
+    from .variant import Variant as Variant
+    from .variant import VariantConfig as VariantConfig
+    from .variant import VariantInfo as VariantInfo
+    from .variant import list_variants as list_variants
+    from .variant import option as option
+    from .variant import register_variant as register_variant
+    from .variant import variant_info as variant_info
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Attend",
-    "AttentionCall",
-    "AttentionOutput",
-    "AttentionSite",
-    "Check",
-    "CheckReport",
-    "LayerContext",
-    "Variant",
-    "VariantConfig",
-    "VariantInfo",
-    "check_patch",
-    "find_sites",
-    "from_pretrained",
-    "list_variants",
-    "load_patch",
-    "observe",
-    "option",
-    "patch_info",
-    "patch_model",
-    "patched",
-    "patched_class",
-    "push_to_hub",
-    "register_variant",
-    "save_patch",
-    "save_pretrained",
-    "unpatch_model",
-    "unpatched",
-    "variant_info",
-    "variants",
-]
+_NAMES = {
+    "call": ("AttentionCall", "LayerContext"),
+    "checking": ("Check", "CheckReport", "check_patch"),
+    "checkpoint": ("from_pretrained", "load_patch", "patched_class", "save_patch"),
+    "hub": ("push_to_hub", "save_pretrained"),
+    "observation": ("observe",),
+    "patching": ("patch_info", "patch_model", "patched", "unpatch_model", "unpatched"),
+    "sites": ("AttentionSite", "find_sites"),
+    "variant": (
+        "Attend",
+        "AttentionOutput",
+        "Variant",
+        "VariantConfig",
+        "VariantInfo",
+        "list_variants",
+        "option",
+        "register_variant",
+        "variant_info",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'patchattn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,6 +1,7 @@
 """The contract of a variant: its configuration, its module, and the registry that knows it."""
 
 import difflib
+import importlib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -269,7 +270,7 @@ def register_variant(info: VariantInfo) -> None:
         raise TypeError(f"register_variant expects a VariantInfo, got {type(info).__name__}.")
     if not (info.name.isidentifier() and info.name == info.name.lower()):
         raise ValueError(f"A variant's name must be a lower-case identifier, got {info.name!r}.")
-    if info.name in _REGISTRY and _REGISTRY[info.name].variant is not info.variant:
+    if info.name in _registry() and _REGISTRY[info.name].variant is not info.variant:
         raise ValueError(f"The variant {info.name!r} is registered already; choose another name.")
     if not (isinstance(info.variant, type) and issubclass(info.variant, Variant)):
         raise TypeError(f"Variant {info.name!r}: expected a subclass of patchattn.Variant, got {info.variant!r}.")
@@ -282,7 +283,7 @@ def register_variant(info: VariantInfo) -> None:
 
 def list_variants() -> list[str]:
     """Names of all registered variants, sorted."""
-    return sorted(_REGISTRY)
+    return sorted(_registry())
 
 
 def variant_info(name: str) -> VariantInfo:
@@ -294,6 +295,11 @@ def variant_info(name: str) -> VariantInfo:
     """
     if not isinstance(name, str):
         raise TypeError(f"A variant is named by a string, got {type(name).__name__}.")
-    if name not in _REGISTRY:
+    if name not in _registry():
         raise ValueError(f"Unknown variant {name!r}{nearest(name, list_variants())}")
     return _REGISTRY[name]
+
+
+def _registry() -> dict[str, VariantInfo]:
+    importlib.import_module("patchattn.variants")  # the shipped variants register themselves when first asked for
+    return _REGISTRY

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..call import AttentionCall
-from ..observe import observe
+from ..observation import observe
 from ..patching import unpatch_model
 from .tasks import Batch, Task
 
