@@ -65,6 +65,8 @@ _HINTS: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_audio_encoder": _PACKED_SOUND,
     "qwen3_omni_moe_audio_encoder": _PACKED_SOUND,
     "time_series_transformer": _SERIES,
+    "voxtral_realtime_text": {"t_cond": (1, 128)},
+    "wav2vec2-bert": {"input_features": (2, 64, 128)},
 }
 
 
@@ -109,7 +111,7 @@ def _argument_sets(names: list[str], required: list[str], module: nn.Module) -> 
     sets.append(those(*(name for name in names if _MASK.search(name))))
     sets.append(those("inputs_embeds", "patch_embeds", "encoder_hidden_states"))
     if hinted := _hints(module.config):
-        sets.insert(0, those(*hinted))
+        sets.insert(0, list(dict.fromkeys([*least, *hinted])))
     if "use_cache" in names:  # the default cache does not know every hybrid
         sets.append([*least, "use_cache"])
     seen: list[list[str]] = []

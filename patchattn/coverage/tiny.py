@@ -68,11 +68,24 @@ _DERIVED = re.compile(r"stage_names|transformers_version|architectures|id2label|
 _STAGES = re.compile(r"out_features|out_indices")
 
 # Where names do not tell: values for a default configuration that cannot be built or whose parts disagree.
+_RESNET = {  # in place of a backbone from the timm library, which may not be installed
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [32, 64, 96, 128],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    }
+}
 _HINTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "bailing_hybrid": {"num_experts_per_tok": 2},
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "conditional_detr": _RESNET,
+    "dab-detr": _RESNET,
+    "deformable_detr": _RESNET,
+    "detr": _RESNET,
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -89,6 +102,11 @@ _HINTS: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 128},
+    "step3p5": {"sliding_window": 8},
+    "table-transformer": _RESNET,
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
+    "t5gemma2_encoder": {"dropout_rate": 0.0},
+    "t5gemma2_text": {"dropout_rate": 0.0},
     "time_series_transformer": {"prediction_length": 4},
 }
 
