@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 import patchattn
@@ -248,6 +250,39 @@ def test_copies_and_pickles_are_complete_and_independent(family: str, case: Case
         patchattn.unpatch_model(twin)
         for left, right in zip(expected, outputs(model, **inputs), strict=True):
             assert torch.equal(left, right)
+
+
+@EVERY_FAMILY
+@EVERY_CASE
+def test_a_saved_patch_gives_equal_outputs_on_a_fresh_base(family: str, case: Case, tmp_path: Path) -> None:
+    model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
+    patchattn.save_patch(model, tmp_path)
+    loaded = patchattn.load_patch(FAMILIES[family].make(), tmp_path)
+    for left, right in zip(outputs(model, **inputs), outputs(loaded, **inputs), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@EVERY_CASE
+def test_only_adapters_and_the_variant_move_under_peft(family: str, case: Case, tmp_path: Path) -> None:
+    """LoRA beside the variant's own parameters: trains, saves, reloads on a fresh base, and comes off again."""
+    torch.manual_seed(0)
+    inputs, targets = FAMILIES[family].inputs(), {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}[family]
+    plain = outputs(FAMILIES[family].make(), **inputs)[0]
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=["patchattn"])
+    model = get_peft_model(case.patch(FAMILIES[family].make()), config)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model.train()(**inputs).logits.pow(2).mean().backward()
+        optimizer.step()
+    assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
+    trained = outputs(model.eval(), **inputs)[0]
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(case.patch(FAMILIES[family].make()), tmp_path).eval()
+    assert torch.equal(outputs(reloaded, **inputs)[0], trained)
+    bare = patchattn.unpatch_model(model.unload())
+    assert torch.equal(outputs(bare, **inputs)[0], plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -111,7 +111,7 @@ class SSA(Variant):
         """
         weights = [weights[stream] for weights in (self.token, self.alpha) if stream in weights]
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        tau = torch.ones((), device=visible.device, dtype=dtype)
+        tau = visible.new_ones((), dtype=dtype)
         if tokens is not None:
             weight = self.token[stream]
             tau = tau + torch.tanh((tokens.to(weight.dtype) @ weight).to(dtype))
