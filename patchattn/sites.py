@@ -27,6 +27,8 @@ PROJECTION_ROLES = {
 }
 # The first half of a low-rank query projection (multi-head latent attention), which reads the layer's input.
 _QUERY_DOWN = re.compile(rf"{_PREFIX}q(?:uery)?_?a(?:_?(?:proj|projection|layer))?", re.I)
+# One of several projections that a query is put together from: no single one tells the width of a head.
+_QUERY_PART = re.compile(rf"{_PREFIX}q(?:uery)?_\w+_(?:proj|projection|layer)", re.I)
 _QUERY_NORM = re.compile(r"(?:q|query)_?(?:layer_?)?(?:norm|ln)|(?:norm|ln|layer_?norm)_?(?:q|query)", re.I)
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
 _HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
@@ -191,19 +193,23 @@ def _geometry(module: nn.Module, projections: dict[str, str]) -> tuple[int | Non
         kv_twice = outputs["fused"] // dim - stated_heads
         return stated_heads, kv_twice // 2 if kv_twice > 0 else stated_heads, dim
     if width is None:
-        return stated_heads, next(_integers(module, _KV_HEADS), stated_heads), stated_dim
+        in_parts = any(_QUERY_PART.fullmatch(child) for child, _ in module.named_children())
+        return stated_heads, _stated_kv_heads(module, stated_heads), None if in_parts else stated_dim
     dim = stated_dim if stated_dim and width % stated_dim == 0 else None
     if dim is None and stated_heads and width % stated_heads == 0:
         dim = width // stated_heads
     if dim is None:
-        return stated_heads, next(_integers(module, _KV_HEADS), stated_heads), None
+        return stated_heads, _stated_kv_heads(module, stated_heads), None
     # A projection may be wider than its heads (an output gate beside the query) but never narrower, unless pruned.
     heads = min(stated_heads, width // dim) if stated_heads else width // dim
-    if "key" in outputs:
-        return heads, outputs["key"] // dim, dim
+    return heads, outputs["key"] // dim if "key" in outputs else _stated_kv_heads(module, heads), dim
+
+
+def _stated_kv_heads(module: nn.Module, heads: int | None) -> int | None:
     groups = getattr(module, "num_key_value_groups", None)  # how often attention repeats each kv head
-    kv_heads = heads // groups if isinstance(groups, int) and groups > 0 else next(_integers(module, _KV_HEADS), heads)
-    return heads, kv_heads, dim
+    if heads is not None and isinstance(groups, int) and groups > 0:
+        return heads // groups
+    return next(_integers(module, _KV_HEADS), heads)
 
 
 def _fused_head_dim(width: int, heads: int, kv_heads: int | None) -> int | None:
