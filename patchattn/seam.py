@@ -106,6 +106,11 @@ class VariantChain(nn.Module):
         self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Let every variant change new keys and values, outermost first."""
+        if not self.site.is_cross and context.memory is not None and context.memory is not context.layer_input:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) mixes its own sequence with another one in its keys; "
+                f"{', '.join(map(repr, self.storing))} cannot tell which key is whose. Leave it out with modules=..."
+            )
         # A token of another sequence, or one whose queries are pooled, is seen by whoever sees that sequence.
         if self.site.is_cross or visible.shape[-1] != key.shape[2]:
             visible = visible.amax(dim=-1, keepdim=True)
