@@ -1,0 +1,119 @@
+"""The command line: what each command prints, and that a mistake is one line and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import BertConfig, BertModel
+
+from patchattn import list_variants, variant_info
+from patchattn.cli import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command line; returns its exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, vocab_size=64)
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_list_names_every_variant(run):
+    code, out, _ = run("list")
+    assert code == 0
+    for name in list_variants():
+        assert name in out
+        assert variant_info(name).summary in out
+
+
+@pytest.mark.parametrize("name", list_variants())
+def test_info_describes_every_setting(run, name):
+    code, out, _ = run("info", name)
+    assert code == 0
+    info = variant_info(name)
+    assert info.arxiv_id in out
+    assert info.code in out
+    for field, described in info.config_fields.items():
+        assert f"{field} = {described['default']}" in out
+        assert described["source"].split()[0] in out
+
+
+def test_info_says_what_a_setting_takes(run):
+    out = run("info", "moh")[1]
+    assert "active_ratio = 0.75   (0 to 1)" in out
+    assert "router = query_norm   (query_norm or learned)" in out
+    assert "shared_ratio = None   (0 to 1 or None)" in out
+    assert "router_std = 0.02   (at least 0)" in out
+
+
+def test_check_reports_on_a_folder(run, bert_folder):
+    code, out, _ = run("check", bert_folder, "--variant", "moh", "--set", "active_ratio=0.5")
+    assert code == 0, out
+    assert "BertModel with moh on 2 attention modules" in out
+    assert "unpatching restores the model" in out
+
+
+def test_coverage_of_one_type(run, tmp_path):
+    page = tmp_path / "coverage.md"
+    code, out, _ = run("coverage", "bert", "--markdown", str(page))
+    assert code == 0, out
+    assert "patchable" in out
+    assert "| bert |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "mohh"], "did you mean 'moh'"),
+        (["check", "BERT", "--variant", "ssaa"], "did you mean 'ssa'"),
+        (["check", "BERT", "--variant", "moh", "--set", "active_ration=1"], "did you mean 'active_ratio'"),
+        (["check", "BERT", "--variant", "moh", "--set", "active_ratio=2"], "between 0.0 and 1.0, got 2"),
+        (["check", "BERT", "--variant", "moh", "--set", "active_ratio=much"], "must be float, got 'much'"),
+        (["check", "BERT", "--variant", "moh", "--set", "active_ratio"], "name=value"),
+        (["check", "nowhere/[at all]", "--variant", "moh"], "Cannot load 'nowhere/[at all]'"),
+        (["coverage", "no_such_type"], "no_such_type"),
+        (["demo", "--task", "recal"], "did you mean 'recall'"),
+        (["demo", "--task", "sst2"], "--model"),
+        (["demo", "--task", "recall", "--data", "here"], "--data"),
+        (["demo", "--steps", "0", "--quick"], "at least 1, got 0"),
+        (["demo", "--seed", "1", "--seed", "1", "--quick"], "different seeds"),
+        (["demo", "--model", "BERT", "--data", "no/such/folder"], "train.tsv"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, bert_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, err = run(*(bert_folder if argument == "BERT" else argument for argument in arguments))
+    assert code == 2
+    assert err.startswith("Error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_command_or_option_is_named(run):
+    code, _, err = run("infos")
+    assert code == 2
+    assert "infos" in err
+    assert run("demo", "--stepz", "3")[0] == 2
+
+
+def test_the_installed_script_runs():
+    code = "import sys; from patchattn.cli import main; sys.argv = ['patchattn', '--help']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for command in ("list", "info", "coverage", "check", "demo"):
+        assert command in done.stdout
