@@ -27,9 +27,9 @@ def select_sites(
     """The attention sites that `layers` and `modules` choose; see `patch_model`."""
     sites = find_sites(model)
     undispatched = find_undispatched(model)
+    family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if undispatched and (not sites or modules is None):
         name, module = undispatched[0]
-        family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         hint = " Choose the others with modules=..." if sites else ""
         raise NotImplementedError(
             f"{type(model).__name__} (model type {family!r}) cannot be patched: {type(module).__name__} ({name}) "
@@ -37,7 +37,8 @@ def select_sites(
         )
     if not sites:
         raise NotImplementedError(
-            f"{type(model).__name__} has no attention module that calls transformers' attention interface."
+            f"{type(model).__name__} (model type {family!r}) cannot be patched: no attention module of it calls "
+            "transformers' attention interface."
         )
     if modules is not None:
         if not isinstance(modules, str):

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .. import variants  # noqa: F401  (registers them)
 from ..patching import patch_model, unpatch_model
 from ..selection import select_sites
-from ..sites import AttentionSite
+from ..sites import AttentionSite, find_sites
 from ..variant import list_variants, variant_info
 from .checks import Findings, _line, check, find_runs
 from .tiny import SCALES, TooLargeError, default_config, meta_model, model_classes, tiny_config, tiny_model
@@ -154,7 +154,8 @@ def _look_at_structure(row: Row, classes: list[type[PreTrainedModel]]) -> None:
 def _note_sites(row: Row, model: PreTrainedModel) -> list[AttentionSite]:
     row.model_class = type(model).__name__
     row.reason = ""
-    if not any(re.search(r"attention|attn", type(module).__name__, re.I) for module in model.modules()):
+    named = any(re.search(r"attention|attn", type(module).__name__, re.I) for module in model.modules())
+    if not named and not find_sites(model):
         row.status = "no attention"
         return []
     if refusal := _refusal(model):

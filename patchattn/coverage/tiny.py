@@ -92,6 +92,7 @@ _HINTS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "deepseek_ocr2": {"text_config": {"model_type": "deepseek_ocr2_text", "mlp_layer_types": ["dense"] * 32}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "informer": {"prediction_length": 4},
     "kimi_linear": {
@@ -128,7 +129,12 @@ def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
     transformers = importlib.import_module("transformers")
     classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     classes += list(_defined_beside(config_class))
-    return [c for c in dict.fromkeys(classes) if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    return [c for c in dict.fromkeys(classes) if _is_model(c)]
+
+
+def _is_model(value: Any) -> bool:
+    """Whether this is a model and not the base class of a family's models."""
+    return isinstance(value, type) and issubclass(value, PreTrainedModel) and "PreTrainedModel" not in value.__name__
 
 
 def _defined_beside(config_class: type[PretrainedConfig]) -> Iterator[type]:
@@ -137,9 +143,7 @@ def _defined_beside(config_class: type[PretrainedConfig]) -> Iterator[type]:
         if not found.name.rpartition(".")[2].startswith("modeling_"):
             continue
         for value in vars(importlib.import_module(found.name)).values():
-            if not isinstance(value, type) or not issubclass(value, PreTrainedModel) or value.__module__ != found.name:
-                continue
-            if getattr(value, "config_class", None) is config_class and not value.__name__.endswith("PreTrainedModel"):
+            if _is_model(value) and value.__module__ == found.name and value.config_class is config_class:
                 yield value
 
 
@@ -217,13 +221,15 @@ def _shrunk_integer(
     if scale.head_dim:
         width = HEADS * scale.head_dim
         heads = next((v for k, v in values.items() if _HEADS.fullmatch(k) and not _KV_HEADS.fullmatch(k)), value)
-        halves = "qk_rope_head_dim" in values  # multi-head latent attention: head_dim is that of the rotated half
+        head_dim = scale.head_dim
+        if key == "head_dim" and _is_count(values.get("qk_rope_head_dim")):  # the rotary embedding's, in proportion
+            head_dim = scale.head_dim // 2 * value // values["qk_rope_head_dim"]
         limits += [
             (_KV_HEADS, HEADS if not _is_count(heads) or value >= heads else HEADS // 2),
             (_MAMBA_HEADS, 2 * HEADS),
             (_HEADS, HEADS),
             (_HALF_HEAD_DIM, scale.head_dim // 2),
-            (_HEAD_DIM, scale.head_dim // 2 if key == "head_dim" and halves else scale.head_dim),
+            (_HEAD_DIM, head_dim),
             (_WIDTH, width),
             (_INNER, 2 * width),
             (_LORA, scale.head_dim),
