@@ -4,16 +4,18 @@ import re
 from collections.abc import Iterable
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .sites import AttentionSite, find_sites, find_undispatched
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model itself, out of a PeftModel or a compiled or data-parallel wrapper."""
-    for attribute in ("_orig_mod", "module"):
-        inner = model._modules.get(attribute)
-        if inner is not None:
-            return base_model(inner)
+    if not isinstance(model, PreTrainedModel):
+        for attribute in ("_orig_mod", "module"):  # of torch.compile, and of the data-parallel wrappers
+            inner = model._modules.get(attribute)
+            if inner is not None:
+                return base_model(inner)
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         return base_model(model.get_base_model())  # type: ignore[operator]
     if not hasattr(model, "config"):

@@ -183,11 +183,13 @@ def test_eager_gives_attentions_and_the_same_output_as_sdpa(family: str, case: C
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        result = model(**inputs, output_attentions=True)
-    attentions = result.get("attentions") or result["decoder_attentions"]
-    assert len(attentions) == 2
-    assert attentions[0].shape[1] == 4
-    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(attentions[0].shape[:-1]))
+        patched = model(**inputs, output_attentions=True)
+        plain = patchattn.unpatch_model(model)(**inputs, output_attentions=True)
+    name = "attentions" if "attentions" in patched else "decoder_attentions"
+    assert len(patched[name]) == len(plain[name])
+    for attention, expected in zip(patched[name], plain[name], strict=True):
+        assert attention.shape == expected.shape
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 
 
 @EVERY_FAMILY
@@ -296,6 +298,27 @@ def test_compiles_without_graph_breaks(family: str, case: Case) -> None:
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
     compiled.train()
     compiled(**inputs).logits.pow(2).mean().backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@EVERY_CASE
+def test_a_compiled_model_is_patched_decodes_and_is_unpatched(family: str, case: Case) -> None:
+    """torch.compile first, patch later: the compiled code follows; a step on a static cache has no graph break."""
+    model, tokens = FAMILIES[family].make(), text()
+    base = outputs(model, input_ids=tokens)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(outputs(compiled, input_ids=tokens)[0], base, rtol=1e-5, atol=1e-5)
+    case.patch(compiled)
+    expected = outputs(model, input_ids=tokens)[0]
+    torch.testing.assert_close(outputs(compiled, input_ids=tokens)[0], expected, rtol=1e-5, atol=1e-5)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    outputs(model, input_ids=tokens[:, :-1], past_key_values=cache)
+    step = outputs(compiled, input_ids=tokens[:, -1:], past_key_values=cache)[0]
+    torch.testing.assert_close(step, expected[:, -1:], rtol=1e-4, atol=1e-4)
+    patchattn.unpatch_model(compiled)
+    torch.testing.assert_close(outputs(compiled, input_ids=tokens)[0], base, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
 
 

