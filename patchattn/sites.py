@@ -90,7 +90,10 @@ def attention_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
 def dispatches(module: nn.Module) -> bool:
     """Whether this module calls the attention function that transformers' registry names."""
     code = getattr(attention_forward(type(module)), "__code__", None)
-    return code is not None and REGISTRY_NAME in code.co_names
+    if code is None or REGISTRY_NAME not in code.co_names:
+        return False
+    # `getattr(registry, name, eager)` finds nothing there and always computes eagerly; a slip that transformers has.
+    return "get_interface" in code.co_names or "getattr" not in code.co_names
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
