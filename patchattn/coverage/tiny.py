@@ -77,6 +77,14 @@ _RESNET = {  # in place of a backbone from the timm library, which may not be in
         "out_features": ["stage2", "stage3", "stage4"],
     }
 }
+_HALF_ROTARY = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [8, 12, 12],
+    }
+}
 _HINTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "bailing_hybrid": {"num_experts_per_tok": 2},
@@ -92,6 +100,9 @@ _HINTS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "deepseek_ocr2": {"text_config": {"model_type": "deepseek_ocr2_text", "mlp_layer_types": ["dense"] * 32}},
+    "glm4v_text": _HALF_ROTARY,
+    "glm_image_text": _HALF_ROTARY,
+    "glm_ocr_text": {"rope_parameters": {**_HALF_ROTARY["rope_parameters"], "mrope_section": [4, 6, 6]}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "informer": {"prediction_length": 4},
@@ -102,6 +113,7 @@ _HINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
+    "pix2struct_text_model": {"initializer_range": 0.02},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 128},
     "step3p5": {"sliding_window": 8},
     "table-transformer": _RESNET,
