@@ -350,7 +350,10 @@ def _like(variant: Variant, module: nn.Module) -> Variant:
     """A variant on the device, in the floating dtype and in the mode of the module it goes to."""
     reference = next((p for p in module.parameters() if p.is_floating_point()), None)
     if reference is not None and not any(p.is_meta for p in variant.parameters()):
-        variant = variant.to(device=reference.device, dtype=reference.dtype)
+        # accelerate keeps the parameters of an offloaded module elsewhere: its hooks know where it computes
+        hooks = [hook for child in module.modules() if (hook := getattr(child, "_hf_hook", None)) is not None]
+        device = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), reference.device)
+        variant = variant.to(device=device if reference.is_meta else reference.device, dtype=reference.dtype)
     return variant.train(module.training)
 
 

@@ -92,7 +92,7 @@ class VariantChain(nn.Module):
         def inner(inner_call: AttentionCall) -> AttentionOutput:
             return self._attend(depth + 1, base, inner_call)
 
-        return self._variant(self.active[depth]).attend(call, inner)
+        return self._variant(self.active[depth])("attend", call, inner)
 
     def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
         """Without a cache the new keys and values are all there are; with one, the tap has changed them already."""
@@ -115,7 +115,7 @@ class VariantChain(nn.Module):
         if self.site.is_cross or visible.shape[-1] != key.shape[2]:
             visible = visible.amax(dim=-1, keepdim=True)
         for name in self.storing:
-            key, value = self._variant(name).before_cache(key, value, context, visible)
+            key, value = self._variant(name)("before_cache", key, value, context, visible)
         return key, value
 
     def _refuse(self, call: AttentionCall) -> None:

@@ -179,6 +179,10 @@ class Variant(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define attend(call, inner).")
 
+    def forward(self, stage: Literal["attend", "before_cache"], *arguments: Any) -> Any:
+        """Run one stage. What gathers parameters before a forward (FSDP, accelerate's offloading) relies on it."""
+        return getattr(self, stage)(*arguments)
+
     @property
     def is_identity(self) -> bool:
         """Whether this configuration changes nothing, whatever the input and the parameters; it is then skipped."""

@@ -66,7 +66,7 @@ def test_lora_and_variants_train_and_nothing_else(name):
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     mark = ".patchattn.modules_to_save.default."
     assert all("lora_" in n or mark in n for n in trainable)
-    for part in ("lora_A", "lora_B", "moh.routed_weight", "moh.shared_weight", "moh.type_weight", "ssa.token.query"):
+    for part in ("lora_A", "lora_B", "moh.routed_weight", "moh.shared_weight", "moh.type_weight", "ssa.query_token"):
         assert sum(part in n for n in trainable) >= 2, part
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses = train(model, name, steps=5)

@@ -29,8 +29,7 @@ def test_temperatures_follow_the_formula(settings: dict) -> None:
     model = patchattn.patch_model(tiny_llama(), "ssa", **settings)
     randomise(model)
     variant = model.model.layers[0].self_attn.patchattn.ssa
-    token = {name: p.detach().numpy() for name, p in variant.token.items()}
-    alpha = {name: p.item() for name, p in variant.alpha.items()}
+    weights = {name: p.detach().numpy() for name, p in variant.named_parameters()}
     streams = {"query": True, "key": False, "value": True, **settings}
 
     def scale(stream: str, x: np.ndarray, n: int) -> float:
@@ -38,9 +37,9 @@ def test_temperatures_follow_the_formula(settings: dict) -> None:
             return 1.0
         tau = 1.0
         if settings.get("token_aware", True):
-            tau += np.tanh(token[stream] @ x)
+            tau += np.tanh(weights[f"{stream}_token"] @ x)
         if settings.get("position_aware", True):
-            tau += np.log(n) / (1 + np.exp(-alpha[stream]))
+            tau += np.log(n) / (1 + np.exp(-weights[f"{stream}_alpha"][0]))
         return tau
 
     inputs, got = layer_in_and_out(model, TOKENS)

@@ -54,11 +54,13 @@ class SSA(Variant):
             raise ValueError("SSA has no temperature left: set token_aware or position_aware.")
         if config.token_aware and site.input_size is None:
             raise NotImplementedError(f"SSA cannot tell the input width of {site.name}; set token_aware=False.")
-        streams = self.streams if config.token_aware else ()
-        self.token = nn.ParameterDict({name: torch.zeros(self._width(name)) for name in streams})
-        streams = self.streams if config.position_aware else ()
-        # One value in a vector, not a scalar: FSDP2 does not shard scalars.
-        self.alpha = nn.ParameterDict({name: torch.full((1,), float(config.initial_alpha)) for name in streams})
+        for stream in self.streams:
+            if config.token_aware:
+                self.register_parameter(f"{stream}_token", nn.Parameter(torch.zeros(self._width(stream))))
+            if config.position_aware:
+                # One value in a vector, not a scalar: FSDP2 does not shard scalars.
+                alpha = torch.full((1,), float(config.initial_alpha))
+                self.register_parameter(f"{stream}_alpha", nn.Parameter(alpha))
 
     def _width(self, stream: str) -> int:
         width = self.site.input_size if stream == "query" or not self.site.is_cross else self.site.memory_size
@@ -109,14 +111,13 @@ class SSA(Variant):
         Returns:
             `(B or 1, T)`.
         """
-        weights = [weights[stream] for weights in (self.token, self.alpha) if stream in weights]
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        token, alpha = (getattr(self, f"{stream}_{part}", None) for part in ("token", "alpha"))
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         tau = visible.new_ones((), dtype=dtype)
-        if tokens is not None:
-            weight = self.token[stream]
-            tau = tau + torch.tanh((tokens.to(weight.dtype) @ weight).to(dtype))
-        if self.config.position_aware:
-            tau = tau + self.alpha[stream].to(dtype).sigmoid() * visible.clamp(min=1).to(dtype).log()
+        if token is not None and tokens is not None:
+            tau = tau + torch.tanh((tokens.to(token.dtype) @ token).to(dtype))
+        if alpha is not None:
+            tau = tau + alpha.to(dtype).sigmoid() * visible.clamp(min=1).to(dtype).log()
         return tau
 
 

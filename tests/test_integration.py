@@ -1,0 +1,68 @@
+"""Patched models in the hands of Trainer, pipelines and accelerate."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from transformers import Trainer, TrainingArguments
+
+import patchattn
+
+from .behaviour import Case, cases, randomise, variant_parameters
+from .families import FAMILIES, outputs
+
+EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
+
+
+@EVERY_CASE
+def test_trainer_trains_resumes_and_its_checkpoint_loads(case: Case, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 60, (16, 8), generator=generator)]
+    final = []
+    for steps in ([4], [2, 4]):
+        folder = tmp_path / str(len(steps))
+        for stop in steps:
+            model = case.patch(FAMILIES["llama"].make(), live=False)
+            arguments = TrainingArguments(
+                output_dir=str(folder),
+                max_steps=4,
+                save_steps=2,
+                per_device_train_batch_size=2,
+                learning_rate=1e-2,
+                lr_scheduler_type="constant",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            )
+            trainer = Trainer(model, arguments, train_dataset=rows)
+            resumed = stop == 4 and len(steps) == 2
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumed else None)
+        final.append(model.state_dict())
+        loaded = patchattn.from_pretrained(folder / "checkpoint-4")
+        inputs = FAMILIES["llama"].inputs()
+        torch.testing.assert_close(outputs(loaded, **inputs)[0], outputs(model.eval(), **inputs)[0])
+    assert final[0].keys() == final[1].keys()
+    for name, tensor in final[0].items():
+        torch.testing.assert_close(tensor, final[1][name])
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+@EVERY_CASE
+def test_offloaded_models(case: Case, patched_first: bool) -> None:
+    """accelerate keeps an offloaded model's parameters elsewhere and brings them in for each module's forward."""
+    inputs = FAMILIES["qwen3"].inputs()
+    plain = FAMILIES["qwen3"].make()
+    base = outputs(plain, **inputs)[0]
+    expected = outputs(case.patch(plain), **inputs)[0]
+    model = FAMILIES["qwen3"].make()
+    if patched_first:
+        case.patch(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if not patched_first:
+        case.patch(model, live=False)
+        assert not any(p.is_meta for p in variant_parameters(model).values())
+        randomise(model)
+    assert torch.equal(outputs(model, **inputs)[0], expected)
+    patchattn.unpatch_model(model)
+    assert torch.equal(outputs(model, **inputs)[0], base)
