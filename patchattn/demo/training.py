@@ -1,5 +1,6 @@
 """Training of one patched model: LoRA, the variant's own parameters and a new head."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -75,7 +76,7 @@ def fit(
         steps: length of the schedule.
         groups: for the optimizer.
         follow: gets the loss after each step.
-        stop_at: end early at this loss.
+        stop_at: end early when the mean loss of the last 20 steps is below this.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warmup = max(1, round(_WARMUP * steps))
@@ -83,6 +84,7 @@ def fit(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
     trained = [p for group in groups for p in group["params"]]
+    recent: deque[float] = deque(maxlen=20)
     model.train()
     for batch in batches:
         loss = model(**batch).loss
@@ -91,7 +93,8 @@ def fit(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        follow(loss.item())
-        if loss.item() < stop_at:
+        recent.append(loss.item())
+        follow(recent[-1])
+        if sum(recent) / len(recent) < stop_at:
             break
     model.eval()
