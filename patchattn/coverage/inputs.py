@@ -62,7 +62,7 @@ _HINTS: dict[str, dict[str, Any]] = {
     "muse_spark_vision": {"pixel_values": (16, 1176), "grid_thw": torch.tensor([[1, 4, 4]])},
     "paddleocr_vl_vision": {"pixel_values": (1, 16, 3, 14, 14), "grid_thw": torch.tensor([[1, 4, 4]])},
     "patchtst": {"past_values": (2, 32, 1)},
-    "pix2struct_vision_model": {"flattened_patches": (2, 16, 130)},
+    "pix2struct_vision_model": {"flattened_patches": torch.ones(2, 16, 130)},
     "qwen2_5_omni_audio_encoder": _PACKED_SOUND,
     "qwen3_omni_moe_audio_encoder": _PACKED_SOUND,
     "time_series_transformer": _SERIES,

@@ -15,7 +15,8 @@ COMMAND = "patchattn coverage --markdown docs/coverage.md"
 _MEANING: dict[Status, str] = {
     "patchable": "a small model with random weights ran unpatched and patched, and every check below held",
     "failed": "it ran, and a check did not hold",
-    "refused": "`patch_model` raises NotImplementedError and leaves the model as it was",
+    "refused": "every variant raises NotImplementedError, nearly always from `patch_model`, which leaves the model as "
+    "it was",
     "structure only": "attention sites were found in the model without weights (meta build), but no small one ran: "
     "the sweep found no configuration or inputs; nothing is claimed",
     "not built": "no model could be built here",
@@ -52,8 +53,8 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         f"| all | {len(rows)} | |",
         "",
         f"Of {len(ran)} types that ran, {exact} are equal to the unpatched model to the last bit under the neutral "
-        f"configuration of every variant; in {_count(ran, 'half_the_heads')} dropping half of the heads (MoH) changes "
-        f"the output; in {_count(ran, 'learned_router')} MoH's learned router and in {_count(ran, 'ssa')} SSA with "
+        f"configuration of every variant that takes them; in {_count(ran, 'half_the_heads')} dropping half of the heads "
+        f"(MoH) changes the output (with a single head there is no half to drop); in {_count(ran, 'learned_router')} MoH's learned router and in {_count(ran, 'ssa')} SSA with "
         "random parameters runs. What does not run there is refused with NotImplementedError, named in the table. "
         "Unpatching restores output, state dict, configuration and hooks.",
         "",

@@ -35,7 +35,7 @@ class Row:
         model_type: as in `AutoConfig`.
         model_class: the class that was built.
         status: `patchable`: a small model ran and every check held. `failed`: it ran and a check did not hold.
-            `refused`: `patch_model` raises NotImplementedError. `structure only`: sites were found in a model without
+            `refused`: every variant raises NotImplementedError, when the model is patched or when it is called. `structure only`: sites were found in a model without
             weights, but no small model ran. `not built`: not even that. `no attention`: nothing to patch.
         reason: the error, or what did not hold.
         self_sites, cross_sites: attention sites of the default configuration; of the small one if that fails.
@@ -210,5 +210,7 @@ def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
             row.findings = check(model, sites, runs, reached)
             row.status = "failed" if row.findings.problems else "patchable"
             row.reason = "; ".join(row.findings.problems)
+            if row.status == "patchable" and row.findings.neutral_difference is None:
+                row.status, row.reason = "refused", "every variant refuses it, when it is patched or when it is called"
             return
     row.reason = "; ".join(dict.fromkeys(errors[:1] + errors[-1:])) or row.reason
