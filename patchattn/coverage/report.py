@@ -53,10 +53,11 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         f"| all | {len(rows)} | |",
         "",
         f"Of {len(ran)} types that ran, {exact} are equal to the unpatched model to the last bit under the neutral "
-        f"configuration of every variant that takes them; in {_count(ran, 'half_the_heads')} dropping half of the heads "
-        f"(MoH) changes the output (with a single head there is no half to drop); in {_count(ran, 'learned_router')} MoH's learned router and in {_count(ran, 'ssa')} SSA with "
-        "random parameters runs. What does not run there is refused with NotImplementedError, named in the table. "
-        "Unpatching restores output, state dict, configuration and hooks.",
+        "configuration of every variant that takes them. Dropping half of the heads (MoH) changes the output in "
+        f"{_count(ran, 'half_the_heads')} (a single head has no half). MoH's learned router runs in "
+        f"{_count(ran, 'learned_router')} and SSA with random parameters in {_count(ran, 'ssa')}; what does not run "
+        "there is refused with NotImplementedError, named in the table. Unpatching restores output, state dict, "
+        "configuration and hooks.",
         "",
         "A type counts as it ran: *reached* says how many attention sites of the small model its forward went through, "
         "or that of its parts, called alone, where the guessed inputs did not lead to all of them. *Geometry* compares "

@@ -35,8 +35,9 @@ class Row:
         model_type: as in `AutoConfig`.
         model_class: the class that was built.
         status: `patchable`: a small model ran and every check held. `failed`: it ran and a check did not hold.
-            `refused`: every variant raises NotImplementedError, when the model is patched or when it is called. `structure only`: sites were found in a model without
-            weights, but no small model ran. `not built`: not even that. `no attention`: nothing to patch.
+            `refused`: every variant raises NotImplementedError, when the model is patched or when it is called.
+            `structure only`: sites were found in a model without weights, but no small model ran. `not built`: not
+            even that. `no attention`: nothing to patch.
         reason: the error, or what did not hold.
         self_sites, cross_sites: attention sites of the default configuration; of the small one if that fails.
         towers: towers that have sites.
