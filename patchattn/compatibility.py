@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -20,22 +21,22 @@ _HARMLESS: dict[str, Any] = {
     # Matters only together with reorder_and_upcast_attn, which replaces the whole attention function.
     "GPT2Attention": lambda module: not module.reorder_and_upcast_attn,
     "DecisionTransformerGPT2Attention": lambda module: not module.reorder_and_upcast_attn,
-    # Asked once, while the model is built, to choose the implementation of a part.
-    "Qwen2_5OmniToken2WavModel": lambda module: True,
 }
 
 
-def name_branches(model: nn.Module, base: str) -> list[str]:
-    """Questions in the model's code that get another answer under our name than under `base`.
+def name_branches(modules: Iterable[nn.Module], base: str) -> list[str]:
+    """Questions in the code of attention modules that get another answer under our name than under `base`.
+
+    Only attention modules are shown our name: the rest of the model goes on to read the base's.
 
     Returns:
         One line per question: the class and the comparison. Empty for nearly every family.
     """
     found: list[str] = []
     seen: set[type] = set()
-    for module in model.modules():
+    for module in modules:
         kind: Any = type(module)
-        if kind in seen or kind.__module__.startswith("torch."):
+        if kind in seen:
             continue
         seen.add(kind)
         if kind.__name__ in _HARMLESS and _HARMLESS[kind.__name__](module):
@@ -52,7 +53,8 @@ def name_branches(model: nn.Module, base: str) -> list[str]:
 def _questions(kind: Any) -> tuple[tuple[str, str], ...]:
     """Operator and right side of every comparison of the implementation's name in a class."""
     found: list[tuple[str, str]] = []
-    for value in vars(kind).values():
+    classes = [parent for parent in kind.__mro__ if not parent.__module__.startswith("torch.")]
+    for value in (value for parent in classes for value in vars(parent).values()):
         function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
         code = getattr(function, "__code__", None)
         # Reading source is slow; most functions show in their compiled code that they do not ask.

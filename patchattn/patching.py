@@ -13,13 +13,14 @@ from .seam import (
     VariantChain,
     active_chain,
     base_function,
-    base_name,
     close_context,
     guard,
     note_raw_query,
     open_context,
+    original_config,
     register_base,
     release_bases,
+    seam_config,
 )
 from .selection import base_model, select_sites
 from .sites import AttentionSite, find_sites
@@ -142,7 +143,8 @@ def apply_patches(
             raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
     bases = {name: _base_of(model, name) for name in names}
     for base in dict.fromkeys(bases.values()):
-        if questions := name_branches(model, base):
+        chosen = [model.get_submodule(name) for name in names if bases[name] == base]
+        if questions := name_branches(chosen, base):
             raise NotImplementedError(
                 f"{type(model).__name__} cannot be patched under the attention implementation {base!r}: its code asks "
                 f"for the implementation by name and would compute something else ({'; '.join(questions)}). Load it "
@@ -195,10 +197,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")
     for module in base.modules():
         if module._modules.pop(CHILD, None) is not None:
-            config = _config(module)
-            implementation = base_name(config._attn_implementation)
-            if implementation is not None:
-                config._attn_implementation_internal = implementation
+            vars(module)["config"] = original_config(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
                 del hooks[key]
@@ -337,8 +336,7 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
 
 
 def _base_of(model: nn.Module, name: str) -> str:
-    implementation: str = _config(model.get_submodule(name))._attn_implementation or "eager"
-    return base_name(implementation) or implementation
+    return original_config(model.get_submodule(name))._attn_implementation or "eager"
 
 
 def _config(module: nn.Module) -> Any:
@@ -366,14 +364,15 @@ def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, varian
 
 def _install(model: nn.Module, modules: list[nn.Module]) -> None:
     """Point configurations at the seam and place the hooks that the attached variants need."""
-    guarded = {id(module.config) for module in model.modules() if guard in module._forward_pre_hooks.values()}
+    chained = [module for module in model.modules() if CHILD in module._modules]
+    configs = {id(original_config(m)): m.config for m in chained if original_config(m) is not m.config}
     for module in modules:
         chain: Any = module._modules[CHILD]
-        config = _config(module)
-        config._attn_implementation_internal = register_base(chain.base)
-        if id(config) not in guarded:
-            guarded.add(id(config))
+        original = original_config(module)
+        if id(original) not in configs:
+            configs[id(original)] = seam_config(original, chain.base)
             module.register_forward_pre_hook(guard, with_kwargs=True)
+        vars(module)["config"] = configs[id(original)]
         if chain.needs_context and open_context not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(open_context, with_kwargs=True)
             module.register_forward_hook(close_context)

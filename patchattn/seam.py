@@ -1,10 +1,12 @@
 """The seam: the one function registered with transformers, and the chain of variants it runs.
 
-A patched model's configuration names `patchattn_<base>` as its attention implementation, where `<base>` is what it
-named before. transformers then calls our function, which runs the variants attached to the calling module, outermost
-first, and last the base implementation itself. A module with nothing attached goes straight to the base.
+A patched attention module gets a copy of its configuration that names `patchattn_<base>` as the attention
+implementation, where `<base>` is what the model's own configuration names. transformers then calls our function, which
+runs the variants attached to the calling module, outermost first, and last the base implementation itself. A module
+with nothing attached goes straight to the base.
 """
 
+import copy
 import re
 import threading
 import weakref
@@ -23,6 +25,7 @@ from .variant import ALL_CAPABILITIES, AttentionOutput, Variant, variant_info
 
 CHILD = "patchattn"  # the name under which a chain is attached to an attention module
 _PREFIX = "patchattn_"
+_ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
 
 _base_names: dict[str, str] = {}  # our name -> the base implementation's
 _base_functions: dict[str, dict[type[nn.Module], Callable[..., Any]]] = {}
@@ -151,11 +154,6 @@ def seam_name(base: str) -> str:
     return _PREFIX + re.sub(r"[^0-9a-zA-Z]+", "_", base)
 
 
-def base_name(implementation: str | None) -> str | None:
-    """The base implementation behind one of our names, `None` for any other name."""
-    return _base_names.get(implementation) if implementation is not None else None
-
-
 def register_base(base: str) -> str:
     """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
     name = seam_name(base)
@@ -272,11 +270,25 @@ def note_raw_query(norm: nn.Module, args: tuple[Any, ...]) -> None:
         context.raw_query = args[0]
 
 
+def seam_config(config: Any, base: str) -> Any:
+    """A shallow copy of a configuration that names our function; the model goes on to read the original."""
+    copied = copy.copy(config)
+    vars(copied)["_attn_implementation_internal"] = register_base(base)
+    vars(copied)[_ORIGINAL] = config
+    return copied
+
+
+def original_config(module: nn.Module) -> Any:
+    """The configuration that an attention module had before it was patched."""
+    return vars(module.config).get(_ORIGINAL, module.config)
+
+
 def guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook of one patched module per configuration: refuse to run unpatched without saying so."""
-    implementation = cast(Any, module.config)._attn_implementation
-    if implementation not in _base_names:
+    """Pre-hook of one patched module per configuration: the model must still use the base that it was patched on."""
+    chain = cast(VariantChain, module._modules[CHILD])
+    implementation = original_config(module)._attn_implementation or "eager"
+    if implementation != chain.base:
         raise RuntimeError(
-            f"This model is patched, but its attention implementation was set to {implementation!r} since, which "
-            "leaves the patch out. Call patchattn.unpatch_model(model), set the implementation, then patch again."
+            f"This model was patched on the attention implementation {chain.base!r}, and {implementation!r} was set "
+            "since. Call patchattn.unpatch_model(model), set the implementation, then patch again."
         )

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 import patchattn
-from patchattn.seam import _live_chains, base_name, seam_name
+from patchattn.seam import _live_chains, seam_name
 from patchattn.variant import _REGISTRY
 
 from .behaviour import assert_same, implementations, randomise, registered, snapshot
@@ -212,24 +212,59 @@ def test_cross_attention_is_a_site_of_its_own() -> None:
 def test_setting_the_implementation_of_a_patched_model_is_noticed(llama, tokens) -> None:
     patchattn.patch_model(llama, "moh")
     llama.set_attn_implementation("eager")
-    with pytest.raises(RuntimeError, match="set to 'eager' since"):
+    with pytest.raises(RuntimeError, match="'eager' was set since"):
         llama(tokens)
     patchattn.unpatch_model(llama)
     assert llama.config._attn_implementation == "eager"
     llama(tokens)
 
 
-def test_two_models_on_one_configuration(tokens) -> None:
+def test_gemma4_branches_on_the_name_outside_its_attention() -> None:
+    """Its text model asks for the implementation by name; it is still shown the base's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size": 64}
+    config = tf.Gemma4TextConfig(**sizes, **heads, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8)
     torch.manual_seed(0)
+    model, tokens = tf.Gemma4ForCausalLM(config).eval(), FAMILIES["llama"].inputs()["input_ids"]
+    with torch.no_grad():
+        expected = model(tokens, logits_to_keep=3).logits
+        patchattn.patch_model(model, "moh", active_ratio=1.0)
+        assert torch.equal(model(tokens, logits_to_keep=3).logits, expected)
+        patchattn.unpatch_model(model)
+        patchattn.patch_model(model, "moh", active_ratio=0.5)
+        assert not torch.equal(model(tokens, logits_to_keep=3).logits, expected)
+
+
+def test_models_on_one_configuration_do_not_meet(tokens) -> None:
     config = FAMILIES["llama"].make().config
-    first, second = tf.LlamaForCausalLM(config).eval(), tf.LlamaForCausalLM(config).eval()
+    first, second = (tf.LlamaForCausalLM(config).eval() for _ in range(2))
     plain = outputs(second, input_ids=tokens)[0]
     patchattn.patch_model(first, "moh")
+    assert config._attn_implementation == "sdpa"
+    third = tf.LlamaForCausalLM(config).eval()
+    third.load_state_dict(second.state_dict())
     assert torch.equal(outputs(second, input_ids=tokens)[0], plain)
     patchattn.patch_model(second, "ssa")
+    randomise(second)
+    changed = outputs(second, input_ids=tokens)[0]
     patchattn.unpatch_model(first)
-    with pytest.raises(RuntimeError, match="leaves the patch out"):
-        second(tokens)
+    assert torch.equal(outputs(second, input_ids=tokens)[0], changed)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(outputs(third, input_ids=tokens)[0], plain)
+
+
+def test_only_patched_modules_see_another_configuration(llama) -> None:
+    config = llama.config
+    patchattn.patch_model(llama, "moh", layers=1)
+    assert llama.config is config
+    assert [layer.self_attn.config is config for layer in llama.model.layers] == [True, False]
+    assert config._attn_implementation == "sdpa"
+    patchattn.patch_model(llama, "ssa")
+    first, second = (layer.self_attn.config for layer in llama.model.layers)
+    assert first is second
+    assert sum(len(layer.self_attn._forward_pre_hooks) for layer in llama.model.layers) == 3  # 2 contexts, 1 guard
+    patchattn.unpatch_model(llama)
+    assert all(layer.self_attn.config is config for layer in llama.model.layers)
 
 
 def test_the_registry_is_left_clean(llama) -> None:
@@ -342,8 +377,6 @@ def test_names_of_the_seam_are_no_hub_kernels() -> None:
         assert "/" not in name
         assert "|" not in name
         assert ("flash" in name) == ("flash" in base)  # model code looks for that word
-    assert base_name("sdpa") is None
-    assert base_name(None) is None
 
 
 def test_threads_do_not_see_each_others_layers(tokens) -> None:
