@@ -151,11 +151,13 @@ def main(
                 f"**{row['ratio']:.3f}** ({row['low']:.3f} to {row['high']:.3f}) | {breaks} |"
             )
             typer.echo(lines[-1])
-    alone, both = import_seconds("import transformers"), import_seconds("import transformers, patchattn")
-    lines += [
-        "",
-        f"`import transformers`: {alone:.2f} s; with `import patchattn`: {both:.2f} s ({both - alone:+.2f} s).",
-    ]
+    lines.append("")
+    for statement, more in (
+        ("import transformers", "import patchattn"),
+        ("import transformers.modeling_utils", "from patchattn import patch_model"),
+    ):
+        alone, both = import_seconds(statement), import_seconds(f"{statement}; {more}")
+        lines.append(f"- `{statement}`: {alone:.2f} s; then `{more}`: {both - alone:+.2f} s.")
     if output is not None:
         output.write_text("\n".join(lines) + "\n")
     typer.echo("\n".join(lines))

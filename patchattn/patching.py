@@ -14,7 +14,6 @@ from .seam import (
     active_chain,
     base_function,
     close_context,
-    guard,
     note_raw_query,
     open_context,
     original_config,
@@ -29,7 +28,7 @@ from .variant import Variant, VariantConfig, VariantInfo, nearest, variant_info
 ModelT = TypeVar("ModelT", bound=nn.Module)
 CONFIG_KEY = "patchattn"  # under which a patched model's configuration carries the plan
 FORMAT_VERSION = 1
-_HOOKS = (open_context, close_context, note_raw_query, guard)
+_HOOKS = (open_context, close_context, note_raw_query)
 
 
 @dataclass(frozen=True)
@@ -371,7 +370,6 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
         original = original_config(module)
         if id(original) not in configs:
             configs[id(original)] = seam_config(original, chain.base)
-            module.register_forward_pre_hook(guard, with_kwargs=True)
         vars(module)["config"] = configs[id(original)]
         if chain.needs_context and open_context not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(open_context, with_kwargs=True)

@@ -123,7 +123,12 @@ class VariantChain(nn.Module):
 
     def _refuse(self, call: AttentionCall) -> None:
         """Name what this call needs and cannot get, before anything is computed."""
-        site = self.site
+        site, implementation = self.site, original_config(call.module)._attn_implementation or "eager"
+        if implementation != self.base:
+            raise RuntimeError(
+                f"This model was patched on the attention implementation {self.base!r}, and {implementation!r} was set "
+                "since. Call patchattn.unpatch_model(model), set the implementation, then patch again."
+            )
         if site.query_heads is not None and call.query.shape[1] != site.query_heads:
             raise NotImplementedError(
                 f"{site.module_class} ({site.name}) was patched as {site.query_heads} query heads but is called with "
@@ -281,14 +286,3 @@ def seam_config(config: Any, base: str) -> Any:
 def original_config(module: nn.Module) -> Any:
     """The configuration that an attention module had before it was patched."""
     return vars(module.config).get(_ORIGINAL, module.config)
-
-
-def guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook of one patched module per configuration: the model must still use the base that it was patched on."""
-    chain = cast(VariantChain, module._modules[CHILD])
-    implementation = original_config(module)._attn_implementation or "eager"
-    if implementation != chain.base:
-        raise RuntimeError(
-            f"This model was patched on the attention implementation {chain.base!r}, and {implementation!r} was set "
-            "since. Call patchattn.unpatch_model(model), set the implementation, then patch again."
-        )
