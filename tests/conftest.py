@@ -1,9 +1,15 @@
 """Fixtures of all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import patchattn
+
+from .saving import base, patch, run
+from .toy import registered_toy
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,18 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data: no folder {folder} (set PATCHATTN_TEST_DATA)")
     return folder
+
+
+@pytest.fixture
+def toy(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a variant registered for one test; an indirect parameter says which capabilities it lacks."""
+    with registered_toy(getattr(request, "param", frozenset())) as name:
+        yield name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the patch of a patched Llama, and what that model computes."""
+    model = patch(base())
+    patchattn.save_patch(model, tmp_path / "patch")
+    return tmp_path / "patch", run(model)

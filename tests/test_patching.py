@@ -3,7 +3,6 @@
 import copy
 import gc
 import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from torch import nn
 
 import patchattn
 from patchattn.seam import _live_chains, seam_name
-from patchattn.variant import _REGISTRY
 
 from .behaviour import assert_same, implementations, randomise, registered, snapshot
 from .families import FAMILIES, outputs
+from .toy import Toy
 
 
 @pytest.fixture
@@ -26,48 +25,6 @@ def llama() -> nn.Module:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return FAMILIES["llama"].inputs()["input_ids"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyConfig(patchattn.VariantConfig):
-    factor: float = patchattn.option(2.0, help="Multiplies the output.", source="ours")
-    fail_at: int = patchattn.option(-1, help="Layer that cannot be built.", source="ours")
-
-
-class Toy(patchattn.Variant):
-    config_class = ToyConfig
-
-    def __init__(self, config, site) -> None:
-        super().__init__(config, site)
-        if site.layer_index == config.fail_at:
-            raise NotImplementedError("this layer cannot be built")
-
-    def attend(self, call, inner):
-        self.report(call, query=call.query)
-        output, weights = inner(call.replace(query=call.query + 1.0))
-        return output * self.config.factor, weights
-
-
-@pytest.fixture
-def toy(request):
-    """The name of a variant registered for one test; a marker's argument says which capabilities it has."""
-    missing = getattr(request, "param", frozenset())
-    capabilities = patchattn.variant_info("moh").capabilities - missing
-    facts = {
-        "title": "",
-        "arxiv_id": None,
-        "year": 2026,
-        "summary": "",
-        "extra_parameters": "",
-        "needs_training": False,
-    }
-    patchattn.register_variant(patchattn.VariantInfo(name="toy", variant=Toy, capabilities=capabilities, **facts))
-    yield "toy"
-    del _REGISTRY["toy"]
-
-
-def lacking(*capabilities: str):
-    return pytest.mark.parametrize("toy", [frozenset(capabilities)], indirect=True)
 
 
 def test_the_first_of_several_variants_is_outermost(llama, tokens, toy) -> None:
@@ -306,52 +263,6 @@ def test_code_that_asks_for_the_implementation_by_name_is_refused() -> None:
         patchattn.patch_model(model, "moh")
     model = tf.GPT2Model(tf.GPT2Config(**sizes, attn_implementation="eager"))
     patchattn.patch_model(model, "moh")  # where that branch makes no difference, it is no reason
-
-
-@lacking("gqa")
-def test_a_missing_capability_is_refused_when_patching(llama, toy) -> None:
-    with pytest.raises(NotImplementedError, match="'toy' does not support gqa"):
-        patchattn.patch_model(llama, toy)
-
-
-@lacking("cross")
-def test_cross_attention_may_be_left_out(toy) -> None:
-    model = FAMILIES["t5"].make()
-    with pytest.raises(NotImplementedError, match="'toy' does not support cross"):
-        patchattn.patch_model(model, toy)
-    patchattn.patch_model(model, toy, modules="SelfAttention")
-
-
-@pytest.mark.parametrize(
-    ("toy", "family", "extra"),
-    [
-        (frozenset({"causal"}), "llama", {}),
-        (frozenset({"bidirectional"}), "bert", {}),
-        (frozenset({"softcap"}), "gemma2", {}),
-        (frozenset({"sinks"}), "gpt_oss", {}),
-        (frozenset({"position_bias"}), "t5", {}),
-        (frozenset({"padding"}), "bert", {"attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] * 4])}),
-    ],
-    indirect=["toy"],
-    ids=["causal", "bidirectional", "softcap", "sinks", "position_bias", "padding"],
-)
-def test_a_missing_capability_is_refused_at_the_call(toy, family, extra, request) -> None:
-    model = patchattn.patch_model(FAMILIES[family].make(), toy)
-    name = request.node.callspec.id
-    with pytest.raises(NotImplementedError, match=f"'toy' does not support {name}"):
-        model(**FAMILIES[family].inputs(), **extra)
-
-
-@lacking("kv_cache", "dropout")
-def test_caches_and_dropout_are_refused_at_the_call(llama, tokens, toy) -> None:
-    patchattn.patch_model(llama, toy)
-    past = llama(tokens[:, :4], use_cache=True).past_key_values
-    with pytest.raises(NotImplementedError, match="does not support kv_cache"):
-        llama(tokens[:, 4:], past_key_values=past)
-    for layer in llama.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    with pytest.raises(NotImplementedError, match="does not support dropout"):
-        llama.train()(tokens)
 
 
 def test_registration_checks_what_it_is_given(toy) -> None:
