@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,13 +58,13 @@ def select_sites(
             )
         sites = chosen
     if layers is not None:
-        wanted = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
-        if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes):
+        given: Any = [layers] if isinstance(layers, Integral) else layers
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes):
             raise TypeError(f"layers must be an integer or several, got {layers!r}.")
-        wanted = list(wanted)
+        wanted = list(given)
         there = {site.layer_index for site in sites}
         for index in wanted:
-            if not isinstance(index, int) or isinstance(index, bool):
+            if not isinstance(index, Integral) or isinstance(index, bool):
                 raise TypeError(f"layers must be integers, got {index!r}.")
             if index not in there:
                 raise ValueError(f"There is no layer {index}: layers with attention are {_ranges(sorted(there))}.")

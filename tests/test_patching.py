@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -71,6 +72,7 @@ def test_bad_arguments(llama, arguments, error, message) -> None:
         ({"layers": []}, ValueError, "layers is empty"),
         ({"layers": "0"}, TypeError, "layers must be an integer or several"),
         ({"layers": [0.5]}, TypeError, "layers must be integers"),
+        ({"layers": True}, TypeError, "layers must be integers"),
         ({"modules": "vision"}, ValueError, "matches none of the 2 attention modules"),
         ({"modules": "("}, ValueError, "not a valid regular expression"),
         ({"modules": 3}, TypeError, "must be a regular expression"),
@@ -148,6 +150,11 @@ def test_unpatched_brings_trained_values_back(llama, tokens) -> None:
     for key in ("state", "config", "implementations", "modules", "attributes"):
         assert_same({key: before[key]}, {key: after[key]})
     assert torch.equal(outputs(llama, input_ids=tokens)[0], trained)
+
+
+def test_layers_may_come_from_numpy(llama) -> None:
+    patchattn.patch_model(llama, "moh", layers=np.arange(1, 2))
+    assert patchattn.patch_info(llama)["patches"][0]["sites"] == ["model.layers.1.self_attn"]
 
 
 def test_towers_are_chosen_by_name() -> None:
