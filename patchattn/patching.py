@@ -17,7 +17,6 @@ from .seam import (
     note_raw_query,
     open_context,
     original_config,
-    register_base,
     release_bases,
     seam_config,
 )
@@ -173,9 +172,7 @@ def apply_patches(
     if initialise is not None:
         initialise({f"{name}.{CHILD}.{kind}": variant for kind, name, variant in built})
     for name in names:
-        module = model.get_submodule(name)
-        base_function(type(module), bases[name])
-        register_base(bases[name])
+        base_function(type(model.get_submodule(name)), bases[name])
     for kind, name, variant in built:
         _attach(model.get_submodule(name), known[name], bases[name], kind, variant)
     _install(model, [model.get_submodule(name) for name in names])

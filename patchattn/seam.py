@@ -44,6 +44,7 @@ class VariantChain(nn.Module):
         self.site = site
         self.base = base
         self._refresh()
+        _live_chains.add(self)
 
     def attach(self, name: str, variant: Variant) -> None:
         """Append a variant: it becomes the innermost one."""
@@ -67,16 +68,22 @@ class VariantChain(nn.Module):
             for name, _ in active
             if (missing := frozenset(ALL_CAPABILITIES - variant_info(name).capabilities))
         }
-        register_base(self.base)
-        _live_chains.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy or an unpickled chain needs the registration too
         super().__setstate__(state)
         register_base(self.base)
         _live_chains.add(self)
 
-    def forward(self, base: Callable[..., Any], module: nn.Module, *arguments: Any) -> AttentionOutput:
-        query, key, value, mask, kwargs = arguments
+    def forward(
+        self,
+        base: Callable[..., Any],
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> AttentionOutput:
         context = _current_context(module) if self.needs_context else None
         call = AttentionCall(query, key, value, mask, kwargs, module, self.site, self.base, context)
         self._refuse(call)
@@ -244,22 +251,22 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     chain = cast(VariantChain, module._modules[CHILD])  # or PEFT's wrapper around one, which passes attributes on
     site = chain.site
     values = {**dict(zip(site.arguments, args, strict=False)), **kwargs}
-    caches = [name for name, value in values.items() if isinstance(value, Cache)]
+    cache_argument, cache = next(((name, v) for name, v in values.items() if isinstance(v, Cache)), (None, None))
     context = LayerContext(
         module=module,
         layer_input=values[site.input_argument],
         memory=values.get(site.memory_argument) if site.memory_argument else None,
         attention_mask=values.get(site.mask_argument) if site.mask_argument else None,
-        cache=values[caches[0]] if caches else None,
+        cache=cache,
     )
     _local.context = context
-    if not (caches and chain.storing):
+    if cache is None or cache_argument is None or not chain.storing:
         return None
     context.tap = CacheTap(context, chain)
-    tapped = tap_cache(values[caches[0]], context.tap)
-    if caches[0] in kwargs:
-        return args, {**kwargs, caches[0]: tapped}
-    position = site.arguments.index(caches[0])
+    tapped = tap_cache(cache, context.tap)
+    if cache_argument in kwargs:
+        return args, {**kwargs, cache_argument: tapped}
+    position = site.arguments.index(cache_argument)
     return (*args[:position], tapped, *args[position + 1 :]), kwargs
 
 

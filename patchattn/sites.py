@@ -7,7 +7,7 @@ read off the compiled code of `forward`, and geometry off tensors and configurat
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -79,7 +79,7 @@ class AttentionSite:
     def geometry(self) -> dict[str, Any]:
         """What must agree for a patch made on another copy of the model to fit this one."""
         keep = ("query_heads", "kv_heads", "head_dim", "input_size", "is_cross")
-        return {key: value for key, value in asdict(self).items() if key in keep}
+        return {key: getattr(self, key) for key in keep}
 
 
 def attention_forward(module_class: type[nn.Module]) -> Callable[..., Any]:

@@ -4,7 +4,8 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -283,6 +284,16 @@ def register_variant(info: VariantInfo) -> None:
     if unknown := sorted(info.capabilities - ALL_CAPABILITIES):
         raise ValueError(f"Variant {info.name!r}: unknown capabilities {unknown}. Known: {sorted(ALL_CAPABILITIES)}.")
     _REGISTRY[info.name] = info
+
+
+@contextmanager
+def temporarily_registered(info: VariantInfo) -> Iterator[str]:
+    """The variant's name, known for the length of a `with` block."""
+    register_variant(info)
+    try:
+        yield info.name
+    finally:
+        del _REGISTRY[info.name]
 
 
 def list_variants() -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.variant import _REGISTRY
+from patchattn.variant import temporarily_registered
 
 from .behaviour import assert_same, cases, randomise, snapshot
 from .families import FAMILIES, outputs
@@ -43,13 +43,9 @@ class IsNeverNeutral(Broken):
 @pytest.fixture
 def broken(request: pytest.FixtureRequest) -> Iterator[str]:
     words = {"title": "", "summary": "", "extra_parameters": ""}
-    patchattn.register_variant(
-        patchattn.VariantInfo(
-            name="broken", variant=request.param, **words, arxiv_id=None, year=2026, needs_training=False
-        )
-    )
-    yield "broken"
-    del _REGISTRY["broken"]
+    facts = {**words, "arxiv_id": None, "year": 2026, "needs_training": False}
+    with temporarily_registered(patchattn.VariantInfo(name="broken", variant=request.param, **facts)) as name:
+        yield name
 
 
 def status(report: patchattn.CheckReport) -> dict[str, str]:

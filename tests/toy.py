@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import patchattn
-from patchattn.variant import _REGISTRY
+from patchattn.variant import temporarily_registered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,7 @@ def registered_toy(missing: frozenset[str]) -> Iterator[str]:
     capabilities = patchattn.variant_info("moh").capabilities - missing
     words = {"title": "", "summary": "", "extra_parameters": ""}
     facts = {**words, "arxiv_id": None, "year": 2026, "needs_training": False}
-    patchattn.register_variant(patchattn.VariantInfo(name="toy", variant=Toy, capabilities=capabilities, **facts))
-    try:
-        yield "toy"
-    finally:
-        del _REGISTRY["toy"]
+    with temporarily_registered(
+        patchattn.VariantInfo(name="toy", variant=Toy, capabilities=capabilities, **facts)
+    ) as name:
+        yield name

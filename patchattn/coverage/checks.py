@@ -11,11 +11,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import variant as registry
 from ..call import AttentionCall
 from ..patching import patch_model, unpatch_model
 from ..sites import AttentionSite
-from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, list_variants, register_variant
+from ..variant import (
+    Attend,
+    AttentionOutput,
+    Variant,
+    VariantConfig,
+    VariantInfo,
+    list_variants,
+    temporarily_registered,
+    variant_info,
+)
 from .inputs import guesses
 
 _PATIENCE = 5.0  # seconds of computing while guessing inputs for one module
@@ -138,7 +146,7 @@ def check(model: PreTrainedModel, sites: list[AttentionSite], runs: list[Run], r
 
 def _check_neutral(model: PreTrainedModel, runs: list[Run], base: list[torch.Tensor], findings: Findings) -> None:
     for name in list_variants():
-        settings = registry.variant_info(name).variant.neutral_config()
+        settings = variant_info(name).variant.neutral_config()
         try:
             patch_model(model, name, settings)
             apart = difference(base, _outputs(model, runs))
@@ -240,11 +248,8 @@ def _probing(compare: Callable[[AttentionCall], None]) -> Iterator[str]:
         extra_parameters="",
         needs_training=False,
     )
-    register_variant(info)
-    try:
-        yield info.name
-    finally:
-        del registry._REGISTRY[info.name]
+    with temporarily_registered(info) as name:
+        yield name
 
 
 def _clean(model: PreTrainedModel) -> None:
