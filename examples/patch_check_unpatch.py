@@ -21,7 +21,7 @@ with torch.no_grad():
     before = model(**inputs).logits
     patchattn.patch_model(model, "moh", active_ratio=0.5)
     used: dict[int, torch.Tensor] = {}
-    with patchattn.observe(model, lambda call, seen: used.update({call.site.layer_index: seen["gate"].mean((0, 1))})):
+    with patchattn.observe(model, lambda seen: used.update({seen.site.layer_index: seen.values["gate"].mean((0, 1))})):
         after = model(**inputs).logits
 
 for layer, share in used.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .call import AttentionCall as AttentionCall
     from .call import LayerContext as LayerContext
+    from .call import Observation as Observation
     from .checking import Check as Check
     from .checking import CheckReport as CheckReport
     from .checking import check_patch as check_patch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .patching import patched as patched
     from .patching import unpatch_model as unpatch_model
     from .patching import unpatched as unpatched
+    from .settings import Settings as Settings
+    from .settings import option as option
     from .sites import AttentionSite as AttentionSite
     from .sites import find_sites as find_sites
     from .variant import Attend as Attend
@@ -32,19 +35,19 @@ if TYPE_CHECKING:
     from .variant import VariantConfig as VariantConfig
     from .variant import VariantInfo as VariantInfo
     from .variant import list_variants as list_variants
-    from .variant import option as option
     from .variant import register_variant as register_variant
     from .variant import variant_info as variant_info
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "call": ("AttentionCall", "LayerContext"),
+    "call": ("AttentionCall", "LayerContext", "Observation"),
     "checking": ("Check", "CheckReport", "check_patch"),
     "checkpoint": ("from_pretrained", "load_patch", "patched_class", "save_patch"),
     "hub": ("push_to_hub", "save_pretrained"),
     "observation": ("observe",),
     "patching": ("patch_info", "patch_model", "patched", "unpatch_model", "unpatched"),
+    "settings": ("Settings", "option"),
     "sites": ("AttentionSite", "find_sites"),
     "variant": (
         "Attend",
@@ -53,7 +56,6 @@ _NAMES = {
         "VariantConfig",
         "VariantInfo",
         "list_variants",
-        "option",
         "register_variant",
         "variant_info",
     ),

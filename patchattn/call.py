@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .masks import visible_keys
+from .masks import real_tokens, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
 
@@ -55,6 +55,13 @@ class LayerContext:
                 "variant that reads it cannot tell which row is which. Leave this tower out with modules=..."
             )
         return aligned
+
+    def real_tokens(self) -> torch.Tensor:
+        """`(B or 1, T)` bool: which of the module's input tokens are text rather than padding."""
+        rows = self.layer_input.shape[-2]
+        return real_tokens(
+            self.attention_mask, q_length=rows, kv_length=rows, is_cross=False, device=self.layer_input.device
+        )
 
 
 @dataclass(eq=False)
@@ -114,6 +121,16 @@ class AttentionCall:
             device=self.query.device,
         )
 
+    def real_tokens(self) -> torch.Tensor:
+        """`(B or 1, Tq)` bool: which query tokens are text rather than padding; see `patchattn.masks.real_tokens`."""
+        return real_tokens(
+            self.attention_mask,
+            q_length=self.query.shape[2],
+            kv_length=self.key.shape[2],
+            is_cross=self.site.is_cross,
+            device=self.query.device,
+        )
+
     def layer_input(self) -> torch.Tensor:
         """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
         return self._context().tokens(self.query.shape[0], self.query.shape[2])
@@ -140,6 +157,31 @@ class AttentionCall:
                 "called as a module, so that its hooks run."
             )
         return self.context
+
+
+@dataclass(eq=False)
+class Observation:
+    """What a variant reports while it runs; see `patchattn.observe`.
+
+    Attributes:
+        site: the attention module, as plain data.
+        values: tensors by name, such as `gate` `(B, Tq, H)` of MoH. Padded rows are included.
+        source: the call they belong to; or, for what is said of keys and values on their way into the cache, the
+            context of the module.
+    """
+
+    site: AttentionSite
+    values: dict[str, torch.Tensor]
+    source: AttentionCall | LayerContext
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention module."""
+        return self.source.module
+
+    def real_tokens(self) -> torch.Tensor:
+        """`(B or 1, T)` bool: which rows of the values are text rather than padding."""
+        return self.source.real_tokens()
 
 
 def needed_capabilities(call: AttentionCall) -> set[str]:

@@ -32,8 +32,9 @@ from .patching import (
 )
 from .seam import CHILD
 from .selection import base_model
+from .settings import nearest
 from .sites import find_sites
-from .variant import Variant, nearest
+from .variant import Variant
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 CONFIG_FILE = "patchattn_config.json"

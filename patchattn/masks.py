@@ -28,14 +28,9 @@ def visible_keys(
     Returns:
         `(B or 1, Tq)` integers. A padded row may see none.
     """
-    if isinstance(mask, BlockMask):
-        batch, dense = mask.shape[0], mask.mask_mod
-        visible = create_mask(dense, batch, 1, q_length, kv_length, device=str(device))
-        return visible[:, 0].sum(-1)
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        mask = mask[:, 0, :, :kv_length]
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return visible.sum(-1).expand(-1, q_length)
+    visible = _rows(mask, q_length, kv_length, device)
+    if visible is not None:
+        return visible.sum(-1)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         real = mask[:, -kv_length:].long()
         counts = real.cumsum(-1)[:, -q_length:] if is_causal else real.sum(-1, keepdim=True).expand(-1, q_length)
@@ -49,3 +44,34 @@ def visible_keys(
     if base == "sdpa" and is_causal and q_length > 1:  # upper-left alignment, used only from an empty cache
         return torch.arange(1, q_length + 1, device=device)[None]
     return torch.full((1, q_length), kv_length, device=device)
+
+
+def real_tokens(mask: Any, *, q_length: int, kv_length: int, is_cross: bool, device: torch.device) -> torch.Tensor:
+    """`(B or 1, Tq)` bool: which query tokens are text rather than padding.
+
+    Without a kv cache a token is padding if it does not see itself. With one, or in cross attention, the mask does not
+    say which key is the token's own; then it is padding if it sees nothing, as on the left of a padded prompt.
+
+    Args:
+        mask: as `visible_keys` takes it.
+        q_length, kv_length: rows and keys of the call, in tokens.
+        is_cross: keys are those of another sequence.
+        device: where to make the result, if not from the mask.
+    """
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not is_cross:
+        return mask[:, -q_length:].bool()
+    visible = _rows(mask, q_length, kv_length, device)
+    if visible is None:
+        return torch.ones(1, q_length, dtype=torch.bool, device=device)
+    return visible.any(-1) if is_cross or q_length != kv_length else visible.diagonal(dim1=-2, dim2=-1)
+
+
+def _rows(mask: Any, q_length: int, kv_length: int, device: torch.device) -> torch.Tensor | None:
+    """`(B, Tq, Tk)` bool: what a dense mask or a BlockMask lets each query see; `None` for any other kind."""
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, mask.shape[0], 1, q_length, kv_length, device=str(device))[:, 0]
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return None
+    mask = mask[:, 0, :, :kv_length]
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return visible.expand(-1, q_length, -1)

@@ -2,28 +2,38 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-import torch
 from torch import nn
 
-from .call import AttentionCall
-from .selection import base_model
-from .variant import Variant
+from .call import Observation
+from .variant import Observer, Variant
 
 
 @contextmanager
-def observe(model: nn.Module, observer: Callable[[AttentionCall, dict[str, torch.Tensor]], None]) -> Iterator[None]:
-    """Call `observer(call, values)` whenever a variant of the model reports intermediate values.
+def observe(model: nn.Module, observer: Callable[[Observation], None]) -> Iterator[None]:
+    """Call `observer(observation)` whenever a variant of the model reports intermediate values.
 
     Args:
-        model: a patched model.
-        observer: gets the call (its `site` says which layer) and detached tensors by name, such as `gate`
-            `(B, Tq, H)` of MoH or `query_temperature` `(B or 1, Tq)` of SSA. Padded rows are included.
+        model: a patched model, in whatever wrapper.
+        observer: gets an `Observation`: the layer, and detached tensors by name, such as `gate` `(B, Tq, H)` of MoH or
+            `query_temperature` `(B or 1, Tq)` of SSA. Padded rows are included; `observation.real_tokens()` tells them.
 
     Raises:
         ValueError: the model carries no variant.
     """
-    variants = [module for module in base_model(model).modules() if isinstance(module, Variant)]
+
+    def detached(observation: Observation) -> None:
+        observer(replace(observation, values={name: v.detach() for name, v in observation.values.items()}))
+
+    with observed(model, detached):
+        yield
+
+
+@contextmanager
+def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """`observe` for losses: the values keep their gradients."""
+    variants = [module for module in model.modules() if isinstance(module, Variant)]
     if not variants:
         raise ValueError(f"{type(model).__name__} is not patched; there is nothing to observe.")
     for variant in variants:

@@ -21,8 +21,9 @@ from .seam import (
     seam_config,
 )
 from .selection import base_model, select_sites
+from .settings import nearest
 from .sites import AttentionSite, find_sites
-from .variant import Variant, VariantConfig, VariantInfo, nearest, variant_info
+from .variant import Variant, VariantConfig, VariantInfo, variant_info
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 CONFIG_KEY = "patchattn"  # under which a patched model's configuration carries the plan
@@ -89,7 +90,8 @@ def patch_model(
             out where the index does not exist, but an index that exists nowhere is an error.
         modules: regular expression searched in the names of attention modules, such as `language_model` or
             `encoder_attn`; all attention modules by default.
-        settings: settings of a single variant by name, such as `active_ratio=0.75`.
+        settings: settings of a single variant by name, such as `active_ratio=0.75`. `preset="name"`, here or in
+            `config`, starts from one of `variant_info(variant).presets`.
 
     Returns:
         The same model.
@@ -114,7 +116,7 @@ def patch_model(
     base = base_model(model)
     sites = select_sites(base, layers=layers, modules=modules)
     patches = [
-        Patch(info.name, _config_of(info, given), tuple(site.name for site in sites))
+        Patch(info.name, info.configure(given), tuple(site.name for site in sites))
         for info, given in _settings_per_variant(variant, config, settings)
     ]
     apply_patches(base, patches)
@@ -309,15 +311,6 @@ def _settings_per_variant(
         if name not in names:
             raise ValueError(f"config has settings for {name!r}{nearest(str(name), list(names))}")
     return [(info, (config or {}).get(info.name, {})) for info in infos]
-
-
-def _config_of(info: VariantInfo, given: Any) -> VariantConfig:
-    wanted = info.variant.config_class
-    if isinstance(given, VariantConfig):
-        if type(given) is not wanted:
-            raise TypeError(f"{info.name!r} is configured by {wanted.__name__}, got {type(given).__name__}.")
-        return given
-    return wanted.from_dict(given)
 
 
 def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:

@@ -46,6 +46,7 @@ class AttentionSite:
         name: dotted path inside the model.
         tower: path of the stack of layers it belongs to (`""` for a bare decoder such as GPT2Model).
         layer_index: index of its layer inside the tower, counted from 0.
+        layer_count: number of layers up to the last one of the tower that attends.
         module_class: class name of the module.
         is_cross: attends to another sequence than its own.
         query_heads, kv_heads, head_dim: geometry, `None` where tensors and configuration do not tell.
@@ -62,6 +63,7 @@ class AttentionSite:
     name: str
     tower: str
     layer_index: int
+    layer_count: int
     module_class: str
     is_cross: bool
     query_heads: int | None
@@ -99,8 +101,8 @@ def dispatches(module: nn.Module) -> bool:
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """All attention sites of a model, in the order of its modules."""
     found = [(name, module) for name, module in model.named_modules() if dispatches(module)]
-    indices = _layer_indices([name for name, _ in found])
-    return [_describe(name, module, indices[name]) for name, module in found]
+    layers = _layers([name for name, _ in found])
+    return [_describe(name, module, *layers[name]) for name, module in found]
 
 
 def find_undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -134,7 +136,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _describe(name: str, module: nn.Module, layer_index: int) -> AttentionSite:
+def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) -> AttentionSite:
     arguments = tuple(
         parameter.name
         for parameter in list(inspect.signature(attention_forward(type(module))).parameters.values())[1:]
@@ -153,6 +155,7 @@ def _describe(name: str, module: nn.Module, layer_index: int) -> AttentionSite:
         name=name,
         tower=_tower(name),
         layer_index=layer_index,
+        layer_count=layer_count,
         module_class=type(module).__name__,
         is_cross=is_cross,
         query_heads=query_heads,
@@ -244,8 +247,8 @@ def _tower(name: str) -> str:
     return ".".join(parts[: max(first - 1, 0)])
 
 
-def _layer_indices(names: list[str]) -> dict[str, int]:
-    """Layer index of every site.
+def _layers(names: list[str]) -> dict[str, tuple[int, int]]:
+    """Layer index of every site, and the number of layers that it is one of.
 
     With one number in the path it is that number. Where layers are nested in stages, sites of the same shape of path
     are numbered through, so that a hierarchical encoder counts its blocks from first to last.
@@ -253,9 +256,9 @@ def _layer_indices(names: list[str]) -> dict[str, int]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    indices: dict[str, int] = {}
+    layers: dict[str, tuple[int, int]] = {}
     for members in groups.values():
         firsts = [next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in members]
         numbered = firsts if len(set(firsts)) == len(members) else range(len(members))
-        indices.update(zip(members, numbered, strict=True))
-    return indices
+        layers.update({name: (index, max(numbered) + 1) for name, index in zip(members, numbered, strict=True)})
+    return layers

@@ -1,25 +1,22 @@
 """The contract of a variant: its configuration, its module, and the registry that knows it."""
 
-import difflib
 import importlib
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
 
-if typing.TYPE_CHECKING:
-    from .call import AttentionCall, LayerContext
-    from .sites import AttentionSite
+from .call import AttentionCall, LayerContext, Observation
+from .settings import Settings, nearest
+from .sites import AttentionSite
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
-Attend = Callable[["AttentionCall"], AttentionOutput]
+Attend = Callable[[AttentionCall], AttentionOutput]
 
-Observer = Callable[["AttentionCall", dict[str, torch.Tensor]], None]
+Observer = Callable[[Observation], None]
 
 Capability = Literal[
     "causal",  # causal self-attention
@@ -38,110 +35,14 @@ Capability = Literal[
 ALL_CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
 
 
-def option(
-    default: Any = MISSING,
-    *,
-    help: str,
-    source: str,
-    unit: str | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[Any, ...] | None = None,
-) -> Any:
-    """A documented field of a `VariantConfig`.
-
-    Args:
-        default: value used when the user gives none.
-        help: what the field does.
-        source: where the default comes from: the paper's section, the released code, or "ours".
-        unit: unit of the value, where it has one.
-        minimum, maximum: inclusive bounds of a number, or of every number of a sequence.
-        choices: the allowed values.
-    """
-    metadata = {
-        "help": help,
-        "source": source,
-        "unit": unit,
-        "minimum": minimum,
-        "maximum": maximum,
-        "choices": choices,
-    }
-    return field(default=default, metadata=metadata, kw_only=True)
-
-
 @dataclass(frozen=True, kw_only=True)
-class VariantConfig:
+class VariantConfig(Settings):
     """Settings of a variant. Subclass it as a frozen dataclass whose fields are made by `option`.
 
     Raises:
         TypeError: a value has the wrong type.
         ValueError: a value is out of range, or (in `from_dict`) a field is unknown.
     """
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for item in fields(self):
-            object.__setattr__(self, item.name, _checked(type(self), item, hints[item.name], getattr(self, item.name)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary of JSON and YAML types; tuples become lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a configuration from a dictionary, such as one read from JSON or YAML."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{cls.__name__} is built from a dictionary, got {type(values).__name__}.")
-        known = [item.name for item in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{cls.__name__} has no field {name!r}{nearest(str(name), known)}")
-        return cls(**values)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, and all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(sorted(known)) or 'none'}."
-
-
-def _checked(owner: type, item: Field[Any], hint: Any, value: Any) -> Any:
-    """The value of a field, a list turned into a tuple, or an error that says what was expected and got."""
-    where = f"{owner.__name__}.{item.name}"
-    if isinstance(value, list):
-        value = tuple(value)
-    if not _is_instance(value, hint):
-        raise TypeError(f"{where} must be {_spell(hint)}, got {value!r} of type {type(value).__name__}.")
-    limits = item.metadata
-    if limits.get("choices") is not None and value not in limits["choices"]:
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, limits['choices']))}, got {value!r}.")
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            continue
-        low, high = limits.get("minimum"), limits.get("maximum")
-        if number != number or (low is not None and number < low) or (high is not None and number > high):
-            bounds = f"{'-inf' if low is None else low} and {'inf' if high is None else high}"
-            raise ValueError(f"{where} must lie between {bounds}, got {value!r}.")
-    return value
-
-
-def _is_instance(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_instance(value, part) for part in get_args(hint))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_instance(part, get_args(hint)[0]) for part in value)
-    if origin is Literal:
-        return value in get_args(hint)
-    if hint is float:  # an int is a fine float; a bool is neither
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 class Variant(nn.Module):
@@ -161,13 +62,13 @@ class Variant(nn.Module):
 
     config_class: ClassVar[type[VariantConfig]]
 
-    def __init__(self, config: Any, site: "AttentionSite") -> None:
+    def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__()
         self.config = config
         self.site = site
         self.observers: list[Observer] = []
 
-    def attend(self, call: "AttentionCall", inner: Attend) -> AttentionOutput:
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         """Compute attention.
 
         Args:
@@ -200,7 +101,7 @@ class Variant(nn.Module):
         return False
 
     def before_cache(
-        self, key: torch.Tensor, value: torch.Tensor, context: "LayerContext", visible: torch.Tensor
+        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Change new keys and values `(B, Hkv, T, D)` before a kv cache stores them, and equally without a cache.
 
@@ -211,10 +112,17 @@ class Variant(nn.Module):
         """
         return key, value
 
-    def report(self, call: "AttentionCall", **values: torch.Tensor) -> None:
+    def report(self, source: AttentionCall | LayerContext, **values: torch.Tensor) -> None:
         """Show intermediate values, such as gates or temperatures, to whoever observes (`patchattn.observe`)."""
         for observer in self.observers:
-            observer(call, {name: value.detach() for name, value in values.items()})
+            observer(Observation(self.site, values, source))
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Parameters that need a learning rate of their own, far above that of weights, such as a temperature's scale.
+
+        `patchattn.training` puts them into an optimizer group without weight decay.
+        """
+        return []
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
@@ -239,6 +147,7 @@ class VariantInfo:
         capabilities: what it supports; anything else is refused.
         extra_parameters: what it adds, in words.
         summary: one line.
+        presets: settings under a name, such as those of a published model; `patch_model(..., preset="name")`.
         examples: settings that between them reach every path of the variant; the test suite runs each on every family.
     """
 
@@ -253,7 +162,28 @@ class VariantInfo:
     code: str | None = None
     kind: Literal["attention"] = "attention"
     capabilities: frozenset[str] = ALL_CAPABILITIES
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     examples: tuple[Mapping[str, Any], ...] = ({},)
+
+    def configure(self, settings: VariantConfig | Mapping[str, Any] | None = None) -> VariantConfig:
+        """The configuration that settings describe; `preset` among them names a preset that the others override.
+
+        Raises:
+            TypeError: settings of another variant, or a value of the wrong type.
+            ValueError: an unknown setting or preset, or a value out of range.
+        """
+        wanted = self.variant.config_class
+        if isinstance(settings, VariantConfig):
+            if type(settings) is not wanted:
+                raise TypeError(f"{self.name!r} is configured by {wanted.__name__}, got {type(settings).__name__}.")
+            return settings
+        if not isinstance(settings, Mapping) or "preset" not in settings:
+            return wanted.from_dict({} if settings is None else settings)
+        preset = settings["preset"]
+        if preset not in self.presets:
+            raise ValueError(f"{self.name!r} has no preset {preset!r}{nearest(str(preset), list(self.presets))}")
+        given = {name: value for name, value in settings.items() if name != "preset"}
+        return wanted.from_dict({**self.presets[preset], **given})
 
     @property
     def config_fields(self) -> dict[str, dict[str, Any]]:

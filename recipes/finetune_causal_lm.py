@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import patchattn
-from patchattn.variant import nearest
+from patchattn.settings import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def test_the_router_reads_the_query_before_its_norm() -> None:
     module.q_proj.register_forward_hook(lambda _, __, output: norms.append(output.unflatten(-1, (4, 8)).norm(dim=-1)))
     gates: list[torch.Tensor] = []
     patchattn.patch_model(model, "moh", active_ratio=0.5, shared_ratio=0.0)
-    with patchattn.observe(model, lambda call, values: gates.append(values["gate"])):
+    with patchattn.observe(model, lambda seen: gates.append(seen.values["gate"])):
         outputs(model, input_ids=tokens)
     want = torch.zeros_like(norms[0]).scatter(-1, norms[0].topk(2, dim=-1).indices, 1.0)
     assert torch.equal(gates[0], want)

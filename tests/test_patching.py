@@ -33,7 +33,7 @@ def test_the_first_of_several_variants_is_outermost(llama, tokens, toy) -> None:
     patchattn.patch_model(llama, [toy, "moh"], {"moh": {"active_ratio": 0.5}})
     chain = llama.model.layers[0].self_attn.patchattn
     assert chain.names() == ["toy", "moh"]
-    with patchattn.observe(llama, lambda call, values: seen.append((next(iter(values)), call.query))):
+    with patchattn.observe(llama, lambda got: seen.append((next(iter(got.values)), got.source.query))):
         both = outputs(llama, input_ids=tokens)[0]
     assert [name for name, _ in seen[:2]] == ["query", "gate"]
     torch.testing.assert_close(seen[1][1], seen[0][1] + 1.0)  # the inner one sees what the outer one made of the query
@@ -125,7 +125,9 @@ def test_other_layers_may_have_other_settings(llama, tokens) -> None:
     patchattn.patch_model(llama, "moh", active_ratio=0.5, layers=0)
     patchattn.patch_model(llama, "moh", active_ratio=0.75, layers=1)
     gates: dict[int, float] = {}
-    with patchattn.observe(llama, lambda call, v: gates.update({call.site.layer_index: float(v["gate"].mean())})):
+    with patchattn.observe(
+        llama, lambda seen: gates.update({seen.site.layer_index: float(seen.values["gate"].mean())})
+    ):
         outputs(llama, input_ids=tokens)
     assert gates == {0: 0.5, 1: 0.75}
 

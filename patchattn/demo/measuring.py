@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call import AttentionCall
+from ..call import Observation
 from ..observation import observe
 from ..patching import unpatch_model
 from .tasks import Batch, Task
@@ -35,9 +35,9 @@ def head_usage(model: nn.Module, batches: Sequence[Batch]) -> list[list[float]]:
     real = torch.empty(0)
     tokens = 0
 
-    def count(call: AttentionCall, values: dict[str, torch.Tensor]) -> None:
-        on = (values["gate"] > 0) & real.unsqueeze(-1)
-        used[call.site.name] = used.get(call.site.name, 0) + on.sum(dim=(0, 1)).cpu()
+    def count(seen: Observation) -> None:
+        on = (seen.values["gate"] > 0) & real.unsqueeze(-1)
+        used[seen.site.name] = used.get(seen.site.name, 0) + on.sum(dim=(0, 1)).cpu()
 
     with observe(model, count):
         for batch in batches:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..variant import nearest
+from ..settings import nearest
 
 Batch = dict[str, torch.Tensor]
 Example = tuple[str, int]

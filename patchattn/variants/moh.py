@@ -9,8 +9,9 @@ from torch import nn
 from patchattn_kernels import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 
 from ..call import AttentionCall
+from ..settings import option
 from ..sites import AttentionSite
-from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, option, register_variant
+from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
 
 
 @dataclass(frozen=True, kw_only=True)
