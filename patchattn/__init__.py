@@ -25,10 +25,20 @@ if TYPE_CHECKING:
     from .patching import patched as patched
     from .patching import unpatch_model as unpatch_model
     from .patching import unpatched as unpatched
+    from .routing import LayerRouting as LayerRouting
+    from .routing import RoutingStatistics as RoutingStatistics
+    from .routing import routing_statistics as routing_statistics
     from .settings import Settings as Settings
     from .settings import option as option
     from .sites import AttentionSite as AttentionSite
     from .sites import find_sites as find_sites
+    from .training import ActiveRatioCallback as ActiveRatioCallback
+    from .training import BalanceLoss as BalanceLoss
+    from .training import PatchedTrainerMixin as PatchedTrainerMixin
+    from .training import RoutingCallback as RoutingCallback
+    from .training import anneal_active_heads as anneal_active_heads
+    from .training import balance_loss as balance_loss
+    from .training import optimizer_groups as optimizer_groups
     from .variant import Attend as Attend
     from .variant import AttentionOutput as AttentionOutput
     from .variant import Variant as Variant
@@ -47,8 +57,18 @@ _NAMES = {
     "hub": ("push_to_hub", "save_pretrained"),
     "observation": ("observe",),
     "patching": ("patch_info", "patch_model", "patched", "unpatch_model", "unpatched"),
+    "routing": ("LayerRouting", "RoutingStatistics", "routing_statistics"),
     "settings": ("Settings", "option"),
     "sites": ("AttentionSite", "find_sites"),
+    "training": (
+        "ActiveRatioCallback",
+        "BalanceLoss",
+        "PatchedTrainerMixin",
+        "RoutingCallback",
+        "anneal_active_heads",
+        "balance_loss",
+        "optimizer_groups",
+    ),
     "variant": (
         "Attend",
         "AttentionOutput",

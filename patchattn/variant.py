@@ -100,6 +100,11 @@ class Variant(nn.Module):
         """Whether `before_cache` changes what the kv cache stores."""
         return False
 
+    @property
+    def routes(self) -> bool:
+        """Whether it chooses heads per token, and reports `router_probability` and `router_choice` `(B, T, R)`."""
+        return False
+
     def before_cache(
         self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +128,9 @@ class Variant(nn.Module):
         `patchattn.training` puts them into an optimizer group without weight decay.
         """
         return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "observers": []}  # who watches this one does not watch its copies
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_straight_through_gradient_reaches_the_query_projection_of_a_dropped_hea
     ("settings", "message"),
     [
         ({"active_ratio": 1.5}, "active_ratio must lie between 0.0 and 1.0, got 1.5"),
-        ({"active_ratio": "half"}, "active_ratio must be float, got 'half'"),
+        ({"active_ratio": "half"}, r"active_ratio must be float \| tuple\[float, ...\] \| None, got 'half'"),
         ({"active_ratio": 0.25, "shared_ratio": 0.5}, "fewer than the 2 shared ones"),
         ({"router": "random"}, "router"),
         ({"active_ration": 0.5}, "did you mean 'active_ratio'"),

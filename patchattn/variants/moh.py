@@ -13,24 +13,43 @@ from ..settings import option
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
 
+# Heads that are on in each layer of the published diffusion transformers: shared ones plus chosen ones.
+DIT_S = [3, 3, *4 * [4], *4 * [5], 6, 6]
+DIT_B = [6, 6, *8 * [9], 12, 12]
+DIT_XL = [*9 * [8], *10 * [16], *9 * [19]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoHConfig(VariantConfig):
     """Settings of MoH; every field is described by `patchattn info moh`."""
 
-    active_ratio: float = option(
-        0.75,
-        help="Share of the query heads each token keeps, shared ones included; at least one head.",
+    active_ratio: float | tuple[float, ...] | None = option(
+        None,
+        help="Share of the query heads each token keeps, shared ones included; at least one head. A list has one entry "
+        "per layer. None: 0.75, unless active_heads is given.",
         source="paper, App. B.4: 24 of 32 heads for LLaMA3-8B",
         minimum=0.0,
         maximum=1.0,
     )
-    shared_ratio: float | None = option(
+    shared_ratio: float | tuple[float, ...] | None = option(
         None,
-        help="Share of the query heads that every token keeps: the first ones. None: two thirds of the active ones.",
+        help="Share of the query heads that every token keeps: the first ones. A list has one entry per layer. None: "
+        "two thirds of the active ones, unless shared_heads is given.",
         source="paper, App. B.4: the first 16 of 32 heads, of 24 active",
         minimum=0.0,
         maximum=1.0,
+    )
+    active_heads: int | tuple[int, ...] | None = option(
+        None,
+        help="active_ratio as a number of heads, or a list of one per layer.",
+        source="ours; the released code counts heads per layer",
+        minimum=1,
+    )
+    shared_heads: int | tuple[int, ...] | None = option(
+        None,
+        help="shared_ratio as a number of heads, or a list of one per layer.",
+        source="ours; the released code counts heads per layer",
+        minimum=0,
     )
     router: Literal["query_norm", "learned"] = option(
         "query_norm",
@@ -49,8 +68,12 @@ class MoHConfig(VariantConfig):
 class MoH(Variant):
     """Attention whose heads are gated per token, before the output projection (Sec. 3.1).
 
-    The first `shared` heads are always on; of the others, `routed` are chosen per token. With the learned router,
-    `gate = a_1 * g_shared` and `a_2 * g_routed` with the released code's factors, so that uniform scores give ones.
+    The first `shared` heads are always on; of the others, `routed` are chosen per token: `budget` of them, or more
+    while `patchattn.training` lowers the active ratio step by step. With the learned router, `gate = a_1 * g_shared`
+    and `a_2 * g_routed` with the released code's factors, so that uniform scores give ones.
+
+    Reports `gate` `(B, T, H)` and, where there is something to choose, `router_probability` and `router_choice`
+    `(B, T, R)` of the R heads that are not shared.
     """
 
     config_class = MoHConfig
@@ -62,26 +85,49 @@ class MoH(Variant):
         if heads is None:
             raise NotImplementedError(f"MoH cannot tell the number of query heads of {site.name}.")
         self.heads = heads
-        active = max(1, int(config.active_ratio * heads + 0.5))
-        shared_ratio = active / heads * 2 / 3 if config.shared_ratio is None else config.shared_ratio
-        self.shared = int(shared_ratio * heads + 0.5)
-        self.routed = active - self.shared
-        if self.routed < 0:
+        active = self._count("active", config.active_ratio, config.active_heads)
+        active = max(1, int(0.75 * heads + 0.5)) if active is None else active
+        shared = self._count("shared", config.shared_ratio, config.shared_heads)
+        self.shared = int(active * 2 / 3 + 0.5) if shared is None else shared
+        self.budget = self.routed = active - self.shared
+        if self.budget < 0:
             raise ValueError(
-                f"MoH keeps {active} of {heads} heads in {site.name}, fewer than the {self.shared} shared ones: raise "
-                f"active_ratio ({config.active_ratio}) or lower shared_ratio ({config.shared_ratio})."
+                f"MoH keeps {active} of {heads} heads in {site.name}, fewer than the {self.shared} shared ones: give "
+                "more active heads or fewer shared ones."
             )
         if config.router == "learned":
             self._add_router(heads - self.shared)
+
+    def _count(
+        self, name: str, ratio: float | tuple[float, ...] | None, count: int | tuple[int, ...] | None
+    ) -> int | None:
+        """Heads of this layer, from a ratio or a count; None if neither is given."""
+        if ratio is not None and count is not None:
+            raise ValueError(f"MoH takes either {name}_ratio or {name}_heads, got {ratio} and {count}.")
+        given = ratio if count is None else count
+        if isinstance(given, tuple):
+            layers = self.site.layer_count
+            if len(given) != layers:
+                raise ValueError(
+                    f"MoH's {name} heads are given for {len(given)} layers, but {self.site.tower or 'the model'} has "
+                    f"{layers}: give one entry per layer, or choose one tower with modules=..."
+                )
+            given = given[self.site.layer_index]
+        if given is None:
+            return None
+        if count is not None and given > self.heads:
+            raise ValueError(f"MoH is to keep {given} {name} heads, but {self.site.name} has {self.heads}.")
+        lowest = 1 if name == "active" else 0
+        return max(lowest, int(given * self.heads + 0.5)) if count is None else int(given)
 
     def _add_router(self, candidates: int) -> None:
         width = self.site.input_size
         if width is None:
             raise NotImplementedError(f"MoH cannot tell the input width of {self.site.name} for its learned router.")
         rows = {
-            "routed_weight": candidates if self.routed else 0,
+            "routed_weight": candidates if self.budget else 0,
             "shared_weight": self.shared if self.shared > 1 else 0,
-            "type_weight": 2 if self.routed and self.shared else 0,
+            "type_weight": 2 if self.budget and self.shared else 0,
         }
         for name, count in rows.items():
             weight = nn.Parameter(torch.empty(count, width).normal_(std=self.config.router_std)) if count else None
@@ -89,7 +135,11 @@ class MoH(Variant):
 
     @property
     def is_identity(self) -> bool:
-        return self.config.router == "query_norm" and self.shared + self.routed == self.heads
+        return self.config.router == "query_norm" and self.shared + self.budget == self.heads
+
+    @property
+    def routes(self) -> bool:
+        return self.budget > 0
 
     @property
     def needs_context(self) -> bool:
@@ -97,39 +147,48 @@ class MoH(Variant):
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
-        return {"active_ratio": 1.0, "router_std": 0.0}
+        return {"active_ratio": 1.0, "active_heads": None, "router_std": 0.0}
+
+    def anneal(self, progress: float) -> None:
+        """Choose how many heads are on: all of them at progress 0, falling linearly to the budget at 1."""
+        candidates = self.heads - self.shared
+        self.routed = self.budget + int((candidates - self.budget) * (1.0 - progress) + 0.5) if self.budget else 0
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        gate = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
-        self.report(call, gate=gate)
+        gate, routing = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
+        self.report(call, gate=gate, **routing)
         output, weights = inner(call)
         return apply_head_gate(output, gate), weights
 
-    def norm_gate(self, call: AttentionCall) -> torch.Tensor:
+    def norm_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` of 0 and 1; while training with the straight-through gradient of the chosen heads' scores."""
         norms = head_norms(call.raw_query()[:, self.shared :])
-        mask = select_top_k(norms, self.routed)
-        if self.training:
-            mask = straight_through(mask, normalized_scores(norms))
-        return torch.cat([mask.new_ones(*mask.shape[:2], self.shared), mask], dim=-1)
+        choice = mask = select_top_k(norms.detach(), self.routed)
+        routing = {}
+        if self.budget and (self.training or self.observers):
+            scores = normalized_scores(norms)
+            routing = {"router_probability": scores, "router_choice": choice}
+            mask = straight_through(choice, scores)
+        return torch.cat([mask.new_ones(*mask.shape[:2], self.shared), mask], dim=-1), routing
 
-    def learned_gate(self, call: AttentionCall) -> torch.Tensor:
+    def learned_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` weights whose mean over the active heads is about one."""
         tokens = call.layer_input()
         shape = tokens.shape[:2]
         shared = self._softmax(tokens, "shared_weight", self.shared) if self.shared > 1 else None
         parts = [torch.ones(*shape, self.shared, device=tokens.device) if shared is None else shared]
-        if self.routed:
-            scores = self._softmax(tokens, "routed_weight", 1)
-            chosen = scores * select_top_k(scores.detach(), self.routed)
-            total = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).eps)
-            parts.append(chosen / total * self.routed)
-        else:
+        if not self.budget:
             parts.append(torch.zeros(*shape, self.heads - self.shared, device=tokens.device))
-        if self.routed and self.shared:
+            return torch.cat(parts, dim=-1), {}
+        scores = self._softmax(tokens, "routed_weight", 1)
+        choice = select_top_k(scores.detach(), self.routed)
+        chosen = scores * choice
+        total = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).eps)
+        parts.append(chosen / total * self.routed)
+        if self.shared:
             balance = self._softmax(tokens, "type_weight", 2)
             parts = [part * balance[..., i : i + 1] for i, part in enumerate(parts)]
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1), {"router_probability": scores, "router_choice": choice}
 
     def _softmax(self, tokens: torch.Tensor, name: str, factor: int) -> torch.Tensor:
         weight = getattr(self, name)
@@ -148,10 +207,18 @@ register_variant(
         summary="Every token keeps only the query heads it needs.",
         extra_parameters="none (query_norm); about heads + 2 vectors of the layer's width per layer (learned)",
         needs_training=True,
+        presets={
+            # shared and active heads of layer 1, 2, ...; the first three were trained from scratch
+            "dit_s_75": {"router": "learned", "shared_heads": [2, 2, *8 * [3], 6, 6], "active_heads": DIT_S},
+            "dit_b_75": {"router": "learned", "shared_heads": [4, 4, *8 * [6], 12, 12], "active_heads": DIT_B},
+            "dit_xl_90": {"router": "learned", "shared_heads": [*9 * [8], *19 * [16]], "active_heads": DIT_XL},
+            "llama3_8b_75": {"router": "query_norm", "shared_ratio": 0.5, "active_ratio": 0.75},
+        },
         examples=(
             {},
             {"router": "learned", "shared_ratio": 0.25},
             {"router": "learned", "shared_ratio": 0.5, "active_ratio": 1.0},
+            {"active_heads": 2, "shared_heads": 0},
         ),
     )
 )

@@ -1,0 +1,111 @@
+"""The load-balance loss of routed variants, for any training loop."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from ..call import Observation
+from ..observation import observed
+from ..variant import Variant
+
+Definition = Literal["paper", "released"]
+
+
+class BalanceLoss:
+    """What the routers of a model did in the forwards of one `balance_loss` block; called, it gives their loss."""
+
+    def __init__(self, weight: float, definition: Definition) -> None:
+        self.weight = weight
+        self.definition = definition
+        self._has_grad = torch.is_grad_enabled()
+        self._routing: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def note(self, seen: Observation) -> None:
+        """Keep what one layer reports. Nothing is computed here: under activation checkpointing this runs inside the
+        part that is run again without it, and both must do the same."""
+        if "router_probability" not in seen.values:
+            return
+        if self._has_grad and not torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{seen.site.name} runs without gradients inside a forward that has them: re-entrant activation "
+                "checkpointing cannot train the load-balance loss. Pass gradient_checkpointing_kwargs="
+                '{"use_reentrant": False}, or leave frozen towers out of the patch with modules=...'
+            )
+        values = seen.values
+        self._routing.append((values["router_probability"], values["router_choice"], seen.real_tokens()))
+
+    def __call__(self) -> torch.Tensor:
+        """The weighted loss, a scalar with gradients: mean over layers, and over forwards if the block held several.
+
+        Raises:
+            ValueError: no forward ran in the block.
+        """
+        if not self._routing:
+            raise ValueError("No router ran: call the model inside the `with balance_loss(...)` block.")
+        losses = [self._of_layer(*routing) for routing in self._routing]
+        return self.weight * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    def _of_layer(self, probability: torch.Tensor, choice: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        real = real.unsqueeze(-1).expand_as(probability)
+        tokens = real[..., 0].sum().clamp(min=1)
+        mean_probability = probability.where(real, 0.0).sum(dim=(0, 1)) / tokens
+        load = choice.where(real, 0.0).sum(dim=(0, 1)) / tokens
+        loss = (mean_probability * load).sum()
+        return loss * probability.shape[-1] if self.definition == "released" else loss
+
+
+@contextmanager
+def balance_loss(model: nn.Module, weight: float = 0.01, definition: Definition = "paper") -> Iterator[BalanceLoss]:
+    """Collect the load-balance loss of a model whose variants route, such as MoH, while the block runs.
+
+    With P_i the mean probability of head i over the tokens and f_i the share of tokens that choose it, padding
+    excluded, a layer's loss is `sum_i P_i f_i` over the heads that are not shared (MoH, Sec. 3.3); the model's is the
+    mean over its layers. Nothing is kept on the model, and what activation checkpointing runs again in the backward
+    pass is outside the block and does not count.
+
+    Args:
+        model: a patched model, in whatever wrapper (PeftModel, DistributedDataParallel, ...). In a process group every
+            process has the loss of its own tokens, and averaging gradients averages them.
+        weight: the paper's beta.
+        definition: `paper` as above, or `released`: times the number of heads that are not shared, as in the released
+            code.
+
+    Yields:
+        A `BalanceLoss`; call it after the forward. Scale its value as you scale your loss, for example by the number
+        of accumulation steps.
+
+    Raises:
+        ValueError: no variant of the model routes, or an argument is out of range.
+        NotImplementedError: in the forward, under re-entrant activation checkpointing.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import patchattn, torch
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=4, vocab_size=64))
+        >>> model = patchattn.patch_model(model, "moh").train()
+        >>> tokens = torch.randint(64, (2, 8))
+        >>> with balance_loss(model) as balance:
+        ...     loss = model(tokens, labels=tokens).loss
+        >>> (loss + balance()).backward()
+    """
+    check_routing(model, weight, definition)
+    loss = BalanceLoss(weight, definition)
+    with observed(model, loss.note):
+        yield loss
+
+
+def check_routing(model: nn.Module, weight: float, definition: str) -> None:
+    """Refuse arguments of `balance_loss` that make no sense."""
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight >= 0:
+        raise ValueError(f"The weight of the load-balance loss must be a number of at least 0, got {weight!r}.")
+    if definition not in get_args(Definition):
+        raise ValueError(f"definition must be one of {', '.join(map(repr, get_args(Definition)))}, got {definition!r}.")
+    if not any(isinstance(module, Variant) and module.routes for module in model.modules()):
+        raise ValueError(
+            f"No variant of this {type(model).__name__} chooses heads per token, so that there is nothing to balance. "
+            'Patch it first, for example with patch_model(model, "moh").'
+        )
