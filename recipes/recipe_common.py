@@ -1,0 +1,377 @@
+"""What the recipes share: settings, patching, LoRA, checkpoints that survive a kill, and one result file.
+
+A recipe is started by its path (`accelerate launch recipes/<recipe>.py CONFIG.yaml`), which puts this folder on
+`sys.path`; so recipes say `from recipe_common import ...`. A recipe subclasses `TrainingSettings` with its own fields
+and defines `run(settings)`:
+
+    def run(settings: MySettings) -> dict[str, Any]:
+        if (done := finished(settings)) is not None:
+            return done
+        arguments = begin(settings)  # claims the output folder
+        model = prepare(AutoModelFor....from_pretrained(settings.model), settings, heads=["classifier"])
+        trainer = PatchedTrainer.of(model, settings, arguments, train_dataset=..., eval_dataset=..., ...)
+        return train(trainer, settings)
+
+    if __name__ == "__main__":
+        command(MySettings, run)
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import accelerate
+import peft
+import torch
+import transformers
+import typer
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+import patchattn
+from patchattn import Settings, Variant, option, variant_info
+from patchattn.training import ActiveRatioCallback, PatchedTrainerMixin, RoutingCallback
+
+SETTINGS_FILE = "settings.json"  # written when a run begins
+METRICS_FILE = "metrics.json"  # written when it has ended
+_FILES = "files.json"  # the last file of a checkpoint: what the others are, and how long
+_NEVER = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Settings):
+    """Settings that all recipes have.
+
+    Raises:
+        TypeError, ValueError: when made, whatever is wrong with them; no model is loaded for that.
+    """
+
+    output: str = option(help="Folder for checkpoints, the trained model, settings.json and metrics.json.")
+    variants: dict[str, Any] = option(
+        {}, help="Name of a variant to its settings, outermost first; empty trains the unpatched model alike."
+    )
+    lora_rank: int = option(0, help="Rank of LoRA; 0 trains every parameter.", minimum=0)
+    lora_alpha: float | None = option(None, help="LoRA's scale; None: twice the rank.", minimum=0.0)
+    lora_dropout: float = option(0.0, help="Dropout before LoRA.", minimum=0.0, maximum=0.99)
+    lora_targets: str | tuple[str, ...] = option(
+        "all-linear", help="Names of the layers LoRA goes on, a regular expression, or all-linear."
+    )
+    steps: int | None = option(None, help="Optimizer steps. Give either this or epochs.", minimum=1)
+    epochs: float | None = option(None, help="Passes over the training data.", minimum=0.0)
+    batch: int = option(8, help="Rows per step, process and accumulation.", minimum=1)
+    eval_batch: int = option(16, help="Rows per step and process of an evaluation.", minimum=1)
+    accumulation: int = option(1, help="Forwards per optimizer step.", minimum=1)
+    learning_rate: float = option(1e-3, help="Peak, after the warm-up; it then falls linearly to zero.", minimum=0.0)
+    scale_learning_rate: float | None = option(
+        None, help="Of variants' scales, such as SSA's alpha; None: as all else.", minimum=0.0
+    )
+    weight_decay: float = option(0.0, help="AdamW's decay of matrices.", minimum=0.0)
+    warmup_ratio: float = option(0.1, help="Share of the steps in which the rate rises.", minimum=0.0, maximum=0.99)
+    balance_weight: float = option(0.0, help="Weight of MoH's load-balance loss; the paper: 0.01.", minimum=0.0)
+    balance_definition: Literal["paper", "released"] = option("paper", help="Which form of that loss.")
+    active_ratio_steps: int = option(
+        0, help="Steps over which MoH's active heads fall from all to their budget; 0: at once.", minimum=0
+    )
+    gradient_checkpointing: bool = option(False, help="Compute activations again instead of keeping them.")
+    bf16: bool = option(False, help="Train in bfloat16 mixed precision.")
+    seed: int = option(0, help="Of data order, adapters, routers, heads and dropout.", minimum=0)
+    save_steps: int | None = option(None, help="Steps between checkpoints; None: one at the end.", minimum=1)
+    eval_steps: int | None = option(
+        None, help="Steps between evaluations; None: before the first and after the last step.", minimum=1
+    )
+    log_steps: int = option(10, help="Steps between entries of the log.", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"Give either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
+        # The settings of each variant, checked and with their defaults, so that settings.json says all.
+        configured = {name: variant_info(name).configure(given).to_dict() for name, given in self.variants.items()}
+        object.__setattr__(self, "variants", configured)
+        for field, given, has in (
+            ("balance_weight", self.balance_weight, "routes"),
+            ("active_ratio_steps", self.active_ratio_steps, "anneal"),
+            ("scale_learning_rate", self.scale_learning_rate is not None, "fast_parameters"),
+        ):
+            if given and not any(_has(name, has) for name in self.variants):
+                able = ", ".join(name for name in patchattn.list_variants() if _has(name, has))
+                got = ", ".join(self.variants) or "none"
+                raise ValueError(f"{field} has no effect on the variants given ({got}); it needs one of: {able}.")
+
+    @property
+    def has_router(self) -> bool:
+        """Whether a variant chooses heads."""
+        return any(_has(name, "routes") for name in self.variants)
+
+    def arguments(self, **more: Any) -> TrainingArguments:
+        """What transformers' Trainer takes; `more` adds to it."""
+        length = {"num_train_epochs": self.epochs} if self.steps is None else {"max_steps": self.steps}
+        if self.gradient_checkpointing:
+            more |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        return TrainingArguments(
+            output_dir=self.output,
+            **length,
+            per_device_train_batch_size=self.batch,
+            per_device_eval_batch_size=self.eval_batch,
+            gradient_accumulation_steps=self.accumulation,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_ratio,  # below 1 it is a share of the steps
+            bf16=self.bf16,
+            seed=self.seed,
+            logging_steps=self.log_steps,
+            eval_strategy="steps",
+            eval_steps=self.eval_steps or _NEVER,  # the Trainer evaluates after the last step in any case
+            save_strategy="steps",
+            save_steps=self.save_steps or _NEVER,
+            save_total_limit=2,  # the older one must be there while the newer one is written
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            report_to=[],
+            **more,
+        )
+
+
+def _has(variant: str, member: str) -> bool:
+    """Whether a variant defines an optional member of the contract."""
+    kind = variant_info(variant).variant
+    return getattr(kind, member, None) is not getattr(Variant, member, None)
+
+
+# The output folder: one run, which can be continued but not changed.
+
+
+def finished(settings: TrainingSettings) -> dict[str, Any] | None:
+    """The metrics of this run if it has ended, else None; nothing is written.
+
+    Raises:
+        ValueError: the output folder holds a run with other settings; the message names the keys that differ.
+    """
+    folder = Path(settings.output)
+    if not (folder / SETTINGS_FILE).is_file():
+        if next(folder.glob("checkpoint-*"), None) is not None:
+            raise ValueError(f"{folder} holds checkpoints without {SETTINGS_FILE}; choose another output folder.")
+        return None
+    before, now = _flat(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))), _flat(_identity(settings))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if keys:
+        changes = "; ".join(f"{key}: {before.get(key)!r} became {now.get(key)!r}" for key in keys)
+        raise ValueError(f"{folder} holds a run with other settings ({changes}). Choose another output folder.")
+    metrics = folder / METRICS_FILE
+    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+
+
+def begin(settings: TrainingSettings, **more: Any) -> TrainingArguments:
+    """Claim the output folder for this run and seed everything; `more` goes to `TrainingArguments`.
+
+    Raises:
+        ValueError: as `finished`.
+    """
+    finished(settings)
+    arguments = settings.arguments(**more)
+    if arguments.process_index == 0:
+        _write(Path(settings.output) / SETTINGS_FILE, _identity(settings))
+    set_seed(settings.seed)
+    return arguments
+
+
+def _identity(settings: TrainingSettings) -> dict[str, Any]:
+    """What must not change between the starts of one run, as JSON gives it back; the folder may move."""
+    values = {**settings.to_dict(), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    del values["output"]
+    order = list(values["variants"])  # a comparison of dictionaries would not see it
+    return json.loads(json.dumps({**values, "order": order}))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, such as `variants.moh.active_ratio`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def last_checkpoint(output: str | Path) -> str | None:
+    """The newest checkpoint that is complete: every file it should hold is there, as long as it was written.
+
+    What a kill left half-written is passed over.
+    """
+    folders = [path for path in Path(output).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_complete(folder):
+            return str(folder)
+    return None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _FILES).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Lists the files of a checkpoint in it, once every process has written its own."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if args.process_index == 0:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = (path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
+            _write(folder / _FILES, {str(path.relative_to(folder)): path.stat().st_size for path in files})
+
+
+# The model
+
+
+def prepare(model: Any, settings: TrainingSettings, *, heads: Sequence[str] = (), task_type: str | None = None) -> Any:
+    """Patch a model and put LoRA on it, as the settings say.
+
+    Args:
+        model: a transformers model.
+        settings: of the run.
+        heads: names of modules that are trained whole beside LoRA, such as a new classification head.
+        task_type: PEFT's name of the task, such as `CAUSAL_LM`.
+
+    Returns:
+        The model, or a PeftModel around it.
+    """
+    names = list(settings.variants)
+    if names:
+        patchattn.patch_model(model, names, settings.variants if len(names) > 1 else settings.variants[names[0]])
+    if not settings.lora_rank:
+        return model
+    own = ["patchattn"] if names and patchattn.patch_info(model)["extra_parameters"] else []
+    targets = settings.lora_targets
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=[*heads, *own] or None,
+        task_type=task_type,
+    )
+    return get_peft_model(model, lora)
+
+
+class PatchedTrainer(PatchedTrainerMixin, Trainer):
+    """A Trainer with what variants need, as `TrainingSettings` say; `of` makes one."""
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: TrainingSettings, arguments: TrainingArguments, **more: Any) -> Self:
+        """A trainer for a run; `more` goes to `Trainer` (`train_dataset`, `eval_dataset`, `compute_metrics`, ...)."""
+        trainer = cls(
+            model=model,
+            args=arguments,
+            balance_weight=settings.balance_weight,
+            balance_definition=settings.balance_definition,
+            scale_learning_rate=settings.scale_learning_rate,
+            **more,
+        )
+        trainer.add_callback(CompleteCheckpoints())
+        if settings.has_router:
+            trainer.add_callback(RoutingCallback(trainer, heads=False))
+        if settings.active_ratio_steps:
+            trainer.add_callback(ActiveRatioCallback(settings.active_ratio_steps))
+        return trainer
+
+
+def train(trainer: PatchedTrainer, settings: TrainingSettings, **more: Any) -> dict[str, Any]:
+    """Train from the last complete checkpoint, or from the start; save the model; write `metrics.json`.
+
+    Args:
+        trainer: made by `PatchedTrainer.of`.
+        settings: of the run.
+        more: further entries of the metrics.
+
+    Returns:
+        What `metrics.json` holds: `curve` (the step and what the Trainer's evaluation gave, without `eval_`: before
+        the first step, every `eval_steps` and after the last), `before` and `after` (its ends), `log` (all else that
+        was logged), parameter counts, seconds of this start, versions, and the settings.
+    """
+    start = time.time()
+    checkpoint = last_checkpoint(settings.output)
+    trainer.args.eval_on_start = checkpoint is None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer, settings)
+    curve = [_evaluation(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
+    metrics = {
+        **more,
+        "before": curve[0],
+        "after": curve[-1],
+        "curve": curve,
+        "log": [entry for entry in trainer.state.log_history if "eval_loss" not in entry],
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "seconds": round(time.time() - start, 1),
+        "resumed_from": None if checkpoint is None else Path(checkpoint).name,
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (patchattn, torch, transformers, peft, accelerate)},
+        },
+        "settings": _identity(settings),
+    }
+    if trainer.args.process_index == 0:
+        _write(Path(settings.output) / METRICS_FILE, metrics)
+    return metrics
+
+
+def _evaluation(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the Trainer's log without `eval_`, the speed and the epoch."""
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+    return {key.removeprefix("eval_"): value for key, value in entry.items() if key not in (*speed, "epoch")}
+
+
+def save(trainer: PatchedTrainer, settings: TrainingSettings) -> None:
+    """Write the model, or the adapter, into the output folder, for `patchattn.from_pretrained`."""
+    trainer.save_model(settings.output)  # of a sharded model every process takes part
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if settings.variants and trainer.args.process_index == 0 and not is_sharded:
+        patchattn.save_pretrained(trainer.accelerator.unwrap_model(trainer.model), settings.output)
+
+
+# The command line
+
+
+def command(settings_class: type[TrainingSettings], run: Callable[[Any], dict[str, Any]]) -> None:
+    """The command line of a recipe: one argument, a YAML file. What is wrong with it is one line and exit status 2."""
+
+    def main(config: Annotated[Path, typer.Argument(help="YAML file with the settings of a run.")]) -> None:
+        try:
+            settings = settings_class.from_yaml(config)
+            done = finished(settings)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from error
+        if done is not None:
+            typer.echo(f"{settings.output} holds this run, finished: nothing to do.")
+        metrics = run(settings) if done is None else done
+        if int(os.environ.get("RANK", "0")) == 0:
+            for when in ("before", "after"):
+                values = {key: value for key, value in metrics[when].items() if key != "step"}
+                typer.echo(f"{when}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    main.__doc__ = settings_class.__doc__
+    typer.run(main)
