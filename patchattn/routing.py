@@ -69,7 +69,8 @@ class RoutingStatistics:
         self._sums = {name: accelerator.reduce(sums, "sum") for name, sums in self._sums.items()}
 
     def layers(self) -> list[LayerRouting]:
-        """One entry per layer that has run, in the order of their first run.
+        """One entry per layer that has a gate, in the order of their first run; a layer of which a parameter-free
+        router keeps every head has none.
 
         Raises:
             ValueError: nothing was observed.

@@ -139,7 +139,7 @@ class MoH(Variant):
 
     @property
     def routes(self) -> bool:
-        return self.budget > 0
+        return self.budget > 0 and not self.is_identity
 
     @property
     def needs_context(self) -> bool:
