@@ -15,7 +15,6 @@ from recipe_common import PatchedTrainer, TrainingSettings, begin, command, fini
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
-import patchattn
 from patchattn import option
 
 

@@ -60,7 +60,7 @@ class TrainingSettings(Settings):
     """
 
     output: str = option(help="Folder for checkpoints, the trained model, settings.json and metrics.json.")
-    variants: dict[str, Any] = option(
+    variants: dict[str, Any] = option(  # noqa: RUF009, the default is copied
         {}, help="Name of a variant to its settings, outermost first; empty trains the unpatched model alike."
     )
     lora_rank: int = option(0, help="Rank of LoRA; 0 trains every parameter.", minimum=0)
