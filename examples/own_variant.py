@@ -1,4 +1,4 @@
-"""A variant of your own, log-length scaling of the logits, in about twenty lines, checked like the shipped ones."""
+"""A variant of your own, a fixed softmax temperature, in about twenty lines, checked like the shipped ones."""
 
 from dataclasses import dataclass
 
@@ -9,35 +9,33 @@ import patchattn
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNConfig(patchattn.VariantConfig):
-    trained_length: int = patchattn.option(
-        512, help="Length the model was trained on.", source="ours", unit="tokens", minimum=2
+class TemperatureConfig(patchattn.VariantConfig):
+    temperature: float = patchattn.option(
+        0.8, help="Divides the logits: below 1 attention is sharper.", source="ours", minimum=0.01
     )
 
 
-class LogN(patchattn.Variant):
-    """Queries beyond the trained length are scaled by log(n) / log(trained length), n the keys they see."""
+class Temperature(patchattn.Variant):
+    """Attention whose logits are divided by one number: queries are, which comes to the same."""
 
-    config_class = LogNConfig
+    config_class = TemperatureConfig
 
     def attend(self, call: patchattn.AttentionCall, inner: patchattn.Attend) -> patchattn.AttentionOutput:
-        base = torch.tensor(float(self.config.trained_length), device=call.query.device).log()
-        factor = (call.visible_keys().clamp(min=1).log() / base).clamp(min=1.0)
-        return inner(call.replace(query=call.query * factor[:, None, :, None].to(call.query.dtype)))
+        return inner(call.replace(query=call.query / self.config.temperature))
 
     @classmethod
-    def neutral_config(cls) -> dict[str, int]:
-        return {"trained_length": 1 << 30}
+    def neutral_config(cls) -> dict[str, float]:
+        return {"temperature": 1.0}
 
 
 patchattn.register_variant(
     patchattn.VariantInfo(
-        name="example_logn",
-        variant=LogN,
-        title="Scaling of the logits by the logarithm of the length",
+        name="example_temperature",
+        variant=Temperature,
+        title="A fixed softmax temperature",
         arxiv_id=None,
-        year=2021,
-        summary="Sharper attention beyond the trained length.",
+        year=2026,
+        summary="Sharper or softer attention.",
         extra_parameters="none",
         needs_training=False,
     )
@@ -47,5 +45,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256)).eval()
-    patchattn.patch_model(model, "example_logn", trained_length=8)
+    patchattn.patch_model(model, "example_temperature", temperature=0.5)
     print(patchattn.check_patch(model, torch.randint(3, 256, (2, 24))))

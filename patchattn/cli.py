@@ -41,7 +41,7 @@ def list_() -> None:
 
 @app.command()
 def info(name: Annotated[str, typer.Argument(help="A variant, as `patchattn list` names it.")]) -> None:
-    """Paper, code, capabilities and every setting of a variant."""
+    """Paper, code, capabilities, every setting and every preset of a variant."""
     from typing import get_type_hints
 
     from rich.padding import Padding
@@ -65,6 +65,10 @@ def info(name: Annotated[str, typer.Argument(help="A variant, as `patchattn list
         unit = f" {field['unit']}" if field["unit"] else ""
         console.print(f"\n[bold]{key}[/] = {field['default']}{unit}   ({_allowed(field, hints[key])})")
         console.print(Padding(f"{field['help']}\nDefault: {field['source']}", (0, 0, 0, 4)))
+    for preset, settings in variant.presets.items():
+        spelt = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        console.print(f"\n[bold]preset={preset}[/]")
+        console.print(f"    {spelt}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -105,7 +109,8 @@ def check(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     variant: Annotated[str, typer.Option(help="A variant, as `patchattn list` names it.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, such as active_ratio=0.5; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="A setting, such as active_ratio=0.5 or preset=NAME; may be repeated."),
     ] = None,
 ) -> None:
     """Check that a patch behaves on a model: neutral, undone exactly, with padding, with a cache; and its cost."""
@@ -115,7 +120,7 @@ def check(
     from .demo.tasks import load_pretrained
     from .variant import variant_info
 
-    config = variant_info(variant).variant.config_class.from_dict(_parse_settings(settings or []))
+    config = variant_info(variant).configure(_parse_settings(settings or []))
     _quiet()
     architectures = load_pretrained(AutoConfig, model).architectures or []
     decodes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)

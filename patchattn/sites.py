@@ -53,11 +53,15 @@ class AttentionSite:
         input_size: width of the module's input, `None` where no projection is recognised.
         memory_size: width of what keys and values are made of; differs from `input_size` in some cross attention.
         projections: role (`query`, `key`, `value`, `fused`, `output`) to child name.
+        projection_sizes: role to width of what that projection gives, for those (but `output`) that read the layer's
+            input itself, or the other sequence of cross attention; the second half of a low-rank one does not.
         query_norm: child that normalises the query after its projection, `None` without one.
         input_argument: parameter of `forward` that holds the layer's input.
         memory_argument: parameter of `forward` that holds the other sequence of cross attention, if it has one.
         mask_argument: parameter of `forward` that holds the attention mask, if it has one.
         arguments: positional parameters of `forward`, in order.
+        max_positions: length that the model was trained on by its configuration, before any rescaling of its rotary
+            embedding, in tokens; `None` where it states none.
     """
 
     name: str
@@ -72,11 +76,13 @@ class AttentionSite:
     input_size: int | None
     memory_size: int | None
     projections: dict[str, str]
+    projection_sizes: dict[str, int]
     query_norm: str | None
     input_argument: str
     memory_argument: str | None
     mask_argument: str | None
     arguments: tuple[str, ...]
+    max_positions: int | None
 
     def geometry(self) -> dict[str, Any]:
         """What must agree for a patch made on another copy of the model to fit this one."""
@@ -164,11 +170,13 @@ def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) 
         input_size=input_size,
         memory_size=widths.get("key", input_size),
         projections=projections,
+        projection_sizes=_projection_sizes(module, projections, down is not None),
         query_norm=next((child for child, _ in module.named_children() if _QUERY_NORM.fullmatch(child)), None),
         input_argument=arguments[0],
         memory_argument=memory,
         mask_argument=next((argument for argument in arguments if argument in _MASK_ARGUMENTS), None),
         arguments=arguments,
+        max_positions=_max_positions(getattr(module, "config", None)),
     )
 
 
@@ -182,6 +190,26 @@ def _projections(module: nn.Module) -> dict[str, str]:
                 roles[role] = child
                 break
     return roles
+
+
+def _projection_sizes(module: nn.Module, projections: dict[str, str], is_low_rank: bool) -> dict[str, int]:
+    """Output widths of the projections that read the module's input, or the other sequence, without a detour."""
+    sizes: dict[str, int] = {}
+    for role, child in projections.items():
+        shape = linear_shape(module.get_submodule(child))
+        if shape is not None and role != "output" and not (role == "query" and is_low_rank):
+            sizes[role] = shape[1]
+    return sizes
+
+
+def _max_positions(config: Any) -> int | None:
+    """The trained length in tokens; rotary parameters, of which layers may have several sets, state it first."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    stated = [
+        part.get("original_max_position_embeddings") for part in (rotary, *rotary.values()) if isinstance(part, dict)
+    ]
+    stated.append(getattr(config, "max_position_embeddings", None))
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
 def _geometry(module: nn.Module, projections: dict[str, str]) -> tuple[int | None, int | None, int | None]:

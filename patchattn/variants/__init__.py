@@ -1,5 +1,5 @@
 """The published variants, one file each. Importing this package registers them."""
 
-from . import moh, ssa
+from . import logn, moh, ssa, ssmax
 
-__all__ = ["moh", "ssa"]
+__all__ = ["logn", "moh", "ssa", "ssmax"]

@@ -1,7 +1,7 @@
 """SSA: every token has its own softmax temperature. Selective Self-Attention, arXiv 2411.12892."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from ..settings import option
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
 
+STREAMS = ("query", "key", "value")
+_START = {"sigmoid": -7.0, "exp_neg_exp": 2.0, "none": 1e-5}  # position coefficients of 9e-4, 6e-4 and 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class SSAConfig(VariantConfig):
@@ -22,22 +25,35 @@ class SSAConfig(VariantConfig):
     key: bool = option(False, help="Scale keys.", source="paper: an ablation")
     value: bool = option(True, help="Scale values: how much a token gives to others.", source="paper: main recipe")
     token_aware: bool = option(
-        True, help="Let the temperature depend on the token: tanh of a learned vector times the input.", source="paper"
+        True,
+        help="Let the temperature depend on the token: tanh of a learned vector times its features.",
+        source="paper",
     )
     position_aware: bool = option(
         True, help="Let it grow with log n, n the number of keys the token sees.", source="paper"
     )
-    initial_alpha: float = option(
-        -7.0,
-        help="Start of the position weight alpha; sigmoid(alpha) multiplies log n. Low: close to identity.",
-        source="ours, for pretrained models: sigmoid(-7) is 0.0009; the paper's start was not found",
+    features: Literal["input", "projection"] = option(
+        "input",
+        help="What the token part reads. input: the layer's input. projection: GELU of the stream's own projection of "
+        "it, whose weights it shares.",
+        source="ours; the paper has both kinds, and its exact function was not found",
+    )
+    squash: Literal["sigmoid", "exp_neg_exp", "none"] = option(
+        "sigmoid",
+        help="How alpha becomes the coefficient of log n: sigmoid(alpha), exp(-exp(alpha)) or alpha itself.",
+        source="paper (sigmoid); the released code has the other two",
+    )
+    initial_alpha: float | None = option(
+        None,
+        help="Start of alpha. None: -7, 2 or 1e-5, by squash; each is close to the identity.",
+        source="ours (-7), for pretrained models, the paper's start was not found; released code (2 and 1e-5)",
         minimum=-1000.0,
         maximum=1000.0,
     )
 
 
 class SSA(Variant):
-    """Attention with inverse temperatures `tau = 1 + tanh(w x) + sigmoid(alpha) log n` on queries, keys or values.
+    """Attention with inverse temperatures `tau = 1 + tanh(w f(x)) + squash(alpha) log n` on queries, keys or values.
 
     The leading 1 makes an untrained patch close to identity; it is ours, the rest is the paper's. Keys and values are
     scaled before the kv cache stores them, since their temperature belongs to the token that made them.
@@ -48,26 +64,43 @@ class SSA(Variant):
 
     def __init__(self, config: SSAConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        self.streams = tuple(name for name in ("query", "key", "value") if getattr(config, name))
+        self.streams = tuple(name for name in STREAMS if getattr(config, name))
         if not self.streams:
             raise ValueError("SSA scales nothing: set at least one of query, key and value.")
         if not (config.token_aware or config.position_aware):
             raise ValueError("SSA has no temperature left: set token_aware or position_aware.")
-        if config.token_aware and site.input_size is None:
-            raise NotImplementedError(f"SSA cannot tell the input width of {site.name}; set token_aware=False.")
+        start = _START[config.squash] if config.initial_alpha is None else config.initial_alpha
+        if config.squash == "exp_neg_exp" and start > 4.0:
+            raise ValueError(f"SSA with exp(-exp(alpha)) learns nothing from alpha = {start}: start at most at 4.")
         for stream in self.streams:
             if config.token_aware:
                 self.register_parameter(f"{stream}_token", nn.Parameter(torch.zeros(self._width(stream))))
             if config.position_aware:
                 # One value in a vector, not a scalar: FSDP2 does not shard scalars.
-                alpha = torch.full((1,), float(config.initial_alpha))
-                self.register_parameter(f"{stream}_alpha", nn.Parameter(alpha))
+                self.register_parameter(f"{stream}_alpha", nn.Parameter(torch.full((1,), float(start))))
 
     def _width(self, stream: str) -> int:
-        width = self.site.input_size if stream == "query" or not self.site.is_cross else self.site.memory_size
+        site = self.site
+        if self.config.features == "projection":
+            return site.projection_sizes[self._projection(stream)]
+        width = site.memory_size if stream != "query" and site.is_cross else site.input_size
         if width is None:
-            raise NotImplementedError(f"SSA cannot tell the width of the other sequence of {self.site.name}.")
+            raise NotImplementedError(
+                f"SSA cannot tell the width of what {site.module_class} ({site.name}) makes its {stream} from; set "
+                "token_aware=False."
+            )
         return width
+
+    def _projection(self, stream: str) -> str:
+        """Role of the projection that makes a stream; a fused one makes all, but the queries of cross attention."""
+        roles = [stream] if stream == "query" and self.site.is_cross else [stream, "fused"]
+        role = next((role for role in roles if role in self.site.projection_sizes), None)
+        if role is None:
+            raise NotImplementedError(
+                f"SSA finds no projection in {self.site.module_class} ({self.site.name}) that makes its {stream} from "
+                'the layer\'s input; set features="input".'
+            )
+        return role
 
     @property
     def needs_context(self) -> bool:
@@ -79,15 +112,19 @@ class SSA(Variant):
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
-        return {"initial_alpha": -1000.0}  # sigmoid is 0 in float32, and the token part starts at 0
+        # sigmoid is 0 in float32, and the token part starts at 0
+        return {"squash": "sigmoid", "initial_alpha": -1000.0}
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if name.endswith("_alpha")]
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        if not self.config.query:
-            return inner(call)
-        tokens = call.layer_input() if self.config.token_aware else None
-        tau = self.temperature("query", tokens, call.visible_keys())
-        self.report(call, query_temperature=tau)
-        return inner(call.replace(query=scale_tokens(call.query, tau)))
+        if self.config.query:
+            features = self.features("query", call.module, call.layer_input()) if self.config.token_aware else None
+            tau = self.temperature("query", features, call.visible_keys())
+            call = call.replace(query=scale_tokens(call.query, tau))
+            self.report(call, query_temperature=tau)
+        return inner(call)
 
     def before_cache(
         self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
@@ -95,32 +132,52 @@ class SSA(Variant):
         tokens = None
         if self.config.token_aware:
             tokens = context.tokens(key.shape[0], key.shape[2], memory=self.site.is_cross)
-        if self.config.key:
-            key = scale_tokens(key, self.temperature("key", tokens, visible))
-        if self.config.value:
-            value = scale_tokens(value, self.temperature("value", tokens, visible))
-        return key, value
+        states = {"key": key, "value": value}
+        for stream in ("key", "value"):
+            if stream in self.streams:
+                features = None if tokens is None else self.features(stream, context.module, tokens)
+                tau = self.temperature(stream, features, visible)
+                states[stream] = scale_tokens(states[stream], tau)
+                self.report(context, **{f"{stream}_temperature": tau})
+        return states["key"], states["value"]
 
-    def temperature(self, stream: str, tokens: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
+    def features(self, stream: str, module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, T, E)` what the token part of a stream reads, from `(B, T, E')`, what the stream is made of."""
+        if self.config.features == "input":
+            return tokens
+        projection = module.get_submodule(self.site.projections[self._projection(stream)])
+        return nn.functional.gelu(projection(tokens))
+
+    def temperature(self, stream: str, features: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
         """Inverse temperatures, in float32 at least.
 
         Args:
             stream: `query`, `key` or `value`.
-            tokens: `(B, T, E)` what the token part reads, `None` without one.
+            features: `(B, T, E)` what the token part reads, `None` without one.
             visible: `(B or 1, T or 1)` number of keys each token sees. A padded token that sees none counts as one.
 
         Returns:
             `(B or 1, T)`.
         """
-        token, alpha = (getattr(self, f"{stream}_{part}", None) for part in ("token", "alpha"))
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         tau = visible.new_ones((), dtype=dtype)
-        if token is not None and tokens is not None:
-            tau = tau + torch.tanh((tokens.to(token.dtype) @ token).to(dtype))
-        if alpha is not None:
-            tau = tau + alpha.to(dtype).sigmoid() * visible.clamp(min=1).to(dtype).log()
+        if features is not None:
+            token = getattr(self, f"{stream}_token")
+            tau = tau + torch.tanh((features.to(token.dtype) @ token).to(dtype))
+        if self.config.position_aware:
+            tau = tau + self.position_coefficient(stream) * visible.clamp(min=1).to(dtype).log()
         return tau
 
+    def position_coefficient(self, stream: str) -> torch.Tensor:
+        """`(1,)` what multiplies log n for a scaled stream, in float32 at least."""
+        alpha = getattr(self, f"{stream}_alpha")
+        alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
+        if self.config.squash == "sigmoid":
+            return alpha.sigmoid()
+        return (-alpha.exp()).exp() if self.config.squash == "exp_neg_exp" else alpha
+
+
+_RELEASED = {"value": False, "token_aware": False}
 
 register_variant(
     VariantInfo(
@@ -133,6 +190,11 @@ register_variant(
         summary="Every token has its own softmax temperature, from its content and its position.",
         extra_parameters="one vector of the layer's width and one value per scaled stream and layer",
         needs_training=True,
-        examples=({}, {"key": True}),
+        presets={
+            "released": {**_RELEASED, "squash": "exp_neg_exp", "initial_alpha": 2.0},
+            "released_gpt2": {**_RELEASED, "squash": "exp_neg_exp", "initial_alpha": 1.5},
+            "released_linear": {**_RELEASED, "squash": "none", "initial_alpha": 1e-5},
+        },
+        examples=({}, {"key": True, "features": "projection", "squash": "exp_neg_exp"}),
     )
 )
