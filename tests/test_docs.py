@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import patchattn
 import patchattn_kernels
@@ -74,15 +74,29 @@ def test_readme_lists_every_variant() -> None:
 
 
 @pytest.mark.parametrize("name", patchattn.list_variants())
-def test_page_of_a_variant(name: str) -> None:
+def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
     page = ROOT / "docs" / "variants" / f"{name}.md"
     text = page.read_text(encoding="utf-8")
     for setting, described in patchattn.variant_info(name).config_fields.items():
         default = described["default"]
         spelt = f'"{default}"' if isinstance(default, str) else str(default)
         assert f"| `{setting}` | `{spelt}` |" in text
-    for line in "".join(blocks(page)).splitlines():
+    first, *others = blocks(page)
+    for line in first.splitlines():  # ways to patch, one a line
         exec(line, {"patchattn": patchattn, "model": tiny_llama()})
+    tokens = torch.arange(24).view(2, 12)
+    namespace = {
+        "patchattn": patchattn,
+        "model": patchattn.patch_model(tiny_llama(), name).train(),
+        "batch": {"input_ids": tokens, "labels": tokens},
+        "accumulation_steps": 2,
+        "accelerator": types.SimpleNamespace(backward=lambda loss: loss.backward()),
+        "Trainer": Trainer,
+        "arguments": TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True),
+        "data": [],
+    }
+    for block in others:
+        exec(compile(block, str(page), "exec"), namespace)
 
 
 def test_api_page_lists_every_public_name() -> None:

@@ -62,7 +62,7 @@ def balance_loss(model: nn.Module, weight: float = 0.01, definition: Definition 
     """Collect the load-balance loss of a model whose variants route, such as MoH, while the block runs.
 
     With P_i the mean probability of head i over the tokens and f_i the share of tokens that choose it, padding
-    excluded, a layer's loss is `sum_i P_i f_i` over the heads that are not shared (MoH, Sec. 3.3); the model's is the
+    excluded, a layer's loss is `sum_i P_i f_i` over the heads that are not shared (MoH); the model's is the
     mean over its layers. Nothing is kept on the model, and what activation checkpointing runs again in the backward
     pass is outside the block and does not count.
 

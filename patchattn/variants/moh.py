@@ -217,8 +217,7 @@ register_variant(
         examples=(
             {},
             {"router": "learned", "shared_ratio": 0.25},
-            {"router": "learned", "shared_ratio": 0.5, "active_ratio": 1.0},
-            {"active_heads": 2, "shared_heads": 0},
+            {"router": "learned", "active_heads": 2, "shared_heads": 0},
         ),
     )
 )
