@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import patchattn
 
 from .saving import base, patch, run
 from .toy import registered_toy
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with all threads each are far slower than with one
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
