@@ -138,6 +138,7 @@ class TrainingSettings(Settings):
             save_strategy="steps",
             save_steps=self.save_steps or _NEVER,
             save_total_limit=2,  # the older one must be there while the newer one is written
+            use_cpu=not torch.accelerator.is_available(),  # several processes then find each other over gloo
             dataloader_pin_memory=torch.accelerator.is_available(),
             report_to=[],
             **more,
@@ -177,19 +178,29 @@ def begin(settings: TrainingSettings, **more: Any) -> TrainingArguments:
     """Claim the output folder for this run and seed everything; `more` goes to `TrainingArguments`.
 
     Raises:
-        ValueError: as `finished`.
+        ValueError: as `finished`, or the processes that were started do not work together.
     """
     finished(settings)
     arguments = settings.arguments(**more)
+    if arguments.world_size != _processes():
+        raise ValueError(
+            f"{_processes()} processes were started, but accelerate sees {arguments.world_size}. On a CPU beside an "
+            "accelerator, set ACCELERATE_USE_CPU=1."
+        )
     if arguments.process_index == 0:
         _write(Path(settings.output) / SETTINGS_FILE, _identity(settings))
     set_seed(settings.seed)
     return arguments
 
 
+def _processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _identity(settings: TrainingSettings) -> dict[str, Any]:
     """What must not change between the starts of one run, as JSON gives it back; the folder may move."""
-    values = {**settings.to_dict(), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    values = {**settings.to_dict(), "processes": _processes()}
     del values["output"]
     order = list(values["variants"])  # a comparison of dictionaries would not see it
     return json.loads(json.dumps({**values, "order": order}))
