@@ -9,7 +9,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 import patchattn
 from patchattn.demo import make_task, measuring, run_demo
 from patchattn.demo.tasks import RecallTask, read_glue
-from patchattn.demo.training import add_lora, fit, lora_targets, parameter_groups
+from patchattn.demo.training import add_lora, fit, lora_targets
+from patchattn.training import optimizer_groups
 
 NAMES = ["LoRA alone", "MoH 75 % + LoRA", "SSA + LoRA"]
 SENTENCES = ["a good film\t1", 'a "bad film\t0', "good\t1", "bad film , bad\t0"]
@@ -99,9 +100,9 @@ def test_only_lora_variant_and_head_are_trained_and_scalars_have_their_own_rate(
     model = task.new_model(0)
     patchattn.patch_model(model, "ssa")
     lora = add_lora(model, task, seed=0, is_patched=True)
-    groups = parameter_groups(lora, 1e-3, scalar_lr=0.5)
-    assert [group["lr"] for group in groups] == [1e-3, 0.5]
-    assert {p.numel() for p in groups[1]["params"]} == {1}
+    groups = optimizer_groups(lora, 1e-3, scale_learning_rate=0.5)
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 0.5]
+    assert {p.numel() for p in groups[-1]["params"]} == {1}
     before = {name: p.detach().clone() for name, p in lora.named_parameters()}
     fit(lora, task.train_batches(0, 2), 2, groups, lambda loss: None)
     moved = {name for name, p in lora.named_parameters() if not torch.equal(p, before[name])}

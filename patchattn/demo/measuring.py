@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call import Observation
-from ..observation import observe
 from ..patching import unpatch_model
+from ..routing import routing_statistics
 from .tasks import Batch, Task
 
 
@@ -22,29 +21,11 @@ def accuracy(model: nn.Module, task: Task, batches: Sequence[Batch]) -> float:
 
 @torch.no_grad()
 def head_usage(model: nn.Module, batches: Sequence[Batch]) -> list[list[float]]:
-    """Share of real tokens for which each head is on, padding excluded.
-
-    Args:
-        model: patched with a variant that reports a `gate`, such as MoH.
-        batches: what to run it on.
-
-    Returns:
-        One list of shares per attention module, in the order of the layers.
-    """
-    used: dict[str, torch.Tensor] = {}
-    real = torch.empty(0)
-    tokens = 0
-
-    def count(seen: Observation) -> None:
-        on = (seen.values["gate"] > 0) & real.unsqueeze(-1)
-        used[seen.site.name] = used.get(seen.site.name, 0) + on.sum(dim=(0, 1)).cpu()
-
-    with observe(model, count):
+    """Share of real tokens for which each head is on, per attention module; see `patchattn.routing_statistics`."""
+    with routing_statistics(model) as statistics:
         for batch in batches:
-            real = _real_tokens(batch)
-            tokens += int(real.sum())
             model(**_inputs(batch))
-    return [(counts / tokens).tolist() for counts in used.values()]
+    return statistics.usage()
 
 
 @torch.no_grad()

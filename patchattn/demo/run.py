@@ -13,10 +13,11 @@ from torch import nn
 
 from ..patching import patch_info, patch_model
 from ..plotting import plot_head_usage
+from ..training import optimizer_groups
 from . import measuring
 from .report import Report, Row, installed_versions
 from .tasks import Task
-from .training import SCALAR_LR, add_lora, fit, parameter_groups
+from .training import SCALE_LR, add_lora, fit
 
 # What is compared: a name, the variant, its settings. SSA's alpha starts higher than its default, still close to
 # identity (6 % at 30 visible keys), since from -7 a short training would not get it anywhere.
@@ -62,7 +63,7 @@ def run_demo(
         "steps": steps,
         "batch_size": task.batch_size,
         "learning_rate": task.learning_rate,
-        "scalar_learning_rate": SCALAR_LR,
+        "scale_learning_rate": SCALE_LR,
         "lora_rank": task.rank,
         "variants": {name: config for name, _, config in COMPARED},
     }
@@ -111,7 +112,7 @@ def _base_model(task: Task, seed: int, progress: Progress) -> nn.Module:
     model = task.new_model(seed)
     if task.base_steps:
         follow = _follow(progress, f"seed {seed}: base model", task.base_steps)
-        groups = parameter_groups(model, task.base_learning_rate)
+        groups = optimizer_groups(model, task.base_learning_rate)
         fit(model, task.train_batches(seed, task.base_steps), task.base_steps, groups, follow, stop_at=_LEARNT)
     return model.eval()
 
@@ -134,7 +135,8 @@ def _train(
     lora = add_lora(model, task, seed, is_patched=variant is not None)
     row.lora_parameters = sum(p.numel() for name, p in lora.named_parameters() if "lora_" in name)
     # seeds of fine-tuning are kept apart from those of the base model's training
-    fit(lora, task.train_batches(1000 + seed, steps), steps, parameter_groups(lora, task.learning_rate), follow)
+    groups = optimizer_groups(lora, task.learning_rate, scale_learning_rate=SCALE_LR)
+    fit(lora, task.train_batches(1000 + seed, steps), steps, groups, follow)
     return lora
 
 

@@ -8,33 +8,11 @@ import torch
 from torch import nn
 
 from ..sites import find_sites
-from ..variant import Variant
 from .tasks import Batch, Task
 
 _WARMUP = 0.1  # share of the steps
 _CLIP = 1.0  # largest gradient norm
-SCALAR_LR = 1e-2  # as in SSA's released code, for its temperature scalars
-
-
-def parameter_groups(model: nn.Module, lr: float, scalar_lr: float = SCALAR_LR) -> list[dict[str, Any]]:
-    """Trainable parameters for an optimizer, the scalars of variants in a group of their own.
-
-    A scalar such as SSA's alpha has to travel several units, where the entries of a vector or a matrix move by
-    hundredths, so it needs the larger learning rate.
-
-    Args:
-        model: a model of which some parameters are trainable.
-        lr: learning rate of everything else.
-        scalar_lr: learning rate of the variants' scalars.
-    """
-    variants = [module for module in model.modules() if isinstance(module, Variant)]
-    small = {id(p) for variant in variants for p in variant.parameters() if p.numel() == 1}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in small], "lr": lr},
-        {"params": [p for p in trained if id(p) in small], "lr": scalar_lr},
-    ]
-    return [group for group in groups if group["params"]]
+SCALE_LR = 1e-2  # of variants' scales, as in SSA's released code
 
 
 def lora_targets(model: nn.Module) -> list[str]:
