@@ -1,4 +1,5 @@
-"""FSDP2 on two CPU processes: a patched model trains, and its full state dict is that of one process."""
+"""FSDP2 on two CPU processes: a patched model trains, with the load-balance loss where it routes; its full state is
+that of one process, and is saved and loaded as any other."""
 
 import os
 import subprocess
@@ -9,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import patchattn
+from patchattn.training import balance_loss
+from patchattn.variant import Variant
+
 from .behaviour import cases, variant_parameters
-from .families import FAMILIES
+from .families import FAMILIES, outputs
 
 WORKER = """
 import sys
@@ -18,8 +23,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from safetensors.torch import save_file
+import patchattn
 from tests.behaviour import cases
-from tests.test_distributed import build, step
+from tests.test_distributed import build, train
 
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (2,))
@@ -28,10 +34,13 @@ for index in range(len(cases())):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    step(model, dist.get_rank())
+    train(model, [dist.get_rank()])
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() == 0:
         save_file({k: v.clone() for k, v in state.items()}, f"{sys.argv[1]}/{index}.safetensors")
+        whole = build(index)
+        whole.load_state_dict(state)
+        patchattn.save_pretrained(whole, f"{sys.argv[1]}/{index}")
 dist.destroy_process_group()
 """
 
@@ -40,15 +49,23 @@ def build(index: int) -> torch.nn.Module:
     return cases()[index].patch(FAMILIES["llama"].make()).double().train()
 
 
-def step(model: torch.nn.Module, rows: int | slice) -> None:
-    """Three steps of SGD on this process's rows; FSDP averages the gradients of the processes."""
+def train(model: torch.nn.Module, rows: list[int]) -> None:
+    """Three steps of SGD on the mean loss of some rows, each a forward of its own; FSDP averages over processes."""
     tokens = FAMILIES["llama"].inputs()["input_ids"]
-    tokens = tokens[rows : rows + 1] if isinstance(rows, int) else tokens[rows]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
-        model(tokens).logits.pow(2).mean().backward()
+        for row in rows:
+            (_loss(model, tokens[row : row + 1]) / len(rows)).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    if not any(isinstance(module, Variant) and module.routes for module in model.modules()):
+        return model(tokens).logits.pow(2).mean()
+    with balance_loss(model, 0.5) as balance:
+        loss = model(tokens).logits.pow(2).mean()
+    return loss + balance()
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +84,25 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fsdp2_trains_like_one_process(index: int, sharded: Path) -> None:
     model = build(index)
     before = {name: p.detach().clone() for name, p in variant_parameters(model).items()}
-    step(model, slice(None))
+    train(model, [0, 1])
     state, got = model.state_dict(), load_file(sharded / f"{index}.safetensors")
     assert set(got) == set(state)
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-8, atol=1e-10)
     for name, value in before.items():
         assert not torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("index", range(len(cases())), ids=[str(case) for case in cases()])
+def test_what_fsdp2_trained_is_saved_and_loaded(index: int, sharded: Path) -> None:
+    model, inputs = build(index), FAMILIES["llama"].inputs()
+    train(model, [0, 1])
+    expected = outputs(model.eval(), **inputs)
+    whole = patchattn.from_pretrained(sharded / str(index)).eval()
+    base = FAMILIES["llama"].make().double()
+    weights = load_file(sharded / f"{index}.safetensors")
+    base.load_state_dict({name: value for name, value in weights.items() if ".patchattn." not in name})
+    onto_base = patchattn.load_patch(base, sharded / str(index))
+    for loaded in (whole, onto_base):
+        for got, want in zip(outputs(loaded, **inputs), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)

@@ -98,9 +98,10 @@ def test_a_run_cannot_be_changed_only_continued(
     ):
         with pytest.raises(ValueError, match=message):
             common.finished(read({**settings, **changes}, tmp_path))
-    with monkeypatch.context() as environment, pytest.raises(ValueError, match="processes: 1 became 2"):
+    with monkeypatch.context() as environment:
         environment.setenv("WORLD_SIZE", "2")
-        common.finished(read(settings, tmp_path))
+        with pytest.raises(ValueError, match="processes: 1 became 2"):
+            common.finished(read(settings, tmp_path))
     (tmp_path / "out").rename(tmp_path / "moved")
     assert common.finished(read({**settings, "output": str(tmp_path / "moved")}, tmp_path)) is None
     (tmp_path / "moved" / "settings.json").unlink()
