@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -418,3 +419,51 @@ def test_all_heads_at_the_start_of_the_fall_equal_the_base() -> None:
     assert torch.equal(outputs(model, **inputs)[0], base)
     patchattn.anneal_active_heads(model, 10, 10)
     assert not torch.equal(outputs(model, **inputs)[0], base)
+
+
+def test_accelerate_gets_the_loss() -> None:
+    """An accelerate loop with accumulation: the gradient is the mean over its batches of task and balance loss."""
+    model = patched(LEARNED)
+    batches = [torch.stack([row["input_ids"] for row in rows()[first : first + 2]]) for first in (0, 2)]
+    for batch in batches:
+        with balance_loss(model, 0.5) as balance:
+            loss = model(batch, labels=batch).loss
+        ((loss + balance()) / 2).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    prepared = accelerator.prepare(model)
+    for batch in batches:
+        with accelerator.accumulate(prepared):
+            with balance_loss(prepared, 0.5) as balance:
+                loss = prepared(batch, labels=batch).loss
+            accelerator.backward(loss + balance())  # divides by the number of accumulated batches
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama", "qwen3", "gpt2", "vit"])
+@pytest.mark.parametrize("router", [{"active_ratio": 0.5}, LEARNED], ids=ROUTERS)
+def test_encoders_decoders_and_vision_models_train(family: str, router: dict[str, Any]) -> None:
+    """Towards a fixed target, with the balance loss: the error falls, and every router's weights move."""
+    model = patched(router, family).float()
+    inputs = FAMILIES[family].inputs()
+
+    def result() -> torch.Tensor:
+        output = model(**inputs)
+        return output.logits if "logits" in output else output.last_hidden_state
+
+    target = torch.randn(result().shape, generator=torch.Generator().manual_seed(5))
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if "patchattn" in name}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    errors = []
+    for _ in range(25):
+        with balance_loss(model) as balance:
+            error = (result() - target).pow(2).mean()
+        (error + balance()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(error.item())
+    assert errors[-1] < 0.9 * errors[0]
+    end = dict(model.named_parameters())
+    assert all(not torch.equal(end[name], value) for name, value in start.items())
