@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from .settings import option as option
     from .sites import AttentionSite as AttentionSite
     from .sites import find_sites as find_sites
+    from .statistics import LayerTemperatures as LayerTemperatures
+    from .statistics import Spread as Spread
+    from .statistics import TemperatureStatistics as TemperatureStatistics
+    from .statistics import position_coefficients as position_coefficients
+    from .statistics import temperature_statistics as temperature_statistics
     from .training import ActiveRatioCallback as ActiveRatioCallback
     from .training import BalanceLoss as BalanceLoss
     from .training import PatchedTrainerMixin as PatchedTrainerMixin
@@ -60,6 +65,13 @@ _NAMES = {
     "routing": ("LayerRouting", "RoutingStatistics", "routing_statistics"),
     "settings": ("Settings", "option"),
     "sites": ("AttentionSite", "find_sites"),
+    "statistics": (
+        "LayerTemperatures",
+        "Spread",
+        "TemperatureStatistics",
+        "position_coefficients",
+        "temperature_statistics",
+    ),
     "training": (
         "ActiveRatioCallback",
         "BalanceLoss",

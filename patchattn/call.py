@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .masks import real_tokens, visible_keys
+from .masks import key_length, real_tokens, visibility, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
 
@@ -56,12 +56,18 @@ class LayerContext:
             )
         return aligned
 
-    def real_tokens(self) -> torch.Tensor:
-        """`(B or 1, T)` bool: which of the module's input tokens are text rather than padding."""
-        rows = self.layer_input.shape[-2]
-        return real_tokens(
-            self.attention_mask, q_length=rows, kv_length=rows, is_cross=False, device=self.layer_input.device
-        )
+    def real_tokens(self, *, memory: bool = False) -> torch.Tensor:
+        """`(B or 1, T or 1)` bool: which tokens of the module's input, or of the other sequence, are no padding."""
+        mask, device = self.attention_mask, self.layer_input.device
+        if self.layer_input.dim() == 2:  # a packed tower has none
+            return torch.ones(1, 1, dtype=torch.bool, device=device)
+        rows = self.layer_input.shape[1:-1].numel()
+        if not memory:
+            keys = key_length(mask, otherwise=rows)
+            return real_tokens(mask, q_length=rows, kv_length=keys, is_cross=False, device=device)
+        keys = rows if self.memory is None else self.memory.shape[1:-1].numel()
+        how = {"is_causal": False, "base": "eager", "window": None, "device": device}
+        return visibility(mask, q_length=rows, kv_length=keys, **how).any(dim=-2)  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)
@@ -111,15 +117,48 @@ class AttentionCall:
 
     def visible_keys(self) -> torch.Tensor:
         """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded."""
-        return visible_keys(
-            self.attention_mask,
-            q_length=self.query.shape[2],
-            kv_length=self.key.shape[2],
-            is_causal=self.is_causal and not self.site.is_cross,
-            base=self.base,
-            window=self.kwargs.get("sliding_window"),
-            device=self.query.device,
-        )
+        return visible_keys(self.attention_mask, **self._mask_arguments())
+
+    def visibility(self) -> torch.Tensor:
+        """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: as large as one head's attention."""
+        return visibility(self.attention_mask, **self._mask_arguments())
+
+    def _mask_arguments(self) -> dict[str, Any]:
+        return {
+            "q_length": self.query.shape[2],
+            "kv_length": self.key.shape[2],
+            "is_causal": self.is_causal and not self.site.is_cross,
+            "base": self.base,
+            "window": self.kwargs.get("sliding_window"),
+            "device": self.query.device,
+        }
+
+    def probabilities(self, head: int, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of one query head, computed anew whatever the base implementation, in float32 at least.
+
+        For statistics; dropout is left out, and sinks are counted: a row then sums to less than 1.
+
+        Args:
+            head: query head.
+            visible: `visibility()`, where it is at hand.
+
+        Returns:
+            `(B, Tq, Tk)`. Rows that see no key are zero.
+        """
+        visible = self.visibility() if visible is None else visible
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        group = head * self.key.shape[1] // self.query.shape[1]
+        logits = self.query[:, head].to(dtype) @ self.key[:, group].to(dtype).mT * self.scaling
+        cap, sinks = self.kwargs.get("softcap"), self.kwargs.get("s_aux")
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        for bias in (self.kwargs.get("position_bias"), self.attention_mask):
+            if isinstance(bias, torch.Tensor) and bias.dim() == 4 and bias.is_floating_point():
+                logits = logits + bias[:, min(head, bias.shape[1] - 1), :, : logits.shape[-1]]
+        logits = logits.masked_fill(~visible, torch.finfo(dtype).min)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[head].to(dtype).expand(*logits.shape[:-1], 1)], dim=-1)
+        return logits.softmax(dim=-1)[..., : visible.shape[-1]] * visible
 
     def real_tokens(self) -> torch.Tensor:
         """`(B or 1, Tq)` bool: which query tokens are text rather than padding; see `patchattn.masks.real_tokens`."""
@@ -180,7 +219,9 @@ class Observation:
         return self.source.module
 
     def real_tokens(self) -> torch.Tensor:
-        """`(B or 1, T)` bool: which rows of the values are text rather than padding."""
+        """`(B or 1, T or 1)` bool: which rows of the values are text rather than padding."""
+        if isinstance(self.source, LayerContext):  # said of keys and values, which cross attention makes of the memory
+            return self.source.real_tokens(memory=self.site.is_cross)
         return self.source.real_tokens()
 
 

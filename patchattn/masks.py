@@ -32,18 +32,46 @@ def visible_keys(
     if visible is not None:
         return visible.sum(-1)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        real = mask[:, -kv_length:].long()
-        counts = real.cumsum(-1)[:, -q_length:] if is_causal else real.sum(-1, keepdim=True).expand(-1, q_length)
-        return counts if window is None else counts.clamp(max=window)
+        order = mask[:, -kv_length:].long().cumsum(-1)
+        return _flash_counts(order[:, -q_length:], order[:, -1:], is_causal, window)
     if mask is not None:
-        raise NotImplementedError(f"Masks of type {type(mask).__name__} and shape {getattr(mask, 'shape', None)}.")
+        raise _unknown(mask)
     if is_flash(base):  # lower-right alignment: the last query sees every key
-        rows = torch.arange(kv_length - q_length + 1, kv_length + 1, device=device)
-        counts = rows if is_causal else torch.full((q_length,), kv_length, device=device)
-        return (counts if window is None else counts.clamp(max=window))[None]
+        order = torch.arange(kv_length - q_length + 1, kv_length + 1, device=device)[None]
+        return _flash_counts(order, order[:, -1:], is_causal, window)
     if base == "sdpa" and is_causal and q_length > 1:  # upper-left alignment, used only from an empty cache
         return torch.arange(1, q_length + 1, device=device)[None]
     return torch.full((1, q_length), kv_length, device=device)
+
+
+def visibility(
+    mask: Any, *, q_length: int, kv_length: int, is_causal: bool, base: str, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: it is as large as one head's attention.
+
+    Takes what `visible_keys` takes, whose result is the sum of this one's rows.
+    """
+    visible = _rows(mask, q_length, kv_length, device)
+    if visible is not None:
+        return visible
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        real = mask[:, -kv_length:].bool()
+    elif mask is None:
+        real = torch.ones(1, kv_length, dtype=torch.bool, device=device)
+    else:
+        raise _unknown(mask)
+    aligned = mask is not None or is_flash(base)  # to the last key
+    if not aligned and not (base == "sdpa" and is_causal and q_length > 1):
+        return real[:, None].expand(-1, q_length, -1)
+    keys = torch.arange(kv_length, device=real.device)
+    rows = keys[kv_length - q_length :] if aligned else keys[:q_length]
+    visible = real[:, None].expand(-1, q_length, -1)
+    if is_causal:
+        visible = visible & (keys <= rows[:, None])
+    if window is not None:  # counted in real tokens: flash attention takes padding out
+        order = real.cumsum(-1)
+        visible = visible & ((order[:, rows, None] - order[:, None]).abs() < window)
+    return visible
 
 
 def real_tokens(mask: Any, *, q_length: int, kv_length: int, is_cross: bool, device: torch.device) -> torch.Tensor:
@@ -64,6 +92,28 @@ def real_tokens(mask: Any, *, q_length: int, kv_length: int, is_cross: bool, dev
     if visible is None:
         return torch.ones(1, q_length, dtype=torch.bool, device=device)
     return visible.any(-1) if is_cross or q_length != kv_length else visible.diagonal(dim1=-2, dim2=-1)
+
+
+def _flash_counts(order: torch.Tensor, total: torch.Tensor, is_causal: bool, window: int | None) -> torch.Tensor:
+    """Visible keys of queries by their order `(B, Tq)` among `total` `(B, 1)` real tokens, both counted from 1.
+
+    A window holds that many tokens up to the query, itself included, and without causality as many on its other side.
+    """
+    last = order if is_causal else total.expand_as(order)
+    if window is None:
+        return last
+    return torch.minimum(last, order + window - 1) - (order - window).clamp(min=0)
+
+
+def _unknown(mask: Any) -> NotImplementedError:
+    return NotImplementedError(f"Masks of type {type(mask).__name__} and shape {getattr(mask, 'shape', None)}.")
+
+
+def key_length(mask: Any, otherwise: int) -> int:
+    """Number of keys that a mask is about, where it says so."""
+    if isinstance(mask, BlockMask):
+        return int(mask.seq_lengths[1])
+    return mask.shape[-1] if isinstance(mask, torch.Tensor) and mask.dim() == 4 else otherwise
 
 
 def _rows(mask: Any, q_length: int, kv_length: int, device: torch.device) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from patchattn.masks import visible_keys
+from patchattn.masks import visibility, visible_keys
 
 SIZES = st.integers(1, 6)
 
@@ -34,6 +34,7 @@ def test_dense_masks(data, rows: int, extra: int, dtype: torch.dtype) -> None:
     if dtype != torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     assert visible_keys(mask, q_length=rows, kv_length=keys, **arguments()).tolist() == count(allowed)
+    assert visibility(mask, q_length=rows, kv_length=keys, **arguments()).tolist() == allowed
 
 
 @given(st.data(), SIZES, SIZES, st.booleans(), st.one_of(st.none(), st.integers(1, 4)))
@@ -43,22 +44,29 @@ def test_flash_masks_are_aligned_to_the_last_key(data, rows: int, extra: int, ca
     offset = keys - rows
 
     def sees(i: int, j: int) -> bool:
-        return real[j] and (not causal or j <= i + offset)
+        here = i + offset
+        between = sum(real[min(j, here) + 1 : max(j, here) + 1])  # a window is counted in real tokens
+        return real[j] and (not causal or j <= here) and (window is None or between < window)
 
-    want = [sum(sees(i, j) for j in range(keys)) for i in range(rows)]
-    want = [min(n, window) if window else n for n in want]
-    got = visible_keys(
-        torch.tensor([real]),
-        q_length=rows,
-        kv_length=keys,
-        **arguments(is_causal=causal, base="flash_attention_2", window=window),
-    )
-    assert got.tolist() == [want]
+    want = [[sees(i, j) for j in range(keys)] for i in range(rows)]
+    how = arguments(is_causal=causal, base="flash_attention_2", window=window)
+    mask = torch.tensor([real])
+    assert visibility(mask, q_length=rows, kv_length=keys, **how).tolist() == [want]
+    assert visible_keys(mask, q_length=rows, kv_length=keys, **how).tolist() == count([want])
     if all(real):
-        none = visible_keys(
-            None, q_length=rows, kv_length=keys, **arguments(is_causal=causal, base="a/kernel", window=window)
-        )
-        assert none.tolist() == [want]
+        how["base"] = "a/kernel"
+        assert visibility(None, q_length=rows, kv_length=keys, **how).tolist() == [want]
+        assert visible_keys(None, q_length=rows, kv_length=keys, **how).tolist() == count([want])
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("rows", "keys"), [(3, 3), (1, 5), (3, 8)])
+def test_no_mask_pair_by_pair(base: str, causal: bool, rows: int, keys: int) -> None:
+    how = arguments(is_causal=causal, base=base)
+    pairs = visibility(None, q_length=rows, kv_length=keys, **how)
+    assert pairs.sum(-1).tolist() == visible_keys(None, q_length=rows, kv_length=keys, **how).tolist()
+    assert all(row[:n].all() for row, n in zip(pairs[0], pairs[0].sum(-1), strict=True))  # no key skipped
 
 
 def test_no_mask() -> None:
@@ -71,6 +79,8 @@ def test_no_mask() -> None:
 
 def test_block_masks() -> None:
     mask = create_block_mask(lambda b, h, i, j: (i + 2 >= j) & (b == 0), 2, None, 3, 5, device="cpu")
+    pairs = visibility(mask, q_length=3, kv_length=5, **arguments(base="flex_attention"))
+    assert pairs[0].tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
     assert visible_keys(mask, q_length=3, kv_length=5, **arguments(base="flex_attention")).tolist() == [
         [3, 4, 5],
         [0, 0, 0],
@@ -78,5 +88,6 @@ def test_block_masks() -> None:
 
 
 def test_anything_else_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="Masks of type"):
-        visible_keys(torch.ones(1, 2, 3), q_length=2, kv_length=3, **arguments())
+    for function in (visibility, visible_keys):
+        with pytest.raises(NotImplementedError, match="Masks of type"):
+            function(torch.ones(1, 2, 3), q_length=2, kv_length=3, **arguments())

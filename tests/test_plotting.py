@@ -5,7 +5,11 @@ import sys
 
 import pytest
 
-from patchattn.plotting import plot_head_usage
+from patchattn.plotting import plot_head_usage, plot_temperatures
+from patchattn.sites import find_sites
+from patchattn.statistics import LayerTemperatures, Spread
+
+from .families import FAMILIES
 
 
 def test_a_picture_of_every_layer_and_head(tmp_path):
@@ -33,6 +37,39 @@ def test_numbers_are_left_out_of_a_large_picture():
 def test_what_cannot_be_drawn_is_refused(usage):
     with pytest.raises(ValueError, match="usage"):
         plot_head_usage(usage)
+
+
+def layers(family, streams, spikiness=(0.5, 0.4)):
+    spread = Spread(count=10, mean=1.2, std=0.1, minimum=0.9, maximum=1.6)
+    sites = find_sites(FAMILIES[family].make())
+    return [LayerTemperatures(site, "ssa", dict.fromkeys(streams, spread), *spikiness) for site in sites]
+
+
+def test_a_picture_of_temperatures(tmp_path):
+    figure = plot_temperatures(layers("llama", ["query", "value"]), title="Learned")
+    assert figure.get_suptitle() == "Learned"
+    left, right = figure.axes
+    assert "inverse temperature" in left.get_ylabel()
+    assert "spikiness" in right.get_ylabel()
+    assert {axes.get_xlabel() for axes in (left, right)} == {"layer"}
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["query", "value"]
+    assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.5, 0.5], [0.4, 0.4]]
+    extremes = left.collections[0].get_segments()  # one line from smallest to largest per layer
+    assert [[round(float(y), 6) for _, y in segment] for segment in extremes] == [[0.9, 1.6]] * 2
+    figure.savefig(tmp_path / "temperatures.png")
+    assert (tmp_path / "temperatures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_tower_and_kind_of_attention_has_a_row_of_its_own():
+    figure = plot_temperatures(layers("t5", ["query"], spikiness=(None, None)))
+    titles = [axes.get_title() for axes in figure.axes[::2]]
+    assert titles == ["ssa, encoder, self attention", "ssa, decoder, self attention", "ssa, decoder, cross attention"]
+    assert all(axes.texts[0].get_text() == "not measured" for axes in figure.axes[1::2])
+
+
+def test_no_temperatures_cannot_be_drawn():
+    with pytest.raises(ValueError, match="at least one layer"):
+        plot_temperatures([])
 
 
 def test_matplotlib_is_imported_only_to_draw():
