@@ -50,10 +50,11 @@ def tables() -> None:
         print(f"| {name} | {_curve(runs)} | {_spread(shares, 1)} % |")
     print("\n| model | untrained | after 50 | 100 | 150 | 200 steps | trained parameters |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name in ("lora", "ssa_lora"):
+    for name in ("lora", "ssa_lora", "ssa_fast_lora"):
         runs = _all(name)
         print(f"| {name} | {_curve(runs)} | {runs[0]['trained_parameters']:,} |")
-    _coefficients()
+    for name in ("ssa_lora", "ssa_fast_lora"):
+        _coefficients(name)
     print("\n| run | untrained | trained | seconds |\n| --- | ---: | ---: | ---: |")
     for path in sorted(Path("runs").glob("*/metrics.json")):
         one = json.loads(path.read_text())
@@ -77,17 +78,19 @@ def _spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _coefficients() -> None:
+def _coefficients(name: str) -> None:
     """SSA's position coefficient sigmoid(alpha) and the norm of its token vector, per layer and stream."""
-    print("\n| layer | query: sigmoid(alpha) | query: norm of the token vector | value: sigmoid(alpha) | value: norm |")
+    print(
+        f"\n{name}\n\n| layer | query: sigmoid(alpha) | query: norm of the token vector | value: sigmoid(alpha) | value: norm |"
+    )
     print("| ---: | ---: | ---: | ---: | ---: |")
-    runs = [load_file(f"runs/ssa_lora_{seed}/patchattn_model.safetensors") for seed in SEEDS]
-    for layer in range(len([name for name in runs[0] if name.endswith("query_alpha")])):
+    runs = [load_file(f"runs/{name}_{seed}/patchattn_model.safetensors") for seed in SEEDS]
+    for layer in range(len([key for key in runs[0] if key.endswith("query_alpha")])):
         cells = []
         for stream in ("query", "value"):
-            name = f"model.layers.{layer}.self_attn.patchattn.ssa.{stream}"
-            cells.append(_spread([float(tensors[f"{name}_alpha"].sigmoid()) for tensors in runs], 4))
-            cells.append(_spread([float(tensors[f"{name}_token"].norm()) for tensors in runs], 3))
+            prefix = f"model.layers.{layer}.self_attn.patchattn.ssa.{stream}"
+            cells.append(_spread([float(tensors[f"{prefix}_alpha"].sigmoid()) for tensors in runs], 4))
+            cells.append(_spread([float(tensors[f"{prefix}_token"].norm()) for tensors in runs], 3))
         print(f"| {layer} | {' | '.join(cells)} |")
 
 
