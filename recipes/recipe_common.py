@@ -33,6 +33,7 @@ import typer
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -40,6 +41,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import patchattn
 from patchattn import Settings, Variant, option, variant_info
@@ -307,6 +309,17 @@ class PatchedTrainer(PatchedTrainerMixin, Trainer):
         if settings.active_ratio_steps:
             trainer.add_callback(ActiveRatioCallback(settings.active_ratio_steps))
         return trainer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model; in a checkpoint under its names in memory.
+
+        `save_pretrained` may write other names, which `from_pretrained` converts (those of a ViT, or of experts), but
+        the Trainer reads a checkpoint without converting them: it would go on from the first weights with a warning.
+        """
+        super()._save(output_dir, state_dict)
+        is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint and isinstance(self.model, PreTrainedModel) and self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
 
 def train(trainer: PatchedTrainer, settings: TrainingSettings, **more: Any) -> dict[str, Any]:
