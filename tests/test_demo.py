@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import patchattn
 from patchattn.demo import make_task, measuring, run_demo
-from patchattn.demo.tasks import RecallTask, read_glue
+from patchattn.demo.tasks import RecallTask
 from patchattn.demo.training import add_lora, fit, lora_targets
 from patchattn.training import optimizer_groups
 
@@ -117,27 +117,3 @@ def test_lora_goes_to_fused_projections_too():
 
     model = GPT2Model(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=8))
     assert lora_targets(model) == ["h.0.attn.c_attn", "h.1.attn.c_attn"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "There is no file"),
-        ("text\tlabel\nx\t1\n", "header"),
-        ("", "header"),
-        ("sentence\tlabel\nx\t2\n", "line 2: the label must be 0 or 1, got '2'"),
-        ("sentence\tlabel\nx\n", "line 2"),
-        ("sentence\tlabel\n", "no rows"),
-    ],
-)
-def test_bad_data_is_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "train.tsv").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_glue(tmp_path, "sst2")
-
-
-def test_glue_is_read_as_it_is(data_dir):
-    train, dev = read_glue(data_dir / "glue" / "SST-2", "sst2")
-    assert (len(train), len(dev)) == (67349, 872)
-    assert {label for _, label in dev} == {0, 1}

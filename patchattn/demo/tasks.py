@@ -1,6 +1,5 @@
 """What the demo trains on: associative recall, which needs nothing, and SST-2, for real encoders."""
 
-import csv
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..evaluation.glue import download_glue, read_glue
 from ..settings import nearest
 
 Batch = dict[str, torch.Tensor]
 Example = tuple[str, int]
 TASKS = ("recall", "sst2")
 _POOL = 16  # batches that are sorted by length together
-_SPLITS = ("train", "validation")
 
 
 class Task(ABC):
@@ -159,7 +158,7 @@ class Sst2Task(Task):
 
         self.model_id = model
         self.model_name = Path(model).name
-        self.train, self.test = read_glue(data, "sst2") if data else load_sst2()
+        self.train, self.test = load_sst2(data)
         self.steps = 3 if quick else 300
         if quick:
             self.test = self.test[:32]
@@ -228,54 +227,17 @@ def make_task(name: str | None = None, model: str | None = None, data: Path | No
     return Sst2Task(model, data, quick)
 
 
-def read_glue(folder: Path, task: str) -> tuple[list[Example], list[Example]]:
-    """Training and development sentences of a GLUE folder.
+def load_sst2(folder: Path | None) -> tuple[list[Example], list[Example]]:
+    """Training and development sentences of SST-2, from a folder with its files or from the Hub.
 
     Raises:
-        ValueError: a file is missing or not in GLUE's layout; the message says which line.
-    """
-    return _read_tsv(folder / "train.tsv", task), _read_tsv(folder / "dev.tsv", task)
-
-
-def _read_tsv(path: Path, task: str) -> list[Example]:
-    if not path.is_file():
-        raise ValueError(
-            f"There is no file {path}: --data must be a folder with {task}'s train.tsv and dev.tsv in the layout of "
-            "GLUE. Leave --data out to load them from the Hub."
-        )
-    examples: list[Example] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if rows.fieldnames is None or not {"sentence", "label"} <= set(rows.fieldnames):
-            raise ValueError(f"{path} must begin with a header line with sentence and label, got {rows.fieldnames}.")
-        for row in rows:
-            if row["label"] not in ("0", "1"):
-                raise ValueError(f"{path}, line {rows.line_num}: the label must be 0 or 1, got {row['label']!r}.")
-            examples.append((row["sentence"], int(row["label"])))
-    if not examples:
-        raise ValueError(f"{path} has no rows below its header.")
-    return examples
-
-
-def load_sst2() -> tuple[list[Example], list[Example]]:
-    """Training and development sentences of SST-2 from the Hub.
-
-    Raises:
-        ValueError: `datasets` is not installed, or the Hub cannot be reached.
+        ValueError: a file is missing or not in its layout, `datasets` is not installed, or the Hub cannot be reached.
     """
     try:
-        from datasets import load_dataset
+        train, test = read_glue(folder, "sst2") if folder else download_glue("sst2")
     except ImportError as error:
-        raise ValueError("Loading SST-2 from the Hub needs `pip install patchattn[eval]`; or give --data.") from error
-    try:
-        glue = load_dataset("nyu-mll/glue", "sst2")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"SST-2 cannot be loaded from the Hub ({_first_line(error)}). Give --data with a folder that has train.tsv "
-            "and dev.tsv."
-        ) from error
-    train, test = (list(zip(glue[split]["sentence"], glue[split]["label"], strict=True)) for split in _SPLITS)
-    return train, test
+        raise ValueError(f"{error}; or give --data, a folder with train.tsv and dev.tsv.") from error
+    return [(text, int(label)) for text, _, label in train], [(text, int(label)) for text, _, label in test]
 
 
 def load_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
