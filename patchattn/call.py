@@ -1,5 +1,6 @@
 """What a variant sees: one call of attention, and what the attention module was called with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .masks import key_length, real_tokens, visibility, visible_keys
+from .masks import key_length, packed_sequences, real_tokens, visibility, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
 
@@ -21,6 +22,7 @@ class LayerContext:
         layer_input: `(B, T, E)` the layer's input, queries are made of it.
         memory: `(B, S, E)` the other sequence of cross attention, or `None`.
         attention_mask: the mask as the module got it.
+        arguments: all it was called with, by name.
         cache: the kv cache it writes to, or `None`.
         raw_query: the query before its norm, as the norm got it; `None` in a family without one.
         tap: stands between the module and its cache where a variant changes what is stored.
@@ -31,6 +33,7 @@ class LayerContext:
     layer_input: torch.Tensor
     memory: torch.Tensor | None
     attention_mask: Any
+    arguments: Mapping[str, Any]
     cache: Cache | None = None
     raw_query: torch.Tensor | None = None
     tap: CacheTap | None = None
@@ -124,8 +127,10 @@ class AttentionCall:
         return visibility(self.attention_mask, **self._mask_arguments())
 
     def _mask_arguments(self) -> dict[str, Any]:
+        batch, _, rows, _ = self.query.shape
         return {
-            "q_length": self.query.shape[2],
+            "sequence": packed_sequences(self.attention_mask, self.base, self.kwargs, batch, rows),
+            "q_length": rows,
             "kv_length": self.key.shape[2],
             "is_causal": self.is_causal and not self.site.is_cross,
             "base": self.base,

@@ -1,5 +1,6 @@
 """What an attention mask says, in whatever format the base implementation wants it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,45 @@ def is_flash(base: str) -> bool:
     return "flash" in base or "/" in base
 
 
+def packed_sequences(
+    mask: Any, base: str, arguments: Mapping[str, Any], batch: int, length: int
+) -> torch.Tensor | None:
+    """`(T,)` number of the sequence that each token is of, where flash attention gets several in one row.
+
+    It tells them apart as transformers does: by `cu_seq_lens_q`, else by position ids that start anew. The other
+    implementations have packing in the mask.
+
+    Args:
+        mask: as the attention function gets it.
+        base: the base implementation.
+        arguments: what the attention module, or its attention function, was called with.
+        batch, length: of the queries.
+
+    Raises:
+        NotImplementedError: packed sequences in more than one row.
+    """
+    if mask is not None or not is_flash(base):
+        return None
+    ends, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    if ends is not None:
+        if batch != 1:
+            raise NotImplementedError(f"Packed sequences (cu_seq_lens_q) are supported in one row, got {batch}.")
+        return torch.searchsorted(ends[1:], torch.arange(length, device=ends.device, dtype=ends.dtype), right=True)
+    if positions is None or batch != 1 or length == 1 or positions.shape != (1, length):
+        return None
+    return (positions[0] == positions.min()).cumsum(-1)
+
+
 def visible_keys(
-    mask: Any, *, q_length: int, kv_length: int, is_causal: bool, base: str, window: int | None, device: torch.device
+    mask: Any,
+    *,
+    q_length: int,
+    kv_length: int,
+    is_causal: bool,
+    base: str,
+    window: int | None,
+    device: torch.device,
+    sequence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Number of keys that each query sees.
 
@@ -24,6 +62,7 @@ def visible_keys(
         base: the base implementation, which gives a missing mask its meaning.
         window: sliding window of flash attention, in tokens; the other implementations have it in the mask.
         device: where to make the result, if not from the mask.
+        sequence: `(Tk,)` of `packed_sequences`; queries are then those tokens too.
 
     Returns:
         `(B or 1, Tq)` integers. A padded row may see none.
@@ -36,6 +75,10 @@ def visible_keys(
         return _flash_counts(order[:, -q_length:], order[:, -1:], is_causal, window)
     if mask is not None:
         raise _unknown(mask)
+    if sequence is not None and q_length == kv_length:
+        first, end = (torch.searchsorted(sequence, sequence, right=right) for right in (False, True))
+        order = torch.arange(1, kv_length + 1, device=first.device) - first
+        return _flash_counts(order[None], (end - first)[None], is_causal, window)
     if is_flash(base):  # lower-right alignment: the last query sees every key
         order = torch.arange(kv_length - q_length + 1, kv_length + 1, device=device)[None]
         return _flash_counts(order, order[:, -1:], is_causal, window)
@@ -45,7 +88,15 @@ def visible_keys(
 
 
 def visibility(
-    mask: Any, *, q_length: int, kv_length: int, is_causal: bool, base: str, window: int | None, device: torch.device
+    mask: Any,
+    *,
+    q_length: int,
+    kv_length: int,
+    is_causal: bool,
+    base: str,
+    window: int | None,
+    device: torch.device,
+    sequence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: it is as large as one head's attention.
 
@@ -66,6 +117,8 @@ def visibility(
     keys = torch.arange(kv_length, device=real.device)
     rows = keys[kv_length - q_length :] if aligned else keys[:q_length]
     visible = real[:, None].expand(-1, q_length, -1)
+    if sequence is not None and q_length == kv_length:
+        visible = visible & (sequence[:, None] == sequence)
     if is_causal:
         visible = visible & (keys <= rows[:, None])
     if window is not None:  # counted in real tokens: flash attention takes padding out

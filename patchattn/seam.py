@@ -257,6 +257,7 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         layer_input=values[site.input_argument],
         memory=values.get(site.memory_argument) if site.memory_argument else None,
         attention_mask=values.get(site.mask_argument) if site.mask_argument else None,
+        arguments=values,
         cache=cache,
     )
     _local.context = context

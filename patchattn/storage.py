@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from transformers import Cache, EncoderDecoderCache
 
-from .masks import visible_keys
+from .masks import packed_sequences, visible_keys
 
 if TYPE_CHECKING:
     from .call import LayerContext
@@ -37,10 +37,12 @@ class CacheTap:
         """New keys and values, changed by the variants."""
         self.is_used = True
         site, module = self.chain.site, self.context.module
-        rows = key.shape[2]
+        rows, mask = key.shape[2], self.context.attention_mask
+        batch, length = self.context.layer_input.shape[:2]
         visible = visible_keys(
-            self.context.attention_mask,
-            q_length=self.context.layer_input.shape[1],
+            mask,
+            sequence=packed_sequences(mask, self.chain.base, self.context.arguments, batch, length),
+            q_length=length,
             kv_length=rows if site.is_cross else cache.get_mask_sizes(rows, layer_index)[0],
             is_causal=bool(getattr(module, "is_causal", True)) and not site.is_cross,
             base=self.chain.base,

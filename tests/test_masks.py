@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from patchattn.masks import visibility, visible_keys
+from patchattn.masks import packed_sequences, visibility, visible_keys
 
 SIZES = st.integers(1, 6)
 
@@ -57,6 +57,32 @@ def test_flash_masks_are_aligned_to_the_last_key(data, rows: int, extra: int, ca
         how["base"] = "a/kernel"
         assert visibility(None, q_length=rows, kv_length=keys, **how).tolist() == [want]
         assert visible_keys(None, q_length=rows, kv_length=keys, **how).tolist() == count([want])
+
+
+@given(st.lists(SIZES, min_size=1, max_size=4), st.booleans(), st.one_of(st.none(), st.integers(1, 4)))
+def test_packed_sequences_under_flash_attention(lengths: list[int], causal: bool, window) -> None:
+    total, owner = sum(lengths), [i for i, length in enumerate(lengths) for _ in range(length)]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    numbers = torch.cat([torch.arange(length) for length in lengths])[None]
+
+    def sees(i: int, j: int) -> bool:
+        return owner[i] == owner[j] and (not causal or j <= i) and (window is None or abs(i - j) < window)
+
+    want = [[sees(i, j) for j in range(total)] for i in range(total)]
+    for told in ({"cu_seq_lens_q": ends.int()}, {"position_ids": numbers}):
+        sequence = packed_sequences(None, "flash_attention_2", told, 1, total)
+        how = arguments(is_causal=causal, base="flash_attention_2", window=window)
+        assert visible_keys(None, q_length=total, kv_length=total, sequence=sequence, **how).tolist() == count([want])
+        assert visibility(None, q_length=total, kv_length=total, sequence=sequence, **how).tolist() == [want]
+
+
+def test_only_flash_attention_needs_to_be_told_of_packed_sequences() -> None:
+    numbers = torch.tensor([[0, 1, 0]])
+    assert packed_sequences(None, "sdpa", {"position_ids": numbers}, 1, 3) is None
+    assert packed_sequences(torch.ones(1, 3), "flash_attention_2", {"position_ids": numbers}, 1, 3) is None
+    assert packed_sequences(None, "flash_attention_2", {"position_ids": numbers.expand(2, 3)}, 2, 3) is None
+    with pytest.raises(NotImplementedError, match="in one row, got 2"):
+        packed_sequences(None, "flash_attention_2", {"cu_seq_lens_q": torch.tensor([0, 3, 6])}, 2, 3)
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager", "flash_attention_2"])

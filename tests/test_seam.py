@@ -30,6 +30,12 @@ def flash_in_torch(
         mask = mask.tril(keys - rows)
     if kwargs.get("sliding_window"):
         mask = mask.triu(keys - rows - kwargs["sliding_window"] + 1)
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is None and kwargs.get("position_ids") is not None and attention_mask is None and rows > 1:
+        starts = (kwargs["position_ids"][0] == kwargs["position_ids"].min()).nonzero()[:, 0]
+    if starts is not None and rows == keys and query.shape[0] == 1:  # packed sequences see themselves only
+        sequence = torch.tensor([sum(int(start) <= token for start in starts) for token in range(rows)])
+        mask = mask & (sequence[:, None] == sequence)
     mask = mask[None, None]
     if attention_mask is not None:
         mask = mask & attention_mask[:, None, None, -keys:].bool()
@@ -76,6 +82,29 @@ def test_flex_attention_stays_the_base(case: Case) -> None:
         case.patch(model)
         results.append(outputs(model, input_ids=tokens, attention_mask=mask)[0][mask.bool()])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@EVERY_CASE
+def test_packed_sequences_under_flash_attention(
+    family: str, case: Case, use_cache: bool, told_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention gets packed sequences without a mask; they must not count each other's keys."""
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_in_torch)
+    tokens = FAMILIES[family].inputs()["input_ids"]
+    model = FAMILIES[family].make()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    case.patch(model)
+    packed, numbers = torch.cat([tokens[:1], tokens[1:, :5]], dim=1), torch.tensor([[*range(9), *range(5)]])
+    given = {"input_ids": packed, "position_ids": numbers, "use_cache": use_cache}
+    if told_by == "cu_seq_lens":
+        ends = torch.tensor([0, 9, 14], dtype=torch.int32)
+        given |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
+    together = outputs(model, **given)[0]
+    torch.testing.assert_close(together[:, :9], outputs(model, input_ids=tokens[:1])[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[:, 9:], outputs(model, input_ids=tokens[1:, :5])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_hub_kernel_stays_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
