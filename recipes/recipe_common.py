@@ -52,6 +52,9 @@ METRICS_FILE = "metrics.json"  # written when it has ended
 _FILES = "files.json"  # the last file of a checkpoint: what the others are, and how long
 _NEVER = 10**9
 
+# Settings that do something only with a variant that defines this member of the contract
+EFFECT = {"balance_weight": "routes", "active_ratio_steps": "anneal", "scale_learning_rate": "fast_parameters"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Settings):
@@ -103,20 +106,17 @@ class TrainingSettings(Settings):
         # The settings of each variant, checked and with their defaults, so that settings.json says all.
         configured = {name: variant_info(name).configure(given).to_dict() for name, given in self.variants.items()}
         object.__setattr__(self, "variants", configured)
-        for field, given, has in (
-            ("balance_weight", self.balance_weight, "routes"),
-            ("active_ratio_steps", self.active_ratio_steps, "anneal"),
-            ("scale_learning_rate", self.scale_learning_rate is not None, "fast_parameters"),
-        ):
-            if given and not any(_has(name, has) for name in self.variants):
-                able = ", ".join(name for name in patchattn.list_variants() if _has(name, has))
+        for field, member in EFFECT.items():
+            given = getattr(self, field) != getattr(type(self), field)
+            if given and not any(defines(name, member) for name in self.variants):
+                able = ", ".join(name for name in patchattn.list_variants() if defines(name, member))
                 got = ", ".join(self.variants) or "none"
                 raise ValueError(f"{field} has no effect on the variants given ({got}); it needs one of: {able}.")
 
     @property
     def has_router(self) -> bool:
         """Whether a variant chooses heads."""
-        return any(_has(name, "routes") for name in self.variants)
+        return any(defines(name, "routes") for name in self.variants)
 
     def arguments(self, **more: Any) -> TrainingArguments:
         """What transformers' Trainer takes; `more` adds to it."""
@@ -147,7 +147,7 @@ class TrainingSettings(Settings):
         )
 
 
-def _has(variant: str, member: str) -> bool:
+def defines(variant: str, member: str) -> bool:
     """Whether a variant defines an optional member of the contract."""
     kind = variant_info(variant).variant
     return getattr(kind, member, None) is not getattr(Variant, member, None)
@@ -190,7 +190,7 @@ def begin(settings: TrainingSettings, **more: Any) -> TrainingArguments:
             "accelerator, set ACCELERATE_USE_CPU=1."
         )
     if arguments.process_index == 0:
-        _write(Path(settings.output) / SETTINGS_FILE, _identity(settings))
+        write_json(Path(settings.output) / SETTINGS_FILE, _identity(settings))
     set_seed(settings.seed)
     return arguments
 
@@ -216,7 +216,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -253,7 +253,7 @@ class CompleteCheckpoints(TrainerCallback):
         if args.process_index == 0:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = (path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
-            _write(folder / _FILES, {str(path.relative_to(folder)): path.stat().st_size for path in files})
+            write_json(folder / _FILES, {str(path.relative_to(folder)): path.stat().st_size for path in files})
 
 
 # The model
@@ -322,28 +322,32 @@ class PatchedTrainer(PatchedTrainerMixin, Trainer):
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
 
-def train(trainer: PatchedTrainer, settings: TrainingSettings, **more: Any) -> dict[str, Any]:
+def train(
+    trainer: PatchedTrainer, settings: TrainingSettings, *, evaluate_first: bool = True, **more: Any
+) -> dict[str, Any]:
     """Train from the last complete checkpoint, or from the start; save the model; write `metrics.json`.
 
     Args:
         trainer: made by `PatchedTrainer.of`.
         settings: of the run.
+        evaluate_first: also evaluate before the first step.
         more: further entries of the metrics.
 
     Returns:
         What `metrics.json` holds: `curve` (the step and what the Trainer's evaluation gave, without `eval_`: before
-        the first step, every `eval_steps` and after the last), `before` and `after` (its ends), `log` (all else that
-        was logged), parameter counts, seconds of this start, versions, and the settings.
+        the first step, every `eval_steps` and after the last), `before` (`None` if there was no such evaluation) and
+        `after` (its ends), `log` (all else that was logged), parameter counts, seconds of this start, versions, and the
+        settings.
     """
     start = time.time()
     checkpoint = last_checkpoint(settings.output)
-    trainer.args.eval_on_start = checkpoint is None
+    trainer.args.eval_on_start = evaluate_first and checkpoint is None
     trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer, settings)
     curve = [_evaluation(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {
         **more,
-        "before": curve[0],
+        "before": curve[0] if evaluate_first else None,
         "after": curve[-1],
         "curve": curve,
         "log": [entry for entry in trainer.state.log_history if "eval_loss" not in entry],
@@ -358,7 +362,7 @@ def train(trainer: PatchedTrainer, settings: TrainingSettings, **more: Any) -> d
         "settings": _identity(settings),
     }
     if trainer.args.process_index == 0:
-        _write(Path(settings.output) / METRICS_FILE, metrics)
+        write_json(Path(settings.output) / METRICS_FILE, metrics)
     return metrics
 
 
