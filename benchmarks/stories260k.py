@@ -7,6 +7,7 @@ Every run leaves its figures in `runs/<configuration>_<seed>/metrics.json`; one 
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from finetune_causal_lm import CausalLMSettings, run  # noqa: E402, needs the li
 
 app = typer.Typer()
 SEEDS = (0, 1, 2)
+STEPS = ("untrained", "50 steps", "100", "150", "200")
+STREAMS = ("query", "value")
 Only = Annotated[list[str] | None, typer.Option(help="Configurations to run; all by default.")]
 
 
@@ -38,29 +41,36 @@ def train(only: Only = None) -> None:
 
 @app.command()
 def tables() -> None:
-    """Print the tables of the result page."""
+    """Print the tables of the result page, in Markdown."""
     dense = _all("dense")
-    gains = [one["before"]["perplexity"] - one["after"]["perplexity"] for one in dense]
-    start = dense[0]["before"]["perplexity"]
-    print("| model | untrained | after 50 | 100 | 150 | 200 steps | share of the dense model's gain |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    _heading(["configuration", *STEPS, "share of the dense gain, nats", "share, perplexity"])
     for name in ("dense", "moh_875", "moh_75", "moh_50"):
-        runs = _all(name)
-        shares = [100 * (start - one["after"]["perplexity"]) / gain for one, gain in zip(runs, gains, strict=True)]
-        print(f"| {name} | {_curve(runs)} | {_spread(shares, 1)} % |")
-    print("\n| model | untrained | after 50 | 100 | 150 | 200 steps | trained parameters |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        pairs = list(zip(_all(name), dense, strict=True))
+        nats = [
+            100 * _gain(ours, reference, math.log) / _gain(reference, reference, math.log) for ours, reference in pairs
+        ]
+        plain = [100 * _gain(ours, reference, float) / _gain(reference, reference, float) for ours, reference in pairs]
+        _row([name, *_curve(_all(name)), f"{_spread(nats, 1)} %", f"{_spread(plain, 1)} %"])
+    _heading(["configuration", *STEPS, "trained parameters"])
     for name in ("lora", "ssa_lora", "ssa_fast_lora"):
-        runs = _all(name)
-        print(f"| {name} | {_curve(runs)} | {runs[0]['trained_parameters']:,} |")
+        _row([name, *_curve(_all(name)), f"{_all(name)[0]['trained_parameters']:,}"])
     for name in ("ssa_lora", "ssa_fast_lora"):
         _coefficients(name)
-    print("\n| run | untrained | trained | seconds |\n| --- | ---: | ---: | ---: |")
+    _heading(["run", "untrained", "trained", "seconds"])
     for path in sorted(Path("runs").glob("*/metrics.json")):
         one = json.loads(path.read_text())
-        ends = " | ".join(f"{one[when]['perplexity']:.3f}" for when in ("before", "after"))
-        print(f"| {path.parent.name} | {ends} | {one['seconds']:.0f} |")
+        _row([path.parent.name, *(f"{one[end]['perplexity']:.3f}" for end in ("before", "after")), one["seconds"]])
     print("\n", dense[0]["versions"])
+
+
+def _heading(cells: list[str]) -> None:
+    print()
+    _row(cells)
+    _row(["---", *["---:"] * (len(cells) - 1)])
+
+
+def _row(cells: list[Any]) -> None:
+    print(f"| {' | '.join(map(str, cells))} |")
 
 
 def _all(name: str) -> list[dict[str, Any]]:
@@ -68,9 +78,14 @@ def _all(name: str) -> list[dict[str, Any]]:
     return [json.loads(Path(f"runs/{name}_{seed}/metrics.json").read_text()) for seed in SEEDS]
 
 
-def _curve(runs: list[dict[str, Any]]) -> str:
+def _gain(ours: dict[str, Any], reference: dict[str, Any], scale: Any) -> float:
+    """How far training brought a model below the untrained dense one, in the scale of a function of perplexity."""
+    return scale(reference["before"]["perplexity"]) - scale(ours["after"]["perplexity"])
+
+
+def _curve(runs: list[dict[str, Any]]) -> list[str]:
     points = zip(*[[point["perplexity"] for point in one["curve"]] for one in runs], strict=True)
-    return " | ".join(_spread(list(values)) for values in points)
+    return [_spread(list(values)) for values in points]
 
 
 def _spread(values: list[float], digits: int = 2) -> str:
@@ -80,18 +95,16 @@ def _spread(values: list[float], digits: int = 2) -> str:
 
 def _coefficients(name: str) -> None:
     """SSA's position coefficient sigmoid(alpha) and the norm of its token vector, per layer and stream."""
-    print(
-        f"\n{name}\n\n| layer | query: sigmoid(alpha) | query: norm of the token vector | value: sigmoid(alpha) | value: norm |"
-    )
-    print("| ---: | ---: | ---: | ---: | ---: |")
+    print(f"\n{name}")
+    _heading(["layer", *(f"{stream}: {what}" for stream in STREAMS for what in ("coefficient of log n", "norm of w"))])
     runs = [load_file(f"runs/{name}_{seed}/patchattn_model.safetensors") for seed in SEEDS]
     for layer in range(len([key for key in runs[0] if key.endswith("query_alpha")])):
         cells = []
-        for stream in ("query", "value"):
+        for stream in STREAMS:
             prefix = f"model.layers.{layer}.self_attn.patchattn.ssa.{stream}"
             cells.append(_spread([float(tensors[f"{prefix}_alpha"].sigmoid()) for tensors in runs], 4))
             cells.append(_spread([float(tensors[f"{prefix}_token"].norm()) for tensors in runs], 3))
-        print(f"| {layer} | {' | '.join(cells)} |")
+        _row([layer, *cells])
 
 
 if __name__ == "__main__":
