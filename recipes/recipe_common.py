@@ -103,6 +103,8 @@ class TrainingSettings(Settings):
         super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"Give either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
+        if self.steps is not None and self.active_ratio_steps > self.steps:
+            raise ValueError(f"active_ratio_steps must be at most steps, {self.steps}, got {self.active_ratio_steps}.")
         # The settings of each variant, checked and with their defaults, so that settings.json says all.
         configured = {name: variant_info(name).configure(given).to_dict() for name, given in self.variants.items()}
         object.__setattr__(self, "variants", configured)
@@ -163,10 +165,10 @@ def finished(settings: TrainingSettings) -> dict[str, Any] | None:
         ValueError: the output folder holds a run with other settings; the message names the keys that differ.
     """
     folder = Path(settings.output)
+    if not any(path.name == METRICS_FILE or path.name.startswith(PREFIX_CHECKPOINT_DIR) for path in folder.glob("*")):
+        return None  # whatever was begun here, nothing of it would be continued
     if not (folder / SETTINGS_FILE).is_file():
-        if next(folder.glob("checkpoint-*"), None) is not None:
-            raise ValueError(f"{folder} holds checkpoints without {SETTINGS_FILE}; choose another output folder.")
-        return None
+        raise ValueError(f"{folder} holds a run without {SETTINGS_FILE}; choose another output folder.")
     before, now = _flat(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))), _flat(_identity(settings))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:

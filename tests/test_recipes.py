@@ -53,6 +53,7 @@ def read(settings: dict[str, Any], folder: Path) -> Any:
         ({"balance_weight": 0.01}, r"balance_weight has no effect on the variants given \(none\).* moh"),
         ({"balance_weight": 0.01, "variants": {"ssa": {}}}, r"no effect on the variants given \(ssa\)"),
         ({"active_ratio_steps": 2, "variants": {"ssa": {}}}, "active_ratio_steps has no effect"),
+        ({"active_ratio_steps": 4, "variants": {"moh": {}}}, "active_ratio_steps must be at most steps, 3, got 4"),
         ({"scale_learning_rate": 0.01, "variants": {"moh": {}}}, "scale_learning_rate has no effect"),
         ({"eval_file": "nowhere.txt"}, "no file 'nowhere.txt'"),
     ],
@@ -89,7 +90,9 @@ def test_a_run_cannot_be_changed_only_continued(
     common: ModuleType, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**settings, "variants": {"ssa": {}, "moh": {}}}
-    common.begin(read(settings, tmp_path))
+    common.begin(read({**settings, "steps": 9}, tmp_path))
+    common.begin(read(settings, tmp_path))  # nothing had been trained
+    (tmp_path / "out" / "checkpoint-1").mkdir()
     assert common.finished(read(settings, tmp_path)) is None
     for changes, message in (
         ({"steps": 4}, r"other settings \(steps: 3 became 4\)"),
@@ -105,8 +108,7 @@ def test_a_run_cannot_be_changed_only_continued(
     (tmp_path / "out").rename(tmp_path / "moved")
     assert common.finished(read({**settings, "output": str(tmp_path / "moved")}, tmp_path)) is None
     (tmp_path / "moved" / "settings.json").unlink()
-    (tmp_path / "moved" / "checkpoint-1").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoints without settings\.json"):
+    with pytest.raises(ValueError, match=r"a run without settings\.json"):
         common.finished(read({**settings, "output": str(tmp_path / "moved")}, tmp_path))
 
 
