@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from .caching import SequenceState, sequence_state
 from .masks import key_length, packed_sequences, real_tokens, visibility, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
@@ -193,6 +194,36 @@ class AttentionCall:
         if raw.dim() == 4 and raw.shape[1:3] == (heads, rows) and (heads != rows or raw.stride(1) < raw.stride(2)):
             return raw
         return raw.reshape(batch, rows, heads, -1).transpose(1, 2)
+
+    def sequence_state(self, owner: str, *, rewinds: bool = True) -> SequenceState | None:
+        """What a variant remembers of these sequences, its `per_key` aligned with the keys of this call, new ones zero.
+
+        It lives with the layer of the kv cache; `None` without a cache. For variants whose `keeps_state` is true, once
+        in a call.
+
+        Args:
+            owner: name of the variant.
+            rewinds: whether it stays right when the last tokens are taken out of the cache again; `crop` is refused
+                otherwise.
+
+        Raises:
+            ValueError: the cache was filled without this variant.
+            NotImplementedError: the keys are in none of the cache's layers.
+        """
+        context = self._context()
+        if context.cache is None or context.tap is None:
+            return None
+        layer, added = context.tap.layer, context.tap.added
+        if layer is None:  # put there by an earlier call (cross attention), or by a layer that shares its keys
+            layer, added = context.tap.holder(self.key), 0 if self.site.is_cross else self.query.shape[2]
+        if layer is None:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) takes its keys from no layer of its cache; a variant "
+                "that keeps state along the sequence cannot follow them. Leave it out with modules=... or layers=..."
+            )
+        state = sequence_state(layer, f"{owner} in {self.site.name}", rows=added, rewinds=rewinds)
+        state.align(layer, keys=self.key.shape[2], rows=added)
+        return state
 
     def _context(self) -> LayerContext:
         if self.context is None:

@@ -61,8 +61,9 @@ class VariantChain(nn.Module):
     def _refresh(self) -> None:
         active = [(name, v) for name in self.names() if not (v := self._variant(name)).is_identity]
         self.active = tuple(name for name, _ in active)
-        self.needs_context = any(v.needs_context or v.changes_cache for _, v in active)
+        self.needs_context = any(v.needs_context or v.changes_cache or v.keeps_state for _, v in active)
         self.storing = tuple(name for name, v in active if v.changes_cache)
+        self.taps_cache = any(v.changes_cache or v.keeps_state for _, v in active)
         self.lacking = {
             name: missing
             for name, _ in active
@@ -261,7 +262,7 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         cache=cache,
     )
     _local.context = context
-    if cache is None or cache_argument is None or not chain.storing:
+    if cache is None or cache_argument is None or not chain.taps_cache:
         return None
     context.tap = CacheTap(context, chain)
     tapped = tap_cache(cache, context.tap)

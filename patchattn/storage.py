@@ -1,5 +1,7 @@
 """What enters a kv cache: variants that scale keys or values must do so before they are stored.
 
+The same stand-in tells which layer of the cache a module writes to, where a variant keeps state there (`caching.py`).
+
 The seam sees keys and values after the cache. So the cache that a patched module is called with is replaced, for that
 call, by one that lets the variants change new entries and then hands everything on to the real one. That point comes
 after the projection, its norm and the rotary embedding, and is the same in every family, fused projections included.
@@ -18,18 +20,25 @@ if TYPE_CHECKING:
 
 
 class CacheTap:
-    """Changes the keys and values of one call of one attention module on their way into its cache."""
+    """Changes keys and values of one call of one attention module on their way into its cache; sees where they go."""
 
     def __init__(self, context: "LayerContext", chain: "VariantChain") -> None:
         self.context = context
         self.chain = chain
         self.is_used = False  # new entries have passed
+        self.layer: Any = None  # where they went
+        self.added = 0  # how many they were, in tokens
 
     def covers(self, key: torch.Tensor) -> bool:
         """Whether the keys that attention is called with came through the cache, in this call or an earlier one."""
+        return self.is_used or self.holder(key) is not None
+
+    def holder(self, key: torch.Tensor) -> Any:
+        """The cache layer whose keys these are, or `None`."""
         cache: Any = self.context.cache
         halves = (cache.self_attention_cache, cache.cross_attention_cache) if _is_pair(cache) else (cache,)
-        return self.is_used or any(getattr(layer, "keys", None) is key for half in halves for layer in half.layers)
+        layers = (layer for half in halves for layer in half.layers)
+        return next((layer for layer in layers if getattr(layer, "keys", None) is key), None)
 
     def change(
         self, key: torch.Tensor, value: torch.Tensor, cache: Cache, layer_index: int
@@ -69,8 +78,11 @@ class TappedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        key_states, value_states = self._tap.change(key_states, value_states, self._cache, layer_idx)
-        return self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._tap.chain.storing:
+            key_states, value_states = self._tap.change(key_states, value_states, self._cache, layer_idx)
+        held = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._tap.layer, self._tap.added = self._cache.layers[layer_idx], key_states.shape[2]
+        return held
 
     @property
     def layers(self) -> Any:

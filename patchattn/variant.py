@@ -101,6 +101,11 @@ class Variant(nn.Module):
         return False
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether `attend` reads or writes `call.sequence_state()`, which lives with the kv cache."""
+        return False
+
+    @property
     def routes(self) -> bool:
         """Whether it chooses heads per token, and reports `router_probability` and `router_choice` `(B, T, R)`."""
         return False
