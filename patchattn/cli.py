@@ -189,10 +189,12 @@ def _allowed(field: dict[str, Any], hint: Any) -> str:
     choices = field["choices"] or (get_args(hint) if get_origin(hint) is Literal else None)
     if choices:
         return " or ".join(map(str, choices))
-    optional = " or None" if type(None) in get_args(hint) else ""
+    parts = get_args(hint)
+    several = ", or several" if any(get_origin(part) is tuple for part in parts) else ""
+    optional = " or None" if type(None) in parts else ""
     low, high = ("" if field[bound] is None else f"{field[bound]:g}" for bound in ("minimum", "maximum"))
     numbers = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else "any"
-    return numbers + optional
+    return numbers + several + optional
 
 
 def _one_line(error: Exception) -> str:

@@ -54,9 +54,10 @@ def test_info_describes_every_setting(run, name):
 
 def test_info_says_what_a_setting_takes(run):
     out = run("info", "moh")[1]
-    assert "active_ratio = 0.75   (0 to 1)" in out
+    assert "active_ratio = None   (0 to 1, or several or None)" in out
     assert "router = query_norm   (query_norm or learned)" in out
-    assert "shared_ratio = None   (0 to 1 or None)" in out
+    assert "active_heads = None   (at least 1, or several or None)" in out
+    assert "train_length = None tokens   (at least 2 or None)" in run("info", "logn")[1]
     assert "router_std = 0.02   (at least 0)" in out
 
 
@@ -97,7 +98,10 @@ def test_coverage_of_one_type(run, tmp_path):
         (["check", "BERT", "--variant", "ssaa"], "did you mean 'ssa'"),
         (["check", "BERT", "--variant", "moh", "--set", "active_ration=1"], "did you mean 'active_ratio'"),
         (["check", "BERT", "--variant", "moh", "--set", "active_ratio=2"], "between 0.0 and 1.0, got 2"),
-        (["check", "BERT", "--variant", "moh", "--set", "active_ratio=much"], "must be float, got 'much'"),
+        (
+            ["check", "BERT", "--variant", "moh", "--set", "active_ratio=much"],
+            "must be float | tuple[float, ...] | None, got 'much'",
+        ),
         (["check", "BERT", "--variant", "moh", "--set", "active_ratio"], "name=value"),
         (["check", "BERT", "--variant", "ssa", "--set", "preset=releasd"], "did you mean 'released'"),
         (["check", "nowhere/[at all]", "--variant", "moh"], "Cannot load 'nowhere/[at all]'"),
