@@ -1,0 +1,81 @@
+"""Attention that each key receives, in memory linear in the keys (ACT, arXiv 2406.15765). Plain torch."""
+
+from typing import NamedTuple
+
+import torch
+
+from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+
+
+class KeyCounts(NamedTuple):
+    """What a mask says of every key.
+
+    Attributes:
+        rows: `(B or 1, Tk)` number of real queries that see it.
+        longest: `(B or 1, Tk)` most keys that any of those sees: the length of its sequence, or the window.
+        first: `(B or 1, Tk)` bool: no query that sees it sees a key before it.
+    """
+
+    rows: torch.Tensor
+    longest: torch.Tensor
+    first: torch.Tensor
+
+
+def column_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rule: AttentionRule,
+    *,
+    lse: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over queries of the attention that each key receives, without a tensor of Tq x Tk.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        key: `(B, G, Tk, D)`; H is a multiple of G.
+        rule: scaling and visibility.
+        lse: `(B, H, Tq)` log-sum-exp of the rows, where an attention kernel gave it.
+        real: `(B or 1, Tq)` bool: the queries that count; the others are padding.
+
+    Returns:
+        The sums `(B, H, Tk)` and the log-sum-exp `(B, H, Tq)`, in float32 at least.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = full_precision(query), full_precision(key)
+        batch, heads, rows, _ = query.shape
+        mass = query.new_zeros(batch, heads, key.shape[2])
+        sums = []
+        for part in blocks(rows, batch * heads * key.shape[2]):
+            logits = row_logits(query, key, rule, part)
+            sums.append(log_sum_exp(logits, rule) if lse is None else lse[:, :, part])
+            weights = weights_of(logits, sums[-1])
+            if real is not None:
+                weights = weights.masked_fill(~real[:, None, part, None], 0.0)
+            mass = mass + weights.sum(dim=2)
+        return mass, torch.cat(sums, dim=2)
+
+
+def key_counts(
+    rule: AttentionRule, queries: int, keys: int, device: torch.device, real: torch.Tensor | None = None
+) -> KeyCounts:
+    """Count, for every key, the queries that see it; without a tensor of Tq x Tk.
+
+    Args:
+        rule: visibility.
+        queries, keys: their numbers.
+        device: where to.
+        real: `(B or 1, Tq)` bool: the queries that count.
+    """
+    seen = longest = earlier = torch.zeros(1, keys, dtype=torch.long, device=device)
+    key = torch.arange(keys, device=device)
+    batch = max(rule.mask.shape[0] if rule.mask is not None else 1, real.shape[0] if real is not None else 1)
+    for part in blocks(queries, batch * keys):
+        visible = rule.visible(part, (queries, keys), device)
+        if real is not None:
+            visible = visible & real[:, part, None]
+        first = visible.int().argmax(dim=-1, keepdim=True)
+        seen = seen + visible.sum(dim=1)
+        longest = torch.maximum(longest, (visible * visible.sum(dim=-1, keepdim=True)).amax(dim=1))
+        earlier = earlier + (visible & (first < key)).sum(dim=1)
+    return KeyCounts(seen, longest, (seen > 0) & (earlier == 0))

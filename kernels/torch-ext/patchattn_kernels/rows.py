@@ -1,0 +1,106 @@
+"""Attention weights, some query rows at a time: what the operations on weights share. Plain torch.
+
+Shapes: B batch, H query heads, G kv heads, Tq queries, Tk keys, D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 2**23  # weights held at a time: 32 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRule:
+    """How logits come from queries and keys, and which keys each query sees.
+
+    Attributes:
+        scaling: factor of the logits.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        bias: `(B or 1, H or 1, Tq, Tk)`, added to the logits.
+        sinks: `(H,)` a further logit per head in the softmax, without a value.
+        mask: `(B, Tk)`, true of real keys; or `(B or 1, 1, Tq, Tk)`, bool, or added to the logits, where keys at the
+            lowest number of the dtype are not seen. `None`: all keys are real.
+        causal: query i sees no key after i + Tk - Tq.
+        window: queries see only keys less than this many real keys away.
+        sequence: `(Tk,)` number of the sequence each token is of, where one row holds several; queries are the last Tq.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    sequence: torch.Tensor | None = None
+
+    def visible(self, rows: slice, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """`(B or 1, C, Tk)` bool: which keys the queries of a slice see; `shape` is (Tq, Tk) of all."""
+        queries, keys = shape
+        mask = self.mask
+        if mask is not None and mask.dim() == 4:
+            part = mask[:, 0, rows, :keys]
+            return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+        real = torch.ones(1, keys, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        key = torch.arange(keys, device=device)
+        query = key[keys - queries :][rows]
+        visible = real[:, None].expand(-1, len(query), -1)
+        if self.causal:
+            visible = visible & (key <= query[:, None])
+        if self.window is not None:
+            order = real.long().cumsum(-1)
+            visible = visible & ((order[:, query, None] - order[:, None]).abs() < self.window)
+        if self.sequence is not None:
+            visible = visible & (self.sequence[query, None] == self.sequence)
+        return visible
+
+    def added(self, rows: slice, keys: int) -> Iterator[torch.Tensor]:
+        """What is added to the logits of a slice of queries, `(B or 1, H or 1, C, Tk)` each."""
+        for term in (self.bias, self.mask):
+            if term is not None and term.dim() == 4 and term.is_floating_point():
+                yield term[:, :, rows, :keys]
+
+
+def blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of query rows of which each holds about BLOCK weights; `width` is the number of weights in a row."""
+    size = max(1, BLOCK // max(1, width))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows: slice) -> torch.Tensor:
+    """Logits `(B, H, C, Tk)` of a slice of the queries; those of keys that a query does not see are -inf.
+
+    Args:
+        query, key: `(B, H, Tq, D)` and `(B, G, Tk, D)`, in `full_precision`; kv heads are not repeated.
+        rule: how.
+        rows: which queries.
+    """
+    part = query[:, :, rows]
+    batch, heads, count, dim = part.shape
+    groups, keys = key.shape[1], key.shape[2]
+    # the query heads of a group as further rows: one product per kv head
+    logits = (part.reshape(batch, groups, -1, dim) @ key.mT).view(batch, heads, count, keys) * rule.scaling
+    if rule.softcap is not None:
+        logits = torch.tanh(logits / rule.softcap) * rule.softcap
+    for term in rule.added(rows, keys):
+        logits = logits + term
+    return logits.masked_fill(~rule.visible(rows, (query.shape[2], keys), key.device)[:, None], float("-inf"))
+
+
+def log_sum_exp(logits: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+    """Of rows of logits `(B, H, C, Tk)`, sinks included: `(B, H, C)`; -inf where a query sees nothing."""
+    lse = torch.logsumexp(logits, dim=-1)
+    return lse if rule.sinks is None else torch.logaddexp(lse, rule.sinks.to(lse.dtype)[None, :, None])
+
+
+def weights_of(logits: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Softmax by a known log-sum-exp `(B, H, C)`; zeros where a query sees nothing."""
+    return torch.exp(logits - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None])

@@ -1,0 +1,105 @@
+"""Attention with a set of keys told apart: rescaling them needs no Tq x Tk weights (ACT, VAR). Plain torch."""
+
+from typing import NamedTuple
+
+import torch
+
+from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+
+
+class SplitAttention(NamedTuple):
+    """Attention, and the share of a set of keys in it; float32 at least.
+
+    Attributes:
+        output: `(B, H, Tq, D)` of all keys.
+        part: `(B, H, Tq, D)` of the keys of the set alone, under the same softmax.
+        mass: `(B, H, Tq)` sum of their weights.
+        lse: `(B, H, Tq)` log-sum-exp of the rows.
+    """
+
+    output: torch.Tensor
+    part: torch.Tensor
+    mass: torch.Tensor
+    lse: torch.Tensor
+
+
+def split_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_set: torch.Tensor,
+    rule: AttentionRule,
+    *,
+    lse: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+) -> SplitAttention:
+    """Attention and the part of it that a set of keys has, without a tensor of Tq x Tk.
+
+    With `lse` and `output` of an attention kernel at hand only the keys of the set are read. `c (output - part) +
+    beta part` then scales the set by beta and the rest by c.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        key, value: `(B, G, Tk, D)`; H is a multiple of G.
+        key_set: `(B, H, Tk)` bool.
+        rule: scaling and visibility.
+        lse: `(B, H, Tq)` log-sum-exp of the rows, where it is known.
+        output: `(B, H, Tq, D)` attention over all keys, where it is known in full precision.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = full_precision(query), full_precision(key), full_precision(value)
+        if lse is not None and output is not None and not torch.compiler.is_compiling():
+            part, mass = _of_set(query, key, value, key_set, rule, lse)  # how many keys is a question to the device
+            return SplitAttention(full_precision(output), part, mass, lse)
+        batch, heads, rows, _ = query.shape
+        wholes, parts, masses, sums = [], [], [], []
+        for block in blocks(rows, batch * heads * key.shape[2]):
+            logits = row_logits(query, key, rule, block)
+            sums.append(log_sum_exp(logits, rule) if lse is None else lse[:, :, block])
+            weights = weights_of(logits, sums[-1])
+            chosen = weights.masked_fill(~key_set[:, :, None], 0.0)
+            masses.append(chosen.sum(dim=-1))
+            parts.append(_times(chosen, value))
+            wholes.append(_times(weights, value) if output is None else full_precision(output[:, :, block]))
+        return SplitAttention(*(torch.cat(pieces, dim=2) for pieces in (wholes, parts, masses, sums)))
+
+
+def _times(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`(B, H, C, Tk)` times `(B, G, Tk, D)`, kv heads not repeated."""
+    batch, heads, rows, keys = weights.shape
+    product = weights.reshape(batch, value.shape[1], -1, keys) @ value
+    return product.view(batch, heads, rows, -1)
+
+
+def _of_set(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_set: torch.Tensor,
+    rule: AttentionRule,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and mass of the keys of a set, which are gathered: `(B, H, Tq, D)` and `(B, H, Tq)`."""
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    count = int(key_set.sum(dim=-1).max())
+    if count == 0:
+        return query.new_zeros(batch, heads, rows, value.shape[-1]), torch.zeros_like(lse)
+    member, index = key_set.to(torch.uint8).topk(count, dim=-1)  # (B, H, S)
+    group = torch.arange(heads, device=key.device) // (heads // key.shape[1])
+    place = (torch.arange(batch, device=key.device)[:, None, None], group[None, :, None], index)
+    keys_of, values_of = key[place], value[place]  # (B, H, S, D)
+    parts, masses = [], []
+    for block in blocks(rows, batch * max(heads * count, keys)):
+        logits = query[:, :, block] @ keys_of.mT * rule.scaling
+        if rule.softcap is not None:
+            logits = torch.tanh(logits / rule.softcap) * rule.softcap
+        columns = index[:, :, None].expand(-1, -1, logits.shape[2], -1)
+        for term in rule.added(block, keys):
+            logits = logits + term.expand(batch, heads, -1, -1).gather(-1, columns)
+        visible = rule.visible(block, (rows, keys), key.device)[:, None]
+        visible = visible.expand(batch, heads, -1, -1).gather(-1, columns) & member.bool()[:, :, None]
+        weights = weights_of(logits.masked_fill(~visible, float("-inf")), lse[:, :, block])
+        parts.append(weights @ values_of)
+        masses.append(weights.sum(dim=-1))
+    return torch.cat(parts, dim=2), torch.cat(masses, dim=2)
