@@ -1,0 +1,304 @@
+"""Train a tiny LLaVA from scratch on generated pictures of coloured shapes: captions, and yes/no questions.
+
+    accelerate launch recipes/train_tiny_vlm.py recipes/configs/tiny_vlm.yaml
+
+A CLIP vision tower with a class token, a projector and a Llama, all from configurations, with a word tokenizer and a
+processor of their own. As in LLaVA the tower comes first: its class token learns which objects a picture shows, which
+is what CLIP's learns from captions; then the tower is frozen and the rest learns to talk about its patches. The output
+folder loads like any LLaVA, with `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`;
+`benchmarks/hallucination.py` measures it. The pictures are those of `patchattn.evaluation.shapes`. The configuration is
+checked before a model is made.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from recipe_common import PatchedTrainer, TrainingSettings, begin, command, finished, last_checkpoint, prepare, train
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    EvalPrediction,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from patchattn import option
+from patchattn.evaluation import shapes
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+IGNORED = -100  # what the loss passes over
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}USER: "
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %} ASSISTANT:{% else %} {{ message.content[0].text }}</s>{% endif %}{% endfor %}"
+)
+EVAL_SEED = 1_000_003  # added to the seed: pictures that training never sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyVLMSettings(TrainingSettings):
+    """Train a tiny vision-language model from scratch on generated pictures."""
+
+    pictures: int = option(20_000, help="Different pictures to train on.", minimum=1)
+    eval_pictures: int = option(300, help="Other pictures, each with six questions, to evaluate on.", minimum=1)
+    questions: int = option(4, help="Yes/no questions per picture and step, beside its caption.", minimum=1, maximum=8)
+    vision_steps: int = option(800, help="Optimizer steps of the vision tower alone, before the rest.", minimum=1)
+    vision_batch: int = option(32, help="Pictures per step of the vision tower alone.", minimum=1)
+    vision_learning_rate: float = option(1e-3, help="Peak, of the vision tower alone.", minimum=0.0)
+    patch_size: int = option(8, help="Side of a patch, which is one token.", unit="pixels", minimum=1)
+    vision_width: int = option(64, help="Width of the vision tower.", minimum=1)
+    vision_layers: int = option(
+        3, help="Layers of the vision tower; the last but one is shown to the Llama.", minimum=2
+    )
+    vision_heads: int = option(4, help="Heads per layer of the vision tower.", minimum=1)
+    text_width: int = option(96, help="Width of the Llama.", minimum=1)
+    text_layers: int = option(3, help="Layers of the Llama.", minimum=1)
+    text_heads: int = option(4, help="Query heads per layer of the Llama.", minimum=1)
+    text_kv_heads: int = option(2, help="Key and value heads per layer of the Llama.", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank:
+            raise ValueError("lora_rank goes with a pretrained model; this one is trained in full.")
+        if shapes.SIDE % self.patch_size:
+            raise ValueError(f"patch_size must divide the pictures' side, {shapes.SIDE}, got {self.patch_size}.")
+        for whole, part in (
+            ("vision_width", "vision_heads"),
+            ("text_width", "text_heads"),
+            ("text_heads", "text_kv_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} ({getattr(self, whole)}) must be a multiple of {part} ({getattr(self, part)})."
+                )
+
+    @property
+    def patches(self) -> int:
+        """Image tokens of a picture."""
+        return (shapes.SIDE // self.patch_size) ** 2
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that knows those of the questions, the answers and the captions."""
+    names = " ".join(shapes.OBJECTS).split()
+    request = shapes.CAPTION_REQUEST.rstrip("?").split()
+    words = ["USER", "ASSISTANT", ":", "?", ".", "Is", "there", "a", "in", "the", "image", "yes", "no", "is", "and"]
+    vocabulary = list(dict.fromkeys([*SPECIAL, *words, *request, *names]))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary.index("<s>"))]
+    )
+    names_of = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **names_of,
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=512,
+    )
+
+
+def make_processor(settings: TinyVLMSettings) -> LlavaProcessor:
+    """What makes tokens and pixel values of a prompt and a picture."""
+    side = {"height": shapes.SIDE, "width": shapes.SIDE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False),
+        tokenizer=make_tokenizer(),
+        patch_size=settings.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which the strategy drops again
+        chat_template=TEMPLATE,
+    )
+
+
+def make_model(settings: TinyVLMSettings, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """The model, with random weights."""
+    vision = CLIPVisionConfig(
+        image_size=shapes.SIDE,
+        patch_size=settings.patch_size,
+        hidden_size=settings.vision_width,
+        intermediate_size=4 * settings.vision_width,
+        num_hidden_layers=settings.vision_layers,
+        num_attention_heads=settings.vision_heads,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.text_width,
+        intermediate_size=3 * settings.text_width,
+        num_hidden_layers=settings.text_layers,
+        num_attention_heads=settings.text_heads,
+        num_key_value_heads=settings.text_kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=settings.patches,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def pixel_values(processor: LlavaProcessor, pictures: Iterable[shapes.Scene]) -> torch.Tensor:
+    """The pictures as the vision tower gets them, `(B, 3, side, side)`."""
+    return processor.image_processor([scene.picture() for scene in pictures], return_tensors="pt").pixel_values
+
+
+def train_vision(tower: nn.Module, processor: LlavaProcessor, settings: TinyVLMSettings) -> float:
+    """Teach the class token which objects a picture shows, by a linear layer that is not kept.
+
+    Returns:
+        Share of the evaluation pictures of which it names all objects and no other.
+    """
+    head = nn.Linear(settings.vision_width, len(shapes.OBJECTS))
+    parameters = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.vision_learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.vision_learning_rate, total_steps=settings.vision_steps, pct_start=0.1
+    )
+
+    def logits(scenes: list[shapes.Scene]) -> torch.Tensor:
+        return head(tower(pixel_values=pixel_values(processor, scenes)).pooler_output)
+
+    def shown(scenes: list[shapes.Scene]) -> torch.Tensor:
+        return torch.tensor([[name in scene.objects for name in shapes.OBJECTS] for scene in scenes])
+
+    for step in range(settings.vision_steps):
+        numbers = range(step * settings.vision_batch, (step + 1) * settings.vision_batch)
+        scenes = [shapes.scene(settings.seed, number % settings.pictures) for number in numbers]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits(scenes), shown(scenes).float())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    held_out = list(shapes.scenes(settings.seed + EVAL_SEED, settings.eval_pictures))
+    with torch.inference_mode():
+        return float(((logits(held_out) > 0) == shown(held_out)).all(-1).float().mean())
+
+
+def turn(request: str, first: bool) -> str:
+    """What stands before an answer; the picture comes with the first request."""
+    return f"USER: {'<image>' if first else ''}\n{request} ASSISTANT:"
+
+
+def questions(scene: shapes.Scene, count: int, draw: np.random.Generator) -> list[tuple[str, str]]:
+    """Yes/no questions with answers, both as likely; those answered by no ask for any absent object."""
+    asked = []
+    for _ in range(count):
+        is_there = bool(draw.random() < 0.5)
+        names = [name for name in shapes.OBJECTS if (name in scene.objects) == is_there]
+        asked.append((shapes.question(names[int(draw.integers(len(names)))]), "yes" if is_there else "no"))
+    return asked
+
+
+class Conversations(Dataset[dict[str, torch.Tensor]]):
+    """Conversations about generated pictures, padded on the right to one length.
+
+    Args:
+        settings: of the run.
+        processor: of the model.
+        evaluate: one question each after pictures that training never sees, six per picture: present and absent, of
+            each of POPE's kinds. Otherwise several questions and the caption of each picture, in random order.
+    """
+
+    def __init__(self, settings: TinyVLMSettings, processor: LlavaProcessor, *, evaluate: bool = False) -> None:
+        self.settings, self.processor = settings, processor
+        self.evaluate = evaluate
+        self.seed = settings.seed + EVAL_SEED * evaluate
+        longest = 1 if evaluate else settings.questions
+        self.length = settings.patches + 16 * longest + (0 if evaluate else 12 + 6 * shapes.MOST_OBJECTS)
+
+    def __len__(self) -> int:
+        if self.evaluate:
+            return 2 * len(shapes.KINDS) * self.settings.eval_pictures
+        return self.settings.pictures
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`pixel_values` `(3, side, side)`, and `input_ids`, `attention_mask` and `labels` of one length."""
+        if self.evaluate:
+            number, which = divmod(index, 2 * len(shapes.KINDS))
+            scene = shapes.scene(self.seed, number)
+            name = scene.present() if which % 2 else scene.absent(shapes.KINDS[which // 2])
+            turns = [(shapes.question(name), "yes" if which % 2 else "no")]
+        else:
+            scene = shapes.scene(self.seed, index)
+            draw = np.random.default_rng((self.seed, index, 4))
+            turns = [*questions(scene, self.settings.questions, draw), (shapes.CAPTION_REQUEST, scene.caption())]
+            turns = [turns[int(place)] for place in draw.permutation(len(turns))]
+        return {"pixel_values": pixel_values(self.processor, [scene])[0], **self._tokens(turns)}
+
+    def _tokens(self, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        ids, labels = [tokenizer.bos_token_id], [IGNORED]
+        for number, (request, answer) in enumerate(turns):
+            before = turn(request, first=number == 0).replace("<image>", "<image>" * self.settings.patches)
+            asked = tokenizer(before, add_special_tokens=False).input_ids
+            answered = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + ([*answered[:1], IGNORED] if self.evaluate else answered)
+        rest = self.length - len(ids)
+        return {
+            "input_ids": torch.tensor(ids + [tokenizer.pad_token_id] * rest),
+            "attention_mask": torch.tensor([1] * len(ids) + [0] * rest),
+            "labels": torch.tensor(labels + [IGNORED] * rest),
+        }
+
+
+def best_words(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The likeliest token at each position `(B, T)`: all that the accuracy needs of the logits."""
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs  # the image features come with them
+    return logits.argmax(-1)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the questions whose likeliest answer is right; the words are those one position before the labels."""
+    labels = prediction.label_ids[:, 1:]
+    asked = labels != IGNORED
+    return {"accuracy": float(np.mean(prediction.predictions[:, :-1][asked] == labels[asked]))}
+
+
+def run(settings: TinyVLMSettings) -> dict[str, Any]:
+    """Train and evaluate, or continue a run that was interrupted; returns what `metrics.json` holds."""
+    if (done := finished(settings)) is not None:
+        return done
+    processor = make_processor(settings)
+    arguments = begin(settings)
+    model = make_model(settings, processor.tokenizer)
+    tower = model.model.vision_tower
+    is_new = last_checkpoint(settings.output) is None  # a checkpoint brings its tower along
+    exact = train_vision(tower, processor, settings) if is_new else None
+    tower.requires_grad_(False)
+    model = prepare(model, settings)
+    trainer = PatchedTrainer.of(
+        model,
+        settings,
+        arguments,
+        train_dataset=Conversations(settings, processor),
+        eval_dataset=Conversations(settings, processor, evaluate=True),
+        compute_metrics=accuracy,
+        preprocess_logits_for_metrics=best_words,
+        processing_class=processor,  # saved with the model
+    )
+    return train(trainer, settings, class_token_exact=exact)
+
+
+if __name__ == "__main__":
+    command(TinyVLMSettings, run)
