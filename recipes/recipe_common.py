@@ -31,16 +31,9 @@ import torch
 import transformers
 import typer
 from peft import LoraConfig, get_peft_model
+from recipe_checkpoints import CompleteCheckpoints, last_checkpoint, write_json
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import patchattn
@@ -49,7 +42,6 @@ from patchattn.training import ActiveRatioCallback, PatchedTrainerMixin, Routing
 
 SETTINGS_FILE = "settings.json"  # written when a run begins
 METRICS_FILE = "metrics.json"  # written when it has ended
-_FILES = "files.json"  # the last file of a checkpoint: what the others are, and how long
 _NEVER = 10**9
 
 # Settings that do something only with a variant that defines this member of the contract
@@ -218,46 +210,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def last_checkpoint(output: str | Path) -> str | None:
-    """The newest checkpoint that is complete: every file it should hold is there, as long as it was written.
-
-    What a kill left half-written is passed over.
-    """
-    folders = [path for path in Path(output).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if _is_complete(folder):
-            return str(folder)
-    return None
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        sizes = json.loads((folder / _FILES).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-class CompleteCheckpoints(TrainerCallback):
-    """Lists the files of a checkpoint in it, once every process has written its own."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if args.process_index == 0:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files = (path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
-            write_json(folder / _FILES, {str(path.relative_to(folder)): path.stat().st_size for path in files})
-
-
 # The model
 
 
@@ -400,7 +352,7 @@ def command(settings_class: type[TrainingSettings], run: Callable[[Any], dict[st
         metrics = run(settings) if done is None else done
         if int(os.environ.get("RANK", "0")) == 0:
             for when in ("before", "after"):
-                values = {key: value for key, value in metrics[when].items() if key != "step"}
+                values = {key: value for key, value in (metrics[when] or {}).items() if key != "step"}
                 typer.echo(f"{when}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
     main.__doc__ = settings_class.__doc__

@@ -114,6 +114,10 @@ class Kill(TrainerCallback):
         if kind == "writing" and state.global_step == 6:  # before the checkpoint is whole
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if kind == "done":  # all checkpoints are whole, the result is not written
+            os.kill(os.getpid(), signal.SIGKILL)
+
 class Killed(recipe.PatchedTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -135,6 +139,8 @@ for rank, how in (("0", "writing"), ("4", "between")):
     straight, broken = sys.argv[1] + f"/straight{rank}.yaml", sys.argv[1] + f"/broken{rank}.yaml"
     assert start(straight, None) == 0
     assert os.WTERMSIG(start(broken, how)) == signal.SIGKILL
+    if how == "between":
+        assert os.WTERMSIG(start(broken, "done")) == signal.SIGKILL
     assert not os.path.exists(sys.argv[1] + f"/broken{rank}/metrics.json")
     assert start(broken, None) == 0
 """
@@ -150,7 +156,7 @@ def test_a_killed_run_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) 
     script.write_text(KILLED)
     done = started(script, tmp_path)
     assert done.returncode == 0, done.stderr
-    for rank, resumed in ((0, "checkpoint-4"), (4, "checkpoint-4")):
+    for rank, resumed in ((0, "checkpoint-4"), (4, "checkpoint-6")):
         straight, broken = (tmp_path / f"{kind}{rank}" for kind in ("straight", "broken"))
         weights = "adapter_model.safetensors" if rank else "model.safetensors"
         assert (broken / weights).read_bytes() == (straight / weights).read_bytes()

@@ -148,10 +148,11 @@ def test_a_finished_run_is_left_alone(
 
 def test_the_last_checkpoint_is_the_newest_complete_one(common: ModuleType, tmp_path: Path) -> None:
     assert common.last_checkpoint(tmp_path / "nowhere") is None
-    for step in (8, 9, 10, 11, 12, 13):
+    for step in (8, 9, 10, 11, 12, 13, 14):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 14}))
         (folder / "files.json").write_text(json.dumps({"model.safetensors": 7}))
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-13" / "files.json").unlink()  # killed before the end
