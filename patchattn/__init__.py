@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .checkpoint import save_patch as save_patch
     from .hub import push_to_hub as push_to_hub
     from .hub import save_pretrained as save_pretrained
+    from .images import ImageSpan as ImageSpan
+    from .images import image_spans as image_spans
+    from .images import image_token_mask as image_token_mask
     from .observation import observe as observe
     from .patching import patch_info as patch_info
     from .patching import patch_model as patch_model
@@ -60,6 +63,7 @@ _NAMES = {
     "checking": ("Check", "CheckReport", "check_patch"),
     "checkpoint": ("from_pretrained", "load_patch", "patched_class", "save_patch"),
     "hub": ("push_to_hub", "save_pretrained"),
+    "images": ("ImageSpan", "image_spans", "image_token_mask"),
     "observation": ("observe",),
     "patching": ("patch_info", "patch_model", "patched", "unpatch_model", "unpatched"),
     "routing": ("LayerRouting", "RoutingStatistics", "routing_statistics"),
