@@ -23,6 +23,7 @@ import datasets
 import torch
 import transformers
 import typer
+from recipe_checkpoints import write_json
 from recipe_common import (
     EFFECT,
     METRICS_FILE,
@@ -34,7 +35,6 @@ from recipe_common import (
     finished,
     prepare,
     train,
-    write_json,
 )
 from transformers import (
     AutoModelForSequenceClassification,
