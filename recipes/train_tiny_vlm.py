@@ -264,9 +264,8 @@ class Conversations(Dataset[dict[str, torch.Tensor]]):
         }
 
 
-def best_words(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+def best_words(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The likeliest token at each position `(B, T)`: all that the accuracy needs of the logits."""
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs  # the image features come with them
     return logits.argmax(-1)
 
 
@@ -275,6 +274,16 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     labels = prediction.label_ids[:, 1:]
     asked = labels != IGNORED
     return {"accuracy": float(np.mean(prediction.predictions[:, :-1][asked] == labels[asked]))}
+
+
+class LogitsTrainer(PatchedTrainer):
+    """A trainer that evaluates on logits alone; a LLaVA gives its cache and the image features too."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """The loss, logits and labels of a batch."""
+        return super().prediction_step(model, inputs, prediction_loss_only, ["past_key_values", "image_hidden_states"])
 
 
 def run(settings: TinyVLMSettings) -> dict[str, Any]:
@@ -289,7 +298,7 @@ def run(settings: TinyVLMSettings) -> dict[str, Any]:
     exact = train_vision(tower, processor, settings) if is_new else None
     tower.requires_grad_(False)
     model = prepare(model, settings)
-    trainer = PatchedTrainer.of(
+    trainer = LogitsTrainer.of(
         model,
         settings,
         arguments,

@@ -161,22 +161,24 @@ def test_prompts_are_those_of_training(module: ModuleType) -> None:
     assert "<unk>" not in processor.tokenizer.decode(row["input_ids"])
 
 
-def test_it_trains_and_loads(module: ModuleType, trained: Path) -> None:
+def test_it_trains(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
     assert 0 <= metrics["class_token_exact"] <= 1
+    assert 0 <= metrics["after"]["accuracy"] <= 1
+    assert metrics["parameters"] > metrics["trained_parameters"]  # the tower is frozen
+
+
+def test_it_loads(module: ModuleType, trained: Path, saved_processor: Any) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(trained)
     assert type(AutoModelForImageTextToText.from_pretrained(trained)) is type(model)
-    processor = AutoProcessor.from_pretrained(trained)
     settings = module.TinyVLMSettings(output="none", **TINY)
     picture = shapes.scene(0, 0).picture()
-    made = module.make_processor(settings)
-    for ours, loaded in zip(
-        *([p(images=picture, text="USER: <image>\nIs there", return_tensors="pt") for p in (made, processor)]),
-        strict=True,
-    ):
-        assert ours == loaded
-    assert metrics["parameters"] > metrics["trained_parameters"]  # the tower is frozen
+    processors = module.make_processor(settings), AutoProcessor.from_pretrained(trained)
+    ours, loaded = (p(images=picture, text="USER: <image>\nIs there", return_tensors="pt") for p in processors)
+    assert set(ours) == set(loaded)
+    for name, value in ours.items():
+        assert torch.equal(value, loaded[name]), name
 
 
 def test_a_killed_run_continues(module: ModuleType, trained: Path, tmp_path: Path) -> None:
