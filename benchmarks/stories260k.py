@@ -52,7 +52,7 @@ def tables() -> None:
         plain = [100 * _gain(ours, reference, float) / _gain(reference, reference, float) for ours, reference in pairs]
         _row([name, *_curve(_all(name)), f"{_spread(nats, 1)} %", f"{_spread(plain, 1)} %"])
     _heading(["configuration", *STEPS, "trained parameters"])
-    for name in ("lora", "ssa_lora", "ssa_fast_lora"):
+    for name in ("lora", "lora_rank9", "ssa_lora", "ssa_fast_lora"):
         _row([name, *_curve(_all(name)), f"{_all(name)[0]['trained_parameters']:,}"])
     for name in ("ssa_lora", "ssa_fast_lora"):
         _coefficients(name)
@@ -102,7 +102,7 @@ def _coefficients(name: str) -> None:
         cells = []
         for stream in STREAMS:
             prefix = f"model.layers.{layer}.self_attn.patchattn.ssa.{stream}"
-            cells.append(_spread([float(tensors[f"{prefix}_alpha"].sigmoid()) for tensors in runs], 4))
+            cells.append(_spread([float(tensors[f"{prefix}_alpha"].sigmoid()) for tensors in runs], 5))
             cells.append(_spread([float(tensors[f"{prefix}_token"].norm()) for tensors in runs], 3))
         _row([layer, *cells])
 

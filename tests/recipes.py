@@ -43,7 +43,7 @@ def started(script: Path, *arguments: Path, processes: int = 1) -> subprocess.Co
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(RECIPES)]),
     }
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=540)
 
 
 def tiny_language_model(folder: Path, **config: Any) -> str:
