@@ -50,7 +50,7 @@ class TinyVLMSettings(TrainingSettings):
 
     pictures: int = option(20_000, help="Different pictures to train on.", minimum=1)
     eval_pictures: int = option(300, help="Other pictures, each with six questions, to evaluate on.", minimum=1)
-    questions: int = option(4, help="Yes/no questions per picture that has no caption.", minimum=1, maximum=8)
+    questions: int = option(4, help="Yes/no questions per picture, beside its caption.", minimum=1, maximum=8)
     vision_steps: int = option(800, help="Optimizer steps of the vision tower alone, before the rest.", minimum=1)
     vision_batch: int = option(32, help="Pictures per step of the vision tower alone.", minimum=1)
     vision_learning_rate: float = option(1e-3, help="Peak, of the vision tower alone.", minimum=0.0)
@@ -216,16 +216,16 @@ class Conversations(Dataset[dict[str, torch.Tensor]]):
         settings: of the run.
         processor: of the model.
         evaluate: one question each after pictures that training never sees, six per picture: present and absent, of
-            each of POPE's kinds. Otherwise every second picture has several questions and the others a caption, never
-            both: the answers could be read off the caption, without a look at the picture.
+            each of POPE's kinds. Otherwise several questions and the caption of each picture, in random order: what
+            comes after the caption can be read off it, which is easier to learn, and the rest cannot.
     """
 
     def __init__(self, settings: TinyVLMSettings, processor: LlavaProcessor, *, evaluate: bool = False) -> None:
         self.settings, self.processor = settings, processor
         self.evaluate = evaluate
         self.seed = settings.seed + EVAL_SEED * evaluate
-        asked = 16 * (1 if evaluate else settings.questions)
-        self.length = settings.patches + max(asked, 0 if evaluate else 16 + 4 * shapes.MOST_OBJECTS)
+        caption = 0 if evaluate else 12 + 4 * shapes.MOST_OBJECTS
+        self.length = settings.patches + 16 * (1 if evaluate else settings.questions) + caption
 
     def __len__(self) -> int:
         if self.evaluate:
@@ -241,10 +241,9 @@ class Conversations(Dataset[dict[str, torch.Tensor]]):
             turns = [(shapes.question(name), "yes" if which % 2 else "no")]
         else:
             scene = shapes.scene(self.seed, index)
-            if index % 2:
-                turns = [(shapes.CAPTION_REQUEST, scene.caption())]
-            else:
-                turns = questions(scene, self.settings.questions, np.random.default_rng((self.seed, index, 4)))
+            draw = np.random.default_rng((self.seed, index, 4))
+            turns = [*questions(scene, self.settings.questions, draw), (shapes.CAPTION_REQUEST, scene.caption())]
+            turns = [turns[int(place)] for place in draw.permutation(len(turns))]
         return {"pixel_values": pixel_values(self.processor, [scene])[0], **self._tokens(turns)}
 
     def _tokens(self, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:

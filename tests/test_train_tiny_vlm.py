@@ -133,16 +133,13 @@ def test_what_it_learns_from(module: ModuleType) -> None:
         assert answers.pop() == ""
         text = processor.tokenizer.decode(row["input_ids"][row["attention_mask"] == 1])
         assert text.count("<image>") == 9
-        if index % 2:
-            assert answers == [scene.caption()]
-            continue
-        for question, said in zip(text.split("USER")[1:], answers, strict=True):
-            name = " ".join(question.split("Is there a ")[1].split()[:2])
-            assert said == ("yes" if name in scene.objects else "no")
-    most = max(range(40), key=lambda index: len(shapes.scene(0, index).objects))
-    for questions, number in ((1, most | 1), (3, 0)):  # the longest caption, the longest questions
-        settings = module.TinyVLMSettings(output="none", **{**TINY, "questions": questions})
-        assert len({len(module.Conversations(settings, processor)[index]["labels"]) for index in (0, 1, number)}) == 1
+        for request, said in zip(text.split("USER")[1:], answers, strict=True):
+            if "Is there" in request:
+                name = " ".join(request.split("Is there a ")[1].split()[:2])
+                assert said == ("yes" if name in scene.objects else "no")
+            else:
+                assert said == scene.caption()
+        assert sorted(len(text) > 3 for text in answers) == [False, False, True]  # two questions and a caption
 
 
 def test_prompts_are_those_of_training(module: ModuleType) -> None:
@@ -169,7 +166,7 @@ def test_it_trains(trained: Path) -> None:
     assert metrics["parameters"] > metrics["trained_parameters"]  # the tower is frozen
 
 
-def test_it_loads(module: ModuleType, trained: Path, saved_processor: Any) -> None:
+def test_it_loads(module: ModuleType, trained: Path) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(trained)
     assert type(AutoModelForImageTextToText.from_pretrained(trained)) is type(model)
     settings = module.TinyVLMSettings(output="none", **TINY)
