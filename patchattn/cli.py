@@ -31,11 +31,12 @@ def list_() -> None:
 
     from .variant import list_variants, variant_info
 
-    table = Table("name", "what it does", "paper", "year", "needs training")
+    table = Table("name", "what it does", "acts on", "paper", "year", "needs training")
     for name in list_variants():
         info = variant_info(name)
         paper = f"arXiv {info.arxiv_id}" if info.arxiv_id else info.title
-        table.add_row(name, info.summary, paper, str(info.year), "yes" if info.needs_training else "no")
+        acts_on = {"attention": "attention", "decoding": "logits"}[info.kind]
+        table.add_row(name, info.summary, acts_on, paper, str(info.year), "yes" if info.needs_training else "no")
     Console().print(table)
 
 
@@ -55,6 +56,7 @@ def info(name: Annotated[str, typer.Argument(help="A variant, as `patchattn list
         "paper": f"https://arxiv.org/abs/{variant.arxiv_id}" if variant.arxiv_id else "none",
         "code": variant.code or "none released",
         "adds": variant.extra_parameters,
+        "kind": variant.kind,
         "needs training": "yes" if variant.needs_training else "no",
         "supports": ", ".join(sorted(variant.capabilities)),
     }

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .compatibility import name_branches
+from .decoding import DecodingVariant, install_hooks, refuse_second
 from .seam import (
     CHILD,
     VariantChain,
@@ -89,7 +90,7 @@ def patch_model(
         layers: layer indices, counted from 0 in each tower; all layers by default. Towers with fewer layers are left
             out where the index does not exist, but an index that exists nowhere is an error.
         modules: regular expression searched in the names of attention modules, such as `language_model` or
-            `encoder_attn`; all attention modules by default.
+            `encoder_attn`; all attention modules by default. A decoding variant chooses for itself.
         settings: settings of a single variant by name, such as `active_ratio=0.75`. `preset="name"`, here or in
             `config`, starts from one of `variant_info(variant).presets`.
 
@@ -114,11 +115,19 @@ def patch_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model expects a model, got {type(model).__name__}.")
     base = base_model(model)
-    sites = select_sites(base, layers=layers, modules=modules)
-    patches = [
-        Patch(info.name, info.configure(given), tuple(site.name for site in sites))
-        for info, given in _settings_per_variant(variant, config, settings)
-    ]
+    chosen = _settings_per_variant(variant, config, settings)
+    sites: list[AttentionSite] = []
+    if any(not issubclass(info.variant, DecodingVariant) for info, _ in chosen):
+        sites = select_sites(base, layers=layers, modules=modules)
+    elif layers is not None or modules is not None:
+        raise ValueError(
+            f"{chosen[0][0].name!r} acts on logits and chooses its own attention modules: leave out layers and modules."
+        )
+    patches = []
+    for info, given in chosen:
+        configured = info.configure(given)
+        own = info.variant.choose_sites(configured, base) if issubclass(info.variant, DecodingVariant) else sites
+        patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
     apply_patches(base, patches)
     return model
 
@@ -151,6 +160,7 @@ def apply_patches(
                 "with another attn_implementation."
             )
     existing = applied_patches(model)
+    refuse_second([variant_info(patch.variant).variant for patch in (*existing, *patches)])
     # Build everything before touching the model, so that a failure leaves it as it was.
     built: list[tuple[str, str, Variant]] = []
     for patch in patches:
@@ -170,6 +180,8 @@ def apply_patches(
                 )
             _refuse_site(info, known[name])
             variant = info.variant(patch.config, known[name])
+            if isinstance(variant, DecodingVariant):
+                variant.prepare(model)
             built.append((patch.variant, name, _like(variant, model.get_submodule(name))))
     if initialise is not None:
         initialise({f"{name}.{CHILD}.{kind}": variant for kind, name, variant in built})
@@ -197,9 +209,10 @@ def unpatch_model(model: ModelT) -> ModelT:
         if module._modules.pop(CHILD, None) is not None:
             vars(module)["config"] = original_config(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)
     vars(base.config).pop(CONFIG_KEY, None)
     release_bases()
     return model
@@ -324,6 +337,10 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
         )
 
 
+def _is_ours(hook: Any) -> bool:
+    return hook in _HOOKS or isinstance(getattr(hook, "__self__", None), Variant)
+
+
 def _base_of(model: nn.Module, name: str) -> str:
     return original_config(model.get_submodule(name))._attn_implementation or "eager"
 
@@ -366,3 +383,4 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
             module.register_forward_hook(close_context)
             if chain.site.query_norm is not None:
                 module.get_submodule(chain.site.query_norm).register_forward_pre_hook(note_raw_query)
+        install_hooks(model, active_chain(chain))

@@ -18,6 +18,7 @@ Attend = Callable[[AttentionCall], AttentionOutput]
 
 Observer = Callable[[Observation], None]
 
+Kind = Literal["attention", "decoding"]
 Capability = Literal[
     "causal",  # causal self-attention
     "bidirectional",  # encoders
@@ -61,6 +62,7 @@ class Variant(nn.Module):
     """
 
     config_class: ClassVar[type[VariantConfig]]
+    kind: ClassVar[Kind] = "attention"
 
     def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__()
@@ -155,7 +157,6 @@ class VariantInfo:
         variant: the module class.
         title, arxiv_id, year: the paper.
         code: where the authors' own code is, `None` if none was released.
-        kind: `attention` changes the call.
         needs_training: whether it is of use only after training.
         capabilities: what it supports; anything else is refused.
         extra_parameters: what it adds, in words.
@@ -173,10 +174,14 @@ class VariantInfo:
     extra_parameters: str
     needs_training: bool
     code: str | None = None
-    kind: Literal["attention"] = "attention"
     capabilities: frozenset[str] = ALL_CAPABILITIES
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     examples: tuple[Mapping[str, Any], ...] = ({},)
+
+    @property
+    def kind(self) -> Kind:
+        """`attention` changes calls of attention; `decoding` the logits that tokens are chosen by."""
+        return self.variant.kind
 
     def configure(self, settings: VariantConfig | Mapping[str, Any] | None = None) -> VariantConfig:
         """The configuration that settings describe; `preset` among them names a preset that the others override.
@@ -239,9 +244,9 @@ def temporarily_registered(info: VariantInfo) -> Iterator[str]:
         del _REGISTRY[info.name]
 
 
-def list_variants() -> list[str]:
-    """Names of all registered variants, sorted."""
-    return sorted(_registry())
+def list_variants(kind: Kind | None = None) -> list[str]:
+    """Names of all registered variants, or of those of a kind, sorted."""
+    return sorted(name for name, info in _registry().items() if kind in (None, info.kind))
 
 
 def variant_info(name: str) -> VariantInfo:

@@ -29,19 +29,19 @@ class Case:
         return "-".join([self.variant, *(f"{name}={value}" for name, value in self.settings)])
 
 
-def cases() -> list[Case]:
-    """Every registered variant with each of its examples."""
+def cases(kind: str = "attention") -> list[Case]:
+    """Every registered variant of a kind with each of its examples."""
     return [
         Case(name, tuple(example.items()))
-        for name in patchattn.list_variants()
+        for name in patchattn.list_variants(kind)
         for example in patchattn.variant_info(name).examples
     ]
 
 
-def neutral_cases() -> list[Case]:
-    """Every variant with its neutral settings, on top of each of its examples."""
+def neutral_cases(kind: str = "attention") -> list[Case]:
+    """Every variant of a kind with its neutral settings, on top of each of its examples."""
     found = []
-    for case in cases():
+    for case in cases(kind):
         neutral = patchattn.variant_info(case.variant).variant.neutral_config()
         found.append(Case(case.variant, tuple({**dict(case.settings), **neutral}.items())))
     return found
@@ -77,6 +77,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 list(m._forward_pre_hooks.items()),
                 list(m._forward_hooks.items()),
                 list(m._forward_pre_hooks_with_kwargs),
+                list(m._forward_hooks_with_kwargs),
             )
             for name, m in model.named_modules()
         },

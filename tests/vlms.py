@@ -140,6 +140,8 @@ def inputs(name: str, rows: int = 2, seed: int = 1, dtype: torch.dtype = torch.f
     parts = [
         torch.cat([text(2), torch.full((length,), IMAGE), text(4 + 2 * row)]) for row, length in enumerate(lengths)
     ]
+    for part, length in zip(parts, lengths, strict=True) if name == "qwen2_5_vl" else ():
+        part[1], part[length + 2] = 62, 61  # where an image starts and ends
     width = max(map(len, parts))
     ids = torch.stack([torch.cat([torch.full((width - len(part),), PAD), part]) for part in parts])
     mask = torch.stack([(torch.arange(width) >= width - len(part)).long() for part in parts])

@@ -145,7 +145,7 @@ def check(model: PreTrainedModel, sites: list[AttentionSite], runs: list[Run], r
 
 
 def _check_neutral(model: PreTrainedModel, runs: list[Run], base: list[torch.Tensor], findings: Findings) -> None:
-    for name in list_variants():
+    for name in list_variants("attention"):
         settings = variant_info(name).variant.neutral_config()
         try:
             patch_model(model, name, settings)

@@ -173,7 +173,7 @@ def _note_sites(row: Row, model: PreTrainedModel) -> list[AttentionSite]:
 def _refusal(model: PreTrainedModel) -> str:
     """Why no variant can be attached to a model; empty if one can."""
     refusal = ""
-    for name in list_variants():
+    for name in list_variants("attention"):
         try:
             patch_model(model, name, variant_info(name).variant.neutral_config())
         except NotImplementedError as error:

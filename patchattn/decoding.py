@@ -1,0 +1,247 @@
+"""Variants that act on logits: a second branch runs beside the model's own, with a kv cache of its own.
+
+A decoding variant is reached through hooks on modules of the model, so that whatever generates with the model uses it
+and no line of `generate` is copied. The logits are changed where the model returns them: before every logits processor,
+and before beam search normalises them. The branch's cache lives in the model's own cache object, behind its layers, and
+follows it through beam reordering, cropping and a second turn.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .call import AttentionCall
+from .masks import real_tokens
+from .sites import AttentionSite
+from .variant import Attend, AttentionOutput, Variant
+
+_local = threading.local()  # .token_ids, .step: of the forward that runs in this thread; .inside: it is a branch's own
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A method of a decoding variant to be called before or after a module, with its keyword arguments."""
+
+    module: nn.Module
+    when: Literal["before", "after"]
+    method: Callable[..., Any]
+
+    def install(self) -> None:
+        """Place it, once."""
+        if self.when == "before" and self.method not in self.module._forward_pre_hooks.values():
+            self.module.register_forward_pre_hook(self.method, with_kwargs=True)
+        if self.when == "after" and self.method not in self.module._forward_hooks.values():
+            self.module.register_forward_hook(self.method, with_kwargs=True)
+
+
+@dataclass(eq=False)
+class Step:
+    """What one forward brings to the language model.
+
+    Attributes:
+        token_ids: `(B', T)` ids of the tokens; fewer rows than embeddings where these were repeated for beams.
+        embeddings: `(B, T, E)` those tokens, image tokens in place.
+        real: `(B, T)` bool: which are no padding.
+        is_first: nothing precedes them.
+    """
+
+    token_ids: torch.Tensor
+    embeddings: torch.Tensor
+    real: torch.Tensor
+    is_first: bool
+
+    def where(self, token_id: int) -> torch.Tensor:
+        """`(B, T)` bool: the tokens of that id."""
+        found = self.token_ids == token_id
+        return found.repeat_interleave(len(self.embeddings) // len(found), dim=0).to(self.embeddings.device)
+
+
+@dataclass(eq=False)
+class BranchStep:
+    """What the branch gets instead.
+
+    Attributes:
+        embeddings: `(B, T', E)`.
+        real: `(B, T')` bool.
+        source: `(B, T)` which token of the branch corresponds to a token of the step, -1 where none does.
+    """
+
+    embeddings: torch.Tensor
+    real: torch.Tensor
+    source: torch.Tensor
+
+
+class BranchTokens(DynamicLayer):
+    """Which tokens of the branch are real, as keys `(B, 1, T, 1)` bool; the branch's own layers come behind it."""
+
+
+class DecodingVariant(Variant):
+    """A variant that changes logits; it attaches itself to the attention modules it wants to see, if only one.
+
+    A subclass gives `choose_sites`, `branch` and `combine`. Like every variant it holds no reference to a module.
+    """
+
+    kind = "decoding"
+    generator = ""  # module whose output holds the logits; set by `prepare`
+
+    @classmethod
+    def choose_sites(cls, config: Any, model: nn.Module) -> list[AttentionSite]:
+        """The attention modules it is attached to. NotImplementedError if the model is none for it."""
+        raise NotImplementedError(f"{cls.__name__} must define choose_sites(config, model).")
+
+    def prepare(self, model: nn.Module) -> None:
+        """Read off the model what the hooks need to know; what it raises leaves the model as it was."""
+        if model.get_submodule(self.generator).config.is_encoder_decoder:  # type: ignore[union-attr]
+            raise NotImplementedError(f"{type(self).__name__} needs a decoder-only language model.")
+        if not model.can_generate():  # type: ignore[operator]
+            raise NotImplementedError(f"{type(model).__name__} has no language modelling head to decode with.")
+
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        """What to call when; placed by `patch_model` and taken off by `unpatch_model`."""
+        generator: Any = model.get_submodule(self.generator)
+        return [
+            Hook(model, "before", self.before_model),
+            Hook(generator.get_input_embeddings(), "before", self.before_embedding),
+            Hook(generator.get_decoder(), "before", self.before_decoder),
+            Hook(generator, "after", self.after_generator),
+        ]
+
+    def branch(self, step: Step) -> BranchStep:
+        """The branch's tokens for the tokens of this step."""
+        raise NotImplementedError(f"{type(self).__name__} must define branch(step).")
+
+    def combine(self, logits: torch.Tensor, branch_logits: torch.Tensor) -> torch.Tensor:
+        """New logits `(..., V)` from those of the model and of the branch."""
+        raise NotImplementedError(f"{type(self).__name__} must define combine(logits, branch_logits).")
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        return inner(call)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether hooks have something to do: not within the branch itself."""
+        return not getattr(_local, "inside", False)
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_active and kwargs.get("labels") is not None:
+            raise ValueError(
+                f"{type(self).__name__} changes the logits that tokens are chosen by, which no loss is defined on. "
+                "Compute losses under `with patchattn.unpatched(model):`."
+            )
+
+    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input")
+        if self.is_active and isinstance(ids, torch.Tensor) and ids.dim() == 2:
+            _local.token_ids = ids
+
+    def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.is_active:
+            return
+        cache, embeddings = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if getattr(cache, "is_compileable", False):
+            raise NotImplementedError(f"{type(self).__name__} does not support static kv caches; use a dynamic one.")
+        if embeddings is None:
+            embeddings = module.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
+        ids, (rows, length) = getattr(_local, "token_ids", None), embeddings.shape[:2]
+        if ids is None or ids.shape[1] != length or rows % len(ids):
+            raise NotImplementedError(
+                f"{type(self).__name__} needs input_ids to tell image tokens from text; got inputs_embeds alone."
+            )
+        past = 0 if cache is None else int(cache.get_seq_length())
+        where = {"q_length": length, "kv_length": past + length, "is_cross": False, "device": embeddings.device}
+        real = real_tokens(kwargs.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
+        _local.step = Step(ids, embeddings, real, past == 0)
+
+    def after_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.is_active:
+            return None
+        step: Step = vars(_local).pop("step")
+        values = list(output) if isinstance(output, tuple) else list(output.values())
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        branch = None if cache is None else _branch_of(cache, module, step)
+        inputs = self.branch(step)
+        keep = kwargs.get("logits_to_keep", 0)
+        logits = values[0]  # without labels there is no loss before them
+        branch_logits = _run_branch(module, inputs, branch, keep if isinstance(keep, int) else 0)
+        source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
+        rows = source - (inputs.real.shape[1] - branch_logits.shape[1])
+        aligned = branch_logits.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
+        # The difference of two half-precision logits, amplified, would be noise.
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        combined = self.combine(logits.to(dtype), aligned.to(dtype))
+        combined = torch.where((source >= 0)[..., None], combined, logits.to(dtype))
+        if isinstance(output, tuple):
+            return (combined, *output[1:])
+        output.logits = combined
+        return output
+
+
+def _branch_of(cache: Cache, module: nn.Module, step: Step) -> tuple[BranchTokens, Cache]:
+    """The branch's part of a cache, made when the cache is new."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, BranchTokens):
+            step.is_first = layer.get_seq_length() == 0
+            return layer, Cache(layers=cache.layers[index + 1 :])
+    if not step.is_first:
+        raise ValueError(
+            "This kv cache was filled before the model was patched: it lacks the second branch. Start with a new one."
+        )
+    tokens, own = BranchTokens(), DynamicCache(config=module.config)
+    cache.layers += [tokens, *own.layers]
+    return tokens, own
+
+
+def _run_branch(
+    module: nn.Module, inputs: BranchStep, branch: tuple[BranchTokens, Cache] | None, keep: int
+) -> torch.Tensor:
+    """`(B, n, V)` logits of the branch's last n tokens, of all if `keep` is 0. Positions count real tokens only."""
+    real, cache = inputs.real, None
+    if branch is not None:
+        tokens, cache = branch
+        seen = inputs.real[:, None, :, None]
+        real = tokens.update(seen, seen)[0][:, 0, :, 0]
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs.real.shape[1] :]
+    with _inside_branch():
+        return module(
+            inputs_embeds=inputs.embeddings,
+            attention_mask=real.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=min(keep, inputs.real.shape[1]),
+            return_dict=True,
+        ).logits
+
+
+def install_hooks(model: nn.Module, variants: nn.Module) -> None:
+    """Place the hooks of the decoding variants among an attention module's variants."""
+    for variant in variants.children():
+        if isinstance(variant, DecodingVariant) and not variant.is_identity:
+            for hook in variant.hooks(model):
+                hook.install()
+
+
+def refuse_second(variants: Sequence[type[Variant]]) -> None:
+    """ValueError if there is more than one decoding variant: a model has one second branch."""
+    decoding = [variant.__name__ for variant in variants if issubclass(variant, DecodingVariant)]
+    if len(decoding) > 1:
+        raise ValueError(
+            f"A model decodes with one decoding variant at a time, got {', '.join(decoding)}. Call "
+            "patchattn.unpatch_model(model) first."
+        )
+
+
+@contextmanager
+def _inside_branch() -> Iterator[None]:
+    _local.inside = True
+    try:
+        yield
+    finally:
+        _local.inside = False

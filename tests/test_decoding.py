@@ -1,0 +1,274 @@
+"""The invariants of decoding variants, over every registered one and every vision-language model. None is named."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import StaticCache
+
+import patchattn
+from patchattn.decoding import BranchTokens
+from patchattn.patching import is_patched
+
+from . import vlms
+from .behaviour import Case, assert_same, cases, neutral_cases, snapshot
+from .families import FAMILIES
+
+STEPS = 4
+
+
+def accepted(kind_of_cases: list[Case]) -> list[Any]:
+    """Each case with each model that it can be patched into."""
+    found = []
+    for case in kind_of_cases:
+        for name in vlms.VLMS:
+            try:
+                case.patch(vlms.make(name))
+            except NotImplementedError:
+                continue
+            found.append(pytest.param(case, name, id=f"{case}-{name}"))
+    return found
+
+
+EVERY = pytest.mark.parametrize(("case", "name"), accepted(cases("decoding")))
+
+
+def exact(name: str) -> torch.dtype:
+    """Where padding and caching may change no more than the order of sums; Qwen's rotary angles are float32."""
+    return torch.float32 if name == "qwen2_5_vl" else torch.float64
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Equal but for the order of sums; `generate` hands out float32."""
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+def decode(model: Any, given: dict[str, torch.Tensor], **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B, STEPS)` generated tokens and the `(B, STEPS, V)` logits they were chosen by, greedily by default."""
+    settings = {"do_sample": False, "max_new_tokens": STEPS, **settings}
+    result = model.generate(**given, **settings, return_dict_in_generate=True, output_logits=True)
+    return result.sequences[:, -STEPS:], torch.stack(result.logits, dim=1)
+
+
+def logits(model: Any, given: dict[str, torch.Tensor], last: int = 1) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**given).logits[:, -last:]
+
+
+def extended(given: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs with text after them."""
+    longer = {**given, "input_ids": torch.cat([given["input_ids"], tokens], dim=1)}
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in given:
+            longer[name] = torch.cat([given[name], torch.full_like(tokens, value).to(given[name].dtype)], dim=1)
+    return longer
+
+
+@pytest.mark.parametrize(("case", "name"), accepted(neutral_cases("decoding")))
+def test_neutral_settings_change_nothing(case: Case, name: str) -> None:
+    model, given = vlms.make(name), vlms.inputs(name)
+    plain, expected = logits(model, given), decode(model, given)
+    case.patch(model)
+    assert torch.equal(logits(model, given), plain)
+    for left, right in zip(decode(model, given), expected, strict=True):
+        assert torch.equal(left, right)
+
+
+@EVERY
+def test_a_patch_changes_logits_and_unpatching_leaves_plain_generate(case: Case, name: str) -> None:
+    model, given = vlms.make(name), vlms.inputs(name)
+    expected = decode(model, given)
+    before, info = snapshot(model), patchattn.patch_info
+    case.patch(model)
+    assert info(model)["patches"][0]["variant"] == case.variant
+    assert info(model)["extra_parameters"] == 0
+    changed = decode(model, given)[1]
+    assert not torch.allclose(changed[:, 0], expected[1][:, 0], atol=1e-3)
+    with patchattn.unpatched(model):
+        assert torch.equal(decode(model, given)[1], expected[1])
+    assert torch.equal(decode(model, given)[1], changed)
+    patchattn.unpatch_model(model)
+    assert_same(before, snapshot(model))
+    for left, right in zip(decode(model, given), expected, strict=True):
+        assert torch.equal(left, right)
+
+
+@EVERY
+def test_a_padded_batch_equals_its_rows_alone(case: Case, name: str) -> None:
+    dtype = exact(name)
+    model, given = case.patch(vlms.make(name, dtype=dtype)), vlms.inputs(name, rows=3, dtype=dtype)
+    tokens, steps = decode(model, given)
+    for row in range(3):
+        alone, alone_steps = decode(model, vlms.single(given, row))
+        assert torch.equal(tokens[row], alone[0])
+        close(steps[row], alone_steps[0])
+
+
+@EVERY
+def test_cached_decoding_equals_one_forward(case: Case, name: str) -> None:
+    dtype = exact(name)
+    model, given = case.patch(vlms.make(name, dtype=dtype)), vlms.inputs(name, dtype=dtype)
+    tokens, steps = decode(model, given)
+    for row in range(2):
+        alone = extended(vlms.single(given, row), tokens[row : row + 1])
+        close(logits(model, alone, STEPS + 1)[:, :-1], steps[row : row + 1])
+
+
+@EVERY
+def test_beams_carry_their_branch_along(case: Case, name: str) -> None:
+    """The score of every beam is that of its tokens under one forward of the patched model."""
+    dtype = exact(name)
+    model, given = case.patch(vlms.make(name, dtype=dtype)), vlms.inputs(name, dtype=dtype)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": STEPS}
+    settings |= {"length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
+    result = model.generate(**given, **settings)
+    tokens = result.sequences[:, -STEPS:].view(2, 2, STEPS)
+    for row in range(2):
+        assert not torch.equal(tokens[row, 0], tokens[row, 1])
+        alone = vlms.single(given, row)
+        for beam in range(2):
+            steps = logits(model, extended(alone, tokens[row, beam][None]), STEPS + 1)[:, :-1].log_softmax(-1)
+            score = steps.gather(-1, tokens[row, beam][None, :, None]).sum()
+            close(result.sequences_scores.view(2, 2)[row, beam].double(), score.double())
+
+
+@EVERY
+def test_sampling_is_reproducible_and_processors_come_after(case: Case, name: str) -> None:
+    model, given = case.patch(vlms.make(name)), vlms.inputs(name)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(decode(model, given, do_sample=True, temperature=3.0, num_return_sequences=3)[0])
+    assert torch.equal(*runs)
+    settings = {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 1}
+    result = model.generate(**given, **settings, return_dict_in_generate=True, output_logits=True, output_scores=True)
+    torch.testing.assert_close(result.scores[0], result.logits[0] / 2.0)
+
+
+@EVERY
+def test_saved_and_loaded(case: Case, name: str, tmp_path: Path) -> None:
+    model, given = case.patch(vlms.make(name)), vlms.inputs(name)
+    expected = decode(model, given)
+    patchattn.save_patch(model, tmp_path / "patch")
+    patchattn.save_pretrained(model, tmp_path / "model")
+    patched = patchattn.load_patch(vlms.make(name), tmp_path / "patch")
+    whole = patchattn.from_pretrained(tmp_path / "model")
+    assert patchattn.patch_info(whole)["patches"] == patchattn.patch_info(model)["patches"]
+    for loaded in (patched, whole):
+        for part in (loaded, getattr(loaded, "language_model", loaded)):
+            if part.can_generate():
+                part.generation_config.eos_token_id = None
+        assert torch.equal(decode(loaded, given)[0], expected[0])
+        torch.testing.assert_close(decode(loaded, given)[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_copies_and_pickles_are_complete_and_independent(case: Case, name: str) -> None:
+    model, given = case.patch(vlms.make(name)), vlms.inputs(name)
+    pickled = pickle.dumps(model)  # before a forward: transformers then installs hooks that cannot be pickled
+    expected = decode(model, given)[1]
+    for twin in (copy.deepcopy(model), pickle.loads(pickled)):
+        assert torch.equal(decode(twin, given)[1], expected)
+        patchattn.unpatch_model(twin)
+        assert not torch.equal(decode(twin, given)[1], expected)
+        assert torch.equal(decode(model, given)[1], expected)
+
+
+@EVERY
+def test_under_peft(case: Case, name: str, tmp_path: Path) -> None:
+    model, given = case.patch(vlms.make(name)), vlms.inputs(name)
+    expected = decode(model, given)[1]
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", modules_to_save=["patchattn"])
+    tuned = get_peft_model(model, lora).eval()
+    close(decode(tuned, given)[1], expected)  # LoRA starts as the identity
+    with torch.no_grad():
+        for key, parameter in tuned.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_()
+    moved = decode(tuned, given)[1]
+    assert not torch.equal(moved, expected)
+    tuned.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.patch(vlms.make(name)), tmp_path).eval()
+    assert torch.equal(decode(again, given)[1], moved)
+    plain = patchattn.unpatch_model(tuned.unload())
+    close(decode(plain, given)[1], decode(vlms.make(name), given)[1])
+
+
+@EVERY
+def test_beside_an_attention_variant(case: Case, name: str) -> None:
+    model, given = vlms.make(name), vlms.inputs(name)
+    alone = decode(case.patch(copy.deepcopy(model)), given)[1]
+    patchattn.patch_model(
+        model, ["ssa", case.variant], {"ssa": {"query": False}, case.variant: dict(case.settings)}, modules="language"
+    )
+    torch.testing.assert_close(decode(model, given)[1], alone, rtol=0.1, atol=0.5)  # SSA starts near the identity
+    assert not torch.equal(decode(model, given)[1], alone)
+    patchattn.unpatch_model(model)
+    case.patch(patchattn.patch_model(model, "ssa", query=False))
+    assert [patch["variant"] for patch in patchattn.patch_info(model)["patches"]] == ["ssa", case.variant]
+
+
+@EVERY
+def test_half_precision(case: Case, name: str) -> None:
+    model = case.patch(vlms.make(name, dtype=torch.bfloat16))
+    steps = decode(model, vlms.inputs(name, dtype=torch.bfloat16))[1]
+    assert not bool(steps.isnan().any())
+
+
+@EVERY
+def test_what_is_refused(case: Case, name: str) -> None:
+    model, given = vlms.make(name), vlms.inputs(name)
+    with pytest.raises(ValueError, match="chooses its own attention modules"):
+        case.patch(model, layers=0)
+    case.patch(model)
+    with pytest.raises(ValueError, match="one decoding variant at a time"):
+        case.patch(model)
+    text = given["input_ids"].clone()
+    text[1].masked_fill_(text[1] == vlms.IMAGE, 5)
+    language = model.get_submodule("language_model" if name == "instructblip" else "")
+    with pytest.raises(ValueError, match="no image in row 1"):
+        language.generate(input_ids=text, max_new_tokens=1)
+    with pytest.raises(ValueError, match="no loss"):
+        model(**given, labels=given["input_ids"])
+    if name != "instructblip":
+        with pytest.raises(NotImplementedError, match="static"):
+            model(**given, past_key_values=StaticCache(config=model.config, max_cache_len=200))
+
+
+@pytest.mark.parametrize("case", cases("decoding"), ids=str)
+def test_a_failed_patch_leaves_the_model_as_it_was(case: Case) -> None:
+    model = FAMILIES["llama"].make()
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM .model type 'llama'. is no vision-language model"):
+        case.patch(model)
+    assert_same(before, snapshot(model))
+    assert not is_patched(model)
+
+
+@pytest.mark.parametrize("case", cases("decoding")[:1], ids=str)
+def test_a_second_turn_and_a_cache_from_before(case: Case) -> None:
+    model, given = vlms.make("llava", dtype=torch.float64), vlms.inputs("llava", rows=1, dtype=torch.float64)
+    with torch.no_grad():
+        old = model(**given, use_cache=True).past_key_values
+    case.patch(model)
+    first = model.generate(**given, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert any(isinstance(layer, BranchTokens) for layer in first.past_key_values.layers)
+    more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
+    asked = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    second = model.generate(**asked, past_key_values=first.past_key_values, max_new_tokens=2, do_sample=False)
+    whole = model.generate(**{**given, **asked}, max_new_tokens=2, do_sample=False)
+    assert torch.equal(second, whole)
+    with pytest.raises(ValueError, match="filled before the model was patched"):
+        model(input_ids=more[:, -1:], past_key_values=old)
+
+
+@pytest.mark.parametrize("case", cases("decoding")[:1], ids=str)
+def test_assisted_decoding_takes_back_what_is_rejected(case: Case) -> None:
+    model, given = case.patch(vlms.make("llava")), vlms.inputs("llava", rows=1)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(**given, **settings)
+    assert torch.equal(plain, model.generate(**given, **settings, prompt_lookup_num_tokens=2))
