@@ -40,10 +40,7 @@ class SequenceState:
         Raises:
             ValueError: the layer holds tokens that this state knows nothing of.
         """
-        # A static layer keeps every key in its slot, until a sliding one among them is full and starts to shift.
-        if getattr(layer, "is_compileable", False) and not (
-            layer.is_sliding and layer.get_seq_length() > layer.max_cache_len
-        ):
+        if in_slots(layer):
             return
         for name, tensor in self.per_key.items():
             past = tensor[..., : layer.get_seq_length() - rows]  # without the slots not filled then
@@ -74,21 +71,39 @@ class SequenceState:
             self.per_key[name] = tensor[..., : tensor.shape[-1] - removed]
 
 
-def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> SequenceState:
+def in_slots(layer: Any) -> bool:
+    """Whether a cache layer gives every key in a slot of its own, counted from the first; else the last key is last.
+
+    A static layer does, until a sliding one among them is full and starts to shift.
+    """
+    static = getattr(layer, "is_compileable", False)
+    return static and not (layer.is_sliding and layer.get_seq_length() > layer.max_cache_len)
+
+
+def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> SequenceState | None:
     """The state of `owner` on a cache layer that has just been given `rows` tokens; a new one from an empty cache.
+
+    `None` in the first call on a cache if that call is compiled: what follows on that cache is then refused.
 
     Raises:
         ValueError: there is none, but the layer held tokens before these.
+        NotImplementedError: a compiled call on a static cache without one, which cannot tell.
     """
     states = getattr(layer, "sequence_states", None)
     if states is not None and owner in states:
         found: SequenceState = states[owner]
         return found
+    if torch.compiler.is_compiling() and in_slots(layer):
+        raise NotImplementedError(
+            f"{owner} must see the first call on a static cache uncompiled, as `generate` does it; compile the others."
+        )
     if int(layer.get_seq_length()) > rows:
         raise ValueError(
             f"{owner} was to continue {int(layer.get_seq_length()) - rows} cached tokens but knows of none: the cache "
             "was filled without it."
         )
+    if torch.compiler.is_compiling():
+        return None
     if states is None:
         plain: type = type(layer)
         layer.__class__ = _stateful(plain)

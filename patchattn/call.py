@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .caching import SequenceState, sequence_state
-from .masks import key_length, packed_sequences, real_tokens, visibility, visible_keys
+from patchattn_kernels import AttentionRule
+
+from .caching import SequenceState, in_slots, sequence_state
+from .masks import is_flash, key_length, packed_sequences, real_tokens, visibility, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
 
@@ -174,6 +176,54 @@ class AttentionCall:
             kv_length=self.key.shape[2],
             is_cross=self.site.is_cross,
             device=self.query.device,
+            own=self._own_key(),
+        )
+
+    def _own_key(self) -> int | torch.Tensor | None:
+        """Index of the first query's own key in a kv cache, where its layer is known."""
+        layer = None if self.context is None or self.context.tap is None else self.context.tap.layer
+        if layer is None or self.site.is_cross:
+            return None
+        rows: int = self.query.shape[2]
+        if not in_slots(layer):
+            return self.key.shape[2] - rows
+        seen: int | torch.Tensor = layer.get_seq_length()
+        return seen - rows
+
+    def rule(self, heads: torch.Tensor | None = None) -> AttentionRule:
+        """How weights come from query and key, in the terms of `patchattn_kernels`.
+
+        Args:
+            heads: `(h,)` the query heads that are meant; all by default.
+        """
+
+        def of_heads(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if heads is None or tensor.shape[1] == 1 else tensor[:, heads]
+
+        mask, rows, keys = self.attention_mask, self.query.shape[2], self.key.shape[2]
+        arguments = self._mask_arguments()
+        causal, base = arguments["is_causal"], arguments["base"]
+        structure: dict[str, Any] = {}
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+            mask = of_heads(mask[..., :keys].expand(-1, -1, rows, -1))
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            mask = mask[:, -keys:]
+            structure = {"causal": causal, "window": arguments["window"]}
+        elif mask is None and is_flash(base):
+            sequence = arguments["sequence"] if rows == keys else None
+            structure = {"causal": causal, "window": arguments["window"], "sequence": sequence}
+        elif mask is None:  # sdpa's alignment to the first key matters where a static cache is empty
+            structure = {"causal": causal and base == "sdpa" and rows > 1, "offset": 0}
+        else:  # a BlockMask
+            mask = self.visibility()[:, None]
+        bias, sinks = self.kwargs.get("position_bias"), self.kwargs.get("s_aux")
+        return AttentionRule(
+            scaling=self.scaling,
+            softcap=self.kwargs.get("softcap"),
+            bias=None if bias is None else of_heads(bias[..., :keys].expand(-1, -1, rows, -1)),
+            sinks=sinks if sinks is None or heads is None else sinks[heads],
+            mask=mask,
+            **structure,
         )
 
     def layer_input(self) -> torch.Tensor:
@@ -198,8 +248,8 @@ class AttentionCall:
     def sequence_state(self, owner: str, *, rewinds: bool = True) -> SequenceState | None:
         """What a variant remembers of these sequences, its `per_key` aligned with the keys of this call, new ones zero.
 
-        It lives with the layer of the kv cache; `None` without a cache. For variants whose `keeps_state` is true, once
-        in a call.
+        It lives with the layer of the kv cache; `None` without a cache, or if the first call on it is compiled. For
+        variants whose `keeps_state` is true, once in a call.
 
         Args:
             owner: name of the variant.
@@ -222,7 +272,8 @@ class AttentionCall:
                 "that keeps state along the sequence cannot follow them. Leave it out with modules=... or layers=..."
             )
         state = sequence_state(layer, f"{owner} in {self.site.name}", rows=added, rewinds=rewinds)
-        state.align(layer, keys=self.key.shape[2], rows=added)
+        if state is not None:
+            state.align(layer, keys=self.key.shape[2], rows=added)
         return state
 
     def _context(self) -> LayerContext:

@@ -212,6 +212,8 @@ def _padding(model: nn.Module, inputs: dict[str, Any]) -> float | str:
 def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     """Largest relative error between decoding in chunks with a kv cache and one forward, or why there is none."""
     base: Any = base_model(model)
+    if ahead := [p.variant for p in applied_patches(base) if variant_info(p.variant).looks_ahead]:
+        return f"under {ahead[0]!r} the rows of one forward depend on later ones"
     paired = base.config.is_encoder_decoder
     if not (paired or _is_causal(model)):
         return "the model has no causal decoder"

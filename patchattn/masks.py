@@ -127,24 +127,36 @@ def visibility(
     return visible
 
 
-def real_tokens(mask: Any, *, q_length: int, kv_length: int, is_cross: bool, device: torch.device) -> torch.Tensor:
+def real_tokens(
+    mask: Any,
+    *,
+    q_length: int,
+    kv_length: int,
+    is_cross: bool,
+    device: torch.device,
+    own: int | torch.Tensor | None = None,
+) -> torch.Tensor:
     """`(B or 1, Tq)` bool: which query tokens are text rather than padding.
 
-    Without a kv cache a token is padding if it does not see itself. With one, or in cross attention, the mask does not
-    say which key is the token's own; then it is padding if it sees nothing, as on the left of a padded prompt.
+    A token is padding if it does not see itself. In cross attention, and with a kv cache unless `own` is given, it is
+    not known which key is its own; then it is padding if it sees nothing, as on the left of a padded prompt.
 
     Args:
         mask: as `visible_keys` takes it.
         q_length, kv_length: rows and keys of the call, in tokens.
         is_cross: keys are those of another sequence.
         device: where to make the result, if not from the mask.
+        own: index of the key that belongs to the first query, where a kv cache says it.
     """
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not is_cross:
         return mask[:, -q_length:].bool()
     visible = _rows(mask, q_length, kv_length, device)
     if visible is None:
         return torch.ones(1, q_length, dtype=torch.bool, device=device)
-    return visible.any(-1) if is_cross or q_length != kv_length else visible.diagonal(dim1=-2, dim2=-1)
+    if is_cross or (own is None and q_length != kv_length):
+        return visible.any(-1)
+    keys = torch.arange(q_length, device=visible.device) + (0 if own is None else own)
+    return visible.gather(-1, keys.view(1, -1, 1).expand(visible.shape[0], -1, 1)).squeeze(-1)
 
 
 def _flash_counts(order: torch.Tensor, total: torch.Tensor, is_causal: bool, window: int | None) -> torch.Tensor:

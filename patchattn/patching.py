@@ -128,6 +128,8 @@ def patch_model(
         configured = info.configure(given)
         own = info.variant.choose_sites(configured, base) if issubclass(info.variant, DecodingVariant) else sites
         patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
+    for patch in patches:
+        variant_info(patch.variant).variant.check_model(patch.config, base, sites)
     apply_patches(base, patches)
     return model
 
@@ -177,6 +179,12 @@ def apply_patches(
                 raise ValueError(
                     f"{name} already has the variant {patch.variant!r}. Call patchattn.unpatch_model(model) first, or "
                     "choose other layers."
+                )
+            last = next((other for other in taken if variant_info(other).innermost), None)
+            if last is not None and info.kind == "attention":
+                raise ValueError(
+                    f"{last!r} computes attention weights itself, so that nothing can come after it: put "
+                    f"{patch.variant!r} before it, as in [{patch.variant!r}, {last!r}]."
                 )
             _refuse_site(info, known[name])
             variant = info.variant(patch.config, known[name])

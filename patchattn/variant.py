@@ -1,7 +1,7 @@
 """The contract of a variant: its configuration, its module, and the registry that knows it."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
@@ -87,6 +87,19 @@ class Variant(nn.Module):
         """Run one stage. What gathers parameters before a forward (FSDP, accelerate's offloading) relies on it."""
         return getattr(self, stage)(*arguments)
 
+    @classmethod
+    def check_model(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        """Refuse a configuration that is made for another model; when patching, not when a saved patch is loaded.
+
+        Args:
+            config: the settings.
+            model: a transformers model.
+            sites: the attention modules chosen.
+
+        Raises:
+            ValueError: it is not for this model.
+        """
+
     @property
     def is_identity(self) -> bool:
         """Whether this configuration changes nothing, whatever the input and the parameters; it is then skipped."""
@@ -158,6 +171,10 @@ class VariantInfo:
         title, arxiv_id, year: the paper.
         code: where the authors' own code is, `None` if none was released.
         needs_training: whether it is of use only after training.
+        looks_ahead: whether the rows of one call depend on later rows of it, so that decoding token by token is not one
+            forward over all tokens; its page says what is.
+        innermost: whether it computes attention weights itself, from the call as it gets it, so that no other variant
+            can come after it.
         capabilities: what it supports; anything else is refused.
         extra_parameters: what it adds, in words.
         summary: one line.
@@ -173,6 +190,8 @@ class VariantInfo:
     summary: str
     extra_parameters: str
     needs_training: bool
+    looks_ahead: bool = False
+    innermost: bool = False
     code: str | None = None
     capabilities: frozenset[str] = ALL_CAPABILITIES
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -27,7 +27,7 @@ def dense_visible(rule: AttentionRule, batch: int, queries: int, keys: int) -> n
         if rule.mask is not None and rule.mask.dim() == 2:
             real = [bool(x) for x in rule.mask[min(b, len(rule.mask) - 1)]]
         for i in range(queries):
-            own = i + keys - queries
+            own = i + (keys - queries if rule.offset is None else rule.offset)
             for j in range(keys):
                 sees = real[j]
                 if rule.mask is not None and rule.mask.dim() == 4:
@@ -89,6 +89,7 @@ def cases(draw: Any) -> dict[str, Any]:
         sinks=draw(st.sampled_from([None, random(heads, seed=seed + 8)])),
         mask=mask,
         causal=structured and draw(st.booleans()),
+        offset=draw(st.sampled_from([None, 0])),
         window=draw(st.sampled_from([None, 1, 3])) if structured else None,
         sequence=draw(st.sampled_from([None, torch.arange(keys) // 3])) if structured else None,
     )

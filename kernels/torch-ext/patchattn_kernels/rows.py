@@ -22,9 +22,10 @@ class AttentionRule:
         sinks: `(H,)` a further logit per head in the softmax, without a value.
         mask: `(B, Tk)`, true of real keys; or `(B or 1, 1, Tq, Tk)`, bool, or added to the logits, where keys at the
             lowest number of the dtype are not seen. `None`: all keys are real.
-        causal: query i sees no key after i + Tk - Tq.
+        causal: queries see no key after their own.
+        offset: own key of the first query; `None`: Tk - Tq, the last query's is the last.
         window: queries see only keys less than this many real keys away.
-        sequence: `(Tk,)` number of the sequence each token is of, where one row holds several; queries are the last Tq.
+        sequence: `(Tk,)` number of the sequence each key is of, where one row holds several.
     """
 
     scaling: float
@@ -33,6 +34,7 @@ class AttentionRule:
     sinks: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     causal: bool = False
+    offset: int | None = None
     window: int | None = None
     sequence: torch.Tensor | None = None
 
@@ -45,7 +47,7 @@ class AttentionRule:
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         real = torch.ones(1, keys, dtype=torch.bool, device=device) if mask is None else mask.bool()
         key = torch.arange(keys, device=device)
-        query = key[keys - queries :][rows]
+        query = torch.arange(queries, device=device)[rows] + (keys - queries if self.offset is None else self.offset)
         visible = real[:, None].expand(-1, len(query), -1)
         if self.causal:
             visible = visible & (key <= query[:, None])

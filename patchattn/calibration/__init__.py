@@ -1,0 +1,1 @@
+"""What is found on data before a model is patched: lists of heads."""

@@ -1,0 +1,182 @@
+"""ACT: attention sinks give part of their weight to the other keys. Attention Calibration, arXiv 2406.15765."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from patchattn_kernels import KeyCounts, column_mass, key_counts, split_attention
+
+from ..calibration.heads import HeadList
+from ..call import AttentionCall
+from ..settings import option
+from ..sites import AttentionSite
+from ..variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACTConfig(VariantConfig):
+    """Settings of ACT; every field is described by `patchattn info act`."""
+
+    sink_rule: Literal["mean", "fixed"] = option(
+        "mean",
+        help="A key is a sink if the queries that see it give it, on average, more than alpha / N of their attention, "
+        "N the length of the sequence (mean), or more than a threshold (fixed).",
+        source="paper, second-hand (mean); released code (fixed)",
+    )
+    alpha: float = option(5.0, help="Of the mean rule.", source="paper, second-hand", minimum=0.0)
+    threshold: float = option(0.1, help="Of the fixed rule.", source="released code", minimum=0.0, maximum=1.0)
+    beta: float = option(
+        0.4,
+        help="Share of its attention that a sink keeps; 1 changes nothing.",
+        source="paper and released code",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    keep_first: bool = option(
+        True,
+        help="Leave the first token of a sequence alone, sink or not.",
+        source="released code, which spares the first sink",
+    )
+    heads: Any = option(  # noqa: RUF009 - a field, not a shared default
+        None,
+        help="Which query heads: a file that `patchattn calibrate act` wrote, a mapping from layers to heads, or pairs "
+        "of (layer, head). None: all heads of all layers but the first two and the last, or of all layers where there "
+        "are fewer than four.",
+        source="released code: the layers it searches for heads",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None:  # a saved patch holds the list itself, not the name of a file
+            object.__setattr__(self, "heads", HeadList.parse(self.heads).to_dict())
+
+
+class ACT(Variant):
+    """Attention with sinks scaled by `beta`, and all other keys of a row by one factor that keeps the row's sum.
+
+    Sinks are found per head from the attention that each key receives in the rows so far: all rows of a call, and with
+    a kv cache those of all calls before it. Needs no weights of the base implementation.
+
+    Reports `sink_keys` `(B, h, Tk)` and `sink_mass` `(B, Tq, h)` of the h calibrated heads.
+    """
+
+    config_class = ACTConfig
+    config: ACTConfig
+    keeps_state = True
+    heads: torch.Tensor
+
+    def __init__(self, config: ACTConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        if site.query_heads is None or site.kv_heads is None:
+            raise NotImplementedError(f"ACT cannot tell the number of heads of {site.name}.")
+        self.register_buffer("heads", torch.tensor(_chosen(config, site), dtype=torch.long), persistent=False)
+
+    @classmethod
+    def check_model(cls, config: ACTConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        if config.heads is not None:
+            HeadList.parse(config.heads).check(model, sites)
+        elif not any(_chosen(config, site) for site in sites):
+            raise ValueError("ACT leaves out the first two layers and the last by default: name heads=... for these.")
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"beta": 1.0}
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.beta == 1.0 or self.heads.numel() == 0
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        output, weights = inner(call)
+        heads = None if self.heads.numel() == call.query.shape[1] else self.heads
+        query, key, value = call.query, call.key, call.value
+        if heads is not None:
+            groups = heads // (query.shape[1] // key.shape[1])
+            query, key, value = query[:, heads], key[:, groups], value[:, groups]
+        rule, real = call.rule(heads), call.real_tokens()
+        mass, lse = column_mass(query, key, rule, real=real)
+        counts = key_counts(rule, query.shape[2], key.shape[2], key.device, real)
+        sinks = self.sinks(*self._with_earlier_rows(call, mass, counts))
+
+        whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)
+        # The factor of the other keys would blow up what half precision rounded off.
+        known = {"output": whole, "lse": lse} if torch.finfo(whole.dtype).eps < 1e-4 else {"lse": lse}
+        split = split_attention(query, key, value, sinks, rule, **known)
+        total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
+        rest = total - split.mass
+        # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
+        movable = rest > torch.finfo(rest.dtype).eps ** 0.5
+        kept = torch.where(movable, self.config.beta, 1.0).to(rest.dtype)
+        factor = torch.where(movable, (total - kept * split.mass) / rest.where(movable, 1.0), 1.0)
+        changed = factor[..., None] * (split.output - split.part) + kept[..., None] * split.part
+        self.report(call, sink_keys=sinks, sink_mass=split.mass.transpose(1, 2))
+
+        if weights is not None:
+            part = weights if heads is None else weights[:, heads]
+            scaled = part * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
+            weights = _put(weights, heads, scaled, dim=1)
+        return _put(output, heads, changed.transpose(1, 2), dim=2), weights
+
+    def sinks(self, mass: torch.Tensor, counts: KeyCounts) -> torch.Tensor:
+        """Which keys are sinks, `(B, h, Tk)`, from the attention `(B, h, Tk)` they received (Sec. 3 of the paper)."""
+        mean = mass / counts.rows.clamp(min=1)[:, None]
+        fixed = self.config.sink_rule == "fixed"
+        limit = self.config.threshold if fixed else self.config.alpha / counts.longest.clamp(min=1)[:, None]
+        sinks = mean > limit
+        return sinks & ~counts.first[:, None] if self.config.keep_first else sinks
+
+    def _with_earlier_rows(
+        self, call: AttentionCall, mass: torch.Tensor, counts: KeyCounts
+    ) -> tuple[torch.Tensor, KeyCounts]:
+        """Sums over the rows of this call and, with a kv cache, of all calls before it."""
+        state = call.sequence_state("act", rewinds=False)
+        if state is None:
+            return mass, counts
+        rows, longest = (tensor.expand(mass.shape[0], -1) for tensor in (counts.rows, counts.longest))
+        not_first = (counts.rows > 0) & ~counts.first
+        if state.per_key:
+            mass = mass + state.per_key["mass"]
+            rows = rows + state.per_key["rows"]
+            longest = torch.maximum(longest, state.per_key["longest"])
+            not_first = not_first | state.per_key["not_first"]
+        for name, tensor in {"mass": mass, "rows": rows, "longest": longest, "not_first": not_first}.items():
+            state.write(name, tensor.expand(mass.shape[0], *tensor.shape[1:]), per_key=True)
+        return mass, KeyCounts(rows, longest, (rows > 0) & ~not_first)
+
+
+def _chosen(config: ACTConfig, site: AttentionSite) -> tuple[int, ...]:
+    """The calibrated heads of one attention module."""
+    if config.heads is not None:
+        return HeadList.parse(config.heads).of_site(site)
+    inside = site.layer_count < 4 or 2 <= site.layer_index <= site.layer_count - 2
+    return tuple(range(site.query_heads or 0)) if inside else ()
+
+
+def _put(whole: torch.Tensor, heads: torch.Tensor | None, part: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """`whole` with the entries of some heads replaced; all of them for `None`."""
+    part = part.to(whole.dtype)
+    return part if heads is None else whole.index_copy(dim, heads, part)
+
+
+register_variant(
+    VariantInfo(
+        name="act",
+        variant=ACT,
+        title="Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training "
+        "through Attention Calibration",
+        arxiv_id="2406.15765",
+        year=2024,
+        code="https://github.com/GATECH-EIC/ACT",
+        summary="Attention sinks in chosen heads give part of their attention to the other tokens.",
+        extra_parameters="none",
+        needs_training=False,
+        looks_ahead=True,
+        innermost=True,
+        capabilities=ALL_CAPABILITIES - {"cross", "dropout"},
+        presets={"released_code": {"sink_rule": "fixed", "threshold": 0.1, "beta": 0.4, "keep_first": True}},
+        examples=({"alpha": 1.0}, {"sink_rule": "fixed", "keep_first": False, "heads": [[1, 0], [1, 3]]}),
+    )
+)
