@@ -252,6 +252,7 @@ def run_one(settings: GlueTraining, task: Task, *, keep_model: bool) -> dict[str
         prepare(model, settings, heads=new_heads(model)),
         settings,
         arguments,
+        mean_loss=True,
         train_dataset=task.training_rows(settings, arguments.world_size),
         eval_dataset=task.evaluation,
         data_collator=task.collate,

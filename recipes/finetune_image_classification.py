@@ -258,6 +258,7 @@ def run(settings: ImageSettings) -> dict[str, Any]:
         model,
         settings,
         arguments,
+        mean_loss=True,
         train_dataset=training,
         eval_dataset=evaluation,
         compute_metrics=accuracy,

@@ -247,8 +247,24 @@ class PatchedTrainer(PatchedTrainerMixin, Trainer):
     """A Trainer with what variants need, as `TrainingSettings` say; `of` makes one."""
 
     @classmethod
-    def of(cls, model: nn.Module, settings: TrainingSettings, arguments: TrainingArguments, **more: Any) -> Self:
-        """A trainer for a run; `more` goes to `Trainer` (`train_dataset`, `eval_dataset`, `compute_metrics`, ...)."""
+    def of(
+        cls,
+        model: nn.Module,
+        settings: TrainingSettings,
+        arguments: TrainingArguments,
+        *,
+        mean_loss: bool = False,
+        **more: Any,
+    ) -> Self:
+        """A trainer for a run.
+
+        Args:
+            model, settings, arguments: of the run.
+            mean_loss: the model's loss is the mean over its batch, as a classifier's, and not a share of all tokens of
+                the step. transformers takes any model with keyword arguments for the latter: a BERT classifier's
+                gradients would then grow with the number of accumulated batches and of processes.
+            more: for `Trainer` (`train_dataset`, `eval_dataset`, `compute_metrics`, ...).
+        """
         trainer = cls(
             model=model,
             args=arguments,
@@ -257,6 +273,8 @@ class PatchedTrainer(PatchedTrainerMixin, Trainer):
             scale_learning_rate=settings.scale_learning_rate,
             **more,
         )
+        if mean_loss:
+            trainer.model_accepts_loss_kwargs = False
         trainer.add_callback(CompleteCheckpoints())
         if settings.has_router:
             trainer.add_callback(RoutingCallback(trainer, heads=False))

@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -228,3 +230,33 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout
     assert done.stdout.count("passed") == 4
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_accumulated_batches_of_a_classifier_are_averaged(name: str, common: ModuleType, tmp_path: Path) -> None:
+    """The same batch once or four times a step: one loss, one gradient. BERT's own loss knows of no accumulation."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2}
+    if name.startswith("Bert"):
+        config, inputs = transformers.BertConfig(**sizes, vocab_size=50), {"input_ids": torch.arange(5)}
+    else:
+        config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+        inputs = {"pixel_values": torch.linspace(-1, 1, 192).view(3, 8, 8)}
+    row = {**inputs, "labels": torch.tensor(1)}
+    logs = []
+    for accumulation in (1, 4):
+        given = {"output": str(tmp_path / str(accumulation)), "accumulation": accumulation, "log_steps": 1}
+        one = common.TrainingSettings.from_dict({**given, "steps": 1, "batch": 2})
+        torch.manual_seed(0)
+        trainer = common.PatchedTrainer.of(
+            getattr(transformers, name)(config),
+            one,
+            one.arguments(save_only_model=True),
+            mean_loss=True,
+            train_dataset=[row] * 8,
+            eval_dataset=[row],
+        )
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "grad_norm" in entry))
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-5)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
