@@ -19,6 +19,8 @@ import patchattn
 import patchattn_kernels
 from patchattn import variant as registry
 
+from . import vlms
+
 ROOT = Path(__file__).parents[1]
 MODULES = [
     found.name
@@ -82,12 +84,13 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
         spelt = f'"{default}"' if isinstance(default, str) else str(default)
         assert f"| `{setting}` | `{spelt}` |" in text
     first, *others = blocks(page)
+    make = {"attention": tiny_llama, "decoding": lambda: vlms.make("llava")}[patchattn.variant_info(name).kind]
     for line in first.splitlines():  # ways to patch, one a line
-        exec(line, {"patchattn": patchattn, "model": tiny_llama()})
+        exec(line, {"patchattn": patchattn, "model": make()})
     tokens = torch.arange(24).view(2, 12)
     namespace = {
         "patchattn": patchattn,
-        "model": patchattn.patch_model(tiny_llama(), name).train(),
+        "model": patchattn.patch_model(make(), name).train(),
         "batch": {"input_ids": tokens, "labels": tokens},
         "accumulation_steps": 2,
         "accelerator": types.SimpleNamespace(backward=lambda loss: loss.backward()),

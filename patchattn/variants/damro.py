@@ -37,7 +37,7 @@ class DAMROConfig(VariantConfig):
     beta: float = option(
         0.1,
         help="Only tokens at least beta times as probable as the most probable one can be chosen; 0 allows all.",
-        source="paper",
+        source="released code",
         minimum=0.0,
         maximum=1.0,
     )
