@@ -104,12 +104,11 @@ def answer(
     _check_processor(processor, settings)
     _claim(path, _identity(model, requests, settings))
     done = _read_done(path, requests)
-    starts = [start for start in range(0, len(requests), settings.batch) if start + settings.batch > len(done)]
+    ends = {start: min(start + settings.batch, len(requests)) for start in range(0, len(requests), settings.batch)}
+    starts = [start for start, end in ends.items() if end > len(done)]
     with _evaluating(model), _left_padded(processor.tokenizer), path.open("a", encoding="utf-8") as file:
         for start in track(starts, description="Answering", disable=not sys.stderr.isatty() or not starts):
-            batch = requests[start : start + settings.batch]
-            if start + len(batch) <= len(done):
-                continue
+            batch = requests[start : ends[start]]
             texts = _generate(model, processor, batch, settings, settings.seed * 1_000_003 + start)
             for request, text in list(zip(batch, texts, strict=True))[max(len(done) - start, 0) :]:
                 file.write(json.dumps({**request.fields, "answer": text}, ensure_ascii=False) + "\n")
