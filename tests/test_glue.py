@@ -10,6 +10,7 @@ import evaluate
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -50,6 +51,7 @@ def test_labels_against_their_formulas(task: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A single label")
+@hypothesis_settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30))
 def test_f1_and_matthews_of_any_labels(pairs: list[tuple[int, int]]) -> None:
     predictions, references = np.array(pairs).T
