@@ -9,6 +9,8 @@ import torch
 import transformers as tf
 
 import patchattn
+from patchattn.outliers import attention_received
+from patchattn.variants.damro import DAMRO
 
 from . import vlms
 from .test_decoding import STEPS, decode, extended
@@ -164,6 +166,40 @@ def test_outlier_scores_against_numpy(name: str, implementation: str, attention:
     for left, right in zip(found, expected, strict=True):
         np.testing.assert_allclose(left.numpy(), right, rtol=1e-4, atol=1e-6)
         assert float(left.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("one_wide_head", [False, True])
+@pytest.mark.parametrize("score", ["cls", "received"])
+def test_attention_received_by_many_tokens(score: Any, one_wide_head: bool) -> None:
+    """More rows than are held at a time, and half precision, which counts as float32."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 4, 600, 8, generator=generator).bfloat16() for _ in "qk")
+    found = attention_received(query, key, 8**-0.5, score=score, one_wide_head=one_wide_head)
+    assert found.dtype == torch.float32
+    for row, q, k in zip(found, query, key, strict=True):
+        wide = [t.transpose(0, 1).flatten(1).double().numpy() for t in (q, k)]
+        np.testing.assert_allclose(row, reference_scores(*wide, 4, score, one_wide_head), rtol=1e-4)
+
+
+def test_pictures_packed_for_flash_attention_are_told_apart() -> None:
+    """Flash attention gets all pictures as one row and their borders; the others get one picture a call."""
+    model = patchattn.patch_model(vlms.make("qwen2_5_vl"), "damro", top_k=2, score="received")
+    (variant,) = [module for module in model.modules() if isinstance(module, DAMRO)]
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 4, 28, 8, generator=generator) for _ in "qk")
+    found: list[torch.Tensor] = []
+    for borders in (None, torch.tensor([0, 12, 28])):
+        variant.before_tower(model, (), {})
+        kwargs = {} if borders is None else {"cu_seq_lens_q": borders}
+        parts = [slice(0, 12), slice(12, 28)] if borders is None else [slice(None)]
+        with patchattn.observe(model, lambda seen: found.extend(seen.values["outlier_score"])):
+            for part in parts:
+                call = patchattn.AttentionCall(
+                    query[:, :, part], key[:, :, part], key, None, kwargs, model, variant.site, "sdpa"
+                )
+                variant.attend(call, lambda call: (call.query, None))
+    assert [len(row) for row in found] == [12, 16, 12, 16]
+    assert torch.equal(torch.cat(found[:2]), torch.cat(found[2:]))
 
 
 def test_defaults_by_model_and_task() -> None:
