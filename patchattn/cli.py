@@ -1,4 +1,4 @@
-"""The command line: `patchattn list | info | coverage | check | demo`."""
+"""The command line: `patchattn list | info | coverage | check | demo | calibrate`."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Replace the attention of a Hugging Face model by a published variant, in place and reversibly.",
 )
+
+calibrate = typer.Typer(no_args_is_help=True, help="Find on data what a training-free variant needs for a model.")
+app.add_typer(calibrate, name="calibrate")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -156,6 +159,86 @@ def demo(
 
     _quiet()
     run_demo(make_task(task, model, data, quick), seed or [0], output, steps)
+
+
+@calibrate.callback()
+def _calibrate() -> None:
+    """Without this, a group of one command would be that command."""
+
+
+@calibrate.command("act")
+def calibrate_act(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": ..., "choices": [...], "label": int}.')],
+    output: Annotated[Path, typer.Option(help="Where to write the head list.")] = Path("heads.json"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of ACT, such as beta=0.4; may be repeated.")
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer to search, from 0; may be repeated. All but the first two and the last by default."),
+    ] = None,
+    modules: Annotated[str | None, typer.Option(help="Regular expression that chooses one of several towers.")] = None,
+    group_size: Annotated[
+        int, typer.Option(help="Heads tried together first; a group that does not help is dropped. 1: each alone.")
+    ] = 4,
+    metric: Annotated[
+        str, typer.Option(help="accuracy, or likelihood: mean log-probability of the right choice among the choices.")
+    ] = "accuracy",
+    min_gain: Annotated[float, typer.Option(help="By how much the metric must rise for a head to be kept.")] = 0.0,
+    normalise: Annotated[
+        str, typer.Option(help="Divide a choice's log-likelihood by its tokens or characters, or by none.")
+    ] = "none",
+    batch_size: Annotated[int, typer.Option(help="Rows of a forward.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")] = None,
+) -> None:
+    """Search the heads that ACT is to calibrate; a killed search goes on where it was.
+
+    A head is kept if calibrating it alone raises the metric on the data by more than --min-gain. Heads are tried in
+    groups of one layer first: a group that does not raise it is dropped, one that does is halved down to single heads.
+    What was measured is kept in OUTPUT.state until the search is done.
+    """
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .calibration.search import find_heads
+    from .demo.tasks import load_pretrained
+    from .evaluation.likelihood import read_choices
+
+    examples, given = read_choices(data), _parse_settings(settings or [])
+    _quiet()
+    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval()
+    tokenizer = load_pretrained(AutoTokenizer, model)
+    loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    console, state = Console(highlight=False), output.with_name(output.name + ".state")
+    if state.exists():
+        console.print(f"Going on from {state}", soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("groups of heads", total=None)
+        found = find_heads(
+            loaded,
+            tokenizer,
+            examples,
+            settings=given,
+            layers=layer,
+            modules=modules,
+            group_size=group_size,
+            metric=metric,  # type: ignore[arg-type]
+            min_gain=min_gain,
+            normalise=normalise,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            state=state,
+            progress=lambda done, known, now: progress.update(bar, completed=done, total=known, description=now),
+        )
+    found.save(output, data=data.name, examples=len(examples), group_size=group_size, settings=given)
+    state.unlink(missing_ok=True)
+    console.print(
+        f"{len(found.gains)} heads kept after {found.runs} runs; {metric} {found.baseline:.4f} without calibration, "
+        f"{found.together:.4f} with all of them. Wrote {output}",
+        soft_wrap=True,
+    )
 
 
 def _quiet() -> None:
