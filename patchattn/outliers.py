@@ -116,7 +116,7 @@ def unknown_images() -> ValueError:
     """The error where image tokens are none that were seen being made."""
     return ValueError(
         "The image tokens of this input were not made by the patched model's vision encoder just before: pass "
-        "pixel_values to the patched model itself, with use_cache=True."
+        "pixel_values to the patched model itself, with use_cache=True and the prompt in one piece."
     )
 
 

@@ -304,6 +304,12 @@ class TestErrors:
             with pytest.raises(NotImplementedError, match="inputs_embeds alone"):
                 model(inputs_embeds=embeddings[:, :5])
 
+    def test_a_prompt_in_chunks(self) -> None:
+        model = patchattn.patch_model(vlms.make("llava"), "damro", top_k=2)
+        given = {**vlms.inputs("llava", rows=1), "max_new_tokens": 1}
+        with pytest.raises(ValueError, match=r"in one piece|into chunks"):  # ours, or that of an older transformers
+            model.generate(**given, prefill_chunk_size=8)
+
     def test_an_encoder_decoder(self) -> None:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         text = {
