@@ -354,6 +354,7 @@ def test_routing_is_logged_per_layer_and_head(tmp_path: Path) -> None:
     made.train()
     logs = [entry for entry in made.state.log_history if any(key.startswith("routing/") for key in entry)]
     assert len(logs) == 3
+    assert sum("loss" in entry for entry in made.state.log_history) == 3  # beside the Trainer's own entries
     for entry in logs:
         for layer in range(2):
             prefix = f"routing/model.layers.{layer}.self_attn"

@@ -57,6 +57,7 @@ class RoutingCallback(TrainerCallback):
                 entries |= {f"{prefix}/head_{head}": share for head, share in enumerate(layer.usage)}
         self.statistics.reset()
         self.trainer.log(entries)
+        control.should_log = True  # the Trainer's own entry, with the loss, is still to come
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

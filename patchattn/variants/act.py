@@ -66,13 +66,13 @@ class ACT(Variant):
     config_class = ACTConfig
     config: ACTConfig
     keeps_state = True
-    heads: torch.Tensor
 
     def __init__(self, config: ACTConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         if site.query_heads is None or site.kv_heads is None:
             raise NotImplementedError(f"ACT cannot tell the number of heads of {site.name}.")
-        self.register_buffer("heads", torch.tensor(_chosen(config, site), dtype=torch.long), persistent=False)
+        # Not a buffer: one that is not saved holds nothing after a model was built without memory and then loaded.
+        self.heads = _chosen(config, site)
 
     @classmethod
     def check_model(cls, config: ACTConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
@@ -87,13 +87,14 @@ class ACT(Variant):
 
     @property
     def is_identity(self) -> bool:
-        return self.config.beta == 1.0 or self.heads.numel() == 0
+        return self.config.beta == 1.0 or not self.heads
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         output, weights = inner(call)
-        heads = None if self.heads.numel() == call.query.shape[1] else self.heads
         query, key, value = call.query, call.key, call.value
-        if heads is not None:
+        heads = None
+        if len(self.heads) < query.shape[1]:
+            heads = torch.tensor(self.heads, device=query.device)
             groups = heads // (query.shape[1] // key.shape[1])
             query, key, value = query[:, heads], key[:, groups], value[:, groups]
         rule, real = call.rule(heads), call.real_tokens()
