@@ -17,6 +17,8 @@ from patchattn.variant import Variant
 from .behaviour import cases, variant_parameters
 from .families import FAMILIES, outputs
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one start of the two processes for all
+
 WORKER = """
 import sys
 import torch.distributed as dist
