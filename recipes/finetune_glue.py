@@ -352,6 +352,7 @@ def spread(mean: float, sd: float | None, values: Sequence[float]) -> str:
 
 
 def is_first_process() -> bool:
+    """Whether this process is the only one or the first of several."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
