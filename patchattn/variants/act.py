@@ -178,6 +178,9 @@ register_variant(
         innermost=True,
         capabilities=ALL_CAPABILITIES - {"cross", "dropout"},
         presets={"released_code": {"sink_rule": "fixed", "threshold": 0.1, "beta": 0.4, "keep_first": True}},
-        examples=({"alpha": 1.0}, {"sink_rule": "fixed", "keep_first": False, "heads": [[1, 0], [1, 3]]}),
+        examples=(
+            {"alpha": 1.0, "keep_first": False},
+            {"sink_rule": "fixed", "threshold": 0.03, "heads": [[1, 0], [1, 3]]},
+        ),
     )
 )
