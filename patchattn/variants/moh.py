@@ -147,7 +147,8 @@ class MoH(Variant):
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
-        return {"active_ratio": 1.0, "active_heads": None, "router_std": 0.0}
+        # a uniform learned router is neutral up to rounding only
+        return {"router": "query_norm", "active_ratio": 1.0, "active_heads": None}
 
     def anneal(self, progress: float) -> None:
         """Choose how many heads are on: all of them at progress 0, falling linearly to the budget at 1."""
