@@ -50,7 +50,9 @@ class TinyVLMSettings(TrainingSettings):
 
     pictures: int = option(20_000, help="Different pictures to train on.", minimum=1)
     eval_pictures: int = option(300, help="Other pictures, each with six questions, to evaluate on.", minimum=1)
-    questions: int = option(4, help="Yes/no questions per picture, beside its caption.", minimum=1, maximum=8)
+    questions: int = option(
+        4, help="Yes/no questions per picture; every second has a caption too.", minimum=1, maximum=8
+    )
     vision_steps: int = option(800, help="Optimizer steps of the vision tower alone, before the rest.", minimum=1)
     vision_batch: int = option(32, help="Pictures per step of the vision tower alone.", minimum=1)
     vision_learning_rate: float = option(1e-3, help="Peak, of the vision tower alone.", minimum=0.0)
@@ -91,7 +93,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of whole words that knows those of the questions, the answers and the captions."""
     names = " ".join(shapes.OBJECTS).split()
     request = shapes.CAPTION_REQUEST.rstrip("?").split()
-    words = ["USER", "ASSISTANT", ":", "?", ".", "Is", "there", "a", "in", "the", "image", "yes", "no", "is", "and"]
+    words = [
+        "USER",
+        "ASSISTANT",
+        ":",
+        "?",
+        ".",
+        "Is",
+        "there",
+        "a",
+        "in",
+        "the",
+        "image",
+        "yes",
+        "no",
+        "is",
+        "and",
+        "something",
+    ]
     vocabulary = list(dict.fromkeys([*SPECIAL, *words, *request, *names]))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -200,12 +219,22 @@ def turn(request: str, first: bool) -> str:
 
 
 def questions(scene: shapes.Scene, count: int, draw: np.random.Generator) -> list[tuple[str, str]]:
-    """Yes/no questions with answers, both as likely; those answered by no ask for any absent object."""
+    """Yes/no questions with answers, both as likely; those answered by no ask for anything that is absent.
+
+    Half of them ask for a colour or a shape alone: what they teach comes quickly, and without them the model answers
+    questions after whole objects by chance for most of its training.
+    """
     asked = []
     for _ in range(count):
-        is_there = bool(draw.random() < 0.5)
-        names = [name for name in shapes.OBJECTS if (name in scene.objects) == is_there]
-        asked.append((shapes.question(names[int(draw.integers(len(names)))]), "yes" if is_there else "no"))
+        part = draw.choice([None, None, 0, 1])  # the colour or the shape of an object, the first or the second word
+        known = shapes.OBJECTS if part is None else sorted({name.split()[part] for name in shapes.OBJECTS})
+        shown = set(scene.objects) if part is None else {name.split()[part] for name in scene.objects}
+        absent = [name for name in known if name not in shown]
+        is_there = not absent or bool(draw.random() < 0.5)
+        names = sorted(shown) if is_there else absent
+        name = names[int(draw.integers(len(names)))]
+        text = f"Is there something {name} in the image?" if part == 0 else shapes.question(name)
+        asked.append((text, "yes" if is_there else "no"))
     return asked
 
 
@@ -216,8 +245,8 @@ class Conversations(Dataset[dict[str, torch.Tensor]]):
         settings: of the run.
         processor: of the model.
         evaluate: one question each after pictures that training never sees, six per picture: present and absent, of
-            each of POPE's kinds. Otherwise several questions and the caption of each picture, in random order: what
-            comes after the caption can be read off it, which is easier to learn, and the rest cannot.
+            each of POPE's kinds. Otherwise several questions about each picture and, for every second one, a caption
+            among them.
     """
 
     def __init__(self, settings: TinyVLMSettings, processor: LlavaProcessor, *, evaluate: bool = False) -> None:
@@ -242,19 +271,22 @@ class Conversations(Dataset[dict[str, torch.Tensor]]):
         else:
             scene = shapes.scene(self.seed, index)
             draw = np.random.default_rng((self.seed, index, 4))
-            turns = [*questions(scene, self.settings.questions, draw), (shapes.CAPTION_REQUEST, scene.caption())]
+            turns = questions(scene, self.settings.questions, draw)
+            if index % 2:
+                turns.append((shapes.CAPTION_REQUEST, scene.caption()))
             turns = [turns[int(place)] for place in draw.permutation(len(turns))]
         return {"pixel_values": pixel_values(self.processor, [scene])[0], **self._tokens(turns)}
 
     def _tokens(self, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
+        before = [turn(request, first=number == 0) for number, (request, _) in enumerate(turns)]
+        before[0] = before[0].replace("<image>", "<image>" * self.settings.patches)
+        pieces = tokenizer([*before, *(said for _, said in turns)], add_special_tokens=False).input_ids
         ids, labels = [tokenizer.bos_token_id], [IGNORED]
-        for number, (request, answer) in enumerate(turns):
-            before = turn(request, first=number == 0).replace("<image>", "<image>" * self.settings.patches)
-            asked = tokenizer(before, add_special_tokens=False).input_ids
-            answered = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        for asked, said in zip(pieces[: len(turns)], pieces[len(turns) :], strict=True):
+            answered = [*said, tokenizer.eos_token_id]
             ids += asked + answered
-            labels += [IGNORED] * len(asked) + ([*answered[:1], IGNORED] if self.evaluate else answered)
+            labels += [IGNORED] * len(asked) + ([*said[:1], IGNORED] if self.evaluate else answered)
         rest = self.length - len(ids)
         return {
             "input_ids": torch.tensor(ids + [tokenizer.pad_token_id] * rest),
