@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicLayer
 
 from .call import AttentionCall
 from .masks import real_tokens
-from .sites import AttentionSite
 from .variant import Attend, AttentionOutput, Variant
 
 _local = threading.local()  # .token_ids, .step: of the forward that runs in this thread; .inside: it is a branch's own
@@ -85,16 +84,12 @@ class BranchTokens(DynamicLayer):
 class DecodingVariant(Variant):
     """A variant that changes logits; it attaches itself to the attention modules it wants to see, if only one.
 
-    A subclass gives `choose_sites`, `branch` and `combine`. Like every variant it holds no reference to a module.
+    A subclass gives `fit`, which chooses those, `branch` and `combine`. Like every variant it holds no reference to a
+    module.
     """
 
     kind = "decoding"
     generator = ""  # module whose output holds the logits; set by `prepare`
-
-    @classmethod
-    def choose_sites(cls, config: Any, model: nn.Module) -> list[AttentionSite]:
-        """The attention modules it is attached to. NotImplementedError if the model is none for it."""
-        raise NotImplementedError(f"{cls.__name__} must define choose_sites(config, model).")
 
     def prepare(self, model: nn.Module) -> None:
         """Read off the model what the hooks need to know; what it raises leaves the model as it was."""

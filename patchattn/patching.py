@@ -125,11 +125,9 @@ def patch_model(
         )
     patches = []
     for info, given in chosen:
-        configured = info.configure(given)
-        own = info.variant.choose_sites(configured, base) if issubclass(info.variant, DecodingVariant) else sites
+        offered = find_sites(base) if issubclass(info.variant, DecodingVariant) else sites
+        configured, own = info.variant.fit(info.configure(given), base, offered)
         patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
-    for patch in patches:
-        variant_info(patch.variant).variant.check_model(patch.config, base, sites)
     apply_patches(base, patches)
     return model
 

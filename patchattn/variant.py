@@ -88,17 +88,24 @@ class Variant(nn.Module):
         return getattr(self, stage)(*arguments)
 
     @classmethod
-    def check_model(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
-        """Refuse a configuration that is made for another model; when patching, not when a saved patch is loaded.
+    def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
+        """Fit settings to a model, when patching; not when a saved patch is loaded, which holds what came out.
+
+        Refuses settings that are made for another model, works out those that depend on its weights, and leaves out
+        attention modules that the variant has no business with.
 
         Args:
-            config: the settings.
+            config: the settings as given.
             model: a transformers model.
-            sites: the attention modules chosen.
+            sites: the attention modules chosen; a decoding variant is given all.
+
+        Returns:
+            The settings, and the attention modules to attach to.
 
         Raises:
-            ValueError: it is not for this model.
+            ValueError, NotImplementedError: they do not fit. The model is then as it was.
         """
+        return config, sites
 
     @property
     def is_identity(self) -> bool:

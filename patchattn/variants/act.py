@@ -75,11 +75,14 @@ class ACT(Variant):
         self.heads = _chosen(config, site)
 
     @classmethod
-    def check_model(cls, config: ACTConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+    def fit(
+        cls, config: ACTConfig, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[ACTConfig, Sequence[AttentionSite]]:
         if config.heads is not None:
             HeadList.parse(config.heads).check(model, sites)
         elif not any(_chosen(config, site) for site in sites):
             raise ValueError("ACT leaves out the first two layers and the last by default: name heads=... for these.")
+        return config, sites
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from ..images import image_layout
 from ..outliers import Picture, attention_received, highest, kept_positions, reordered, unknown_images
 from ..selection import base_model
 from ..settings import option
-from ..sites import AttentionSite, find_sites
+from ..sites import AttentionSite
 from ..variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
 
 # Per model type: k, and alpha of the two tasks of the paper. Qwen2.5-VL's are those of LLaVA, ours.
@@ -78,25 +79,27 @@ class DAMRO(DecodingVariant):
     config: DAMROConfig
 
     @classmethod
-    def choose_sites(cls, config: DAMROConfig, model: nn.Module) -> list[AttentionSite]:
+    def fit(
+        cls, config: DAMROConfig, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[DAMROConfig, Sequence[AttentionSite]]:
         layout = image_layout(model)
         if config.score == "cls" and not layout.has_class_token:
             raise NotImplementedError(
                 f"The vision encoder of {type(base_model(model)).__name__} has no class token (CLS), whose attention "
                 'DAMRO chooses by. score="received", our extension, does without one.'
             )
-        sites = {s.layer_index: s for s in find_sites(model) if s.name.startswith(f"{layout.tower}.")}
-        count = max(sites, default=-1) + 1
+        encoder = {s.layer_index: s for s in sites if s.name.startswith(f"{layout.tower}.")}
+        count = max(encoder, default=-1) + 1
         layer = config.vision_layer
         if layer is None:
             layer = layout.feature_layer - (layout.query_former is not None)
         index = layer + count if layer < 0 else layer
-        if index not in sites:
+        if index not in encoder:
             raise ValueError(
                 f"DAMRO finds no attention in layer {layer} of {layout.tower}, which has {count} layers that call "
                 "transformers' attention interface."
             )
-        return [sites[index]]
+        return config, [encoder[index]]
 
     def prepare(self, model: nn.Module) -> None:
         layout = self.layout = image_layout(model)
