@@ -64,7 +64,7 @@ class HeadList:
             if unknown := [key for key in given if key not in ("heads", "base", "calibration")]:
                 raise ValueError(f"A head list has the fields heads, base and calibration, got {unknown}.")
             base = given.get("base")
-            return cls(_by_layer(given["heads"]), None if base is None else _facts(base))
+            return cls(_by_layer(given["heads"]), None if base is None else parse_facts(base))
         return cls(_by_layer(given))
 
     @classmethod
@@ -152,7 +152,8 @@ def _index(value: Any) -> int:
     return value
 
 
-def _facts(given: Any) -> BaseFacts:
+def parse_facts(given: Any) -> BaseFacts:
+    """A model's facts from the JSON that a calibration wrote; ValueError or TypeError on anything else."""
     kinds = {"model_type": str, "layers": int, "heads": int, "name": str | None}
     if not isinstance(given, Mapping) or not {"model_type", "layers", "heads"} <= set(given) <= set(kinds):
         raise ValueError(f"A head list's base has model_type, layers, heads and name, got {given!r}.")

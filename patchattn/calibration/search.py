@@ -13,7 +13,6 @@ A head is kept if calibrating it alone scores higher than calibrating none, by m
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..patching import is_patched, patched
 from ..selection import base_model, select_sites
 from ..sites import AttentionSite
 from ..variant import variant_info
+from .files import fingerprint, write_json
 from .heads import BaseFacts, HeadList
 from .replay import Replay
 
@@ -58,7 +58,7 @@ class HeadSearch:
         gains = {f"{layer}.{head}": gain for (layer, head), gain in self.gains.items()}
         found = {"metric": self.metric, "baseline": self.baseline, "together": self.together, "gains": gains}
         content = {**self.heads.to_dict(), "calibration": {**found, "runs": self.runs, **about}}
-        _write(Path(path), content)
+        write_json(Path(path), content)
 
 
 def find_heads(
@@ -121,7 +121,7 @@ def find_heads(
     facts = BaseFacts.of(base_model(model), sites[0])
     search = {
         "settings": dict(settings or {}),
-        "model": {**vars(facts), "weights": _fingerprint(model)},
+        "model": {**vars(facts), "weights": fingerprint(model)},
         "layers": [site.layer_index for site in sites],
         "data": hashlib.sha256(repr(list(examples)).encode()).hexdigest(),
         "how": [metric, normalise, group_size, min_gain],
@@ -239,20 +239,5 @@ class _Notes:
         if name not in scores:
             scores[name] = measure()
             if self.path is not None:
-                _write(self.path, self.content)
+                write_json(self.path, self.content)
         return scores[name]
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Of the weights: a sum and a shape of each, so that another checkpoint of the same shape is told apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.detach().double().sum().item():.6e}".encode())
-    return digest.hexdigest()
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a killed process leaves the file of before."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
