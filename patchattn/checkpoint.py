@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ from .seam import CHILD
 from .selection import base_model
 from .settings import nearest
 from .sites import find_sites
+from .surgery import surgeries
 from .variant import Variant
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -80,6 +81,8 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
         for name, chain in chains.items()
         for key, tensor in chain.state_dict().items()
     }
+    carried = [name for operation in surgeries(list(chains.values())) for name in operation.carried()]
+    tensors |= {name: base.get_parameter(name).detach().cpu().contiguous() for name in carried}
     config: Any = base.config
     from . import __version__  # not yet defined when this module is imported
 
@@ -92,7 +95,8 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
             "model_type": config.model_type,
             "architecture": type(base).__name__,
         },
-        "sites": {site.name: site.geometry() for site in find_sites(base) if site.name in chains},
+        # before any surgery, as the base model has them
+        "sites": {name: cast(Variant, next(chain.children())).site.geometry() for name, chain in chains.items()},
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,13 +362,12 @@ def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
                 )
 
 
-def _fill(variants: Mapping[str, Variant], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Copy tensors into variants that are not attached yet, or raise ValueError and copy nothing."""
-    wanted = {f"{prefix}.{key}": own for prefix, v in variants.items() for key, own in v.state_dict().items()}
+def _fill(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copy tensors from a file into those of a patch, or raise ValueError and copy nothing."""
     if missing := [key for key in wanted if key not in tensors]:
         raise ValueError(f"{path}: {_listed(missing, 'missing')}.")
     if extra := [key for key in tensors if key not in wanted]:
-        raise ValueError(f"{path}: {_listed(extra, 'left over: no variant of this patch has them')}.")
+        raise ValueError(f"{path}: {_listed(extra, 'left over: nothing in this patch has them')}.")
     for key, own in wanted.items():
         if own.shape != tensors[key].shape:
             raise ValueError(f"{path}: {key} has the shape {tuple(tensors[key].shape)}, expected {tuple(own.shape)}.")

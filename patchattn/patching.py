@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .compatibility import name_branches
@@ -20,10 +21,12 @@ from .seam import (
     original_config,
     release_bases,
     seam_config,
+    seam_name,
 )
 from .selection import base_model, select_sites
 from .settings import nearest
 from .sites import AttentionSite, find_sites
+from .surgery import SurgeryVariant, surgeries
 from .variant import Variant, VariantConfig, VariantInfo, variant_info
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -135,15 +138,15 @@ def patch_model(
 def apply_patches(
     model: nn.Module,
     patches: Sequence[Patch],
-    initialise: Callable[[dict[str, Variant]], None] | None = None,
+    initialise: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> None:
     """Attach patches to a model; the common end of `patch_model` and of loading. All or nothing.
 
     Args:
         model: a `base_model`.
         patches: outermost first.
-        initialise: called with the new variants, by the prefix of their parameters in the model's state dict, before
-            any is attached; what it raises leaves the model as it was.
+        initialise: called with the tensors whose values a patch is saved with, by their names in the model's state
+            dict, to fill them in; what it raises leaves the model as it was.
     """
     known = {site.name: site for site in find_sites(model)}
     names = list(dict.fromkeys(name for patch in patches for name in patch.sites))
@@ -161,38 +164,41 @@ def apply_patches(
             )
     existing = applied_patches(model)
     refuse_second([variant_info(patch.variant).variant for patch in (*existing, *patches)])
-    # Build everything before touching the model, so that a failure leaves it as it was.
+    # Build everything before touching the model, so that a failure leaves it as it was. Surgery is the exception: who
+    # comes after it must find the new shapes.
     built: list[tuple[str, str, Variant]] = []
-    for patch in patches:
-        info = variant_info(patch.variant)
-        for name in patch.sites:
-            chain = model.get_submodule(name)._modules.get(CHILD)
-            if chain is not None and not isinstance(chain, VariantChain):
-                raise ValueError(
-                    f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, "
-                    "or unload it first."
+    done: list[SurgeryVariant] = []
+    try:
+        for patch in patches:
+            operations = []
+            for name in patch.sites:
+                taken = _taken(model, name, built)
+                _refuse_order(patch.variant, name, taken)
+                _refuse_site(variant_info(patch.variant), known[name])
+                variant = _like(
+                    variant_info(patch.variant).variant(patch.config, known[name]), model.get_submodule(name)
                 )
-            taken = [*(chain.names() if chain else ()), *(kind for kind, place, _ in built if place == name)]
-            if patch.variant in taken:
-                raise ValueError(
-                    f"{name} already has the variant {patch.variant!r}. Call patchattn.unpatch_model(model) first, or "
-                    "choose other layers."
-                )
-            last = next((other for other in taken if variant_info(other).innermost), None)
-            if last is not None and info.kind == "attention":
-                raise ValueError(
-                    f"{last!r} computes attention weights itself, so that nothing can come after it: put "
-                    f"{patch.variant!r} before it, as in [{patch.variant!r}, {last!r}]."
-                )
-            _refuse_site(info, known[name])
-            variant = info.variant(patch.config, known[name])
-            if isinstance(variant, DecodingVariant):
-                variant.prepare(model)
-            built.append((patch.variant, name, _like(variant, model.get_submodule(name))))
-    if initialise is not None:
-        initialise({f"{name}.{CHILD}.{kind}": variant for kind, name, variant in built})
-    for name in names:
-        base_function(type(model.get_submodule(name)), bases[name])
+                if isinstance(variant, DecodingVariant):
+                    variant.prepare(model)
+                if isinstance(variant, SurgeryVariant):
+                    variant.changes = variant.plan(model)
+                    operations.append(variant)
+                built.append((patch.variant, name, variant))
+            for operation in operations:
+                operation.exchange(model)
+                done.append(operation)
+            if operations:
+                known = {site.name: site for site in find_sites(model)}
+        if initialise is not None:
+            own = {f"{name}.{CHILD}.{kind}.{key}": t for kind, name, v in built for key, t in v.state_dict().items()}
+            changed = {name: model.get_parameter(name).detach() for operation in done for name in operation.carried()}
+            initialise({**own, **changed})
+        for name in names:
+            base_function(type(model.get_submodule(name)), bases[name])
+    except BaseException:
+        for operation in reversed(done):
+            operation.exchange(model)
+        raise
     for kind, name, variant in built:
         _attach(model.get_submodule(name), known[name], bases[name], kind, variant)
     _install(model, [model.get_submodule(name) for name in names])
@@ -203,7 +209,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     """Take every patch off a model: outputs, parameters, configuration and hooks are those of before, bit for bit.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched; or weights that a patch took out were not saved with the model, or carry
+            an adapter.
         TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
@@ -211,6 +218,11 @@ def unpatch_model(model: ModelT) -> ModelT:
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")
+    operations = surgeries(list(active_chains(base).values()))
+    for operation in operations:
+        operation.check_undo(base)
+    for operation in reversed(operations):
+        operation.exchange(base)
     for module in base.modules():
         if module._modules.pop(CHILD, None) is not None:
             vars(module)["config"] = original_config(module)
@@ -257,6 +269,8 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
     finally:
         for module, child in children:
             module.add_module(CHILD, child)
+        for operation in surgeries([active_chain(child) for _, child in children]):
+            operation.exchange(base)
         _install(base, [module for module, _ in children])
         _config(base).patchattn = plan
 
@@ -332,6 +346,39 @@ def _settings_per_variant(
     return [(info, (config or {}).get(info.name, {})) for info in infos]
 
 
+def _taken(model: nn.Module, name: str, built: Sequence[tuple[str, str, Variant]]) -> list[str]:
+    """The variants of an attention module, those that are being added included."""
+    chain = model.get_submodule(name)._modules.get(CHILD)
+    if chain is not None and not isinstance(chain, VariantChain):
+        raise ValueError(
+            f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, or "
+            "unload it first."
+        )
+    return [*(chain.names() if chain else ()), *(kind for kind, place, _ in built if place == name)]
+
+
+def _refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
+    """ValueError if a variant cannot come after those that an attention module has."""
+    info = variant_info(variant)
+    if variant in taken:
+        raise ValueError(
+            f"{name} already has the variant {variant!r}. Call patchattn.unpatch_model(model) first, or choose other "
+            "layers."
+        )
+    last = next((other for other in taken if variant_info(other).innermost), None)
+    if last is not None and info.kind == "attention":
+        raise ValueError(
+            f"{last!r} computes attention weights itself, so that nothing can come after it: put {variant!r} before "
+            f"it, as in [{variant!r}, {last!r}]."
+        )
+    others = [other for other in taken if variant_info(other).kind != "surgery"]
+    if others and info.kind == "surgery":
+        raise ValueError(
+            f"{variant!r} changes the shapes of {name}, which {others[0]!r} was made for: put it first, as in "
+            f"[{variant!r}, {others[0]!r}]."
+        )
+
+
 def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
     needed = {"cross"} if site.is_cross else set()
     if site.query_heads != site.kv_heads:
@@ -371,19 +418,16 @@ def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, varian
     if CHILD not in module._modules:
         module.add_module(CHILD, VariantChain(site, base).train(module.training))
     chain: Any = module._modules[CHILD]
+    chain.site = site  # as the last surgery leaves it
     chain.attach(name, variant)
 
 
 def _install(model: nn.Module, modules: list[nn.Module]) -> None:
     """Point configurations at the seam and place the hooks that the attached variants need."""
-    chained = [module for module in model.modules() if CHILD in module._modules]
-    configs = {id(original_config(m)): m.config for m in chained if original_config(m) is not m.config}
     for module in modules:
         chain: Any = module._modules[CHILD]
-        original = original_config(module)
-        if id(original) not in configs:
-            configs[id(original)] = seam_config(original, chain.base)
-        vars(module)["config"] = configs[id(original)]
+        if _config(module)._attn_implementation != seam_name(chain.base):
+            vars(module)["config"] = seam_config(module.config, chain.base)
         if chain.needs_context and open_context not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(open_context, with_kwargs=True)
             module.register_forward_hook(close_context)

@@ -284,11 +284,17 @@ def note_raw_query(norm: nn.Module, args: tuple[Any, ...]) -> None:
         context.raw_query = args[0]
 
 
-def seam_config(config: Any, base: str) -> Any:
-    """A shallow copy of a configuration that names our function; the model goes on to read the original."""
+def own_config(config: Any) -> Any:
+    """A shallow copy of a configuration for one attention module; it remembers which one the model goes on to read."""
     copied = copy.copy(config)
+    vars(copied)[_ORIGINAL] = vars(config).get(_ORIGINAL, config)
+    return copied
+
+
+def seam_config(config: Any, base: str) -> Any:
+    """An attention module's own copy of a configuration, which names our function."""
+    copied = own_config(config)
     vars(copied)["_attn_implementation_internal"] = register_base(base)
-    vars(copied)[_ORIGINAL] = config
     return copied
 
 

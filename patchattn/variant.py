@@ -18,7 +18,7 @@ Attend = Callable[[AttentionCall], AttentionOutput]
 
 Observer = Callable[[Observation], None]
 
-Kind = Literal["attention", "decoding"]
+Kind = Literal["attention", "surgery", "decoding"]
 Capability = Literal[
     "causal",  # causal self-attention
     "bidirectional",  # encoders
@@ -206,7 +206,7 @@ class VariantInfo:
 
     @property
     def kind(self) -> Kind:
-        """`attention` changes calls of attention; `decoding` the logits that tokens are chosen by."""
+        """`attention` changes calls of attention; `surgery` weights and shapes; `decoding` the logits."""
         return self.variant.kind
 
     def configure(self, settings: VariantConfig | Mapping[str, Any] | None = None) -> VariantConfig:

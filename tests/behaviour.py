@@ -29,19 +29,20 @@ class Case:
         return "-".join([self.variant, *(f"{name}={value}" for name, value in self.settings)])
 
 
-def cases(kind: str = "attention") -> list[Case]:
-    """Every registered variant of a kind with each of its examples."""
+def cases(*kinds: str) -> list[Case]:
+    """Every registered variant of some kinds with each of its examples; all but decoding variants by default."""
     return [
         Case(name, tuple(example.items()))
+        for kind in kinds or ("attention", "surgery")
         for name in patchattn.list_variants(kind)
         for example in patchattn.variant_info(name).examples
     ]
 
 
-def neutral_cases(kind: str = "attention") -> list[Case]:
-    """Every variant of a kind with its neutral settings, on top of each of its examples."""
+def neutral_cases(*kinds: str) -> list[Case]:
+    """The same variants, with their neutral settings, on top of each of its examples."""
     found = []
-    for case in cases(kind):
+    for case in cases(*kinds):
         neutral = patchattn.variant_info(case.variant).variant.neutral_config()
         found.append(Case(case.variant, tuple({**dict(case.settings), **neutral}.items())))
     return found

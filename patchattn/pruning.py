@@ -1,0 +1,109 @@
+"""Taking query heads out of an attention module, and calling attention without them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .call import AttentionCall
+from .projections import head_projections, kept_index, selected, sliced, unrecognised
+from .seam import own_config
+from .sites import AttentionSite, attention_forward
+from .surgery import Change
+
+# Attributes of attention modules, and fields of configurations, that say how many heads there are, or how wide.
+_QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_WIDTHS = ("split_size", "all_head_size", "embed_dim", "inner_dim", "hidden_size")
+
+
+def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> list[Change]:
+    """The changes that leave an attention module with some of its query heads, and the kv heads that these need.
+
+    Args:
+        model: a transformers model.
+        site: the attention module, as it is before.
+        kept: query heads to keep, sorted.
+
+    Raises:
+        NotImplementedError: its projections are not recognised, are quantised or offloaded.
+        ValueError: they carry adapters.
+    """
+    parts = head_projections(model, site)
+    kv_kept = kept_kv_heads(site, kept)
+    changes = []
+    for path in dict.fromkeys(part.projection for part in parts):
+        own = [part for part in parts if part.projection == path]
+        index = kept_index(own, kept, kv_kept)
+        values = sliced(model.get_submodule(path), own[0].side, index)
+        changes += [Change(path, name, value) for name, value in values.items()]
+    module: Any = model.get_submodule(site.name)
+    if "sinks" in module._parameters:
+        changes.append(Change(site.name, "sinks", selected(module.sinks, 0, torch.tensor(kept))))
+    changes += [Change(site.name, name, value) for name, value in _attributes(module, site, kept, kv_kept).items()]
+    return changes
+
+
+def kept_kv_heads(site: AttentionSite, kept: Sequence[int]) -> list[int]:
+    """The kv heads that these query heads read."""
+    group = _group(site)
+    return sorted({head // group for head in kept})
+
+
+def renumbered(call: AttentionCall, site: AttentionSite, kept: Sequence[int]) -> AttentionCall:
+    """A call with fewer heads than its module was made for, with all that it brings per head brought to these.
+
+    Args:
+        call: its queries are those of the heads kept.
+        site: the attention module, as it was before.
+        kept: query heads kept, sorted.
+    """
+    heads = site.query_heads
+    changes: dict[str, Any] = {}
+    kwargs = dict(call.kwargs)
+    for name, dim in (("s_aux", 0), ("position_bias", 1)):
+        tensor = kwargs.get(name)
+        if tensor is not None and tensor.shape[dim] == heads:
+            kwargs[name] = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
+    changes["kwargs"] = kwargs
+    mask = call.attention_mask
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == heads and heads != 1:
+        changes["attention_mask"] = mask[:, list(kept)]
+    if not _is_even(site, kept):
+        places = {head: place for place, head in enumerate(kept_kv_heads(site, kept))}
+        index = torch.tensor([places[head // _group(site)] for head in kept], device=call.key.device)
+        changes |= {"key": call.key.index_select(1, index), "value": call.value.index_select(1, index)}
+    return call.replace(**changes)
+
+
+def _group(site: AttentionSite) -> int:
+    return (site.query_heads or 1) // (site.kv_heads or 1)
+
+
+def _is_even(site: AttentionSite, kept: Sequence[int]) -> bool:
+    """Whether every kv head kept has equally many query heads."""
+    sizes = [sum(head // _group(site) == kv for head in kept) for kv in kept_kv_heads(site, kept)]
+    return len(set(sizes)) == 1
+
+
+def _attributes(module: Any, site: AttentionSite, kept: Sequence[int], kv_kept: Sequence[int]) -> dict[str, Any]:
+    """What else in the module, and in its configuration, depends on the number of heads."""
+    width, dim = (site.query_heads or 0) * (site.head_dim or 0), site.head_dim or 0
+    used = attention_forward(type(module)).__code__.co_names
+    values: dict[str, Any] = {}
+    # A position bias is made once, for all heads, and handed from layer to layer: that count stays.
+    if "position_bias" not in site.arguments:
+        values |= {n: len(kept) for n in _QUERY_HEADS if vars(module).get(n) == site.query_heads}
+    values |= {n: len(kv_kept) for n in _KV_HEADS if vars(module).get(n) == site.kv_heads}
+    values |= {n: len(kept) * dim for n in _WIDTHS if n in used and vars(module).get(n) == width}
+    if isinstance(vars(module).get("num_key_value_groups"), int):  # how often attention repeats keys and values
+        values["num_key_value_groups"] = len(kept) // len(kv_kept) if _is_even(site, kept) else 1
+    if getattr(module, "config", None) is None:
+        raise unrecognised(site, "it has no configuration")
+    values["config"] = config = own_config(module.config)
+    for names, count in ((_QUERY_HEADS, len(kept)), (_KV_HEADS, len(kv_kept))):
+        for name in names:
+            if name in vars(config):
+                setattr(config, name, count)
+    return values

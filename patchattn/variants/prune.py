@@ -1,0 +1,189 @@
+"""Head pruning: chosen query heads are taken out of the model, or masked. After arXiv 1905.10650."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..calibration.heads import HeadList
+from ..calibration.importance import HeadImportance
+from ..call import AttentionCall
+from ..pruning import cut_heads, renumbered
+from ..settings import nearest, option
+from ..sites import AttentionSite
+from ..surgery import Change, SurgeryVariant
+from ..variant import Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
+
+_DATA_FREE = ("magnitude", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(VariantConfig):
+    """Settings of head pruning; every field is described by `patchattn info prune`."""
+
+    heads: Any = option(  # noqa: RUF009 - a field, not a shared default
+        None,
+        help="Query heads to take out: a mapping from layers, or from names of attention modules, to heads; pairs of "
+        "(layer, head); or a JSON file with one of these. A layer must keep one.",
+    )
+    sparsity: float | None = option(
+        None,
+        help="Share of the query heads of the chosen attention modules to take out, the least important first, "
+        "rounded down; in place of heads.",
+        unit="ratio",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    importance: str | None = option(
+        None,
+        help="With sparsity: a file that `patchattn calibrate heads` wrote, or a score that needs no data: "
+        f"{' or '.join(_DATA_FREE)}.",
+    )
+    scope: Literal["global", "layer"] = option(
+        "global",
+        help="With sparsity: rank all heads together, or take the same share of every layer.",
+        source="paper, Sec. 4 (global)",
+    )
+    groups: Literal["heads", "kv"] = option(
+        "heads",
+        help="With sparsity, where several query heads share a kv head: take out single query heads, or all of a kv "
+        "head together, which also shrinks the kv cache.",
+    )
+    physical: bool = option(
+        True, help="Take the heads out of the weights; false masks their output instead and saves nothing."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _parse(self.heads))
+            if self.sparsity is not None or self.importance is not None:
+                raise ValueError("heads=... names the heads to take out: leave out sparsity and importance.")
+        elif self.sparsity == 1.0:
+            raise ValueError("sparsity=1.0 would take out every head; a layer must keep at least one.")
+        elif self.sparsity and self.importance is None:
+            raise ValueError(
+                f"sparsity needs importance=...: a file of `patchattn calibrate heads`, or one of "
+                f"{', '.join(_DATA_FREE)}."
+            )
+
+
+class Prune(SurgeryVariant):
+    """Attention without some of its query heads.
+
+    A kv head goes with the last of its query heads. Where a kv head keeps fewer query heads than another, keys and
+    values are repeated to the query heads before attention.
+    """
+
+    config_class = PruneConfig
+    config: PruneConfig
+
+    def __init__(self, config: PruneConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        self.pruned = tuple((config.heads or {}).get(site.name, ()))
+        self.kept = tuple(head for head in range(site.query_heads or 0) if head not in self.pruned)
+
+    @classmethod
+    def fit(
+        cls, config: PruneConfig, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[PruneConfig, Sequence[AttentionSite]]:
+        if config.heads is not None:
+            heads = _by_module(config.heads, model, sites)
+        elif config.sparsity:
+            heads = _least_important(config, model, sites)
+        elif config.sparsity is None:
+            raise ValueError("Head pruning needs heads=..., or sparsity=... with importance=...; got neither.")
+        else:
+            return config, sites
+        return replace(config, heads=heads, sparsity=None, importance=None), [s for s in sites if s.name in heads]
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"heads": None, "sparsity": 0.0}
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.pruned
+
+    def plan(self, model: nn.Module) -> list[Change]:
+        if not self.pruned or not self.config.physical:
+            return []
+        return cut_heads(model, self.site, self.kept)
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        if self.config.physical:
+            return inner(renumbered(call, self.site, self.kept))
+        output, weights = inner(call)
+        keep = torch.ones(output.shape[2], 1, dtype=output.dtype, device=output.device)
+        keep[list(self.pruned)] = 0.0
+        return output * keep, weights
+
+
+def _parse(given: Any) -> dict[str, Any]:
+    """A head list by layer, in the form of `HeadList.to_dict`; or a dictionary from names of modules to heads."""
+    by_name = isinstance(given, Mapping) and any(isinstance(key, str) and not key.isdecimal() for key in given)
+    if not by_name or "heads" in given:
+        return HeadList.parse(given).to_dict()
+    # The same checks as for layers, module by module.
+    return {name: list(HeadList.parse({0: heads}).heads[0]) for name, heads in given.items()}
+
+
+def _by_module(heads: Mapping[str, Any], model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
+    """Heads by the name of the attention module, checked against the model."""
+    if "heads" in heads:
+        listed = HeadList.parse(heads)
+        listed.check(model, sites)
+        chosen = {site.name: list(listed.of_site(site)) for site in sites}
+    else:
+        chosen = dict(heads)
+    known = {site.name: site for site in sites}
+    for name, numbers in chosen.items():
+        if name not in known:
+            raise ValueError(f"There is no attention module {name!r} to prune{nearest(name, list(known))}")
+        count = known[name].query_heads or 0
+        if numbers and numbers[-1] >= count:
+            raise ValueError(f"{name} has {count} query heads, counted from 0; there is no head {numbers[-1]}.")
+        if numbers and len(numbers) == count:
+            raise ValueError(f"All {count} query heads of {name} would be taken out; a layer must keep at least one.")
+    return {name: numbers for name, numbers in chosen.items() if numbers}
+
+
+def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
+    method, sparsity = str(config.importance), config.sparsity
+    if method in _DATA_FREE:
+        from ..calibration.scoring import head_importance
+
+        importance = head_importance(model, [], method=method, sites=sites)
+    elif Path(method).is_file():
+        importance = HeadImportance.load(method)
+    else:
+        raise ValueError(
+            f"importance={method!r} is neither a file nor one of {', '.join(_DATA_FREE)}. Scores that need "
+            "data are made by `patchattn calibrate heads` or patchattn.head_importance(model, batches)."
+        )
+    importance.check(model)
+    wanted = [site.name for site in sites]
+    if missing := [name for name in wanted if name not in importance.sites]:
+        raise ValueError(f"{method} has no scores of {missing[0]}: choose those it has with modules=...")
+    chosen = replace(importance, sites={name: importance.sites[name] for name in wanted})
+    heads = chosen.lowest(sparsity=sparsity, scope=config.scope, groups=config.groups == "kv")
+    return {name: list(numbers) for name, numbers in heads.items()}
+
+
+register_variant(
+    VariantInfo(
+        name="prune",
+        variant=Prune,
+        title="Are Sixteen Heads Really Better than One?",
+        arxiv_id="1905.10650",
+        year=2019,
+        code="https://github.com/pmichel31415/are-16-heads-really-better-than-1",
+        summary="Chosen query heads are taken out of the model, or masked.",
+        extra_parameters="none; fewer",
+        needs_training=False,
+        examples=({"heads": {1: [0, 3]}}, {"heads": {0: [1], 1: [2]}, "physical": False}),
+    )
+)
