@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .patching import Patch, applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
+from .patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
+from .plan import Patch
 from .selection import base_model
 from .variant import VariantConfig, variant_info
 

@@ -20,16 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 
-from .patching import (
-    CONFIG_KEY,
-    FORMAT_VERSION,
-    Patch,
-    active_chains,
-    applied_patches,
-    apply_patches,
-    is_patched,
-    plan_dict,
-)
+from .patching import active_chains, applied_patches, apply_patches, is_patched
+from .plan import CONFIG_KEY, FORMAT_VERSION, Patch, plan_dict
 from .seam import CHILD
 from .selection import base_model
 from .settings import nearest
@@ -222,7 +214,7 @@ def read_patch(folder: Path) -> SavedPatch:
 
 
 def read_plan(content: Any, path: Path | str) -> list[Patch]:
-    """The patches of a plan (see `patching.plan_dict`); ValueError, naming `path`, on whatever is wrong with it."""
+    """The patches of a plan (see `plan.plan_dict`); ValueError, naming `path`, on whatever is wrong with it."""
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"{path}: format_version must be a positive integer, got {version!r}.")

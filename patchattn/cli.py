@@ -38,7 +38,7 @@ def list_() -> None:
     for name in list_variants():
         info = variant_info(name)
         paper = f"arXiv {info.arxiv_id}" if info.arxiv_id else info.title
-        acts_on = {"attention": "attention", "decoding": "logits"}[info.kind]
+        acts_on = {"attention": "attention", "surgery": "weights", "decoding": "logits"}[info.kind]
         table.add_row(name, info.summary, acts_on, paper, str(info.year), "yes" if info.needs_training else "no")
     Console().print(table)
 

@@ -12,7 +12,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
 from .checkpoint import CODE_MODULE, read_json, save_patch
-from .patching import Patch, applied_patches
+from .patching import applied_patches
+from .plan import Patch
 from .selection import base_model
 from .variant import variant_info
 

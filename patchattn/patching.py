@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from .compatibility import name_branches
 from .decoding import DecodingVariant, install_hooks, refuse_second
+from .plan import CONFIG_KEY, Patch, plan_dict
 from .seam import (
     CHILD,
     VariantChain,
@@ -30,45 +31,7 @@ from .surgery import SurgeryVariant, surgeries
 from .variant import Variant, VariantConfig, VariantInfo, variant_info
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-CONFIG_KEY = "patchattn"  # under which a patched model's configuration carries the plan
-FORMAT_VERSION = 1
 _HOOKS = (open_context, close_context, note_raw_query)
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One variant on some sites: the unit that is applied, saved and listed.
-
-    Attributes:
-        variant: registered name.
-        config: settings.
-        sites: names of the attention modules, relative to the model.
-    """
-
-    variant: str
-    config: VariantConfig
-    sites: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary of JSON and YAML types."""
-        return {"variant": self.variant, "config": self.config.to_dict(), "sites": list(self.sites)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Patch":
-        """The inverse of `to_dict`; raises ValueError or TypeError on anything it does not know."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"A patch is described by a dictionary, got {type(values).__name__}.")
-        expected = ["variant", "config", "sites"]
-        for key in values:
-            if key not in expected:
-                raise ValueError(f"A patch has no field {key!r}{nearest(str(key), expected)}")
-        if missing := [key for key in expected if key not in values]:
-            raise ValueError(f"A patch needs the fields {', '.join(expected)}; {', '.join(missing)} is missing.")
-        sites = values["sites"]
-        if not isinstance(sites, list | tuple) or not all(isinstance(site, str) for site in sites):
-            raise TypeError(f"sites must be a list of module names, got {sites!r}.")
-        info = variant_info(values["variant"])
-        return cls(info.name, info.variant.config_class.from_dict(values["config"]), tuple(sites))
 
 
 def patch_model(
@@ -313,11 +276,6 @@ def applied_patches(model: nn.Module) -> list[Patch]:
     if plan is None or not is_patched(model):
         return []
     return [Patch.from_dict(entry) for entry in plan["patches"]]
-
-
-def plan_dict(patches: Sequence[Patch]) -> dict[str, Any]:
-    """The plan as a model's `config.json` carries it under `patchattn`."""
-    return {"format_version": FORMAT_VERSION, "patches": [patch.to_dict() for patch in patches]}
 
 
 def _settings_per_variant(
