@@ -24,7 +24,8 @@ class SiteScores:
 
     Attributes:
         layer: index of its layer, as `AttentionSite.layer_index`.
-        kv_heads: heads of its keys and values; query heads follow each other in groups, one per kv head.
+        kv_heads: heads of its keys and values; equal numbers of query heads follow each other on each, but where heads
+            were pruned.
         scores: one per query head; the higher, the more it is worth to keep.
     """
 
@@ -35,10 +36,10 @@ class SiteScores:
     def __post_init__(self) -> None:
         if not self.scores or not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"every query head needs a finite score, got {list(self.scores)}.")
-        if self.layer < 0 or self.kv_heads < 1 or len(self.scores) % self.kv_heads:
+        if self.layer < 0 or self.kv_heads < 1 or len(self.scores) < self.kv_heads:
             raise ValueError(
                 f"{len(self.scores)} query heads on {self.kv_heads} kv heads in layer {self.layer}: expected a layer "
-                "counted from 0, and a number of query heads that the kv heads divide."
+                "counted from 0, and at least one query head per kv head."
             )
 
 
@@ -85,7 +86,7 @@ class HeadImportance:
             count: number of query heads instead; in all, or of every attention module with scope `layer`.
             scope: `global` compares heads of all layers, `layer` takes the same share of each attention module.
             groups: take only all query heads of a kv head together; their mean score counts. Never more heads than
-                asked for, so fewer where the groups do not fit.
+                asked for, so fewer where the groups do not fit. Not where pruning has left groups of different sizes.
             keep_one_per_layer: leave the best head, or group, of every attention module.
 
         Returns:
@@ -119,6 +120,11 @@ class HeadImportance:
         units: list[tuple[float, int, str, range]] = []
         for name in names:
             site = self.sites[name]
+            if groups and len(site.scores) % site.kv_heads:
+                raise ValueError(
+                    f"{name} has {len(site.scores)} query heads on {site.kv_heads} kv heads: which belong together is "
+                    "not known. Choose single heads, with groups=False."
+                )
             size = len(site.scores) // site.kv_heads if groups else 1
             starts = range(0, len(site.scores), size)
             ranked = sorted((math.fsum(site.scores[s : s + size]) / size, s, name, range(s, s + size)) for s in starts)

@@ -1,0 +1,171 @@
+"""Statistics of the channels that a projection reads, over all tokens of some data, in one pass."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..call import AttentionCall
+from ..selection import base_model
+from ..settings import nearest
+from ..sites import find_sites, linear_shape
+from .recording import recording
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStatistics:
+    """Of the inputs of one projection, over tokens that are no padding; float64, on the CPU.
+
+    Attributes:
+        tokens: how many there were.
+        mean: `(C,)` of each channel.
+        variance: `(C,)` around that mean, divided by `tokens - 1`.
+        mean_abs: `(C,)` mean of absolute values.
+        norm: `(C,)` l2 norm over all tokens.
+    """
+
+    tokens: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+    mean_abs: torch.Tensor
+    norm: torch.Tensor
+
+
+class RunningMoments:
+    """Moments of rows that come in parts, merged by the rule of Chan et al. (1979), which large means do not upset."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.deviations = self.absolute = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add `(N, C)` rows."""
+        if not len(rows):
+            return
+        rows = as_double(rows)
+        count, mean = len(rows), rows.mean(0)
+        deviations, absolute = (rows - mean).square().sum(0).cpu(), rows.abs().sum(0).cpu()
+        mean = mean.cpu()
+        if not self.count:
+            self.count, self.mean, self.deviations, self.absolute = count, mean, deviations, absolute
+            return
+        total, shift = self.count + count, mean - self.mean
+        self.deviations = self.deviations + deviations + shift.square() * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.absolute = self.absolute + absolute
+        self.count = total
+
+    def statistics(self) -> ChannelStatistics:
+        """What they come to; ValueError for fewer than two rows, which have no variance."""
+        if self.count < 2:
+            raise ValueError(f"A variance needs at least two tokens, got {self.count}.")
+        squares = self.deviations + self.count * self.mean.square()
+        return ChannelStatistics(
+            self.count, self.mean, self.deviations / (self.count - 1), self.absolute / self.count, squares.sqrt()
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `load` takes."""
+        count = torch.tensor(self.count)
+        return {"count": count, "mean": self.mean, "deviations": self.deviations, "absolute": self.absolute}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a state."""
+        self.count = int(state["count"])
+        self.mean, self.deviations, self.absolute = (state[name] for name in ("mean", "deviations", "absolute"))
+
+
+def as_double(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, where it is, but for Apple's GPUs, which have none."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def projection_weight(model: nn.Module, path: str, inputs: int | None = None) -> torch.Tensor:
+    """`(E, C)` float32 weight of a linear projection from C channels to E.
+
+    Args:
+        model: it is in.
+        path: of the projection.
+        inputs: C, where it is known what comes before.
+
+    Raises:
+        ValueError: it carries an adapter.
+        NotImplementedError: it is quantised, or reads something else than C channels.
+    """
+    module: Any = model.get_submodule(path)
+    if hasattr(module, "base_layer"):
+        raise ValueError(f"{path} carries a PEFT adapter, whose weight is not in it: merge_and_unload() first.")
+    weight, shape = getattr(module, "weight", None), linear_shape(module)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or shape is None or weight.dim() != 2:
+        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
+    if inputs is not None and shape[0] != inputs:
+        raise NotImplementedError(f"{path} reads {shape[0]} channels, but heads of {inputs} channels come before it.")
+    matrix = weight.detach().float()
+    return matrix.mT if hasattr(module, "nf") else matrix  # transformers' Conv1D stores inputs first
+
+
+@torch.no_grad()
+def channel_statistics(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, ChannelStatistics]:
+    """Statistics of what some projections read, such as the output projections of attention and of MLPs.
+
+    Padding is left out as the self-attention before a projection sees it. One pass, with memory for the channels only.
+
+    Args:
+        model: a transformers model in evaluation mode, patched or not.
+        batches: keyword arguments of its forward; tensors are moved to its device.
+        names: paths of modules that are called with `(..., C)`, such as `model.layers.0.mlp.down_proj`.
+
+    Raises:
+        ValueError: no such module, a model in training mode, fewer than two tokens.
+        NotImplementedError: the model's attention does not go through transformers' registry; or a module gets a part
+            of the tokens, as an expert does, of which some are padding.
+    """
+    if model.training:
+        raise ValueError("Statistics need a model in evaluation mode: model.eval().")
+    base = base_model(model)
+    known = dict(base.named_modules())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{type(base).__name__} has no module {name!r}{nearest(name, list(known))}")
+    moments = {name: RunningMoments() for name in names}
+    real: list[torch.Tensor] = []  # (B, T) of the self-attention that ran last
+
+    def see(call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
+        real[:] = [call.real_tokens().expand(call.query.shape[0], call.query.shape[2]).flatten()]
+        return output
+
+    def hook(name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].flatten(0, -2)
+            if real and not bool(real[0].all()):
+                if len(rows) != len(real[0]):
+                    raise NotImplementedError(
+                        f"{name} gets {len(rows)} of {len(real[0])} tokens, of which some are padding: which ones is "
+                        "not known. Give batches without padding."
+                    )
+                rows = rows[real[0]]
+            moments[name].add(rows)
+
+        return add
+
+    handles = [known[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        with recording(model, [site for site in find_sites(base) if not site.is_cross], see):
+            for batch in batches:
+                real.clear()
+                model(**on_device(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found.statistics() for name, found in moments.items()}
+
+
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose tensors are where the model's parameters are."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

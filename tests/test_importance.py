@@ -1,0 +1,587 @@
+"""Importance of heads against a gate per head, and against the formulas in float64 numpy on what hooks see."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification
+
+import patchattn
+from patchattn.calibration.channels import RunningMoments, channel_statistics
+from patchattn.calibration.heads import BaseFacts
+from patchattn.calibration.importance import HeadImportance, SiteScores
+from patchattn.calibration.scoring import head_importance
+
+from .families import FAMILIES
+
+Batch = dict[str, torch.Tensor]
+LAYERS = range(2)
+# attention module to the projection that reads its heads, as the model code has them
+OUTPUTS = {
+    "llama": {f"model.layers.{i}.self_attn": f"model.layers.{i}.self_attn.o_proj" for i in LAYERS},
+    "gpt2": {f"transformer.h.{i}.attn": f"transformer.h.{i}.attn.c_proj" for i in LAYERS},
+    "bert": {
+        f"bert.encoder.layer.{i}.attention.{p}": f"bert.encoder.layer.{i}.attention.output.dense"
+        for i in LAYERS
+        for p in ("self",)
+    },
+    "t5": {
+        f"{tower}.block.{i}.layer.{place}.{name}": f"{tower}.block.{i}.layer.{place}.{name}.o"
+        for i in LAYERS
+        for tower, place, name in (
+            ("encoder", 0, "SelfAttention"),
+            ("decoder", 0, "SelfAttention"),
+            ("decoder", 1, "EncDecAttention"),
+        )
+    },
+}
+HEADS = 4
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **sizes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def make(family: str) -> nn.Module:
+    return classifier() if family == "bert" else FAMILIES[family].make_exact()
+
+
+def examples(family: str, count: int = 5) -> list[Batch]:
+    """Batches of one, of different lengths and without padding."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for number in range(count):
+        tokens = torch.randint(3, 64, (1, 5 + number), generator=generator)
+        example = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if family == "bert":
+            example["labels"] = torch.randint(3, (1,), generator=generator)
+        if family == "t5":
+            example["labels"] = torch.randint(3, 64, (1, 4), generator=generator)
+        found.append(example)
+    return found
+
+
+def padded(batch: list[Batch], left: bool = False) -> Batch:
+    """Several examples as one batch."""
+    length = max(example["input_ids"].shape[1] for example in batch)
+    merged: Batch = {}
+    for name in batch[0]:
+        rows = []
+        for example in batch:
+            row = example[name]
+            missing = length - row.shape[1] if name in ("input_ids", "attention_mask") else 0
+            rows.append(nn.functional.pad(row, (missing, 0) if left else (0, missing)) if missing else row)
+        merged[name] = torch.cat(rows)
+    return merged
+
+
+def losses(family: str, model: nn.Module, example: Batch) -> torch.Tensor:
+    """Sum of the cross entropy of all that one example predicts."""
+    inputs = {name: value for name, value in example.items() if family == "t5" or name != "labels"}
+    logits = model(**inputs).logits
+    if family == "bert":
+        return cross_entropy(logits, example["labels"], reduction="sum")
+    if family == "t5":
+        return cross_entropy(logits[0], example["labels"][0], reduction="sum")
+    return cross_entropy(logits[0, :-1], example["input_ids"][0, 1:], reduction="sum")
+
+
+def gated(family: str, model: nn.Module, example: Batch, projection: str, head: int) -> np.ndarray:
+    """Gradient `(T,)` of the loss by a gate per token on one head, where its output projection reads it."""
+    gates: list[torch.Tensor] = []
+
+    def gate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states = args[0]
+        gates.append(torch.ones(states.shape[1], dtype=states.dtype, requires_grad=True))
+        dim = states.shape[-1] // HEADS
+        before, own, after = (
+            states[..., : head * dim],
+            states[..., head * dim : head * dim + dim],
+            states[..., head * dim + dim :],
+        )
+        return (torch.cat([before, own * gates[0][:, None], after], -1), *args[1:])
+
+    handle = model.get_submodule(projection).register_forward_pre_hook(gate)
+    losses(family, model, example).backward()
+    handle.remove()
+    model.zero_grad()
+    assert gates[0].grad is not None
+    return gates[0].grad.numpy()
+
+
+def by_hand(family: str, model: nn.Module, data: list[list[Batch]], per: str) -> dict[str, list[float]]:
+    """Michel's importance of every head, batch by batch, unpadded."""
+    found = {}
+    for site, projection in OUTPUTS[family].items():
+        scores = []
+        for head in range(HEADS):
+            batches = [[gated(family, model, e, projection, head) for e in batch] for batch in data]
+            rows = [row for batch in batches for row in batch]
+            if per == "token":
+                scores.append(np.abs(np.concatenate(rows)).mean())
+            elif per == "example":
+                scores.append(np.mean([abs(row.sum()) for row in rows]))
+            else:
+                scores.append(np.mean([abs(sum(row.sum() for row in batch)) for batch in batches]))
+        found[site] = scores
+    return found
+
+
+def close(found: HeadImportance, expected: dict[str, Any], tolerance: float = 1e-9) -> None:
+    assert list(found.scores) == list(expected) or set(found.scores) == set(expected)
+    for name, scores in expected.items():
+        np.testing.assert_allclose(found.scores[name], scores, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("per", ["token", "example", "batch"])
+@pytest.mark.parametrize("family", list(OUTPUTS))
+def test_gradients_equal_those_of_a_gate_on_each_head(family: str, per: Any) -> None:
+    model, data = make(family), examples(family)
+    split = [data[:2], data[2:]]
+    expected = by_hand(family, model, split, per)
+    batches = [padded(part, left=family in ("llama",)) for part in split]
+    found = head_importance(model, batches, "michel", per=per, normalise=False)
+    close(found, expected, 1e-6)  # its gates are in float32
+    assert found.method == "michel"
+    assert found.settings == {"per": per, "loss": "own", "normalise": False}
+    normalised = {name: np.array(s) / np.linalg.norm(s) for name, s in expected.items()}
+    close(head_importance(model, batches, "michel", per=per), normalised, 1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["michel", "flap", "amp", "entropy"])
+@pytest.mark.parametrize("family", list(OUTPUTS))
+def test_padding_and_batching_change_nothing(family: str, method: str) -> None:
+    model, data = make(family), examples(family)
+    alone = head_importance(model, data, method)
+    together = head_importance(model, [padded(data[:3]), padded(data[3:])], method)
+    close(together, alone.scores, 1e-5)
+    assert together.tokens == alone.tokens == sum(e["input_ids"].shape[1] for e in data)
+    if family == "llama":
+        close(head_importance(model, [padded(data, left=True)], method), alone.scores, 1e-5)
+
+
+def inputs_of(model: nn.Module, name: str, data: list[Batch]) -> np.ndarray:
+    """`(N, C)` float64: all rows that a module reads."""
+    rows: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for example in data:
+            model(**example)
+    handle.remove()
+    return torch.cat(rows).double().numpy()
+
+
+def weight_of(family: str, model: nn.Module, projection: str) -> np.ndarray:
+    weight = model.get_submodule(projection).weight.detach().double().numpy()
+    return weight.T if family == "gpt2" else weight
+
+
+@pytest.mark.parametrize("metric", ["wifv", "ifv", "wifn"])
+@pytest.mark.parametrize("family", list(OUTPUTS))
+def test_fluctuation(family: str, metric: Any) -> None:
+    model, data = make(family), examples(family)
+    plain, standard = {}, {}
+    for site, projection in OUTPUTS[family].items():
+        x, weight = inputs_of(model, projection, data), weight_of(family, model, projection)
+        variance = ((x - x.mean(0)) ** 2).sum(0) / (len(x) - 1)
+        channels = {
+            "wifv": variance * (weight**2).sum(0),
+            "ifv": variance,
+            "wifn": np.abs(weight).mean(0) * np.sqrt((x**2).sum(0) / len(x)),
+        }[metric]
+        plain[site] = channels.reshape(HEADS, -1).mean(1)
+        channels = (channels - channels.mean()) / channels.std(ddof=1)
+        standard[site] = channels.reshape(HEADS, -1).mean(1)
+    batches = [padded(data[:3]), padded(data[3:])]
+    close(head_importance(model, batches, "flap", metric=metric, normalise=False), plain, 1e-6)
+    close(head_importance(model, batches, "flap", metric=metric), standard, 1e-6)
+
+
+@pytest.mark.parametrize("family", list(OUTPUTS))
+def test_projected_outputs(family: str) -> None:
+    model, data = make(family), examples(family)
+    expected = {}
+    for site, projection in OUTPUTS[family].items():
+        x, weight = inputs_of(model, projection, data), weight_of(family, model, projection)
+        dim = x.shape[1] // HEADS
+        parts = [slice(head * dim, (head + 1) * dim) for head in range(HEADS)]
+        expected[site] = [np.abs(x[:, part] @ weight[:, part].T).sum(1).mean() for part in parts]
+    close(head_importance(model, [padded(data)], "amp", normalise=False), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_entropy_of_the_attention_that_the_model_returns(family: str) -> None:
+    model, data = make(family), examples(family)
+    model.set_attn_implementation("eager")
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in OUTPUTS[family]}
+    for example in data:
+        with torch.no_grad():
+            attentions = model(**example, output_attentions=True).attentions
+        for name, weights in zip(rows, attentions, strict=True):
+            p = weights[0].double().numpy()  # (H, T, T)
+            entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
+            length = p.shape[-1]
+            visible = np.full(length, length) if family == "bert" else np.arange(1, length + 1)
+            rows[name].append((1 - entropy[:, visible > 1] / np.log(visible[visible > 1])).T)
+    expected = {name: np.concatenate(found).mean(0) for name, found in rows.items()}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        close(head_importance(model, [padded(data)], "entropy", normalise=False), expected, 1e-6)
+
+
+def test_magnitude_of_all_that_belongs_to_a_head() -> None:
+    model = make("llama")
+    found = head_importance(model, method="magnitude", normalise=False)
+    for name, scores in found.scores.items():
+        module = model.get_submodule(name)
+        weights = {part: getattr(module, f"{part}_proj").weight.detach().numpy() for part in "qkvo"}
+        for head, score in enumerate(scores):
+            own, kv = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)
+            parts = (weights["q"][own], weights["k"][kv], weights["v"][kv], weights["o"][:, own])
+            assert score == pytest.approx(math.sqrt(sum((part**2).sum() for part in parts)), rel=1e-5)
+
+
+def test_magnitude_where_one_projection_makes_queries_keys_and_values() -> None:
+    model = make("gpt2")
+    found = head_importance(model, method="magnitude", normalise=False)
+    for name, scores in found.scores.items():
+        module = model.get_submodule(name)
+        fused = module.c_attn.weight.detach().numpy().reshape(32, 3, HEADS, 8)
+        output = module.c_proj.weight.detach().numpy().reshape(HEADS, 8, 32)
+        for head, score in enumerate(scores):
+            assert score**2 == pytest.approx((fused[:, :, head] ** 2).sum() + (output[head] ** 2).sum(), rel=1e-5)
+
+
+def test_random_scores_come_from_the_seed() -> None:
+    model = make("llama")
+    first, again = head_importance(model, method="random", seed=1), head_importance(model, method="random", seed=1)
+    assert first == again
+    assert first.scores != head_importance(model, method="random").scores
+
+
+def test_a_loss_of_ones_own_and_some_sites() -> None:
+    model, data = make("llama"), examples("llama")
+    site = patchattn.find_sites(model)[1]
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        return outputs.logits[:, -1].logsumexp(-1).sum()
+
+    found = head_importance(model, data, loss=loss, per="example", normalise=False, sites=[site])
+    assert list(found.scores) == [site.name]
+    expected = []
+    for head in range(HEADS):
+        changes = []
+        for example in data:
+            outputs = []
+            for step in (-0.01, 0.01):  # how the loss changes with the gate
+
+                def gate(module: nn.Module, args: Any, head: int = head, step: float = step) -> Any:
+                    scale = torch.ones(HEADS, dtype=torch.float64)
+                    scale[head] += step
+                    return (args[0] * scale.repeat_interleave(8),)
+
+                handle = model.get_submodule(OUTPUTS["llama"][site.name]).register_forward_pre_hook(gate)
+                with torch.no_grad():
+                    outputs.append(loss(model(input_ids=example["input_ids"]), example).item())
+                handle.remove()
+            changes.append(abs(outputs[1] - outputs[0]) / 0.02)
+        expected.append(np.mean(changes))
+    np.testing.assert_allclose(found.scores[site.name], expected, rtol=2e-3)
+
+
+def test_a_patched_model_is_scored_as_patched_and_left_as_it_was() -> None:
+    model, data = make("llama"), examples("llama")
+    before = model(**data[0]).logits
+    head_importance(model, data)
+    assert torch.equal(model(**data[0]).logits, before)
+    assert not hasattr(model.config, "patchattn")
+    assert not any("patchattn" in name for name, _ in model.named_modules())
+    patchattn.patch_model(model, ["ssa", "moh"], {"moh": {"active_ratio": 0.5}}, layers=[1])
+    plan, patched = model.config.patchattn, model(**data[0]).logits
+    names = [name for name, _ in model.named_modules()]
+    found = head_importance(model, data, "flap", metric="ifv", normalise=False)
+    for name, projection in OUTPUTS["llama"].items():  # what MoH leaves of the heads
+        variance = inputs_of(model, projection, data).var(0, ddof=1).reshape(HEADS, -1).mean(1)
+        np.testing.assert_allclose(found.scores[name], variance, rtol=1e-6)
+    assert model.config.patchattn == plan
+    assert torch.equal(model(**data[0]).logits, patched)
+    assert [name for name, _ in model.named_modules()] == names
+    patchattn.unpatch_model(model)
+    assert torch.equal(model(**data[0]).logits, before)
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model, data = make("llama"), examples("llama")
+    before = model(**data[0]).logits
+
+    def broken(outputs: Any, batch: Any) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        head_importance(model, data, loss=broken)
+    assert not any("patchattn" in name for name, _ in model.named_modules())
+    assert torch.equal(model(**data[0]).logits, before)
+    with patchattn.patched(model, "act"), pytest.raises(NotImplementedError, match="'act'"):
+        head_importance(model, data)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["michel", "flap", "amp", "entropy"])
+def test_a_killed_pass_goes_on(method: str, tmp_path: Path) -> None:
+    model, data, state = make("llama"), examples("llama"), tmp_path / "state"
+    whole = head_importance(model, data, method)
+
+    def kill(done: int) -> None:
+        if done == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        head_importance(model, data, method, state=state, progress=kill)
+    forwards: list[int] = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    assert head_importance(model, iter(data), method, state=state) == whole  # to the last bit
+    handle.remove()
+    assert len(forwards) == 2
+    other = [*examples("llama", 6)[1:]]
+    for wrong in (other, data[:2]):
+        with pytest.raises(ValueError, match="of other data"):
+            head_importance(model, wrong, method, state=state)
+    with pytest.raises(ValueError, match="another method, setting or model"):
+        head_importance(model, data, method, state=state, normalise=False)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(2.0)
+    with pytest.raises(ValueError, match="another method, setting or model"):
+        head_importance(model, data, method, state=state)
+    state.write_text("{")
+    with pytest.raises(ValueError, match="no state"):
+        head_importance(model, data, method, state=state)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"method": "michell"}, "did you mean 'michel'"),
+        ({"per": "row"}, "token, example, batch"),
+        ({"metric": "wifv"}, "'michel' takes per, loss, got metric"),
+        ({"method": "flap", "metric": "wfv"}, "wifv, ifv, wifn"),
+        ({"method": "magnitude"}, "looks at no data"),
+        ({"method": "random", "batches": (), "per": "token"}, "takes seed"),
+        ({"batches": []}, "no data"),
+        ({"sites": []}, "sites is empty"),
+    ],
+    ids=str,
+)
+def test_mistakes(how: dict[str, Any], message: str) -> None:
+    arguments = {"batches": examples("llama", 1), **how}
+    with pytest.raises(ValueError, match=message):
+        head_importance(make("llama"), **arguments)
+
+
+def test_data_and_models_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        head_importance(make("llama").train(), examples("llama", 1))
+    with pytest.raises(ValueError, match="labels"):
+        head_importance(make("bert"), examples("llama", 1))
+    vision = FAMILIES["llava"].make()
+    with pytest.raises(ValueError, match="No token of the data reaches"):
+        head_importance(vision, [{"input_ids": torch.arange(3, 9)[None]}], "flap")
+
+
+SITES = st.lists(
+    st.tuples(st.integers(1, 3), st.integers(1, 3)).flatmap(
+        lambda shape: st.tuples(
+            st.just(shape[0]),
+            st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]),
+        )
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def importance(sites: list[tuple[int, list[float]]]) -> HeadImportance:
+    scores = {f"layer{i}": SiteScores(i, kv_heads, tuple(s)) for i, (kv_heads, s) in enumerate(sites)}
+    return HeadImportance(scores, "michel", BaseFacts("llama", len(sites), len(sites[0][1])))
+
+
+@given(SITES, st.integers(0, 12), st.booleans(), st.sampled_from(["global", "layer"]))
+def test_the_lowest_heads(sites: Any, count: int, keep_one: bool, scope: Any) -> None:
+    scored = importance(sites)
+    together = [list(scored.scores)] if scope == "global" else [[name] for name in scored.scores]
+    most = [sum(len(scored.scores[name]) - keep_one for name in names) for names in together]
+    if count > min(most):
+        with pytest.raises(ValueError, match="remove fewer"):
+            scored.lowest(count=count, scope=scope, keep_one_per_layer=keep_one)
+        return
+    removed = scored.lowest(count=count, scope=scope, keep_one_per_layer=keep_one)
+    for names in together:
+        left = {name: list(range(len(scored.scores[name]))) for name in names}
+        for _ in range(count):  # the lowest one that may go, again and again
+            may_go = [
+                (scored.scores[name][head], names.index(name), head)
+                for name, heads in left.items()
+                for head in heads
+                if len(heads) > keep_one
+            ]
+            _, layer, head = min(may_go)
+            left[names[layer]].remove(head)
+        for name, heads in left.items():
+            assert sorted([*heads, *removed.get(name, ())]) == list(range(len(scored.scores[name])))
+
+
+@given(SITES, st.floats(0, 1), st.sampled_from(["global", "layer"]))
+def test_whole_groups(sites: Any, sparsity: float, scope: Any) -> None:
+    scored = importance(sites)
+    removed = scored.lowest(sparsity=sparsity, groups=True, scope=scope, keep_one_per_layer=False)
+    total = sum(len(scores) for scores in scored.scores.values())
+    assert sum(map(len, removed.values())) <= sparsity * total + 1e-9
+    for name, heads in removed.items():
+        size = len(scored.scores[name]) // scored.sites[name].kv_heads
+        assert set(heads) == {g * size + i for g in {head // size for head in heads} for i in range(size)}
+
+
+def test_shares_and_groups_by_example() -> None:
+    scored = importance([(2, [1.0, 2.0, 0.5, 4.0]), (1, [0.1, 0.3])])
+    assert scored.lowest(sparsity=0.5) == {"layer0": (0, 2), "layer1": (0,)}
+    assert scored.lowest(count=2, groups=True) == {"layer0": (0, 1)}
+    assert scored.lowest(count=1, scope="layer") == {"layer0": (2,), "layer1": (0,)}
+    assert scored.lowest(count=2, keep_one_per_layer=False) == {"layer1": (0, 1)}
+    assert scored.lowest(sparsity=0.0) == {}
+    uneven = HeadImportance({"a": SiteScores(0, 2, (1.0, 2.0, 3.0))}, "michel", scored.base)
+    assert uneven.lowest(count=1) == {"a": (0,)}
+    with pytest.raises(ValueError, match="groups=False"):
+        uneven.lowest(count=1, groups=True)
+    assert importance([(1, [float(i) for i in range(100)])]).lowest(sparsity=0.29)["layer0"] == tuple(range(29))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "either sparsity or count"),
+        ({"sparsity": 0.5, "count": 1}, "either sparsity or count"),
+        ({"sparsity": 1.5}, "0 to 1"),
+        ({"count": -1}, "at least 0"),
+        ({"count": True}, "at least 0"),
+        ({"count": 1, "scope": "model"}, "scope"),
+        ({"sparsity": 1.0}, "remove fewer"),
+    ],
+    ids=str,
+)
+def test_ranking_mistakes(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        importance([(2, [1.0, 2.0])]).lowest(**how)
+
+
+def test_a_file_of_scores(tmp_path: Path) -> None:
+    model, path = make("llama"), tmp_path / "importance.json"
+    found = head_importance(model, examples("llama"))
+    found.save(path)
+    assert HeadImportance.load(path) == found
+    found.check(model)
+    assert json.loads(path.read_text())["base"] == {"model_type": "llama", "layers": 2, "heads": 4, "name": None}
+    with pytest.raises(ValueError, match="does not have"):
+        found.check(make("gpt2"))
+    site = found.sites["model.layers.0.self_attn"]
+    fewer = {"model.layers.0.self_attn": SiteScores(0, site.kv_heads, site.scores[:2])}
+    with pytest.raises(ValueError, match="Score this model anew"):
+        HeadImportance(fewer, "michel", found.base).check(model)
+
+
+def broken_files() -> Iterator[Any]:
+    good = {"name": "a", "layer": 0, "kv_heads": 1, "scores": [1.0]}
+    whole = {
+        "format": "patchattn head importance 1",
+        "method": "flap",
+        "settings": {},
+        "base": {"model_type": "llama", "layers": 1, "heads": 1},
+        "tokens": 3,
+        "sites": [good],
+    }
+    yield "{", "no JSON"
+    yield json.dumps([1]), "expected an object"
+    yield json.dumps({**whole, "format": "other"}), "expected an object"
+    yield json.dumps({**whole, "extra": 1}), "has the fields"
+    yield json.dumps({**whole, "tokens": "3"}), "tokens of an importance must be int"
+    yield json.dumps({**whole, "sites": []}), "at least one"
+    yield json.dumps({**whole, "sites": [good, good]}), "twice"
+    yield json.dumps({**whole, "sites": [{**good, "scores": ["high"]}]}), "expected numbers"
+    yield json.dumps({**whole, "sites": [{**good, "scores": [math.nan]}]}), "finite"
+    yield json.dumps({**whole, "sites": [{**good, "kv_heads": 2}]}), "kv heads"
+    yield json.dumps({**whole, "base": {"model_type": "llama"}}), "base"
+
+
+@pytest.mark.parametrize(("text", "message"), list(broken_files()))
+def test_broken_files(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "importance.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        HeadImportance.load(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(ValueError, match="no importance file"):
+        HeadImportance.load(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_statistics_of_channels(family: str) -> None:
+    model, data = make(family), examples(family)
+    mlps = {
+        "llama": "model.layers.1.mlp.down_proj",
+        "gpt2": "transformer.h.1.mlp.c_proj",
+        "bert": "bert.encoder.layer.1.output.dense",
+        "t5": "decoder.block.1.layer.2.DenseReluDense.wo",
+    }
+    names = [*OUTPUTS[family].values(), mlps[family]]
+    found = channel_statistics(model, [padded(data[:3]), padded(data[3:], left=family == "llama")], names)
+    assert list(found) == names
+    for name, statistics in found.items():
+        x = inputs_of(model, name, data)
+        assert statistics.tokens == len(x)
+        np.testing.assert_allclose(statistics.mean, x.mean(0), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(statistics.variance, x.var(0, ddof=1), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(statistics.mean_abs, np.abs(x).mean(0), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(statistics.norm, np.linalg.norm(x, axis=0), rtol=1e-6, atol=1e-9)
+    assert not model._forward_pre_hooks
+    assert not any("patchattn" in name for name, _ in model.named_modules())
+
+
+def test_mistakes_with_channels() -> None:
+    model = make("llama")
+    with pytest.raises(ValueError, match="did you mean"):
+        channel_statistics(model, examples("llama"), ["model.layers.0.mlp.down_prj"])
+    with pytest.raises(ValueError, match="at least two tokens"):
+        channel_statistics(model, [], ["model.layers.0.mlp.down_proj"])
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        channel_statistics(model.train(), [], [])
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.sampled_from([0.0, 1e6, -1e8]))
+def test_moments_in_parts_are_those_of_the_whole(sizes: list[int], offset: float) -> None:
+    if sum(sizes) < 2:
+        return
+    rows = np.random.default_rng(sum(sizes)).normal(size=(sum(sizes), 3)) + offset
+    moments = RunningMoments()
+    for part in np.split(rows, np.cumsum(sizes)[:-1]):
+        moments.add(torch.from_numpy(part))
+    found = moments.statistics()
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.variance, rows.var(0, ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(found.norm, np.linalg.norm(rows, axis=0), rtol=1e-12)
