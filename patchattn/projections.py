@@ -45,14 +45,14 @@ def head_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
     found: list[Heads] = []
     if {"query", "key", "value"} <= set(roles):
         for role, of, count in (("query", "query", heads), ("key", "kv", kv_heads), ("value", "kv", kv_heads)):
-            index = torch.arange(count * dim).view(count, dim)
+            index = _numbers(count * dim).view(count, dim)
             found.append(Heads(f"{site.name}.{roles[role]}", "rows", of, index))  # type: ignore[arg-type]
     elif "fused" in roles:
         found += _fused(f"{site.name}.{roles['fused']}", roles["fused"], site, heads, kv_heads, dim)
     else:
         raise unrecognised(site, "it has no projections of queries, keys and values that patchattn knows")
     output = output_projection(model, site)
-    found.append(Heads(output, "columns", "query", torch.arange(heads * dim).view(heads, dim)))
+    found.append(Heads(output, "columns", "query", _numbers(heads * dim).view(heads, dim)))
     for path in dict.fromkeys(part.projection for part in found):
         parts = [part for part in found if part.projection == path]
         _check_whole(model, site, path, parts)
@@ -151,13 +151,18 @@ def selected(tensor: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Paramete
     return nn.Parameter(chosen, requires_grad=tensor.requires_grad)
 
 
+def _numbers(count: int) -> torch.Tensor:
+    """Indices with values even while a model is built without memory."""
+    return torch.arange(count, device="cpu")
+
+
 def _fused(path: str, child: str, site: AttentionSite, heads: int, kv_heads: int, dim: int) -> list[Heads]:
     if _BY_HEAD.fullmatch(child) and heads == kv_heads:
-        index = torch.arange(3 * heads * dim).view(heads, 3, dim)
+        index = _numbers(3 * heads * dim).view(heads, 3, dim)
         return [Heads(path, "rows", "query" if part == 0 else "kv", index[:, part]) for part in range(3)]
     if not _IN_BLOCKS.fullmatch(child):
         raise unrecognised(site, f"how {child} lays out queries, keys and values is not known")
-    index = torch.arange((heads + 2 * kv_heads) * dim).view(-1, dim)
+    index = _numbers((heads + 2 * kv_heads) * dim).view(-1, dim)
     query, key, value = index.split([heads, kv_heads, kv_heads])
     return [Heads(path, "rows", "query", query), Heads(path, "rows", "kv", key), Heads(path, "rows", "kv", value)]
 

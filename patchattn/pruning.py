@@ -40,7 +40,7 @@ def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> lis
         changes += [Change(path, name, value) for name, value in values.items()]
     module: Any = model.get_submodule(site.name)
     if "sinks" in module._parameters:
-        changes.append(Change(site.name, "sinks", selected(module.sinks, 0, torch.tensor(kept))))
+        changes.append(Change(site.name, "sinks", selected(module.sinks, 0, torch.tensor(kept, device="cpu"))))
     changes += [Change(site.name, name, value) for name, value in _attributes(module, site, kept, kv_kept).items()]
     return changes
 

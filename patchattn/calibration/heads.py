@@ -55,7 +55,7 @@ class HeadList:
         """Read a list: the path of a JSON file, a mapping from layers to heads, or pairs of (layer, head).
 
         Raises:
-            ValueError: no such file, no JSON, an unknown field, no head at all, a negative number.
+            ValueError: no such file, no JSON, an unknown field, no head at all, a negative number, a head twice.
             TypeError: something else than layers and heads.
         """
         if isinstance(given, str | Path):
@@ -138,7 +138,10 @@ def _by_layer(given: Any) -> dict[int, tuple[int, ...]]:
         raise ValueError("The head list is empty: name at least one head, or leave it out for the default ones.")
     found: dict[int, set[int]] = {}
     for layer, head in pairs:
-        found.setdefault(_index(layer), set()).add(_index(head))
+        heads = found.setdefault(_index(layer), set())
+        if _index(head) in heads:
+            raise ValueError(f"Head {head} of layer {layer} is named twice.")
+        heads.add(_index(head))
     return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..call import AttentionCall
 from ..patching import patch_model, unpatch_model
+from ..projections import head_projections
 from ..sites import AttentionSite
 from ..variant import (
     Attend,
@@ -40,6 +41,7 @@ class Findings:
     half_the_heads: str = ""
     learned_router: str = ""
     ssa: str = ""
+    pruning: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -132,6 +134,7 @@ def check(model: PreTrainedModel, sites: list[AttentionSite], runs: list[Run], r
         findings.problems.append("dropping half of the heads changes nothing")
     findings.learned_router = _changes(model, runs, base, "moh", {**half, "router": "learned", "router_std": 0.5})
     findings.ssa = _changes(model, runs, base, "ssa", {}, fill=0.3)
+    findings.pruning = _check_pruning(model, runs, [site for site in sites if site.name in reached], findings)
     findings.geometry = _check_geometry(model, runs, reached, findings)
     for name in ("half_the_heads", "learned_router", "ssa"):
         if (text := getattr(findings, name)).startswith("error"):
@@ -184,6 +187,36 @@ def _changes(
         return f"error: {_line(error)}"
     finally:
         _clean(model)
+
+
+def _check_pruning(model: PreTrainedModel, runs: list[Run], sites: list[AttentionSite], findings: Findings) -> str:
+    """Whether taking the first head out of the weights equals masking it; on how many modules, or why on none."""
+    refusals: list[str] = []
+    heads: dict[str, list[int]] = {}
+    for site in sites:
+        try:
+            head_projections(model, site)
+        except NotImplementedError as error:
+            refusals.append(str(error))
+        else:
+            if (site.query_heads or 1) > 1:
+                heads[site.name] = [0]
+    if not heads:
+        return f"refused: {refusals[0]}" if refusals else "not tried: one head"
+    try:
+        outputs = []
+        for physical in (False, True):
+            patch_model(model, "prune", heads=heads, physical=physical)
+            outputs.append(_outputs(model, runs))
+            unpatch_model(model)
+        scale = max(float(t.abs().max()) for t in outputs[0] if t.is_floating_point() and t.numel())
+        if difference(*outputs) > 1e-4 * max(scale, 1.0):
+            findings.problems.append(f"pruning: removed heads differ from masked ones by {difference(*outputs):.1e}")
+    except Exception as error:  # see _check_neutral
+        findings.problems.append(f"pruning: {_line(error)}")
+    finally:
+        _clean(model)
+    return f"exact on {len(heads)} of {len(sites)} sites" + (f"; refused: {refusals[0]}" if refusals else "")
 
 
 def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], findings: Findings) -> str:
