@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from patchattn.plotting import plot_head_usage, plot_temperatures
+from patchattn.calibration.heads import BaseFacts
+from patchattn.calibration.importance import HeadImportance, SiteScores
+from patchattn.plotting import plot_head_importance, plot_head_usage, plot_temperatures
 from patchattn.sites import find_sites
 from patchattn.statistics import LayerTemperatures, Spread
 
@@ -37,6 +39,26 @@ def test_numbers_are_left_out_of_a_large_picture():
 def test_what_cannot_be_drawn_is_refused(usage):
     with pytest.raises(ValueError, match="usage"):
         plot_head_usage(usage)
+
+
+def test_a_picture_of_importance(tmp_path):
+    scores = {
+        "encoder.layers.0.attn": SiteScores(0, 2, (0.1, 0.9)),
+        "encoder.layers.1.attn": SiteScores(1, 2, (0.3, 0.2, 0.5, 0.4)),
+        "decoder.layers.0.attn": SiteScores(0, 1, (-0.5,)),
+    }
+    importance = HeadImportance(scores, "flap", BaseFacts("bart", 2, 4))
+    figure = plot_head_importance(importance)
+    assert figure.get_suptitle() == "Importance of heads (flap): bart of 2 layers with 4 heads"
+    encoder, decoder, bar = figure.axes
+    assert [axes.get_title() for axes in (encoder, decoder)] == ["encoder.layers.*.attn", "decoder.layers.*.attn"]
+    assert (decoder.get_xlabel(), encoder.get_ylabel()) == ("query head", "layer")
+    assert "higher: keep" in bar.get_ylabel()
+    assert [text.get_text() for text in encoder.texts] == ["0.1", "0.9", "0.3", "0.2", "0.5", "0.4"]
+    assert encoder.images[0].get_array().shape == (2, 4)
+    assert encoder.images[0].get_clim() == decoder.images[0].get_clim() == (-0.5, 0.9)
+    figure.savefig(tmp_path / "importance.png")
+    assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
 
 
 def layers(family, streams, spikiness=(0.5, 0.4)):

@@ -82,10 +82,7 @@ def head_importance(
     """
     if model.training:
         raise ValueError("Importance needs a model in evaluation mode: model.eval().")
-    if method not in METHODS:
-        raise ValueError(f"There is no method {method!r} to score heads{nearest(str(method), list(METHODS))}")
-    given = {"per": per, "loss": loss, "metric": metric, "seed": seed}
-    chosen = _options(method, {name: value for name, value in given.items() if value is not None})
+    chosen = check_options(method, per=per, loss=loss, metric=metric, seed=seed)
     base = base_model(model)
     chosen_sites = select_sites(base) if sites is None else list(sites)
     if not chosen_sites:
@@ -117,15 +114,26 @@ def head_importance(
     return HeadImportance(described, method, facts, settings, max(scorer.tokens.values()))
 
 
-def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's options, those given among them; ValueError for one that it does not take."""
+def check_options(method: str, **given: Any) -> dict[str, Any]:
+    """The options of a method, those given among them.
+
+    Args:
+        method: its name.
+        given: options of any method; `None` is not given.
+
+    Raises:
+        ValueError: there is no such method, it does not take one of them, or not that value.
+    """
+    if method not in METHODS:
+        raise ValueError(f"There is no method {method!r} to score heads{nearest(str(method), list(METHODS))}")
     known = options(method)
-    for name, value in given.items():
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
         if name not in known:
             raise ValueError(f"{method!r} takes {', '.join(known) or 'no options of its own'}, got {name}={value!r}.")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}.")
-    return {**known, **given}
+    return {**known, **chosen}
 
 
 def _run(
