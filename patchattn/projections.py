@@ -183,9 +183,9 @@ def _check_whole(model: nn.Module, site: AttentionSite, path: str, parts: Sequen
 
 
 def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:
-    """A norm within heads; or what reaches attention as an argument of its own: sinks, a position bias."""
-    within = parameter.shape == (site.head_dim,)
-    return within or name == "sinks" or ("position_bias" in site.arguments and "relative_attention_bias" in name)
+    """A norm within heads or after their projection (ALBERT); or what attention gets by itself: sinks, a position bias."""
+    is_norm = parameter.shape == (site.head_dim,) or name.startswith("LayerNorm.")
+    return is_norm or name == "sinks" or ("position_bias" in site.arguments and "relative_attention_bias" in name)
 
 
 def kept_index(parts: Iterable[Heads], query_heads: Sequence[int], kv_heads: Sequence[int]) -> torch.Tensor:

@@ -84,13 +84,15 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
         spelt = f'"{default}"' if isinstance(default, str) else str(default)
         assert f"| `{setting}` | `{spelt}` |" in text
     first, *others = blocks(page)
-    make = {"attention": tiny_llama, "decoding": lambda: vlms.make("llava")}[patchattn.variant_info(name).kind]
+    make = (lambda: vlms.make("llava")) if patchattn.variant_info(name).kind == "decoding" else tiny_llama
     for line in first.splitlines():  # ways to patch, one a line
         exec(line, {"patchattn": patchattn, "model": make()})
     tokens = torch.arange(24).view(2, 12)
+    model = make()
+    exec(first.splitlines()[0], {"patchattn": patchattn, "model": model})
     namespace = {
         "patchattn": patchattn,
-        "model": patchattn.patch_model(make(), name).train(),
+        "model": model.train(),
         "batch": {"input_ids": tokens, "labels": tokens},
         "accumulation_steps": 2,
         "accelerator": types.SimpleNamespace(backward=lambda loss: loss.backward()),

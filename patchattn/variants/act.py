@@ -80,7 +80,7 @@ class ACT(Variant):
     ) -> tuple[ACTConfig, Sequence[AttentionSite]]:
         if config.heads is not None:
             HeadList.parse(config.heads).check(model, sites)
-        elif not any(_chosen(config, site) for site in sites):
+        elif config.beta != 1.0 and not any(_chosen(config, site) for site in sites):
             raise ValueError("ACT leaves out the first two layers and the last by default: name heads=... for these.")
         return config, sites
 
