@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .calibration.commands import calibrate_curve, calibrate_heads
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -126,7 +128,7 @@ def check(
     from .variant import variant_info
 
     config = variant_info(variant).configure(_parse_settings(settings or []))
-    _quiet()
+    quiet()
     architectures = load_pretrained(AutoConfig, model).architectures or []
     decodes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     loaded = load_pretrained(AutoModelForCausalLM if decodes else AutoModel, model)
@@ -157,7 +159,7 @@ def demo(
     """Patch, fine-tune with LoRA, compare, undo: on a task of its own or on SST-2. Needs no network by default."""
     from .demo import make_task, run_demo
 
-    _quiet()
+    quiet()
     run_demo(make_task(task, model, data, quick), seed or [0], output, steps)
 
 
@@ -207,7 +209,7 @@ def calibrate_act(
     from .evaluation.likelihood import read_choices
 
     examples, given = read_choices(data), _parse_settings(settings or [])
-    _quiet()
+    quiet()
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval()
     tokenizer = load_pretrained(AutoTokenizer, model)
     loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -241,93 +243,11 @@ def calibrate_act(
     )
 
 
-@calibrate.command("heads")
-def calibrate_heads(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a language model, a classifier or an encoder.")],
-    method: Annotated[
-        str, typer.Option(help="michel, flap, amp or entropy; magnitude or random, which need no data.")
-    ] = "michel",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Texts: a .txt, .jsonl or .tsv file, or a folder of these; a classifier needs labels."),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "--out", help="Where to write the scores.")] = Path(
-        "importance.json"
-    ),
-    plot: Annotated[Path | None, typer.Option(help="Draw a heat map into this file, such as heads.png.")] = None,
-    per: Annotated[
-        str | None, typer.Option(help="Of michel: sum gradients over a token (default), example or batch.")
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="Of flap: wifv (default), ifv or wifn.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of random.")] = None,
-    normalise: Annotated[bool, typer.Option(help="Compare heads within their layer.")] = True,
-    modules: Annotated[str | None, typer.Option(help="Regular expression that chooses attention modules.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Rows to use, from the first on; all by default.", min=1)] = None,
-    length: Annotated[int, typer.Option(help="Longest row, in tokens.", min=2)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Rows of a forward.", min=1)] = 8,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")] = None,
-) -> None:
-    """Score every query head of a model, in one pass over data; a killed pass goes on where it was.
-
-    The sums so far are kept in OUTPUT.state until the pass is done. `patch_model(model, "prune", sparsity=0.3,
-    importance=OUTPUT)` takes the lowest heads out.
-    """
-    import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from transformers import AutoConfig, AutoTokenizer
-
-    from .calibration.data import auto_class, class_numbers, make_batches, read_texts, task_of
-    from .calibration.methods import METHODS
-    from .calibration.scoring import check_options, head_importance
-    from .demo.tasks import load_pretrained
-    from .selection import select_sites
-
-    check_options(method, per=per, metric=metric, seed=seed)
-    if METHODS[method].needs_data != (data is not None):
-        raise ValueError(f"{method} {'needs --data' if data is None else 'looks at no data: leave out --data'}.")
-    examples = [] if data is None else read_texts(data)
-    _quiet()
-    config = load_pretrained(AutoConfig, model)
-    task = task_of(config)
-    if METHODS[method].needs_gradients and task == "none":
-        raise ValueError(f"{method} needs a loss: a language model or a classifier, got {config.architectures}.")
-    batches: list[dict[str, torch.Tensor]] = []
-    if examples:
-        labels = class_numbers(examples, config) if METHODS[method].needs_gradients and task == "classify" else None
-        how: dict[str, Any] = {"labels": labels, "length": length, "batch_size": batch_size, "samples": samples}
-        batches = make_batches(load_pretrained(AutoTokenizer, model), examples, task, **how)
-    loaded = load_pretrained(auto_class(task), model, dtype="auto").eval()
-    loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    console, state = Console(highlight=False), output.with_name(output.name + ".state")
-    if batches and state.exists():
-        console.print(f"Going on from {state}", soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("batches", total=len(batches))
-        found = head_importance(
-            loaded,
-            batches,
-            method,
-            normalise=normalise,
-            per=per,  # type: ignore[arg-type]
-            metric=metric,  # type: ignore[arg-type]
-            seed=seed,
-            sites=select_sites(loaded, modules=modules),
-            state=state if batches else None,
-            progress=lambda done: progress.update(bar, completed=done),
-        )
-    found.save(output)
-    state.unlink(missing_ok=True)
-    heads = sum(map(len, found.scores.values()))
-    console.print(f"{heads} heads scored on {found.tokens} tokens. Wrote {output}", soft_wrap=True)
-    if plot is not None:
-        from .plotting import plot_head_importance
-
-        plot_head_importance(found).savefig(plot)
-        console.print(f"Wrote {plot}", soft_wrap=True)
+calibrate.command("heads")(calibrate_heads)
+calibrate.command("curve")(calibrate_curve)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """What transformers says while loading, such as that an encoder's head is new, is no news here."""
     import warnings
 

@@ -1,6 +1,6 @@
 """Pictures of what a variant does. matplotlib is imported only when one is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .calibration.importance import HeadImportance
+    from .calibration.pruning_curve import CurvePoint
     from .statistics import LayerTemperatures
 
 _WITH_NUMBERS = 400  # cells up to which each shows its number
 # Colours of Okabe and Ito, told apart with colour vision deficiencies; markers tell them apart in grey.
 _STREAM_STYLES = {"query": ("#0072B2", "o"), "key": ("#009E73", "^"), "value": ("#D55E00", "s")}
+_LINE_STYLES = [*_STREAM_STYLES.values(), ("#CC79A7", "v"), ("#E69F00", "D"), ("#000000", "x")]
 
 
 def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of heads") -> "Figure":
@@ -102,6 +104,44 @@ def plot_head_importance(importance: "HeadImportance", *, title: str | None = No
                     axes.text(x, y, f"{score:.2g}", ha="center", va="center", fontsize=7, color=colour)
     pictures[-1].set_xlabel("query head")
     figure.colorbar(image, ax=pictures.tolist(), label="importance (higher: keep)")
+    return figure
+
+
+def plot_pruning_curve(
+    curves: "Mapping[str, Sequence[CurvePoint]]", *, metric: str = "value", title: str = "Pruning of heads"
+) -> "Figure":
+    """A metric over the share of heads removed, one line per curve.
+
+    Args:
+        curves: name to what `pruning_curve` returns, such as one per method; the unpruned model is a dashed line.
+        metric: name of the metric, with its unit.
+        title: of the picture.
+
+    Returns:
+        A figure; save it with `figure.savefig(path)`.
+
+    Raises:
+        ValueError: nothing to draw, or more curves than colours.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError("curves must hold at least one curve, and every curve at least one point.")
+    if len(curves) > len(_LINE_STYLES):
+        raise ValueError(f"At most {len(_LINE_STYLES)} curves can be told apart, got {len(curves)}.")
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), (colour, marker) in zip(curves.items(), _LINE_STYLES, strict=False):
+        x, y = [100 * point.sparsity for point in points], [point.value for point in points]
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, markeredgecolor="white", label=name)
+    first = next(iter(curves.values()))[0]
+    axes.axhline(first.value, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("query heads removed, %")
+    axes.set_ylabel(metric)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9, frameon=False)
     return figure
 
 

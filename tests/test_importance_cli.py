@@ -240,3 +240,18 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     code, _, err = command(*[places.get(argument, argument) for argument in arguments])
     assert code == 2
     assert message in err
+
+
+def test_the_command_draws_a_curve(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Once upon a time, there was a little girl. She liked to play in the park.")
+    arguments = ["calibrate", "curve", data_dir / "models" / "stories260K", "--data", "a.txt", "--test", "a.txt"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*map(str, arguments), "--every", "10", "--until", "0.5", "--plot", "curve.png"])
+    assert not ended.value.code
+    assert "perplexity" in capsys.readouterr().out
+    rows = (tmp_path / "curve.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["removed", "0", "10", "20"]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

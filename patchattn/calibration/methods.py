@@ -124,17 +124,7 @@ class Michel(SummedMethod):
 
     def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.gates = []
-        if "labels" in batch or self.loss is not None:
-            return batch
-        if not predicts_next_token(self.model) or "input_ids" not in batch:
-            raise ValueError(
-                f"Gradients need a loss: give every batch of a {type(self.model).__name__} labels, or give loss=... "
-                "Only a causal language model takes its own tokens as labels."
-            )
-        labels, mask = batch["input_ids"], batch.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            labels = labels.masked_fill(mask == 0, -100)
-        return {**batch, "labels": labels}
+        return batch if self.loss is not None else with_labels(self.model, batch)
 
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         gate = torch.ones(output.shape[:3], device=output.device, requires_grad=True)
@@ -303,12 +293,33 @@ def predicts_next_token(model: nn.Module) -> bool:
     return bool(base.can_generate()) and not base.config.is_encoder_decoder
 
 
-def summed_loss(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The model's own mean loss times the number of its labels: what examples add to it is then their own alone."""
-    loss, labels = getattr(outputs, "loss", None), batch.get("labels")
-    if loss is None or labels is None:
-        raise ValueError(f"{type(model).__name__} gave no loss for the labels of a batch; give loss=...")
+def with_labels(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with labels: its own, or the tokens of a causal language model but for padding; else ValueError."""
+    if "labels" in batch:
+        return batch
+    if not predicts_next_token(model) or "input_ids" not in batch:
+        raise ValueError(
+            f"There are no labels in a batch of {type(model).__name__}. Only a causal language model takes its own "
+            "tokens as labels; elsewhere give labels, or a loss of your own."
+        )
+    labels, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        labels = labels.masked_fill(mask == 0, -100)
+    return {**batch, "labels": labels}
+
+
+def label_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Number of labels that the model's own loss is the mean over."""
+    labels = batch["labels"]
     if labels.dim() < 2 or labels.is_floating_point():
-        return loss * len(labels)
+        return len(labels)
     counted = labels[:, 1:] if predicts_next_token(model) else labels
-    return loss * (counted != -100).sum()
+    return int((counted != -100).sum())
+
+
+def summed_loss(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The model's own loss as a sum, so that what an example adds to it does not depend on its batch."""
+    loss: torch.Tensor | None = getattr(outputs, "loss", None)
+    if loss is None or "labels" not in batch:
+        raise ValueError(f"{type(model).__name__} gave no loss for the labels of a batch; give loss=...")
+    return loss * label_count(model, batch)
