@@ -183,7 +183,7 @@ def _check_whole(model: nn.Module, site: AttentionSite, path: str, parts: Sequen
 
 
 def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:
-    """A norm within heads or after their projection (ALBERT); or what attention gets by itself: sinks, a position bias."""
+    """A norm within heads or after the projection (ALBERT); or an argument of attention: sinks, a position bias."""
     is_norm = parameter.shape == (site.head_dim,) or name.startswith("LayerNorm.")
     return is_norm or name == "sinks" or ("position_bias" in site.arguments and "relative_attention_bias" in name)
 

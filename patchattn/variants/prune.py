@@ -10,6 +10,7 @@ from torch import nn
 
 from ..calibration.heads import HeadList
 from ..calibration.importance import HeadImportance
+from ..calibration.scoring import head_importance
 from ..call import AttentionCall
 from ..pruning import cut_heads, renumbered
 from ..settings import nearest, option
@@ -154,8 +155,6 @@ def _by_module(heads: Mapping[str, Any], model: nn.Module, sites: Sequence[Atten
 def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
     method, sparsity = str(config.importance), config.sparsity
     if method in _DATA_FREE:
-        from ..calibration.scoring import head_importance
-
         importance = head_importance(model, [], method=method, sites=sites)
     elif Path(method).is_file():
         importance = HeadImportance.load(method)
