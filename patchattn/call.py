@@ -11,6 +11,7 @@ from transformers import Cache
 from patchattn_kernels import AttentionRule
 
 from .caching import SequenceState, in_slots, sequence_state
+from .hooks import IMAGE_TOKENS, RESIDUAL
 from .masks import is_flash, key_length, packed_sequences, real_tokens, visibility, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
@@ -176,10 +177,10 @@ class AttentionCall:
             kv_length=self.key.shape[2],
             is_cross=self.site.is_cross,
             device=self.query.device,
-            own=self._own_key(),
+            own=self.own_key(),
         )
 
-    def _own_key(self) -> int | torch.Tensor | None:
+    def own_key(self) -> int | torch.Tensor | None:
         """Index of the first query's own key in a kv cache, where its layer is known."""
         layer = None if self.context is None or self.context.tap is None else self.context.tap.layer
         if layer is None or self.site.is_cross:
@@ -229,6 +230,30 @@ class AttentionCall:
     def layer_input(self) -> torch.Tensor:
         """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
         return self._context().tokens(self.query.shape[0], self.query.shape[2])
+
+    def residual(self) -> torch.Tensor:
+        """`(B, Tq, E)` what entered the layer, before its norm, without its gradient.
+
+        For variants that hook their layer (`hooks.with_residual`); NotImplementedError if it did not arrive.
+        """
+        return self._handed_on(RESIDUAL, "what entered its layer")
+
+    def image_tokens(self) -> torch.Tensor:
+        """`(B, Tq)` bool: which tokens of this call are image tokens.
+
+        For variants that hook their language model (`hooks.with_image_tokens`); NotImplementedError if it did not
+        arrive.
+        """
+        return self._handed_on(IMAGE_TOKENS, "which of its tokens are image tokens")
+
+    def _handed_on(self, keyword: str, meaning: str) -> torch.Tensor:
+        given, shape = self.kwargs.get(keyword), (self.query.shape[0], self.query.shape[2])
+        if not isinstance(given, torch.Tensor) or given.shape[:2] != shape:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) was not told {meaning}, for {shape[1]} tokens in a batch "
+                f"of {shape[0]}: its layer does not hand keyword arguments on to it. Leave it out with modules=..."
+            )
+        return given.to(self.query.device)
 
     def raw_query(self) -> torch.Tensor:
         """`(B, H, Tq, D)` the query before its norm, where the family has one; the call's own query otherwise."""

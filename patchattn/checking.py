@@ -3,8 +3,7 @@
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from transformers import DynamicCache
 
 from .patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from .plan import Patch
-from .selection import base_model
+from .selection import base_model, evaluating
 from .variant import VariantConfig, variant_info
 
 _REPEATS = 5  # timed pairs of forwards
@@ -114,9 +113,9 @@ def check_patch(
         raise ValueError("The model is not patched: patch it first, or say which variant to check.")
     given = _inputs(model, inputs)
     if variant is None:
-        with _evaluating(model):
+        with evaluating(model):
             return _report(model, given)
-    with _evaluating(model), patched(model, variant, config):
+    with evaluating(model), patched(model, variant, config):
         return _report(model, given)
 
 
@@ -295,18 +294,6 @@ def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
     gap = (left.double() - right.double()).abs().masked_fill(both, 0.0).nan_to_num(nan=float("inf"))
     scale = right.double().abs().nan_to_num(nan=0.0).max()
     return float(gap.max() / scale.clamp(min=1e-12))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> dict[str, Any]:

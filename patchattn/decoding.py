@@ -7,10 +7,10 @@ follows it through beam reordering, cropping and a second turn.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +18,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .call import AttentionCall
+from .hooks import Hook, image_tokens_known
 from .masks import real_tokens
 from .variant import Attend, AttentionOutput, Variant
 
 _local = threading.local()  # .token_ids, .step: of the forward that runs in this thread; .inside: it is a branch's own
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A method of a decoding variant to be called before or after a module, with its keyword arguments."""
-
-    module: nn.Module
-    when: Literal["before", "after"]
-    method: Callable[..., Any]
-
-    def install(self) -> None:
-        """Place it, once."""
-        if self.when == "before" and self.method not in self.module._forward_pre_hooks.values():
-            self.module.register_forward_pre_hook(self.method, with_kwargs=True)
-        if self.when == "after" and self.method not in self.module._forward_hooks.values():
-            self.module.register_forward_hook(self.method, with_kwargs=True)
 
 
 @dataclass(eq=False)
@@ -70,11 +55,13 @@ class BranchStep:
         embeddings: `(B, T', E)`.
         real: `(B, T')` bool.
         source: `(B, T)` which token of the branch corresponds to a token of the step, -1 where none does.
+        image: `(B, T')` bool, which are image tokens.
     """
 
     embeddings: torch.Tensor
     real: torch.Tensor
     source: torch.Tensor
+    image: torch.Tensor
 
 
 class BranchTokens(DynamicLayer):
@@ -99,7 +86,6 @@ class DecodingVariant(Variant):
             raise NotImplementedError(f"{type(model).__name__} has no language modelling head to decode with.")
 
     def hooks(self, model: nn.Module) -> list[Hook]:
-        """What to call when; placed by `patch_model` and taken off by `unpatch_model`."""
         generator: Any = model.get_submodule(self.generator)
         return [
             Hook(model, "before", self.before_model),
@@ -203,7 +189,7 @@ def _run_branch(
         seen = inputs.real[:, None, :, None]
         real = tokens.update(seen, seen)[0][:, 0, :, 0]
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs.real.shape[1] :]
-    with _inside_branch():
+    with _inside_branch(), image_tokens_known(inputs.image):
         return module(
             inputs_embeds=inputs.embeddings,
             attention_mask=real.long(),
@@ -213,14 +199,6 @@ def _run_branch(
             logits_to_keep=min(keep, inputs.real.shape[1]),
             return_dict=True,
         ).logits
-
-
-def install_hooks(model: nn.Module, variants: nn.Module) -> None:
-    """Place the hooks of the decoding variants among an attention module's variants."""
-    for variant in variants.children():
-        if isinstance(variant, DecodingVariant) and not variant.is_identity:
-            for hook in variant.hooks(model):
-                hook.install()
 
 
 def refuse_second(variants: Sequence[type[Variant]]) -> None:

@@ -18,6 +18,7 @@ class ImageLayout:
         image_token_id: id of the placeholder that image tokens take the place of.
         video_token_id: the same of videos, where the family has them.
         generator: module whose output holds the logits, `""` for the model itself.
+        language_model: module that image tokens and text go through.
         tower: the vision encoder.
         feature_layer: index of the encoder layer whose output the image tokens are made of, counted from 0.
         features: module that gives the image tokens.
@@ -32,6 +33,7 @@ class ImageLayout:
     """
 
     image_token_id: int
+    language_model: str
     tower: str
     features: str
     feature_layer: int
@@ -236,6 +238,7 @@ def _llava(model: Any) -> ImageLayout:
     tower = model.get_submodule(f"{inner}vision_tower")
     return ImageLayout(
         image_token_id=config.image_token_id,
+        language_model=f"{inner}language_model",
         tower=f"{inner}vision_tower",
         features=f"{inner}multi_modal_projector",
         feature_layer=_layer(config),
@@ -250,6 +253,7 @@ def _instructblip(model: Any) -> ImageLayout:
     config = model.config
     return ImageLayout(
         image_token_id=config.image_token_id,
+        language_model="language_model",
         generator="language_model",
         tower="vision_model",
         features="language_projection",
@@ -264,6 +268,7 @@ def _qwen2_5_vl(model: Any) -> ImageLayout:
     config, inner = model.config, _inner(model, "visual")
     return ImageLayout(
         image_token_id=config.image_token_id,
+        language_model=f"{inner}language_model",
         video_token_id=config.video_token_id,
         tower=f"{inner}visual",
         features=f"{inner}visual",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .compatibility import name_branches
-from .decoding import DecodingVariant, install_hooks, refuse_second
+from .decoding import DecodingVariant, refuse_second
+from .hooks import install_hooks
 from .plan import CONFIG_KEY, Patch, plan_dict
 from .seam import (
     CHILD,

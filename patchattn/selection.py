@@ -1,7 +1,8 @@
 """Which model is meant, and which of its attention modules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -72,6 +73,18 @@ def select_sites(
             raise ValueError("layers is empty: nothing would be patched.")
         sites = [site for site in sites if site.layer_index in wanted]
     return sites
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _ranges(numbers: list[int]) -> str:

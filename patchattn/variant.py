@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .call import AttentionCall, LayerContext, Observation
+from .hooks import Hook
 from .settings import Settings, nearest
 from .sites import AttentionSite
 
@@ -32,6 +33,7 @@ Capability = Literal[
     "softcap",  # capped logits (Gemma2)
     "sinks",  # learned sink logits, `s_aux` (gpt-oss)
     "position_bias",  # additive bias per head (T5)
+    "without_images",  # models without image tokens
 ]
 ALL_CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
 
@@ -143,6 +145,14 @@ class Variant(nn.Module):
             visible: `(B or 1, T)` number of keys each of these tokens sees, itself included.
         """
         return key, value
+
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        """Methods of this variant to be called around modules of the model other than the attention module.
+
+        Placed by `patch_model`, taken off by `unpatch_model`. A method is placed once on a module, also where the
+        variants of several attention modules ask for it.
+        """
+        return []
 
     def report(self, source: AttentionCall | LayerContext, **values: torch.Tensor) -> None:
         """Show intermediate values, such as gates or temperatures, to whoever observes (`patchattn.observe`)."""

@@ -84,7 +84,8 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
         spelt = f'"{default}"' if isinstance(default, str) else str(default)
         assert f"| `{setting}` | `{spelt}` |" in text
     first, *others = blocks(page)
-    make = (lambda: vlms.make("llava")) if patchattn.variant_info(name).kind == "decoding" else tiny_llama
+    of_text = "without_images" in patchattn.variant_info(name).capabilities
+    make = tiny_llama if of_text else lambda: vlms.make("llava")
     for line in first.splitlines():  # ways to patch, one a line
         exec(line, {"patchattn": patchattn, "model": make()})
     tokens = torch.arange(24).view(2, 12)

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 
 from ..patching import patch_info
+from ..selection import evaluating
 from ..settings import Settings, option
 
 
@@ -106,7 +107,7 @@ def answer(
     done = _read_done(path, requests)
     ends = {start: min(start + settings.batch, len(requests)) for start in range(0, len(requests), settings.batch)}
     starts = [start for start, end in ends.items() if end > len(done)]
-    with _evaluating(model), _left_padded(processor.tokenizer), path.open("a", encoding="utf-8") as file:
+    with evaluating(model), _left_padded(processor.tokenizer), path.open("a", encoding="utf-8") as file:
         for start in track(starts, description="Answering", disable=not sys.stderr.isatty() or not starts):
             batch = requests[start : ends[start]]
             texts = _generate(model, processor, batch, settings, settings.seed * 1_000_003 + start)
@@ -181,16 +182,6 @@ def _image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # all of which Pillow raises
         raise ValueError(f"{path} is no readable image: {error}") from error
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..call import AttentionCall
-from ..decoding import BranchStep, DecodingVariant, Hook, Step
+from ..decoding import BranchStep, DecodingVariant, Step
+from ..hooks import Hook
 from ..images import image_layout
 from ..outliers import Picture, attention_received, highest, kept_positions, reordered, unknown_images
 from ..selection import base_model
@@ -227,9 +228,9 @@ class DAMRO(DecodingVariant):
         positions = torch.arange(image.shape[1], device=image.device)
         source = positions.expand(image.shape).masked_fill(image, -1)
         if not bool(image.any()):
-            return BranchStep(step.embeddings, step.real, source)
+            return BranchStep(step.embeddings, step.real, source, image)
         if self.layout.query_former is not None:
-            return BranchStep(self._with_replaced(step.embeddings, image), step.real, source)
+            return BranchStep(self._with_replaced(step.embeddings, image), step.real, source, image)
         pictures, is_tiled = getattr(_seen, "pictures", []), self.layout.is_tiled
         kept = [
             kept_positions(row, where, pictures, is_tiled=is_tiled)
@@ -241,7 +242,8 @@ class DAMRO(DecodingVariant):
         real = step.real.gather(1, index.clamp(min=0)) & (index >= 0)
         for row, where in enumerate(kept):
             source[row, where] = torch.arange(length - len(where), length, device=source.device)
-        return BranchStep(embeddings, real, source.masked_fill(image, -1))
+        outliers = image.gather(1, index.clamp(min=0)) & (index >= 0)
+        return BranchStep(embeddings, real, source.masked_fill(image, -1), outliers)
 
     def _with_replaced(self, embeddings: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Image tokens replaced one by one by those that the query former made of the outliers."""
@@ -265,7 +267,7 @@ register_variant(
         summary="Next-token logits are contrasted with those given the vision encoder's outlier tokens alone.",
         extra_parameters="none",
         needs_training=False,
-        capabilities=ALL_CAPABILITIES - {"static_cache", "compile"},
+        capabilities=ALL_CAPABILITIES - {"static_cache", "compile", "without_images"},
         presets={"pope": {"task": "pope"}, "chair": {"task": "chair"}},
         examples=(
             {"top_k": 2},

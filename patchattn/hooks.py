@@ -1,0 +1,117 @@
+"""Hooks of variants, and what they tell attention that its call does not: the residual stream, the image tokens.
+
+Both travel as keyword arguments, which layers hand on to their attention function, and not beside the call: activation
+checkpointing runs a layer again, without the hooks around it.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+IMAGE_TOKENS = "patchattn_image_tokens"
+RESIDUAL = "patchattn_residual"
+
+# .token_ids: of the forward that is about to reach the language model; .image_tokens: which tokens of its input are
+# image tokens, where somebody knows better than the ids.
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A method of a variant to be called before or after a module, with its keyword arguments."""
+
+    module: nn.Module
+    when: Literal["before", "after"]
+    method: Callable[..., Any]
+
+    def install(self) -> None:
+        """Place it; once, if the variants of several attention modules ask for it."""
+        place = self.module._forward_pre_hooks if self.when == "before" else self.module._forward_hooks
+        if any(_function(hook) is _function(self.method) for hook in place.values()):
+            return
+        if self.when == "before":
+            self.module.register_forward_pre_hook(self.method, with_kwargs=True)
+        else:
+            self.module.register_forward_hook(self.method, with_kwargs=True)
+
+
+def install_hooks(model: nn.Module, variants: nn.Module) -> None:
+    """Place the hooks of an attention module's variants."""
+    for variant in variants.children():
+        if not variant.is_identity:
+            for hook in variant.hooks(model):  # type: ignore[operator]
+                hook.install()
+
+
+def _function(hook: Callable[..., Any]) -> Any:
+    return getattr(hook, "__func__", hook)
+
+
+def enclosing_layer(site_name: str) -> str | None:
+    """Name of the numbered layer that an attention module is in; `None` without one."""
+    found = re.match(r"(?:.*\.)?\d+(?=\.)", site_name)
+    return found[0] if found else None
+
+
+def with_residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with, and `AttentionCall.residual` for its attention: its input, without its gradient."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, RESIDUAL: hidden.detach()}
+
+
+def note_token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the ids that the input embedding is called with, until the language model runs."""
+    ids = args[0] if args else kwargs.get("input")
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        _local.token_ids = ids
+
+
+@contextmanager
+def image_tokens_known(image_tokens: torch.Tensor) -> Iterator[None]:
+    """The language model is about to be called with embeddings; `(B, T)` bool says which are image tokens."""
+    _local.image_tokens = image_tokens
+    try:
+        yield
+    finally:
+        _local.image_tokens = None
+
+
+def with_image_tokens(
+    owner: str, placeholders: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a language model is called with, and `AttentionCall.image_tokens` for its attention.
+
+    Args:
+        owner: variant, for messages.
+        placeholders: ids that image tokens take the place of.
+        args, kwargs: what the language model is called with.
+
+    Raises:
+        NotImplementedError: nobody knows the ids of its input.
+    """
+    noted, marks = getattr(_local, "token_ids", None), getattr(_local, "image_tokens", None)
+    _local.token_ids = None
+    embeddings = kwargs.get("inputs_embeds")
+    ids = args[0] if args else kwargs.get("input_ids")
+    if marks is None:
+        ids = noted if ids is None else ids
+        if ids is None or (embeddings is not None and _misfit(ids, embeddings)):
+            raise NotImplementedError(
+                f"{owner} needs input_ids to tell image tokens from text; got inputs_embeds alone."
+            )
+        marks = torch.zeros_like(ids, dtype=torch.bool)
+        for placeholder in placeholders:
+            marks = marks | (ids == placeholder)
+    if embeddings is not None:  # which are repeated for beams where ids are not
+        marks = marks.repeat_interleave(len(embeddings) // len(marks), dim=0).to(embeddings.device)
+    return args, {**kwargs, IMAGE_TOKENS: marks}
+
+
+def _misfit(ids: torch.Tensor, embeddings: torch.Tensor) -> bool:
+    return ids.shape[1] != embeddings.shape[1] or len(embeddings) % len(ids) != 0
