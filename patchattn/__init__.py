@@ -7,6 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration.channels import ChannelStatistics as ChannelStatistics
+    from .calibration.channels import channel_statistics as channel_statistics
+    from .calibration.importance import HeadImportance as HeadImportance
+    from .calibration.scoring import head_importance as head_importance
     from .call import AttentionCall as AttentionCall
     from .call import LayerContext as LayerContext
     from .call import Observation as Observation
@@ -59,6 +63,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "calibration.channels": ("ChannelStatistics", "channel_statistics"),
+    "calibration.importance": ("HeadImportance",),
+    "calibration.scoring": ("head_importance",),
     "call": ("AttentionCall", "LayerContext", "Observation"),
     "checking": ("Check", "CheckReport", "check_patch"),
     "checkpoint": ("from_pretrained", "load_patch", "patched_class", "save_patch"),

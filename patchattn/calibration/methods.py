@@ -97,7 +97,7 @@ class SummedMethod(Method):
 
 
 def by_layer_norm(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Divide the scores of each attention module by their l2 norm, as Michel et al. (2019), App. A, do."""
+    """Divide the scores of each attention module by their l2 norm, as Michel et al. (2019) do."""
     return {name: score / (score.norm() + 1e-20) for name, score in scores.items()}
 
 
@@ -111,7 +111,7 @@ class _Gate:
 
 
 class Michel(SummedMethod):
-    """|dL / dgate|: how much the loss changes when a head is gated down (arXiv 1905.10650, Eq. 2 and 3)."""
+    """|dL / dgate|: how much the loss changes when a head is gated down (arXiv 1905.10650)."""
 
     needs_gradients = True
 
@@ -188,7 +188,7 @@ class Entropy(SummedMethod):
 
 
 class FLAP(Method):
-    """How much the output would lose when a head's channels are replaced by their means (arXiv 2312.11983, Sec. 3.2).
+    """How much the output would lose when a head's channels are replaced by their means (arXiv 2312.11983).
 
     The channels of the output projection's input are scored, standardised per layer, and averaged per head.
     """
