@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .checkpoint import load_patch as load_patch
     from .checkpoint import patched_class as patched_class
     from .checkpoint import save_patch as save_patch
+    from .compression import compress as compress
+    from .compression import reset_usage as reset_usage
     from .hub import push_to_hub as push_to_hub
     from .hub import save_pretrained as save_pretrained
     from .images import ImageSpan as ImageSpan
@@ -48,9 +50,12 @@ if TYPE_CHECKING:
     from .training import BalanceLoss as BalanceLoss
     from .training import PatchedTrainerMixin as PatchedTrainerMixin
     from .training import RoutingCallback as RoutingCallback
+    from .training import SpecialiseLoss as SpecialiseLoss
     from .training import anneal_active_heads as anneal_active_heads
     from .training import balance_loss as balance_loss
+    from .training import distillation_loss as distillation_loss
     from .training import optimizer_groups as optimizer_groups
+    from .training import specialise_loss as specialise_loss
     from .variant import Attend as Attend
     from .variant import AttentionOutput as AttentionOutput
     from .variant import Variant as Variant
@@ -69,6 +74,7 @@ _NAMES = {
     "call": ("AttentionCall", "LayerContext", "Observation"),
     "checking": ("Check", "CheckReport", "check_patch"),
     "checkpoint": ("from_pretrained", "load_patch", "patched_class", "save_patch"),
+    "compression": ("compress", "reset_usage"),
     "hub": ("push_to_hub", "save_pretrained"),
     "images": ("ImageSpan", "image_spans", "image_token_mask"),
     "observation": ("observe",),
@@ -88,9 +94,12 @@ _NAMES = {
         "BalanceLoss",
         "PatchedTrainerMixin",
         "RoutingCallback",
+        "SpecialiseLoss",
         "anneal_active_heads",
         "balance_loss",
+        "distillation_loss",
         "optimizer_groups",
+        "specialise_loss",
     ),
     "variant": (
         "Attend",

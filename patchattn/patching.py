@@ -190,11 +190,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     for module in base.modules():
         if module._modules.pop(CHILD, None) is not None:
             vars(module)["config"] = original_config(module)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_with_kwargs.pop(key, None)
+        remove_hooks(module)
     vars(base.config).pop(CONFIG_KEY, None)
     release_bases()
     return model
@@ -347,6 +343,15 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
             f"The variant {info.name!r} does not support {', '.join(lacking)}, which {site.module_class} "
             f"({site.name}) needs. Leave it out with modules=... or layers=..."
         )
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Take the hooks of patches off a module."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _is_ours(hook: Any) -> bool:

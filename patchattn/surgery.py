@@ -70,7 +70,7 @@ class SurgeryVariant(Variant):
         """ValueError if what was there before cannot be put back."""
         for change in self.changes:
             where = f"{change.module}.{change.name}"
-            if isinstance(change.value, nn.Parameter) and change.value.is_meta:
+            if _is_meta(change.value):
                 raise ValueError(
                     f"{where} was loaded without what {type(self).__name__} took out: it was not saved. Load the base "
                     "model instead of unpatching this one."
@@ -88,9 +88,11 @@ class SurgeryVariant(Variant):
         """Moves and casts of the model reach what was taken out, too."""
         for change in self.changes:
             value = change.value
+            if _is_meta(value):
+                continue
             if isinstance(value, nn.Module):
                 value._apply(fn)
-            elif isinstance(value, nn.Parameter) and not value.is_meta:
+            elif isinstance(value, nn.Parameter):
                 value.data = fn(value.data)
         return super()._apply(fn, recurse)
 
@@ -98,3 +100,10 @@ class SurgeryVariant(Variant):
 def surgeries(chains: Sequence[nn.Module]) -> list[SurgeryVariant]:
     """The surgeries on attention modules, by their chains of variants, in the order they were done."""
     return [variant for chain in chains for variant in chain.children() if isinstance(variant, SurgeryVariant)]
+
+
+def _is_meta(value: Any) -> bool:
+    """Whether something taken out of a model has parameters without values."""
+    if isinstance(value, nn.Module):
+        return any(parameter.is_meta for parameter in value.parameters())
+    return isinstance(value, nn.Parameter) and value.is_meta

@@ -1,7 +1,8 @@
-"""Training a patched model: the load-balance loss, optimizer groups, what to log, and a schedule of active heads."""
+"""Training a patched model: losses on routers, distillation, optimizer groups, logs, a schedule of active heads."""
 
-from .balance import BalanceLoss, balance_loss
+from .balance import BalanceLoss, SpecialiseLoss, balance_loss, specialise_loss
 from .callbacks import ActiveRatioCallback, RoutingCallback, anneal_active_heads
+from .distillation import distillation_loss
 from .groups import optimizer_groups
 from .trainer import PatchedTrainerMixin
 
@@ -10,7 +11,10 @@ __all__ = [
     "BalanceLoss",
     "PatchedTrainerMixin",
     "RoutingCallback",
+    "SpecialiseLoss",
     "anneal_active_heads",
     "balance_loss",
+    "distillation_loss",
     "optimizer_groups",
+    "specialise_loss",
 ]

@@ -1,4 +1,4 @@
-"""The load-balance loss of routed variants, for any training loop."""
+"""Losses on the routers of variants, for any training loop: balance their load, or let them specialise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,11 @@ from ..variant import Variant
 Definition = Literal["paper", "released"]
 
 
-class BalanceLoss:
-    """What the routers of a model did in the forwards of one `balance_loss` block; called, it gives their loss."""
+class RouterLoss:
+    """What the routers of a model did in the forwards of one block; called, it gives their loss."""
 
-    def __init__(self, weight: float, definition: Definition) -> None:
+    def __init__(self, weight: float) -> None:
         self.weight = weight
-        self.definition = definition
         self._has_grad = torch.is_grad_enabled()
         self._routing: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -31,7 +30,7 @@ class BalanceLoss:
         if self._has_grad and not torch.is_grad_enabled():
             raise NotImplementedError(
                 f"{seen.site.name} runs without gradients inside a forward that has them: re-entrant activation "
-                "checkpointing cannot train the load-balance loss. Pass gradient_checkpointing_kwargs="
+                "checkpointing cannot train a loss on routers. Pass gradient_checkpointing_kwargs="
                 '{"use_reentrant": False}, or leave frozen towers out of the patch with modules=...'
             )
         values = seen.values
@@ -44,17 +43,39 @@ class BalanceLoss:
             ValueError: no forward ran in the block.
         """
         if not self._routing:
-            raise ValueError("No router ran: call the model inside the `with balance_loss(...)` block.")
+            raise ValueError("No router ran: call the model inside the `with` block of this loss.")
         losses = [self._of_layer(*routing) for routing in self._routing]
         return self.weight * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     def _of_layer(self, probability: torch.Tensor, choice: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        real = real.unsqueeze(-1).expand_as(probability)
-        tokens = real[..., 0].sum().clamp(min=1)
+        tokens = real.expand(probability.shape[:2]).sum().clamp(min=1)
+        real = real.unsqueeze(-1)
         mean_probability = probability.where(real, 0.0).sum(dim=(0, 1)) / tokens
         load = choice.where(real, 0.0).sum(dim=(0, 1)) / tokens
-        loss = (mean_probability * load).sum()
-        return loss * probability.shape[-1] if self.definition == "released" else loss
+        return self.of_shares(mean_probability, load)
+
+    def of_shares(self, probability: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+        """One layer's loss, from the mean probability of its heads and the share of tokens that choose them, `(R,)`."""
+        raise NotImplementedError
+
+
+class BalanceLoss(RouterLoss):
+    """The load-balance loss of one `balance_loss` block."""
+
+    def __init__(self, weight: float, definition: Definition) -> None:
+        super().__init__(weight)
+        self.definition = definition
+
+    def of_shares(self, probability: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+        loss = (probability * load).sum()
+        return loss * len(load) if self.definition == "released" else loss
+
+
+class SpecialiseLoss(RouterLoss):
+    """The specialisation loss of one `specialise_loss` block."""
+
+    def of_shares(self, probability: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(probability).sum()
 
 
 @contextmanager
@@ -98,10 +119,34 @@ def balance_loss(model: nn.Module, weight: float = 0.01, definition: Definition 
         yield loss
 
 
-def check_routing(model: nn.Module, weight: float, definition: str) -> None:
-    """Refuse arguments of `balance_loss` that make no sense."""
+@contextmanager
+def specialise_loss(model: nn.Module, weight: float = 0.01) -> Iterator[SpecialiseLoss]:
+    """Collect a loss that lets routers settle on few heads, SHRP's second stage, while the block runs.
+
+    With P_i the mean probability of head i over the tokens, padding excluded, a layer's loss is the entropy
+    `-sum_i P_i log P_i` in nats; the model's is the mean over its layers. It falls as all tokens come to prefer the
+    same head, the one that is then kept.
+
+    Args:
+        model: a model whose variants route, in whatever wrapper, as for `balance_loss`.
+        weight: of the loss.
+
+    Yields:
+        A `SpecialiseLoss`; call it after the forward.
+
+    Raises:
+        ValueError, NotImplementedError: as `balance_loss`.
+    """
+    check_routing(model, weight)
+    loss = SpecialiseLoss(weight)
+    with observed(model, loss.note):
+        yield loss
+
+
+def check_routing(model: nn.Module, weight: float, definition: str = "paper") -> None:
+    """Refuse arguments of losses on routers that make no sense."""
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight >= 0:
-        raise ValueError(f"The weight of the load-balance loss must be a number of at least 0, got {weight!r}.")
+        raise ValueError(f"The weight of a loss on routers must be a number of at least 0, got {weight!r}.")
     if definition not in get_args(Definition):
         raise ValueError(f"definition must be one of {', '.join(map(repr, get_args(Definition)))}, got {definition!r}.")
     if not any(isinstance(module, Variant) and module.routes for module in model.modules()):
