@@ -1,6 +1,10 @@
 """Which rows and columns of which projections belong to which head; read off shapes and names of children."""
 
+import ast
+import functools
+import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .sites import AttentionSite, linear_shape
+from .sites import AttentionSite, attention_forward, linear_shape
 
 # How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
 _IN_BLOCKS = re.compile(r"c_attn|qkv_proj|w?qkv|in_proj", re.I)  # all queries, then all keys, then all values
@@ -41,7 +45,10 @@ def head_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
     heads, kv_heads, dim = site.query_heads, site.kv_heads, site.head_dim
     if heads is None or kv_heads is None or dim is None:
         raise unrecognised(site, "its numbers of heads are not known")
-    roles, module = site.projections, model.get_submodule(site.name)
+    roles = site.projections
+    module: Any = model.get_submodule(site.name)
+    if (width := input_width(type(module))) is not None:
+        raise unrecognised(site, f"its code takes {width}, the width of its input, for that of its heads")
     found: list[Heads] = []
     if {"query", "key", "value"} <= set(roles):
         for role, of, count in (("query", "query", heads), ("key", "kv", kv_heads), ("value", "kv", kv_heads)):
@@ -184,8 +191,24 @@ def _check_whole(model: nn.Module, site: AttentionSite, path: str, parts: Sequen
 
 def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:
     """A norm within heads or after the projection (ALBERT); or an argument of attention: sinks, a position bias."""
-    is_norm = parameter.shape == (site.head_dim,) or name.startswith("LayerNorm.")
-    return is_norm or name == "sinks" or ("position_bias" in site.arguments and "relative_attention_bias" in name)
+    is_norm = (re.search("norm|ln", name) and parameter.shape == (site.head_dim,)) or name.startswith("LayerNorm.")
+    return bool(is_norm) or name == "sinks" or ("position_bias" in site.arguments and "relative_attention_bias" in name)
+
+
+@functools.cache
+def input_width(kind: Any) -> str | None:
+    """The variable in which the `forward` of an attention module keeps the width of its input and goes on to use it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(attention_forward(kind))))
+    except OSError:  # defined in a console: there is no file to read
+        return None
+    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            last, source = node.targets[0].elts[-1], ast.unparse(node.value)
+            if isinstance(last, ast.Name) and last.id in names and source.endswith((".shape", ".size()")):
+                return last.id
+    return None
 
 
 def kept_index(parts: Iterable[Heads], query_heads: Sequence[int], kv_heads: Sequence[int]) -> torch.Tensor:

@@ -15,7 +15,8 @@ from .surgery import Change
 # Attributes of attention modules, and fields of configurations, that say how many heads there are, or how wide.
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-_WIDTHS = ("split_size", "all_head_size", "embed_dim", "inner_dim", "hidden_size")
+_QUERY_WIDTHS = ("split_size", "all_head_size", "embed_dim", "inner_dim", "hidden_size", "q_dim")
+_KV_WIDTHS = ("kv_dim",)
 
 
 def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> list[Change]:
@@ -96,14 +97,15 @@ def _attributes(module: Any, site: AttentionSite, kept: Sequence[int], kv_kept: 
     if "position_bias" not in site.arguments:
         values |= {n: len(kept) for n in _QUERY_HEADS if vars(module).get(n) == site.query_heads}
     values |= {n: len(kv_kept) for n in _KV_HEADS if vars(module).get(n) == site.kv_heads}
-    values |= {n: len(kept) * dim for n in _WIDTHS if n in used and vars(module).get(n) == width}
+    values |= {n: len(kept) * dim for n in _QUERY_WIDTHS if n in used and vars(module).get(n) == width}
+    values |= {n: len(kv_kept) * dim for n in _KV_WIDTHS if n in used}
     if isinstance(vars(module).get("num_key_value_groups"), int):  # how often attention repeats keys and values
         values["num_key_value_groups"] = len(kept) // len(kv_kept) if _is_even(site, kept) else 1
     if getattr(module, "config", None) is None:
         raise unrecognised(site, "it has no configuration")
     values["config"] = config = own_config(module.config)
     for names, count in ((_QUERY_HEADS, len(kept)), (_KV_HEADS, len(kv_kept))):
-        for name in names:
-            if name in vars(config):
-                setattr(config, name, count)
+        for name in (config.attribute_map.get(name, name) for name in names):
+            if isinstance(vars(config).get(name), int):
+                vars(config)[name] = count
     return values
