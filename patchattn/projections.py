@@ -47,7 +47,8 @@ def head_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
         raise unrecognised(site, "its numbers of heads are not known")
     roles = site.projections
     module: Any = model.get_submodule(site.name)
-    if (width := input_width(type(module))) is not None:
+    kind: Any = type(module)
+    if (width := input_width(kind)) is not None:
         raise unrecognised(site, f"its code takes {width}, the width of its input, for that of its heads")
     found: list[Heads] = []
     if {"query", "key", "value"} <= set(roles):
@@ -84,30 +85,6 @@ def output_projection(model: nn.Module, site: AttentionSite) -> str:
         if after and not path.startswith(f"{site.name}.") and (linear_shape(module) or (0, 0))[0] == width:
             return path
     raise unrecognised(site, "the projection after it was not found")
-
-
-def mlp_projections(model: nn.Module, site: AttentionSite) -> tuple[list[str], str]:
-    """The projections of the feed-forward part of the layer that an attention module is in.
-
-    Returns:
-        Paths of those that make its channels (one, or a gate and what it gates), and of the one that reads them.
-
-    Raises:
-        NotImplementedError: there is no such part, or several, as in a mixture of experts.
-    """
-    layer, own = layer_path(site), head_projections_paths(model, site)
-    linears = {
-        f"{layer}.{name}": shape
-        for name, module in model.get_submodule(layer).named_modules()
-        if (shape := linear_shape(module)) is not None and f"{layer}.{name}" not in own
-    }
-    width = site.input_size
-    makers = [path for path, (inputs, outputs) in linears.items() if inputs == width and outputs != width]
-    channels = {linears[path][1] for path in makers}
-    readers = [path for path, (inputs, outputs) in linears.items() if outputs == width and {inputs} == channels]
-    if len(readers) != 1 or len(makers) not in (1, 2) or len(linears) != len(makers) + 1:
-        raise unrecognised(site, f"the feed-forward part of {layer} is not two or three projections")
-    return makers, readers[0]
 
 
 def head_projections_paths(model: nn.Module, site: AttentionSite) -> set[str]:
@@ -175,18 +152,23 @@ def _fused(path: str, child: str, site: AttentionSite, heads: int, kv_heads: int
 
 
 def _check_whole(model: nn.Module, site: AttentionSite, path: str, parts: Sequence[Heads]) -> None:
-    module: Any = model.get_submodule(path)
-    if hasattr(module, "base_layer"):
-        raise ValueError(f"{path} carries a PEFT adapter: prune before adding adapters, or merge_and_unload() first.")
-    if hasattr(module, "_hf_hook"):
-        raise NotImplementedError(f"{path} is offloaded or dispatched by accelerate: prune before that.")
-    plain = isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.is_floating_point()
-    if not plain or module.weight.dim() != 2:
-        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
+    module = model.get_submodule(path)
+    check_linear(path, module)
     inputs, outputs = linear_shape(module) or (0, 0)
     size = outputs if parts[0].side == "rows" else inputs
     if sorted(number for part in parts for number in part.index.flatten().tolist()) != list(range(size)):
         raise unrecognised(site, f"{path} has {size} {parts[0].side}, its heads {sum(p.index.numel() for p in parts)}")
+
+
+def check_linear(path: str, module: nn.Module) -> None:
+    """ValueError or NotImplementedError if a projection cannot be cut: it carries an adapter, is quantised, ..."""
+    if hasattr(module, "base_layer"):
+        raise ValueError(f"{path} carries a PEFT adapter: prune before adding adapters, or merge_and_unload() first.")
+    if hasattr(module, "_hf_hook"):
+        raise NotImplementedError(f"{path} is offloaded or dispatched by accelerate: prune before that.")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
 
 
 def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:

@@ -336,6 +336,15 @@ def test_a_layout_that_is_not_known_is_refused() -> None:
     patchattn.patch_model(model, "prune", heads={0: [0]}, physical=False)
 
 
+def test_code_that_takes_its_inputs_width_for_that_of_the_heads_is_refused() -> None:
+    config = tf.Blip2VisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    model = tf.Blip2VisionModel(config)
+    with pytest.raises(NotImplementedError, match="takes embed_dim, the width of its input"):
+        patchattn.patch_model(model, "prune", heads={0: [0]})
+
+
 def test_a_truncated_checkpoint_is_refused(tmp_path) -> None:
     model = patchattn.patch_model(small_llama(), "prune", heads={0: [0]})
     patchattn.save_pretrained(model, tmp_path)
