@@ -145,7 +145,7 @@ def close(found: HeadImportance, expected: dict[str, Any], tolerance: float = 1e
 @pytest.mark.parametrize("per", ["token", "example", "batch"])
 @pytest.mark.parametrize("family", list(OUTPUTS))
 def test_gradients_equal_those_of_a_gate_on_each_head(family: str, per: Any) -> None:
-    model, data = make(family), examples(family)
+    model, data = make(family), examples(family, 3)
     split = [data[:2], data[2:]]
     expected = by_hand(family, model, split, per)
     batches = [padded(part, left=family in ("llama",)) for part in split]
@@ -299,42 +299,6 @@ def test_a_loss_of_ones_own_and_some_sites() -> None:
     np.testing.assert_allclose(found.scores[site.name], expected, rtol=2e-3)
 
 
-def test_a_patched_model_is_scored_as_patched_and_left_as_it_was() -> None:
-    model, data = make("llama"), examples("llama")
-    before = model(**data[0]).logits
-    head_importance(model, data)
-    assert torch.equal(model(**data[0]).logits, before)
-    assert not hasattr(model.config, "patchattn")
-    assert not any("patchattn" in name for name, _ in model.named_modules())
-    patchattn.patch_model(model, ["ssa", "moh"], {"moh": {"active_ratio": 0.5}}, layers=[1])
-    plan, patched = model.config.patchattn, model(**data[0]).logits
-    names = [name for name, _ in model.named_modules()]
-    found = head_importance(model, data, "flap", metric="ifv", normalise=False)
-    for name, projection in OUTPUTS["llama"].items():  # what MoH leaves of the heads
-        variance = inputs_of(model, projection, data).var(0, ddof=1).reshape(HEADS, -1).mean(1)
-        np.testing.assert_allclose(found.scores[name], variance, rtol=1e-6)
-    assert model.config.patchattn == plan
-    assert torch.equal(model(**data[0]).logits, patched)
-    assert [name for name, _ in model.named_modules()] == names
-    patchattn.unpatch_model(model)
-    assert torch.equal(model(**data[0]).logits, before)
-
-
-def test_an_error_leaves_the_model_as_it_was() -> None:
-    model, data = make("llama"), examples("llama")
-    before = model(**data[0]).logits
-
-    def broken(outputs: Any, batch: Any) -> torch.Tensor:
-        raise RuntimeError("broken")
-
-    with pytest.raises(RuntimeError, match="broken"):
-        head_importance(model, data, loss=broken)
-    assert not any("patchattn" in name for name, _ in model.named_modules())
-    assert torch.equal(model(**data[0]).logits, before)
-    with patchattn.patched(model, "act"), pytest.raises(NotImplementedError, match="'act'"):
-        head_importance(model, data)
-
-
 class KilledError(Exception):
     pass
 
@@ -388,13 +352,3 @@ def test_mistakes(how: dict[str, Any], message: str) -> None:
     arguments = {"batches": examples("llama", 1), **how}
     with pytest.raises(ValueError, match=message):
         head_importance(make("llama"), **arguments)
-
-
-def test_data_and_models_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"model\.eval"):
-        head_importance(make("llama").train(), examples("llama", 1))
-    with pytest.raises(ValueError, match="labels"):
-        head_importance(make("bert"), examples("llama", 1))
-    vision = FAMILIES["llava"].make()
-    with pytest.raises(ValueError, match="No token of the data reaches"):
-        head_importance(vision, [{"input_ids": torch.arange(3, 9)[None]}], "flap")

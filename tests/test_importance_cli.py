@@ -1,6 +1,7 @@
 """`patchattn calibrate heads`: texts from files, what each kind of model gets of them, and the command itself."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,17 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     code, _, err = command(*[places.get(argument, argument) for argument in arguments])
     assert code == 2
     assert message in err
+
+
+def test_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[1] / "docs" / "importance.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval()
+    batches = [{"input_ids": torch.arange(20).view(2, 10)}]
+    exec(compile(block, str(page), "exec"), {"model": model, "batches": batches})
+    assert sum(site["query_heads"] for site in patchattn.patch_info(model)["sites"]) == 6
 
 
 def test_the_command_draws_a_curve(

@@ -166,6 +166,10 @@ def channel_statistics(
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose tensors are where the model's parameters are."""
+    """A batch whose tensors are where the model's parameters are; TypeError if it is no batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Batches are a list of dictionaries, each what the model is called with; one of them is {batch!r}."
+        )
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

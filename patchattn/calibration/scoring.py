@@ -69,6 +69,7 @@ def head_importance(
     Raises:
         ValueError: an unknown method or option, no data, a model in training mode, labels that are missing, an
             attention module that the data does not reach, or a state file of something else.
+        TypeError: batches that are no dictionaries.
         NotImplementedError: the model's attention does not go through transformers' registry, or its projections are
             not recognised.
 
@@ -149,9 +150,10 @@ def _run(
     with recording(model, sites, scorer.see, outermost=scorer.outermost):
         for batch in batches:
             seen += 1
-            notes.passed(batch, seen)
+            inputs = on_device(model, batch)
+            notes.passed(inputs, seen)
             if seen > done:
-                inputs = scorer.prepared(on_device(model, batch))
+                inputs = scorer.prepared(inputs)
                 with torch.set_grad_enabled(scorer.needs_gradients):
                     scorer.end_batch(model(**inputs), inputs)
                 notes.save(scorer, seen)
