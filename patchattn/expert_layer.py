@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .projections import layer_path, mlp_projections, output_projection
+from .feed_forward import mlp_projections
+from .projections import layer_path, output_projection
 from .seam import CHILD
 from .sites import AttentionSite
 from .surgery import Change
