@@ -33,6 +33,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import patchattn
 from patchattn.evaluation import shapes
 from patchattn.evaluation.chair import read_objects, run_chair
+from patchattn.evaluation.metrics.pope import says_no
 from patchattn.evaluation.pope import PopeQuestion, read_pope, run_pope
 
 PICTURES_SEED = 2_000_003  # no seed that the recipe trains on
@@ -108,6 +109,17 @@ def measure(model: Any, processor: Any, tasks: Tasks, folder: Path, **generation
     }
 
 
+def changed_answers(before: Path, after: Path) -> dict[str, int]:
+    """Answers to POPE's questions that were right and are wrong (lost), and the reverse (won)."""
+    was, now = ([_is_right(json.loads(line)) for line in path.open(encoding="utf-8")] for path in (before, after))
+    pairs = list(zip(was, now, strict=True))
+    return {"lost": pairs.count((True, False)), "won": pairs.count((False, True))}
+
+
+def _is_right(row: dict[str, str]) -> bool:
+    return says_no(row["answer"]) == (row["label"] == "no")
+
+
 def spelled(variant: str | None, settings: Mapping[str, Any], modules: str | None) -> str:
     """A row's name."""
     values = ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -120,11 +132,13 @@ def table(results: dict[str, Any]) -> str:
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in results["rows"].values():
         rows.setdefault((row["model"], row["decoding"]), []).append(row["scores"])
-    lines = ["| model | decoding | set | accuracy | precision | recall | F1 | yes ratio | neither |", "|---" * 9 + "|"]
+    heads = "model | decoding | set | accuracy | precision | recall | F1 | yes ratio | neither | lost | won"
+    lines = [f"| {heads} |", "|---" * 11 + "|"]
     shown = ("accuracy", "precision", "recall", "f1", "yes_ratio", "neither_ratio")
     for (model, decoding), runs in rows.items():
         for name in [name for name in runs[0] if name != "chair"]:
             cells = [_cell([100 * run[name][key] for run in runs]) for key in shown]
+            cells += [_cell([run[name][key] for run in runs], 0) if "lost" in runs[0][name] else "" for key in _CHANGED]
             lines.append(f"| {model} | {decoding} | {name} | {' | '.join(cells)} |")
     lines += ["", "| model | decoding | CHAIR_S | CHAIR_I | recall | words | mentions |", "|---" * 7 + "|"]
     for (model, decoding), runs in rows.items():
@@ -132,6 +146,9 @@ def table(results: dict[str, Any]) -> str:
         counts = [_cell([run["chair"][key] for run in runs], 2) for key in ("mean_length", "mentions_per_caption")]
         lines.append(f"| {model} | {decoding} | {' | '.join(shares + counts)} |")
     return "\n".join(lines) + "\n"
+
+
+_CHANGED = ("lost", "won")  # answers, right and wrong, against those of the plain model under the same decoding
 
 
 def _cell(values: list[float], digits: int = 1) -> str:
@@ -206,6 +223,9 @@ def run(
                 key = f"{label}, {kind}{decoding.get('seed', '')}"
                 folder = output / "answers" / key.replace("/", "_")
                 scores = measure(model, processor, tasks, folder, batch=batch, **decoding)
+                plain = output / "answers" / f"plain, {kind}{decoding.get('seed', '')}"
+                for asked in tasks.pope if patch is not None else ():
+                    scores[asked] |= changed_answers(plain / f"{asked}.jsonl", folder / f"{asked}.jsonl")
                 rows[key] = {"model": label, "decoding": kind, **decoding, "scores": scores}
     results = {
         "model": name,

@@ -131,7 +131,7 @@ class DecodingVariant(Variant):
         if embeddings is None:
             embeddings = module.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
         ids, (rows, length) = getattr(_local, "token_ids", None), embeddings.shape[:2]
-        if ids is None or ids.shape[1] != length or rows % len(ids):
+        if ids is None or ids.shape[1] != length or rows % max(len(ids), 1):
             raise NotImplementedError(
                 f"{type(self).__name__} needs input_ids to tell image tokens from text; got inputs_embeds alone."
             )

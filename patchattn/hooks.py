@@ -109,9 +109,9 @@ def with_image_tokens(
         for placeholder in placeholders:
             marks = marks | (ids == placeholder)
     if embeddings is not None:  # which are repeated for beams where ids are not
-        marks = marks.repeat_interleave(len(embeddings) // len(marks), dim=0).to(embeddings.device)
+        marks = marks.repeat_interleave(len(embeddings) // max(len(marks), 1), dim=0).to(embeddings.device)
     return args, {**kwargs, IMAGE_TOKENS: marks}
 
 
 def _misfit(ids: torch.Tensor, embeddings: torch.Tensor) -> bool:
-    return ids.shape[1] != embeddings.shape[1] or len(embeddings) % len(ids) != 0
+    return ids.shape[1] != embeddings.shape[1] or len(embeddings) % max(len(ids), 1) != 0

@@ -245,13 +245,19 @@ def test_the_shipped_configuration_is_right(module: ModuleType) -> None:
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Typer:
-    """The command line of the benchmark."""
+def script() -> ModuleType:
+    """The benchmark."""
     specification = importlib.util.spec_from_file_location("hallucination", ROOT / "benchmarks" / "hallucination.py")
     assert specification is not None
     assert specification.loader is not None
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="module")
+def benchmark(script: ModuleType) -> Typer:
+    """Its command line."""
     app = Typer()
     app.command()(script.main)
     return app
@@ -266,12 +272,24 @@ def test_the_benchmark_of_a_neutral_patch(benchmark: Typer, trained: Path, tmp_p
     name = "moh (active_ratio=1.0)"
     assert list(rows) == [f"{m}, {d}" for m in ("plain", name) for d in ("greedy", "sampling0", "sampling1")]
     for decoding in ("greedy", "sampling0", "sampling1"):
-        assert rows[f"plain, {decoding}"]["scores"] == rows[f"{name}, {decoding}"]["scores"]
+        changed = rows[f"{name}, {decoding}"]["scores"]
+        for kind in shapes.KINDS:
+            assert changed[kind].pop("lost") == changed[kind].pop("won") == 0
+        assert rows[f"plain, {decoding}"]["scores"] == changed
     assert set(rows["plain, greedy"]["scores"]) == {*shapes.KINDS, "chair"}
     shown = (output / "results.md").read_text()
     assert shown.strip() in done.output
     assert f"| {name} | sampling | popular |" in shown
     assert len(list((output / "answers").glob("*/*.jsonl"))) == 6 * 4
+
+
+def test_answers_that_changed(script: ModuleType, tmp_path: Path) -> None:
+    """Right and wrong by the official rule: what does not say no is a yes."""
+    labels = ["yes", "yes", "no", "no", "no"]
+    for name, answers in (("before", ["yes", "no", "no", "no", "maybe"]), ("after", ["No.", "", "no", "yes", "not"])):
+        rows = ({"answer": a, "label": label} for a, label in zip(answers, labels, strict=True))
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    assert script.changed_answers(tmp_path / "before", tmp_path / "after") == {"lost": 2, "won": 2}
 
 
 def test_the_benchmark_on_official_files(benchmark: Typer, trained: Path, tmp_path: Path) -> None:

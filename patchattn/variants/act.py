@@ -113,7 +113,7 @@ class ACT(Variant):
         rest = total - split.mass
         # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
         movable = rest > torch.finfo(rest.dtype).eps ** 0.5
-        kept = torch.where(movable, self.config.beta, 1.0).to(rest.dtype)
+        kept = 1.0 - (1.0 - self.config.beta) * movable.to(rest.dtype)
         factor = torch.where(movable, (total - kept * split.mass) / rest.where(movable, 1.0), 1.0)
         changed = factor[..., None] * (split.output - split.part) + kept[..., None] * split.part
         self.report(call, sink_keys=sinks, sink_mass=split.mass.transpose(1, 2))
