@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from .feed_forward import mlp_projections
 from .projections import layer_path, output_projection
 from .seam import CHILD
-from .sites import AttentionSite
+from .sites import AttentionSite, linear_shape
 from .surgery import Change
 
 
@@ -71,7 +71,8 @@ def host_layer(model: nn.Module, site: AttentionSite) -> HostLayer:
         makers, reader = mlp_projections(model, site)
     except NotImplementedError as error:
         raise refusal(site, "the projections after its attention are not those of BERT or of ViT") from error
-    if len(makers) != 1:
+    maker, last = (linear_shape(model.get_submodule(path)) or (0, 0) for path in (makers[0], reader))
+    if len(makers) != 1 or maker != last[::-1]:
         raise refusal(site, "its feed-forward part is gated")
     own = [f"{site.name}.{site.projections[role]}" for role in ("query", "key", "value")]
     for path in (*own, output, makers[0], reader):
@@ -84,9 +85,8 @@ def host_layer(model: nn.Module, site: AttentionSite) -> HostLayer:
     for name, _ in model.get_submodule(layer).named_parameters():
         if not _is_inside(f"{layer}.{name}", known):
             raise refusal(site, f"nothing is known of {layer}.{name}")
-    maker: Any = model.get_submodule(makers[0])
     activation = _activation(model.get_submodule(_parent(makers[0])), module.config, site)
-    return HostLayer(output, makers[0], reader, activation, maker.out_features, changes)
+    return HostLayer(output, makers[0], reader, activation, maker[1], changes)
 
 
 def drop_layers(model: nn.Module, layers: Iterable[str]) -> list[Change]:

@@ -212,8 +212,8 @@ class SHRP(SurgeryVariant):
 
     def mean_gates(self, heads: Sequence[int]) -> torch.Tensor:
         """`(n,)` mean gate of each of these heads over the tokens that chose it; 1 where none did."""
-        usage, total = self.usage[list(heads)], self.gate_sum[list(heads)] / _UNIT
-        return torch.where(usage > 0, total / usage.clamp(min=1), 1.0)
+        usage, total = (counts[list(heads)].cpu().double() for counts in (self.usage, self.gate_sum))
+        return torch.where(usage > 0, total / _UNIT / usage.clamp(min=1), 1.0)
 
     def make_static(self, config: SHRPConfig, cuts: Sequence[Change]) -> None:
         """Turn the training form into the static form, whose cuts are made; the gates go into the values."""
