@@ -1,14 +1,16 @@
 """Taking query heads out of an attention module, and calling attention without them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .calibration.heads import HeadList
 from .call import AttentionCall
 from .projections import head_projections, kept_index, selected, sliced, unrecognised
 from .seam import own_config
+from .settings import nearest
 from .sites import AttentionSite, attention_forward
 from .surgery import Change
 
@@ -17,6 +19,35 @@ _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads"
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _QUERY_WIDTHS = ("split_size", "all_head_size", "embed_dim", "inner_dim", "hidden_size", "q_dim")
 _KV_WIDTHS = ("kv_dim",)
+
+
+def parse_heads(given: Any) -> dict[str, Any]:
+    """A head list by layer, in the form of `HeadList.to_dict`; or a dictionary from names of modules to heads."""
+    by_name = isinstance(given, Mapping) and any(isinstance(key, str) and not key.isdecimal() for key in given)
+    if not by_name or "heads" in given:
+        return HeadList.parse(given).to_dict()
+    # The same checks as for layers, module by module.
+    return {name: list(HeadList.parse({0: heads}).heads[0]) for name, heads in given.items()}
+
+
+def heads_by_module(heads: Mapping[str, Any], model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
+    """Heads by the name of the attention module, checked against the model."""
+    if "heads" in heads:
+        listed = HeadList.parse(heads)
+        listed.check(model, sites)
+        chosen = {site.name: list(listed.of_site(site)) for site in sites}
+    else:
+        chosen = dict(heads)
+    known = {site.name: site for site in sites}
+    for name, numbers in chosen.items():
+        if name not in known:
+            raise ValueError(f"There is no attention module {name!r} to prune{nearest(name, list(known))}")
+        count = known[name].query_heads or 0
+        if numbers and numbers[-1] >= count:
+            raise ValueError(f"{name} has {count} query heads, counted from 0; there is no head {numbers[-1]}.")
+        if numbers and len(numbers) == count:
+            raise ValueError(f"All {count} query heads of {name} would be taken out; a layer must keep at least one.")
+    return {name: numbers for name, numbers in chosen.items() if numbers}
 
 
 def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> list[Change]:

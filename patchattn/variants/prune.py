@@ -1,6 +1,6 @@
 """Head pruning: chosen query heads are taken out of the model, or masked. After arXiv 1905.10650."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..calibration.heads import HeadList
 from ..calibration.importance import HeadImportance
 from ..calibration.scoring import head_importance
 from ..call import AttentionCall
-from ..pruning import cut_heads, renumbered
-from ..settings import nearest, option
+from ..pruning import cut_heads, heads_by_module, parse_heads, renumbered
+from ..settings import option
 from ..sites import AttentionSite
 from ..surgery import Change, SurgeryVariant
 from ..variant import Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
@@ -60,7 +59,7 @@ class PruneConfig(VariantConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.heads is not None:
-            object.__setattr__(self, "heads", _parse(self.heads))
+            object.__setattr__(self, "heads", parse_heads(self.heads))
             if self.sparsity is not None or self.importance is not None:
                 raise ValueError("heads=... names the heads to take out: leave out sparsity and importance.")
         elif self.sparsity == 1.0:
@@ -92,7 +91,7 @@ class Prune(SurgeryVariant):
         cls, config: PruneConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[PruneConfig, Sequence[AttentionSite]]:
         if config.heads is not None:
-            heads = _by_module(config.heads, model, sites)
+            heads = heads_by_module(config.heads, model, sites)
         elif config.sparsity:
             heads = _least_important(config, model, sites)
         elif config.sparsity is None:
@@ -121,35 +120,6 @@ class Prune(SurgeryVariant):
         keep = torch.ones(output.shape[2], 1, dtype=output.dtype, device=output.device)
         keep[list(self.pruned)] = 0.0
         return output * keep, weights
-
-
-def _parse(given: Any) -> dict[str, Any]:
-    """A head list by layer, in the form of `HeadList.to_dict`; or a dictionary from names of modules to heads."""
-    by_name = isinstance(given, Mapping) and any(isinstance(key, str) and not key.isdecimal() for key in given)
-    if not by_name or "heads" in given:
-        return HeadList.parse(given).to_dict()
-    # The same checks as for layers, module by module.
-    return {name: list(HeadList.parse({0: heads}).heads[0]) for name, heads in given.items()}
-
-
-def _by_module(heads: Mapping[str, Any], model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
-    """Heads by the name of the attention module, checked against the model."""
-    if "heads" in heads:
-        listed = HeadList.parse(heads)
-        listed.check(model, sites)
-        chosen = {site.name: list(listed.of_site(site)) for site in sites}
-    else:
-        chosen = dict(heads)
-    known = {site.name: site for site in sites}
-    for name, numbers in chosen.items():
-        if name not in known:
-            raise ValueError(f"There is no attention module {name!r} to prune{nearest(name, list(known))}")
-        count = known[name].query_heads or 0
-        if numbers and numbers[-1] >= count:
-            raise ValueError(f"{name} has {count} query heads, counted from 0; there is no head {numbers[-1]}.")
-        if numbers and len(numbers) == count:
-            raise ValueError(f"All {count} query heads of {name} would be taken out; a layer must keep at least one.")
-    return {name: numbers for name, numbers in chosen.items() if numbers}
 
 
 def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
