@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from ..selection import base_model
 from ..settings import nearest
 from ..sites import find_sites, linear_shape
 from .recording import recording
+
+Metric = Literal["wifv", "ifv", "wifn"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ def as_double(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def projection_weight(model: nn.Module, path: str, inputs: int | None = None) -> torch.Tensor:
-    """`(E, C)` float32 weight of a linear projection from C channels to E.
+    """`(E, C)` weight of a linear projection from C channels to E; half precision comes as float32.
 
     Args:
         model: it is in.
@@ -103,8 +105,33 @@ def projection_weight(model: nn.Module, path: str, inputs: int | None = None) ->
         raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
     if inputs is not None and shape[0] != inputs:
         raise NotImplementedError(f"{path} reads {shape[0]} channels, but heads of {inputs} channels come before it.")
-    matrix = weight.detach().float()
+    matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return matrix.mT if hasattr(module, "nf") else matrix  # transformers' Conv1D stores inputs first
+
+
+def fluctuation(known: ChannelStatistics, weight: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """How much the output of a projection would lose if a channel were its mean (arXiv 2312.11983, Sec. 3.2).
+
+    Args:
+        known: of what the projection reads.
+        weight: `(E, C)` its weight.
+        metric: `wifv`: variance times the squared norm of the weights, `ifv`: variance, `wifn`: mean absolute weight
+            times the channel's root mean square.
+
+    Returns:
+        `(C,)`, float64.
+    """
+    weight = as_double(weight).cpu()
+    if metric == "wifv":
+        return known.variance * weight.square().sum(0)
+    if metric == "ifv":
+        return known.variance
+    return weight.abs().mean(0) * known.norm / known.tokens**0.5
+
+
+def standardised(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of one module less their mean, over their standard deviation."""
+    return (scores - scores.mean()) / (scores.std() + 1e-20)
 
 
 @torch.no_grad()

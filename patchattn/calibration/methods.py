@@ -13,10 +13,9 @@ from ..call import AttentionCall
 from ..projections import head_projections, output_projection
 from ..selection import base_model
 from ..sites import AttentionSite
-from .channels import RunningMoments, as_double, projection_weight
+from .channels import Metric, RunningMoments, as_double, fluctuation, projection_weight, standardised
 
 Per = Literal["token", "example", "batch"]
-Metric = Literal["wifv", "ifv", "wifn"]
 Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 State = dict[str, torch.Tensor]
 
@@ -159,7 +158,7 @@ class AMP(SummedMethod):
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         heads, dim = output.shape[2:]
         weight = projection_weight(self.model, self.paths[call.site.name], heads * dim)
-        rows = output[real].float()  # (N, H, D)
+        rows = output[real].to(weight.dtype)  # (N, H, D)
         parts = [rows[:, head] @ weight[:, head * dim : (head + 1) * dim].mT for head in range(heads)]
         self.sum_up(call.site.name, torch.stack([as_double(part.abs().sum()) for part in parts]), len(rows))
         return output
@@ -207,15 +206,10 @@ class FLAP(Method):
         found = {}
         for name, moments in self.moments.items():
             known = moments.statistics()
-            weight = projection_weight(self.model, self.paths[name], len(known.mean)).cpu().double()
-            if self.metric == "wifv":
-                channels = known.variance * weight.square().sum(0)
-            elif self.metric == "ifv":
-                channels = known.variance
-            else:  # the norm over tokens, divided by the root of their number
-                channels = weight.abs().mean(0) * known.norm / known.tokens**0.5
+            weight = projection_weight(self.model, self.paths[name], len(known.mean))
+            channels = fluctuation(known, weight, self.metric)
             if normalise:
-                channels = (channels - channels.mean()) / (channels.std() + 1e-20)
+                channels = standardised(channels)
             found[name] = channels.view(self.sites[name].query_heads or 0, -1).mean(-1)
         return found
 

@@ -15,11 +15,11 @@ from torch import nn
 from ..selection import base_model, select_sites
 from ..settings import nearest
 from ..sites import AttentionSite
-from .channels import on_device
+from .channels import Metric, on_device
 from .files import fingerprint
 from .heads import BaseFacts
 from .importance import HeadImportance, SiteScores
-from .methods import METHODS, Loss, Method, Metric, Per, options
+from .methods import METHODS, Loss, Method, Per, options
 from .recording import recording
 
 Batches = Iterable[Mapping[str, Any]]
