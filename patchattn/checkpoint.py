@@ -282,7 +282,8 @@ def patched_class(architecture: str) -> Any:
                 model, info = super().from_pretrained(source, *args, **kwargs)
             except SafetensorError as error:
                 raise ValueError(f"{_damaged_file(source)} is damaged or no safetensors file: {error}.") from error
-            _refuse_incomplete(source, info, may_mismatch)
+            carried = [name for variant in surgeries(list(active_chains(model).values())) for name in variant.carried()]
+            _refuse_incomplete(source, info, may_mismatch, carried)
             model.__class__ = original
             # A copy saved from here has no code file beside it.
             if CODE_MODULE in str(getattr(model.config, "auto_map", None)):
@@ -294,12 +295,12 @@ def patched_class(architecture: str) -> Any:
     return Patched
 
 
-def _refuse_incomplete(source: Any, info: Mapping[str, Any], may_mismatch: bool) -> None:
-    """Turn what transformers only reports into an error, where it concerns variants or shapes."""
+def _refuse_incomplete(source: Any, info: Mapping[str, Any], may_mismatch: bool, carried: Sequence[str]) -> None:
+    """Turn what transformers only reports into an error, where it concerns variants, what they carry, or shapes."""
     mark = f".{CHILD}."
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     problems = {
-        "missing": [key for key in info["missing_keys"] if mark in key],
+        "missing": [key for key in info["missing_keys"] if mark in key or key in carried],
         "left over": [key for key in info["unexpected_keys"] if mark in key],
         "of another shape": [key for key in mismatched if mark in key or not may_mismatch],
     }
