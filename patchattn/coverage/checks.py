@@ -219,7 +219,8 @@ def _check_pruning(model: PreTrainedModel, runs: list[Run], sites: list[Attentio
         findings.problems.append(f"pruning: {_line(error)}")
     finally:
         _clean(model)
-    return f"exact on {len(heads)} of {len(sites)} sites" + (f"; refused: {refusals[0]}" if refusals else "")
+    reason = f": refused: {refusals[0]}" if refusals else ""
+    return f"exact on {len(heads)} of {len(sites)}{reason}"
 
 
 def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], findings: Findings) -> str:

@@ -56,7 +56,8 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "configuration of every variant that takes them. Dropping half of the heads (MoH) changes the output in "
         f"{_count(ran, 'half_the_heads')} (a single head has no half). MoH's learned router runs in "
         f"{_count(ran, 'learned_router')} and SSA with random parameters in {_count(ran, 'ssa')}; what does not run "
-        "there is refused with NotImplementedError, named in the table. Unpatching restores output, state dict, "
+        "there is refused with NotImplementedError, named in the table. Taking a head out of the weights gives what "
+        f"masking it gives in {sum(findings.pruning.startswith('exact') for findings in ran)}. Unpatching restores output, state dict, "
         "configuration and hooks.",
         "",
         "A type counts as it ran: *reached* says how many attention sites of the small model its forward went through, "
@@ -64,8 +65,8 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "query heads, kv heads, head dim and input width as stated with the shapes of the call. *Sites* are those of "
         "the default configuration, self + cross.",
         "",
-        "| model type | class | status | sites | reached | geometry | neutral | half | learned | ssa | reason |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model type | class | status | sites | reached | geometry | neutral | half | learned | ssa | pruned | reason |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in rows if row.status != "no attention"]
     without = [row.model_type for row in rows if row.status == "no attention"]
@@ -88,11 +89,11 @@ def _line(row: Row) -> str:
     sites = f"{row.self_sites} + {row.cross_sites}" if row.self_sites or row.cross_sites else ""
     cells = [row.model_type, row.model_class, row.status, sites]
     if found is None:
-        cells += [""] * 6 + [row.reason]
+        cells += [""] * 7 + [row.reason]
     else:
         difference = found.neutral_difference
-        variants = (found.half_the_heads, found.learned_router, found.ssa)
-        remarks = dict.fromkeys([row.reason, *(v for v in variants if v.startswith("refused: "))])
+        variants = (found.half_the_heads, found.learned_router, found.ssa, found.pruning)
+        remarks = dict.fromkeys([row.reason, *(v for v in variants if "refused: " in v)])
         if found.geometry != "right":
             remarks = dict.fromkeys([*remarks, found.geometry])
         cells += [
