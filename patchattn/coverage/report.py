@@ -56,8 +56,8 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "configuration of every variant that takes them. Dropping half of the heads (MoH) changes the output in "
         f"{_count(ran, 'half_the_heads')} (a single head has no half). MoH's learned router runs in "
         f"{_count(ran, 'learned_router')} and SSA with random parameters in {_count(ran, 'ssa')}; what does not run "
-        "there is refused with NotImplementedError, named in the table. Taking a head out of the weights gives what "
-        f"masking it gives in {sum(findings.pruning.startswith('exact') for findings in ran)}. Unpatching restores output, state dict, "
+        "there is refused with NotImplementedError, named in the table. Taking a head out of the weights "
+        f"gives what masking it gives in {sum(found.pruning.startswith('exact') for found in ran)}. Unpatching restores output, state dict, "
         "configuration and hooks.",
         "",
         "A type counts as it ran: *reached* says how many attention sites of the small model its forward went through, "
@@ -65,7 +65,8 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "query heads, kv heads, head dim and input width as stated with the shapes of the call. *Sites* are those of "
         "the default configuration, self + cross.",
         "",
-        "| model type | class | status | sites | reached | geometry | neutral | half | learned | ssa | pruned | reason |",
+        "| model type | class | status | sites | reached | geometry | neutral | half | learned | ssa "
+        "| pruned | reason |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in rows if row.status != "no attention"]
