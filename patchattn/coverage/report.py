@@ -57,8 +57,8 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         f"{_count(ran, 'half_the_heads')} (a single head has no half). MoH's learned router runs in "
         f"{_count(ran, 'learned_router')} and SSA with random parameters in {_count(ran, 'ssa')}; what does not run "
         "there is refused with NotImplementedError, named in the table. Taking a head out of the weights "
-        f"gives what masking it gives in {sum(found.pruning.startswith('exact') for found in ran)}. Unpatching restores output, state dict, "
-        "configuration and hooks.",
+        f"gives what masking it gives in {sum(found.pruning.startswith('exact') for found in ran)}. Unpatching "
+        "restores output, state dict, configuration and hooks.",
         "",
         "A type counts as it ran: *reached* says how many attention sites of the small model its forward went through, "
         "or that of its parts, called alone, where the guessed inputs did not lead to all of them. *Geometry* compares "
