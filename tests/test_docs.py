@@ -20,6 +20,7 @@ import patchattn_kernels
 from patchattn import variant as registry
 
 from . import vlms
+from .families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -84,8 +85,9 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
         spelt = f'"{default}"' if isinstance(default, str) else str(default)
         assert f"| `{setting}` | `{spelt}` |" in text
     first, *others = blocks(page)
-    of_text = "without_images" in patchattn.variant_info(name).capabilities
-    make = tiny_llama if of_text else lambda: vlms.make("llava")
+    capabilities = patchattn.variant_info(name).capabilities
+    of_text = tiny_llama if "causal" in capabilities else FAMILIES["bert"].make
+    make = of_text if "without_images" in capabilities else lambda: vlms.make("llava")
     for line in first.splitlines():  # ways to patch, one a line
         exec(line, {"patchattn": patchattn, "model": make()})
     tokens = torch.arange(24).view(2, 12)

@@ -238,7 +238,7 @@ register_variant(
     VariantInfo(
         name="shrp",
         variant=SHRP,
-        title="SHRP: Specialized Head Routing and Pruning",
+        title="SHRP: Specialized Head Routing and Pruning for Efficient Encoder Compression",
         arxiv_id="2512.20635",
         year=2025,
         summary="Heads become experts with a shared expander; the most used one is kept (a reconstruction).",
