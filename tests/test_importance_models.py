@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import patchattn
 from patchattn.calibration.scoring import head_importance
 
 from .families import FAMILIES
-from .test_importance import HEADS, OUTPUTS, examples, inputs_of, make
+from .test_importance import HEADS, OUTPUTS, examples, inputs_of, make, padded
 
 
 def test_a_patched_model_is_scored_as_patched_and_left_as_it_was() -> None:
@@ -19,6 +20,7 @@ def test_a_patched_model_is_scored_as_patched_and_left_as_it_was() -> None:
     head_importance(model, data)
     assert torch.equal(model(**data[0]).logits, before)
     assert not hasattr(model.config, "patchattn")
+    assert not any("patchattn" in name for name in AttentionInterface._global_mapping)
     assert not any("patchattn" in name for name, _ in model.named_modules())
     patchattn.patch_model(model, ["ssa", "moh"], {"moh": {"active_ratio": 0.5}}, layers=[1])
     plan, patched = model.config.patchattn, model(**data[0]).logits
@@ -32,6 +34,28 @@ def test_a_patched_model_is_scored_as_patched_and_left_as_it_was() -> None:
     assert [name for name, _ in model.named_modules()] == names
     patchattn.unpatch_model(model)
     assert torch.equal(model(**data[0]).logits, before)
+
+
+def test_padding_counts_nowhere_even_if_the_loss_reads_it() -> None:
+    model, batch = make("llama"), padded(examples("llama"))
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        return outputs.logits.square().sum()
+
+    found = head_importance(model, [batch], loss=loss, normalise=False)
+    for site, projection in OUTPUTS["llama"].items():
+        gates: list[torch.Tensor] = []
+
+        def gate(module: Any, args: Any, gates: list[torch.Tensor] = gates) -> Any:
+            states = args[0].unflatten(-1, (HEADS, -1))
+            gates.append(torch.ones(states.shape[:3], dtype=states.dtype, requires_grad=True))
+            return ((states * gates[0][..., None]).flatten(2),)
+
+        handle = model.get_submodule(projection).register_forward_pre_hook(gate)
+        (gradient,) = torch.autograd.grad(loss(model(**batch), batch), gates)
+        handle.remove()
+        expected = gradient[batch["attention_mask"].bool()].abs().mean(0)
+        np.testing.assert_allclose(found.scores[site], expected, rtol=1e-6)
 
 
 def test_an_error_leaves_the_model_as_it_was() -> None:
@@ -62,9 +86,8 @@ def test_every_family_has_scores(name: str) -> None:
         found = head_importance(model, [inputs], method, loss=loss if method == "michel" else None)
         assert {name: len(scores) for name, scores in found.scores.items()} == sites
         # nothing reads the last layer of LLaVA's vision tower: no gradient gets there
-        assert sum(len(set(scores)) == len(scores) for scores in found.scores.values()) >= len(sites) - (
-            name == "llava"
-        )
+        distinct = [len(set(scores)) == len(scores) for scores in found.scores.values()]
+        assert sum(distinct) >= len(sites) - (name == "llava")
     assert not any("patchattn" in name for name, _ in model.named_modules())
 
 
