@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration.channels import ChannelStatistics as ChannelStatistics
     from .calibration.channels import channel_statistics as channel_statistics
+    from .calibration.fluctuation import FlapStatistics as FlapStatistics
+    from .calibration.fluctuation import flap_statistics as flap_statistics
     from .calibration.importance import HeadImportance as HeadImportance
     from .calibration.scoring import head_importance as head_importance
     from .call import AttentionCall as AttentionCall
@@ -69,6 +71,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "calibration.channels": ("ChannelStatistics", "channel_statistics"),
+    "calibration.fluctuation": ("FlapStatistics", "flap_statistics"),
     "calibration.importance": ("HeadImportance",),
     "calibration.scoring": ("head_importance",),
     "call": ("AttentionCall", "LayerContext", "Observation"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .calibration.commands import calibrate_curve, calibrate_heads
+from .calibration.commands import calibrate_curve, calibrate_flap, calibrate_heads
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -245,6 +245,7 @@ def calibrate_act(
 
 calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
+calibrate.command("flap")(calibrate_flap)
 
 
 def quiet() -> None:

@@ -1,12 +1,14 @@
 """The feed-forward part of a layer: which projections make and read its channels, and leaving some of them out."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .projections import check_linear, head_projections_paths, layer_path, sliced
+from .settings import nearest
 from .sites import AttentionSite, attention_forward, find_sites, linear_shape
 from .surgery import Change
 
@@ -70,6 +72,48 @@ def cut_channels(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> 
         rows = torch.cat([index + block * channels for block in range(makers.count(path))])
         changes += [Change(path, name, value) for name, value in sliced(checked(model, path), "rows", rows).items()]
     return changes + [Change(reader, n, v) for n, v in sliced(checked(model, reader), "columns", index).items()]
+
+
+def channel_mask(kept: Sequence[int], count: int) -> str:
+    """Channels as hexadecimal digits of four channels each; the first channel is the highest bit of the first digit."""
+    chosen = set(kept)
+    bits = "".join("1" if channel in chosen else "0" for channel in range(count))
+    digits = -(-count // 4)
+    return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
+
+
+def masked_channels(mask: str, count: int) -> list[int]:
+    """The inverse of `channel_mask`; ValueError if it is not one of that many channels, or keeps none."""
+    bits = f"{int(mask, 16):0{4 * len(mask)}b}" if re.fullmatch("[0-9a-f]+", mask) else ""
+    if len(mask) != -(-count // 4) or "1" not in bits[:count] or "1" in bits[count:]:
+        raise ValueError(
+            f"The channels kept of {count} are given by {-(-count // 4)} hexadecimal digits, lower case, the first "
+            f"channel as the highest bit of the first, bits beyond the last channel 0, at least one set; got {mask!r}."
+        )
+    return [channel for channel, bit in enumerate(bits) if bit == "1"]
+
+
+def check_masks(masks: Any) -> None:
+    """TypeError or ValueError if these are no masks of channels by the names of attention modules."""
+    if not isinstance(masks, Mapping) or not all(isinstance(text, str) for pair in masks.items() for text in pair):
+        raise TypeError(
+            f"kept_channels is a mapping from names of attention modules to hexadecimal text, got {masks!r}."
+        )
+    if not masks:
+        raise ValueError("kept_channels is empty: name at least one attention module, or leave it out.")
+
+
+def masks_by_module(masks: Mapping[str, str], model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, str]:
+    """Masks of channels by the name of the attention module, checked against the model."""
+    known = {site.name: site for site in sites if not site.is_cross}
+    found = {}
+    for name, mask in masks.items():
+        if name not in known:
+            raise ValueError(f"There is no self-attention {name!r} beside an MLP to prune{nearest(name, list(known))}")
+        count = channel_count(model, mlp_projections(model, known[name])[1])
+        if len(masked_channels(mask, count)) < count:
+            found[name] = mask
+    return found
 
 
 def checked(model: nn.Module, path: str) -> nn.Module:

@@ -110,7 +110,7 @@ def projection_weight(model: nn.Module, path: str, inputs: int | None = None) ->
 
 
 def fluctuation(known: ChannelStatistics, weight: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """How much the output of a projection would lose if a channel were its mean (arXiv 2312.11983, Sec. 3.2).
+    """How much the output of a projection would lose if a channel were its mean (arXiv 2312.11983).
 
     Args:
         known: of what the projection reads.

@@ -1,4 +1,4 @@
-"""The commands `patchattn calibrate heads` and `patchattn calibrate curve`."""
+"""The commands `patchattn calibrate heads`, `curve` and `flap`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +141,37 @@ def calibrate_curve(
 
         plot_pruning_curve({method: points}, metric=name).savefig(plot)
         console.print(f"Wrote {plot}", soft_wrap=True)
+
+
+def calibrate_flap(
+    model: Model,
+    data: Texts = None,
+    output: Annotated[Path, typer.Option("--output", "--out", help="Where to write the statistics.")] = Path(
+        "flap.safetensors"
+    ),
+    mlp: Annotated[bool, typer.Option(help="Channels of MLPs as well; without them heads alone can be pruned.")] = True,
+    amp: Annotated[bool, typer.Option("--amp", help="The norms of heads as well, which metric=amp ranks by.")] = False,
+    modules: Modules = None,
+    samples: Samples = None,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+) -> None:
+    """Statistics of what the projections back from heads and MLPs read, in one pass over data.
+
+    `patch_model(model, "flap", statistics=OUTPUT, sparsity=0.2)` then takes out what fluctuates least.
+    """
+    from ..selection import select_sites
+    from .fluctuation import flap_statistics
+
+    loading = _Loading(model, "flap", {})
+    batches = loading.batches(data, samples, length, batch_size)
+    loaded = loading.load(device)
+    console, sites = Console(highlight=False), select_sites(loaded, modules=modules)
+    with _bar(console, "batches", len(batches) * (2 if amp else 1)) as move:
+        found = flap_statistics(loaded, batches, sites=sites, mlp=mlp, amp=amp, progress=move)
+    found.save(output)
+    console.print(f"{len(found.channels)} projections of {found.base}. Wrote {output}", soft_wrap=True)
 
 
 class _Loading:

@@ -1,5 +1,5 @@
 """The published variants, one file each. Importing this package registers them."""
 
-from . import act, damro, logn, moh, prune, shrp, ssa, ssmax, var
+from . import act, damro, flap, logn, moh, prune, shrp, ssa, ssmax, var
 
-__all__ = ["act", "damro", "logn", "moh", "prune", "shrp", "ssa", "ssmax", "var"]
+__all__ = ["act", "damro", "flap", "logn", "moh", "prune", "shrp", "ssa", "ssmax", "var"]
