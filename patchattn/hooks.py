@@ -53,10 +53,12 @@ def _function(hook: Callable[..., Any]) -> Any:
     return getattr(hook, "__func__", hook)
 
 
-def enclosing_layer(site_name: str) -> str | None:
-    """Name of the numbered layer that an attention module is in; `None` without one."""
+def enclosing_layer(site_name: str) -> str:
+    """Name of the numbered layer that an attention module is in; NotImplementedError without one."""
     found = re.match(r"(?:.*\.)?\d+(?=\.)", site_name)
-    return found[0] if found else None
+    if found is None:
+        raise NotImplementedError(f"{site_name} is in no numbered layer, whose input a variant reads.")
+    return found[0]
 
 
 def with_residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 import patchattn
 from patchattn.call import AttentionCall, LayerContext
-from patchattn.hooks import IMAGE_TOKENS, RESIDUAL
+from patchattn.hooks import IMAGE_TOKENS, RESIDUAL, enclosing_layer
 from patchattn.variants.var import VAR, VARConfig
 
 from . import vlms
@@ -606,6 +606,25 @@ class TestErrors:
             layer.self_attn.attention_dropout = 0.1
         with pytest.raises(NotImplementedError, match="'var' does not support dropout"):
             model.train()(**vlms.inputs("llava"))
+
+    def test_a_layer_that_hands_nothing_on(self) -> None:
+        model = patchattn.patch_model(vlms.make("llava"), "var", **LOW)
+        attention = model.model.language_model.layers[1].self_attn
+        for keyword, missing in ((IMAGE_TOKENS, "which of its tokens are image tokens"), (RESIDUAL, "what entered")):
+
+            def without(module: Any, args: Any, kwargs: Any, keyword: str = keyword) -> Any:
+                return args, {name: value for name, value in kwargs.items() if name != keyword}
+
+            handle = attention.register_forward_pre_hook(without, with_kwargs=True)
+            with pytest.raises(NotImplementedError, match=rf"layers\.1\.self_attn\) was not told {missing}"):
+                model(**vlms.inputs("llava"))
+            handle.remove()
+
+    def test_an_attention_module_in_no_layer(self) -> None:
+        assert enclosing_layer("model.layers.3.blocks.10.self_attn") == "model.layers.3.blocks.10"
+        assert enclosing_layer("0.attention") == "0"
+        with pytest.raises(NotImplementedError, match=r"model\.attention is in no numbered layer"):
+            enclosing_layer("model.attention")
 
     def test_a_cache_filled_without_it(self) -> None:
         model = vlms.make("llava")

@@ -83,6 +83,7 @@ class VAR(Variant):
 
     def __init__(self, config: VARConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
+        self.layer = enclosing_layer(site.name)
         if site.input_size is not None and config.sink_dims and max(config.sink_dims) >= site.input_size:
             raise ValueError(
                 f"VARConfig.sink_dims must lie between 0 and {site.input_size - 1}, the width of {site.name}, got "
@@ -131,11 +132,10 @@ class VAR(Variant):
         base: Any = base_model(model)
         layout = image_layout(base)
         self.placeholders = tuple(i for i in (layout.image_token_id, layout.video_token_id) if i is not None)
-        layer = base.get_submodule(enclosing_layer(self.site.name))
         return [
             Hook(base.get_input_embeddings(), "before", self.before_embedding),
             Hook(base.get_submodule(layout.language_model), "before", self.before_language_model),
-            Hook(layer, "before", self.before_layer),
+            Hook(base.get_submodule(self.layer), "before", self.before_layer),
         ]
 
     def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
