@@ -8,14 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from .families import FAMILIES, VOCABULARY
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "no", "very", "and"]
 CHARACTERS = " .,'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n"
 
 
@@ -61,3 +64,41 @@ def tiny_language_model(folder: Path, **config: Any) -> str:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return str(folder)
+
+
+def tiny_encoder(folder: Path) -> str:
+    """A folder with a random two-layer BERT without dropout, and its tokenizer."""
+    words = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = BertConfig(
+        **sizes, vocab_size=len(WORDS), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, int]]:
+    """Word after word, `good` for label 1 and `bad` for label 0, of many lengths."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for label in generator.integers(2, size=count):
+        words = list(generator.choice(["a", "film", "no", "very", "and"], size=generator.integers(1, 9)))
+        words.insert(int(generator.integers(len(words) + 1)), ["bad", "good"][label])
+        made.append((" ".join(words), int(label)))
+    return made
+
+
+def sst2_files(folder: Path) -> dict[str, list[tuple[str, int]]]:
+    """SST-2 in its layout, with numbers of rows that fit neither the batches nor two processes; the rows by split."""
+    (folder / "SST-2").mkdir()
+    splits = {name: sentences(count, seed) for name, count, seed in (("train", 21, 0), ("dev", 14, 1))}
+    for name, rows in splits.items():
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows)]
+        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return splits

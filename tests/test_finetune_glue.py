@@ -12,15 +12,13 @@ import pytest
 import torch
 import typer
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import patchattn
 
-from .recipes import RECIPES, recipe, started, written
+from .recipes import RECIPES, recipe, sst2_files, started, tiny_encoder, written
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "no", "very", "and"]
 MOH = {"moh": {"active_ratio": 0.5, "router": "learned"}, "ssa": {}}
 
 
@@ -31,44 +29,15 @@ def glue() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a random two-layer BERT without dropout, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = {word: index for index, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    torch.manual_seed(0)
-    config = BertConfig(
-        **sizes, vocab_size=len(WORDS), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2
-    )
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
-
-
-def sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    """Word after word, `good` for label 1 and `bad` for label 0, of many lengths."""
-    generator = np.random.default_rng(seed)
-    made = []
-    for label in generator.integers(2, size=count):
-        words = list(generator.choice(["a", "film", "no", "very", "and"], size=generator.integers(1, 9)))
-        words.insert(int(generator.integers(len(words) + 1)), ["bad", "good"][label])
-        made.append((" ".join(words), int(label)))
-    return made
+    return tiny_encoder(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SST-2 and STS-B in their layouts, with numbers of rows that fit neither the batches nor two processes."""
     folder = tmp_path_factory.mktemp("glue")
-    for task in ("SST-2", "STS-B"):
-        (folder / task).mkdir()
-    for name, count, seed in (("train", 21, 0), ("dev", 14, 1)):
-        rows = sentences(count, seed)
-        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows)]
-        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "STS-B").mkdir()
+    for name, rows in sst2_files(folder).items():
         pairs = [(text, other, 5.0 * (label == same)) for (text, label), (other, same) in pairwise(rows)]
         lines = ["sentence1\tsentence2\tscore", *(f"{a}\t{b}\t{score:.3f}" for a, b, score in pairs)]
         (folder / "STS-B" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
