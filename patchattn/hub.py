@@ -125,7 +125,9 @@ def _card(base: nn.Module) -> ModelCard:
     )
     title = f"{type(base).__name__} with {' and '.join(dict.fromkeys(patch.variant for patch in patches))}"
     body = "\n\n".join([f"# {title}", *(_section(patch) for patch in patches)])
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{_USAGE}")
+    changes_shapes = any(variant_info(patch.variant).kind == "surgery" for patch in patches)
+    alone = "it is refused, for the shapes of its weights" if changes_shapes else "the attention variants are left out"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{_USAGE.format(alone=alone)}")
 
 
 _USAGE = """## How to load it
@@ -136,7 +138,7 @@ import patchattn
 model = patchattn.from_pretrained("this repository or folder")
 ```
 
-Loaded by transformers alone, the attention variants are left out.
+Loaded by transformers alone, {alone}.
 """
 
 
