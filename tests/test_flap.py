@@ -38,7 +38,7 @@ def projections(model: nn.Module) -> dict[str, tuple[str, str | None]]:
     linear = [name for name, module in model.named_modules() if hasattr(module, "weight")]
     found = {}
     for site in patchattn.find_sites(model):
-        owner = site.name.removesuffix(".self") + "."
+        owner = re.sub(r"attention\.(?:self|attention)$", "attention", site.name) + "."
         (output,) = [n for n in linear if n.startswith(owner) and n.endswith(OUTPUTS) and ATTENTION.search(n)]
         readers = [n for n in linear if layer_of(n) == layer_of(owner) and READERS.fullmatch(n)]
         found[site.name] = (output, readers[0] if readers and not site.is_cross else None)
