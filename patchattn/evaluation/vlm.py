@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from ..patching import patch_info
 from ..selection import evaluating
 from ..settings import Settings, option
+from .results import claim, model_identity, read_done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ def answer(
         raise ValueError("There is nothing to ask: no requests.")
     _check_images(requests)
     _check_processor(processor, settings)
-    _claim(path, _identity(model, requests, settings))
-    done = _read_done(path, requests)
+    claim(path, _identity(model, requests, settings))
+    done = [row["answer"] for row in read_done(path, [request.fields for request in requests], "answer")]
     ends = {start: min(start + settings.batch, len(requests)) for start in range(0, len(requests), settings.batch)}
     starts = [start for start, end in ends.items() if end > len(done)]
     with evaluating(model), _left_padded(processor.tokenizer), path.open("a", encoding="utf-8") as file:
@@ -195,58 +195,11 @@ def _left_padded(tokenizer: Any) -> Iterator[None]:
 
 
 def _identity(model: Any, requests: Sequence[Request], settings: GenerationSettings) -> dict[str, Any]:
-    """What must not change between the starts of one run, as JSON gives it back; images may move."""
+    """What must not change between the starts of one run; images may move."""
     asked = [[request.fields, request.image.name, request.text] for request in requests]
-    values = {
-        "model": model.config.name_or_path,
-        "class": type(model).__name__,
-        "dtype": str(model.dtype),
-        "attention": model.config._attn_implementation,
-        "patches": patch_info(model)["patches"],
-        "generation_config": model.generation_config.to_diff_dict(),
+    return {
+        **model_identity(model),
         "requests": len(requests),
         "requests_sha256": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
         **settings.to_dict(),
     }
-    return json.loads(json.dumps(values))
-
-
-def _claim(path: Path, now: dict[str, Any]) -> None:
-    """Note what this run is made with, or check that it is what the file was begun with."""
-    beside = path.with_name(f"{path.name}.settings.json")
-    if not beside.is_file():
-        if path.exists():
-            raise ValueError(f"{path} lies without {beside.name}; choose another output.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = beside.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(beside)
-        return
-    before = json.loads(beside.read_text(encoding="utf-8"))
-    if keys := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        changes = "; ".join(f"{key}: {before.get(key)!r} became {now.get(key)!r}" for key in keys)
-        raise ValueError(f"{path} holds a run with other settings ({changes}). Choose another output.")
-
-
-def _read_done(path: Path, requests: Sequence[Request]) -> list[str]:
-    """The answers that are there; a last line that a kill cut off is cut off the file too."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    lines = whole.decode("utf-8").splitlines()
-    if len(lines) > len(requests):
-        raise ValueError(f"{path} holds {len(lines)} answers to {len(requests)} requests; choose another output.")
-    done: list[str] = []
-    for number, (line, request) in enumerate(zip(lines, requests, strict=False), 1):
-        try:
-            row = json.loads(line)
-            text = row.pop("answer")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: not an answer of such a run. Choose another output.") from error
-        if row != json.loads(json.dumps(dict(request.fields))):
-            raise ValueError(f"{path}, line {number}: the answer to another request. Choose another output.")
-        done.append(text)
-    return done

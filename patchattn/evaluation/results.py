@@ -1,0 +1,82 @@
+"""Results files, one JSON object per line, that a killed run continues and a different run does not."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..patching import patch_info
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """What says which model answers, and patched how; weights are not looked at."""
+    return {
+        "model": model.config.name_or_path,
+        "class": type(model).__name__,
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "patches": patch_info(model)["patches"],
+        "generation_config": model.generation_config.to_diff_dict(),
+    }
+
+
+def claim(path: Path, made_with: Mapping[str, Any]) -> None:
+    """Note beside a results file what this run is made with, or check that it is what the file was begun with.
+
+    Args:
+        path: the results file; the note is `<path>.settings.json`.
+        made_with: what must not change between the starts of one run, such as settings and a digest of what is asked.
+
+    Raises:
+        ValueError: the file holds another run, the message names what differs; or the note is missing.
+    """
+    now = json.loads(json.dumps(made_with))
+    beside = path.with_name(f"{path.name}.settings.json")
+    if not beside.is_file():
+        if path.exists():
+            raise ValueError(f"{path} lies without {beside.name}; choose another output.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = beside.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(beside)
+        return
+    before = json.loads(beside.read_text(encoding="utf-8"))
+    if keys := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        changes = "; ".join(f"{key}: {before.get(key)!r} became {now.get(key)!r}" for key in keys)
+        raise ValueError(f"{path} holds a run with other settings ({changes}). Choose another output.")
+
+
+def read_done(path: Path, requests: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows that are there; a last line that a kill cut off is cut off the file too.
+
+    Args:
+        path: the results file, which need not exist.
+        requests: what each row says of its request, in order.
+        key: of the answer in a row.
+
+    Raises:
+        ValueError: a row that is none, answers another request, or is one too many.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    lines = whole.decode("utf-8").split("\n")[:-1]  # answers may hold breaks that splitlines() takes for ends of lines
+    if len(lines) > len(requests):
+        raise ValueError(f"{path} holds {len(lines)} answers to {len(requests)} requests; choose another output.")
+    done: list[dict[str, Any]] = []
+    for number, (line, request) in enumerate(zip(lines, requests, strict=False), 1):
+        try:
+            row = json.loads(line)
+            known = {name: row[name] for name in request if name in row}
+            if key not in row:
+                raise KeyError(key)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not an answer of such a run. Choose another output.") from error
+        if known != json.loads(json.dumps(dict(request))):
+            raise ValueError(f"{path}, line {number}: the answer to another request. Choose another output.")
+        done.append(row)
+    return done
