@@ -182,6 +182,26 @@ def test_the_static_form_is_exported() -> None:
     torch.testing.assert_close(exported(input_ids=TOKENS).logits, expected)
 
 
+def test_the_static_form_runs_under_onnx(tmp_path: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = patchattn.compress(trained("bert")).float()
+    expected = outputs(model, input_ids=TOKENS)[0]
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(tokens).logits
+
+    torch.onnx.export(Logits().eval(), (TOKENS,), tmp_path / "bert.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "bert.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: TOKENS.numpy()})
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_the_static_form_trains_with_lora_and_other_variants() -> None:
     model = patchattn.compress(trained("bert").float())
     patchattn.patch_model(model, "ssmax")

@@ -230,7 +230,10 @@ class SHRP(SurgeryVariant):
 
 
 def _is_run_again() -> bool:
-    """Whether this forward is activation checkpointing's second one, inside the backward pass."""
+    """Whether this forward is activation checkpointing's second one, inside the backward pass.
+
+    torch has no public name for it; `torch.utils.checkpoint` itself asks this one. Compiled code cannot ask.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
