@@ -233,6 +233,22 @@ def test_sparsity_takes_the_heads_of_least_norm() -> None:
     }
 
 
+def test_sparsity_by_scores_in_a_file_or_at_hand(tmp_path) -> None:
+    model, inputs = FAMILIES["llama"].make(), FAMILIES["llama"].inputs()
+    importance = patchattn.head_importance(model, [inputs], "michel")
+    importance.save(tmp_path / "scores.json")
+    expected = {name: list(heads) for name, heads in importance.lowest(count=3).items()}
+    for scores in (importance, str(tmp_path / "scores.json")):
+        with patchattn.patched(model, "prune", sparsity=0.4, importance=scores):  # 3.2 of 8 heads
+            (patch,) = patchattn.patch_info(model)["patches"]
+            assert patch["config"]["heads"] == expected
+    other = tf.LlamaForCausalLM(
+        tf.LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=9)
+    )
+    with pytest.raises(ValueError, match="Score this model anew"):
+        patchattn.patch_model(other, "prune", sparsity=0.4, importance=importance)
+
+
 def test_a_pruned_encoder_is_exported(tmp_path) -> None:
     model, inputs = FAMILIES["bert"].make(), FAMILIES["bert"].inputs()
     patchattn.patch_model(model, "prune", heads={0: [0, 2], 1: [1]})
@@ -283,6 +299,7 @@ def test_a_pruned_encoder_is_exported(tmp_path) -> None:
         ({"sparsity": 0.5, "importance": "michel"}, ValueError, "calibrate heads"),
         ({"sparsity": 0.9, "importance": "random"}, ValueError, "only 6"),
         ({"sparsity": "half"}, TypeError, "sparsity"),
+        ({"sparsity": 0.5, "importance": 3}, TypeError, "importance must be"),
     ],
     ids=str,
 )

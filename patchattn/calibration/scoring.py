@@ -81,9 +81,9 @@ def head_importance(
         >>> len(importance.lowest(count=3))
         2
     """
-    if model.training:
-        raise ValueError("Importance needs a model in evaluation mode: model.eval().")
     chosen = check_options(method, per=per, loss=loss, metric=metric, seed=seed)
+    if model.training and METHODS[method].needs_data:
+        raise ValueError("Importance needs a model in evaluation mode: model.eval().")
     base = base_model(model)
     chosen_sites = select_sites(base) if sites is None else list(sites)
     if not chosen_sites:

@@ -37,10 +37,10 @@ class PruneConfig(VariantConfig):
         minimum=0.0,
         maximum=1.0,
     )
-    importance: str | None = option(
+    importance: Any = option(  # noqa: RUF009
         None,
-        help="With sparsity: a file that `patchattn calibrate heads` wrote, or a score that needs no data: "
-        f"{' or '.join(_DATA_FREE)}.",
+        help="With sparsity: a file that `patchattn calibrate heads` wrote, what patchattn.head_importance returned, "
+        f"or a score that needs no data: {' or '.join(_DATA_FREE)}.",
     )
     scope: Literal["global", "layer"] = option(
         "global",
@@ -58,6 +58,8 @@ class PruneConfig(VariantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.importance, str | Path | HeadImportance | None):
+            raise TypeError(f"importance must be a file, a score's name or a HeadImportance, got {self.importance!r}.")
         if self.heads is not None:
             object.__setattr__(self, "heads", parse_heads(self.heads))
             if self.sparsity is not None or self.importance is not None:
@@ -123,22 +125,24 @@ class Prune(SurgeryVariant):
 
 
 def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
-    method, sparsity = str(config.importance), config.sparsity
-    if method in _DATA_FREE:
-        importance = head_importance(model, [], method=method, sites=sites)
-    elif Path(method).is_file():
-        importance = HeadImportance.load(method)
+    given: Any = config.importance
+    if isinstance(given, HeadImportance):
+        importance = given
+    elif given in _DATA_FREE:
+        importance = head_importance(model, [], method=given, sites=sites)
+    elif Path(given).is_file():
+        importance = HeadImportance.load(given)
     else:
         raise ValueError(
-            f"importance={method!r} is neither a file nor one of {', '.join(_DATA_FREE)}. Scores that need "
+            f"importance={str(given)!r} is neither a file nor one of {', '.join(_DATA_FREE)}. Scores that need "
             "data are made by `patchattn calibrate heads` or patchattn.head_importance(model, batches)."
         )
     importance.check(model)
     wanted = [site.name for site in sites]
     if missing := [name for name in wanted if name not in importance.sites]:
-        raise ValueError(f"{method} has no scores of {missing[0]}: choose those it has with modules=...")
+        raise ValueError(f"There are no scores of {missing[0]}: choose modules that have with modules=...")
     chosen = replace(importance, sites={name: importance.sites[name] for name in wanted})
-    heads = chosen.lowest(sparsity=sparsity, scope=config.scope, groups=config.groups == "kv")
+    heads = chosen.lowest(sparsity=config.sparsity, scope=config.scope, groups=config.groups == "kv")
     return {name: list(numbers) for name, numbers in heads.items()}
 
 
