@@ -24,13 +24,17 @@ import patchattn
 
 FORMS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda model: model,
-    "30 % of heads pruned": lambda model: patchattn.patch_model(model, "prune", heads=every_layer(4, 3)),
+    "29 % of heads pruned": lambda model: patchattn.patch_model(model, "prune", heads=every_layer(4, 3)),
     "50 % of heads pruned": lambda model: patchattn.patch_model(model, "prune", heads=every_layer(6, 6)),
+    "SHRP, one head per layer": lambda model: patchattn.patch_model(model, "shrp", kept=[0]),
+    "one dense, one SHRP layer": lambda model: patchattn.patch_model(
+        model, "shrp", kept=[0], layers=1, layers_dropped=range(2, 12)
+    ),
 }
 
 
 def every_layer(even: int, odd: int) -> dict[int, list[int]]:
-    """Heads to take out: so many of layers 0, 2, ... and of layers 1, 3, ..."""
+    """Heads to take out: so many of layers 0, 2, ... and of layers 1, 3, ...; 4 and 3 are 42 of 144, 29 %."""
     return {layer: list(range(odd if layer % 2 else even)) for layer in range(12)}
 
 
