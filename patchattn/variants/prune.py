@@ -157,6 +157,6 @@ register_variant(
         summary="Chosen query heads are taken out of the model, or masked.",
         extra_parameters="none; fewer",
         needs_training=False,
-        examples=({"heads": {1: [0, 3]}}, {"heads": {0: [1], 1: [2]}, "physical": False}),
+        examples=({"heads": {0: [1], 1: [0, 3]}},),
     )
 )
