@@ -43,7 +43,7 @@ class LongBenchSettings(Settings):
         "official",
         help="Use the tokenizer's chat template; official: if it has one, but not for few-shot tasks and code.",
     )
-    samples: int | None = option(None, help="Only so many samples of each task, the first ones.", minimum=1)
+    limit: int | None = option(None, help="Only so many samples of each task, the first ones.", minimum=1)
     seed: int = option(0, help="For what draws random numbers in the model, such as a variant.", minimum=0)
 
 
@@ -92,7 +92,8 @@ def fit_prompt(
         found = tokenizer(text, add_special_tokens=not chat)["input_ids"]
         if room is None or len(found) <= room:
             return FittedPrompt(found, kept < len(tokens))
-        kept -= len(found) - room
+        # characters cut in two can make many tokens: half of what was kept is enough of a step
+        kept = max(kept - (len(found) - room), (kept + 1) // 2)
     raise ValueError(f"There is no room for a prompt: the model can be given {room} tokens.")
 
 
@@ -128,7 +129,7 @@ def evaluate_longbench(
         ImportError: Chinese tasks without `jieba`.
     """
     given = LongBenchSettings.from_dict(settings)
-    tasks = {longbench_task(name): list(found)[: given.samples] for name, found in samples.items()}
+    tasks = {longbench_task(name): list(found)[: given.limit] for name, found in samples.items()}
     _check(model, tokenizer, tasks, given)
     files = {task: Path(output) / f"{task.name}.jsonl" for task in tasks}
     for task, asked in tasks.items():  # before the first task is run
