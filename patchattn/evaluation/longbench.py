@@ -93,7 +93,7 @@ def fit_prompt(
         if room is None or len(found) <= room:
             return FittedPrompt(found, kept < len(tokens))
         # characters cut in two can make many tokens: half of what was kept is enough of a step
-        kept = max(kept - (len(found) - room), (kept + 1) // 2)
+        kept = max(kept - (len(found) - room), kept // 2)
     raise ValueError(f"There is no room for a prompt: the model can be given {room} tokens.")
 
 
