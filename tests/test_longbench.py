@@ -1,6 +1,5 @@
 """LongBench's runner: prompts cut and templated, answers, times, continuing after a kill, and the comparison."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -9,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner, Result
 
 import patchattn
 from patchattn.evaluation import longbench as module
@@ -42,8 +39,7 @@ def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
 BYTES, CHAT = byte_tokenizer(), byte_tokenizer(TEMPLATE)
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(BYTES),
@@ -59,6 +55,11 @@ def model() -> LlamaForCausalLM:
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_model()
 
 
 def text_samples(*prompts: str, answers: Sequence[str] = ("yes",)) -> list[LongBenchSample]:
@@ -376,42 +377,3 @@ def test_a_real_model_on_real_prompts(data_dir: Path, tmp_path: Path) -> None:
             assert 470 <= row["prompt_tokens"] <= 512 - 32
             assert row["first_token_seconds"] > 0
             assert math.isfinite(row["tokens_per_second"])
-
-
-# Command line
-
-
-def test_the_command_line(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    source = Path(__file__).parents[1] / "benchmarks" / "longbench.py"
-    spec = importlib.util.spec_from_file_location("longbench_benchmark", source)
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    app = typer.Typer()
-    app.command()(benchmark.main)
-    model.save_pretrained(tmp_path / "model")
-    BYTES.save_pretrained(tmp_path / "model")
-    mini = {"0": {"origin_prompt": "How many?", "gold": ["3"]}}
-    (tmp_path / "passage_count.json").write_text(json.dumps(mini))
-
-    def call(name: Path | str, *more: str) -> Result:
-        usual = ["--output", str(tmp_path / "out"), "--data", str(tmp_path)]
-        return CliRunner().invoke(app, [str(name), *usual, *more])
-
-    moh = ["--variant", "moh", "--set", "active_ratio=0.5"]
-    for more, message in (
-        ([*moh, "--task", "passage_cuont"], "did you mean 'passage_count'"),
-        ([*moh, "--task", "lcc"], "holds neither"),
-        ([*moh, "--batch", "0"], "batch"),
-        (["--variant", "mho"], "mho"),
-        (["--variant", "moh", "--set", "active_ratio"], "--set expects name=value"),
-        ([], "Give --variant"),
-    ):
-        refused = call("no model of that name is needed", *more)
-        assert refused.exit_code == 2
-        assert message in refused.output
-    assert not (tmp_path / "out").exists()
-    done = call(tmp_path / "model", *moh, "--task", "passage_count")
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "out" / "report.md").read_text() in done.output
