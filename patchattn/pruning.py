@@ -1,6 +1,7 @@
 """Taking query heads out of an attention module, and calling attention without them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,30 +84,42 @@ def kept_kv_heads(site: AttentionSite, kept: Sequence[int]) -> list[int]:
     return sorted({head // group for head in kept})
 
 
-def renumbered(call: AttentionCall, site: AttentionSite, kept: Sequence[int]) -> AttentionCall:
-    """A call with fewer heads than its module was made for, with all that it brings per head brought to these.
+@dataclass(frozen=True)
+class KeptHeads:
+    """What a call of attention must know of the heads that its module has left.
 
-    Args:
-        call: its queries are those of the heads kept.
-        site: the attention module, as it was before.
-        kept: query heads kept, sorted.
+    Attributes:
+        total: query heads before.
+        kept: those left, sorted.
+        kv_index: of each of them, the place of its kv head among those left; `None` where the kv heads serve equally
+            many, so that nothing need be said.
     """
-    heads = site.query_heads
-    changes: dict[str, Any] = {}
-    kwargs = dict(call.kwargs)
-    for name, dim in (("s_aux", 0), ("position_bias", 1)):
-        tensor = kwargs.get(name)
-        if tensor is not None and tensor.shape[dim] == heads:
-            kwargs[name] = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
-    changes["kwargs"] = kwargs
-    mask = call.attention_mask
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == heads and heads != 1:
-        changes["attention_mask"] = mask[:, list(kept)]
-    if not _is_even(site, kept):
+
+    total: int
+    kept: tuple[int, ...]
+    kv_index: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, site: AttentionSite, kept: Sequence[int]) -> "KeptHeads":
+        """Those of an attention module, as it was before."""
         places = {head: place for place, head in enumerate(kept_kv_heads(site, kept))}
-        index = torch.tensor([places[head // _group(site)] for head in kept], device=call.key.device)
-        changes |= {"key": call.key.index_select(1, index), "value": call.value.index_select(1, index)}
-    return call.replace(**changes)
+        index = tuple(places[head // _group(site)] for head in kept)
+        return cls(site.query_heads or 0, tuple(kept), None if _is_even(site, kept) else index)
+
+    def renumbered(self, call: AttentionCall) -> AttentionCall:
+        """A call with the queries of these heads, with all else that it brings per head brought to these."""
+        kwargs, changes = dict(call.kwargs), dict[str, Any]()
+        for name, dim in (("s_aux", 0), ("position_bias", 1)):
+            tensor = kwargs.get(name)
+            if tensor is not None and tensor.shape[dim] == self.total:
+                kwargs[name] = tensor.index_select(dim, torch.tensor(self.kept, device=tensor.device))
+        mask = call.attention_mask
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == self.total != 1:
+            changes["attention_mask"] = mask[:, list(self.kept)]
+        if self.kv_index is not None:
+            index = torch.tensor(self.kv_index, device=call.key.device)
+            changes |= {"key": call.key.index_select(1, index), "value": call.value.index_select(1, index)}
+        return call.replace(kwargs=kwargs, **changes)
 
 
 def _group(site: AttentionSite) -> int:

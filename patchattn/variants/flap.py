@@ -22,7 +22,7 @@ from ..feed_forward import (
     mlp_projections,
 )
 from ..projections import head_projections
-from ..pruning import cut_heads, heads_by_module, parse_heads, renumbered
+from ..pruning import KeptHeads, cut_heads, heads_by_module, parse_heads
 from ..settings import option
 from ..sites import AttentionSite
 from ..surgery import Change, SurgeryVariant
@@ -107,7 +107,8 @@ class Flap(SurgeryVariant):
     def __init__(self, config: FlapConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         self.pruned = tuple((config.heads or {}).get(site.name, ()))
-        self.kept = tuple(head for head in range(site.query_heads or 0) if head not in self.pruned)
+        kept = [head for head in range(site.query_heads or 0) if head not in self.pruned]
+        self.heads = KeptHeads.of(site, kept)
         if self.pruned and self.pruned[-1] >= (site.query_heads or 0):
             raise ValueError(f"{site.name} has {site.query_heads} query heads, there is no head {self.pruned[-1]}.")
         self.kept_channels: str | None = (config.kept_channels or {}).get(site.name)
@@ -150,7 +151,7 @@ class Flap(SurgeryVariant):
         removed: dict[str, torch.Tensor] = {}  # by the path of the projection that reads them
         if self.pruned:
             (read,) = [part for part in head_projections(model, self.site) if part.side == "columns"]
-            changes += cut_heads(model, self.site, self.kept)
+            changes += cut_heads(model, self.site, self.heads.kept)
             removed[read.projection] = read.index[list(self.pruned)].flatten()
         if self.kept_channels is not None:
             reader = mlp_projections(model, self.site)[1]
@@ -181,7 +182,7 @@ class Flap(SurgeryVariant):
         return self.biases
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        return inner(renumbered(call, self.site, self.kept) if self.pruned else call)
+        return inner(self.heads.renumbered(call) if self.pruned else call)
 
 
 def _least_important(

@@ -11,7 +11,7 @@ from torch import nn
 from ..calibration.importance import HeadImportance
 from ..calibration.scoring import head_importance
 from ..call import AttentionCall
-from ..pruning import cut_heads, heads_by_module, parse_heads, renumbered
+from ..pruning import KeptHeads, cut_heads, heads_by_module, parse_heads
 from ..settings import option
 from ..sites import AttentionSite
 from ..surgery import Change, SurgeryVariant
@@ -86,7 +86,8 @@ class Prune(SurgeryVariant):
     def __init__(self, config: PruneConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         self.pruned = tuple((config.heads or {}).get(site.name, ()))
-        self.kept = tuple(head for head in range(site.query_heads or 0) if head not in self.pruned)
+        kept = [head for head in range(site.query_heads or 0) if head not in self.pruned]
+        self.heads = KeptHeads.of(site, kept)
 
     @classmethod
     def fit(
@@ -113,11 +114,11 @@ class Prune(SurgeryVariant):
     def plan(self, model: nn.Module) -> list[Change]:
         if not self.pruned or not self.config.physical:
             return []
-        return cut_heads(model, self.site, self.kept)
+        return cut_heads(model, self.site, self.heads.kept)
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         if self.config.physical:
-            return inner(renumbered(call, self.site, self.kept))
+            return inner(self.heads.renumbered(call))
         output, weights = inner(call)
         keep = torch.ones(output.shape[2], 1, dtype=output.dtype, device=output.device)
         keep[list(self.pruned)] = 0.0

@@ -13,7 +13,7 @@ from patchattn_kernels import apply_head_gate, select_top_k
 from ..call import AttentionCall
 from ..expander import checked_heads, dropped_layers, head_weights, heads_by_module, initial_expander
 from ..expert_layer import drop_layers, host_layer
-from ..pruning import cut_heads, renumbered
+from ..pruning import KeptHeads, cut_heads
 from ..settings import option
 from ..sites import AttentionSite
 from ..surgery import Change, SurgeryVariant
@@ -95,7 +95,7 @@ class SHRP(SurgeryVariant):
         if heads is None or width is None or site.head_dim is None or size is None or config.activation is None:
             raise NotImplementedError(f"SHRP cannot tell the geometry of {site.name}.")
         if config.kept is not None:
-            self.kept = tuple(config.kept[site.name])
+            self._keep(config)
         if max(config.heads, 1 + max(self.kept or (0,))) > heads:
             got = f"heads={config.heads}" if self.kept is None else f"kept={list(self.kept)}"
             raise ValueError(f"{site.name} has {heads} heads, counted from 0; got {got}.")
@@ -175,7 +175,7 @@ class SHRP(SurgeryVariant):
             output, weights = inner(call)
             output = apply_head_gate(output, self.gate(call))
         else:
-            output, weights = inner(renumbered(call, self.site, self.kept))
+            output, weights = inner(self.left.renumbered(call))
         hidden = nn.functional.linear(output.sum(2), self.expander_in_weight, self.expander_in_bias)
         expanded = nn.functional.linear(self.activation(hidden), self.expander_out_weight, self.expander_out_bias)
         return expanded.unsqueeze(2), weights
@@ -215,10 +215,15 @@ class SHRP(SurgeryVariant):
         usage, total = (counts[list(heads)].cpu().double() for counts in (self.usage, self.gate_sum))
         return torch.where(usage > 0, total / _UNIT / usage.clamp(min=1), 1.0)
 
+    def _keep(self, config: SHRPConfig) -> None:
+        self.left = KeptHeads.of(self.site, config.kept[self.site.name])
+        self.kept = self.left.kept
+
     def make_static(self, config: SHRPConfig, cuts: Sequence[Change]) -> None:
         """Turn the training form into the static form, whose cuts are made; the gates go into the values."""
-        self.config, self.kept = config, tuple(config.kept[self.site.name])
-        gates = self.mean_gates(self.kept).repeat_interleave(self.site.head_dim or 0)
+        self.config = config
+        self._keep(config)
+        gates = self.mean_gates(self.left.kept).repeat_interleave(self.site.head_dim or 0)
         value = f"{self.site.name}.{self.site.projections['value']}"
         with torch.no_grad():
             for change in cuts:
