@@ -54,7 +54,8 @@ def test_a_type_without_attention_and_one_that_cannot_be_built(rows):
 def test_the_page_has_the_rows(rows):
     page = to_markdown(list(rows.values()), current_versions())
     assert "| patchable | 4 |" in page
-    assert "| llama | LlamaModel | patchable | 32 + 0 | 4 of 4 | right | 0 | runs | runs | runs | exact on 4 of 4 |  |" in page
+    cells = ["llama", "LlamaModel", "patchable", "32 + 0", "4 of 4", "right", "0", *["runs"] * 3, "exact on 4 of 4", ""]
+    assert f"| {' | '.join(cells)} |" in page
     assert "| deberta-v2 | DebertaV2Model | refused |" in page
     assert "Without attention: resnet." in page
     assert patchable_types(page) == {"bert", "llama", "bart", "siglip_vision_model"}

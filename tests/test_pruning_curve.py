@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_a_curve_ends_where_it_is_told() -> None:
         ({"method": "michell"}, ValueError, "did you mean"),
         ({"metric": "wifv"}, ValueError, "takes per, loss"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in every process
 )
 def test_mistakes(how: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"batches": examples("llama", 1), "evaluate": evaluate, "every": 2, **how}
