@@ -108,7 +108,8 @@ class KeptHeads:
 
     def renumbered(self, call: AttentionCall) -> AttentionCall:
         """A call with the queries of these heads, with all else that it brings per head brought to these."""
-        kwargs, changes = dict(call.kwargs), dict[str, Any]()
+        kwargs = dict(call.kwargs)
+        changes: dict[str, Any] = {}
         for name, dim in (("s_aux", 0), ("position_bias", 1)):
             tensor = kwargs.get(name)
             if tensor is not None and tensor.shape[dim] == self.total:

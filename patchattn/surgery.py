@@ -75,6 +75,11 @@ class SurgeryVariant(Variant):
                     f"{where} was loaded without what {type(self).__name__} took out: it was not saved. Load the base "
                     "model instead of unpatching this one."
                 )
+            if hasattr(model.get_submodule(change.module), "_hf_hook"):
+                raise ValueError(
+                    f"{change.module} is offloaded or dispatched by accelerate, which holds its weights: call "
+                    "accelerate.hooks.remove_hook_from_submodules(model) first."
+                )
             if hasattr(model.get_submodule(change.module), "base_layer"):
                 raise ValueError(f"{change.module} carries a PEFT adapter: unload() or merge_and_unload() it first.")
 

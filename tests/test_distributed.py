@@ -32,7 +32,10 @@ from tests.test_distributed import build, train
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (2,))
 for index in range(len(cases())):
-    model = build(index)
+    try:
+        model = build(index)
+    except NotImplementedError:  # no variant for a language model
+        continue
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -49,6 +52,13 @@ dist.destroy_process_group()
 
 def build(index: int) -> torch.nn.Module:
     return cases()[index].patch(FAMILIES["llama"].make()).double().train()
+
+
+def built(index: int) -> torch.nn.Module:
+    try:
+        return build(index)
+    except NotImplementedError as error:
+        pytest.skip(f"refused: {error}")
 
 
 def train(model: torch.nn.Module, rows: list[int]) -> None:
@@ -84,7 +94,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("index", range(len(cases())), ids=[str(case) for case in cases()])
 def test_fsdp2_trains_like_one_process(index: int, sharded: Path) -> None:
-    model = build(index)
+    model = built(index)
     before = {name: p.detach().clone() for name, p in variant_parameters(model).items()}
     train(model, [0, 1])
     state, got = model.state_dict(), load_file(sharded / f"{index}.safetensors")
@@ -97,14 +107,16 @@ def test_fsdp2_trains_like_one_process(index: int, sharded: Path) -> None:
 
 @pytest.mark.parametrize("index", range(len(cases())), ids=[str(case) for case in cases()])
 def test_what_fsdp2_trained_is_saved_and_loaded(index: int, sharded: Path) -> None:
-    model, inputs = build(index), FAMILIES["llama"].inputs()
+    model, inputs = built(index), FAMILIES["llama"].inputs()
     train(model, [0, 1])
     expected = outputs(model.eval(), **inputs)
     whole = patchattn.from_pretrained(sharded / str(index)).eval()
-    base = FAMILIES["llama"].make().double()
-    weights = load_file(sharded / f"{index}.safetensors")
-    base.load_state_dict({name: value for name, value in weights.items() if ".patchattn." not in name})
-    onto_base = patchattn.load_patch(base, sharded / str(index))
-    for loaded in (whole, onto_base):
+    found = [whole]
+    if patchattn.variant_info(cases()[index].variant).kind != "surgery":  # whose trained weights fit no base model
+        base = FAMILIES["llama"].make().double()
+        weights = load_file(sharded / f"{index}.safetensors")
+        base.load_state_dict({name: value for name, value in weights.items() if ".patchattn." not in name})
+        found.append(patchattn.load_patch(base, sharded / str(index)))
+    for loaded in found:
         for got, want in zip(outputs(loaded, **inputs), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
