@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .hooks import enclosing_layer
 from .sites import AttentionSite, attention_forward, linear_shape
 
 # How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
@@ -98,12 +99,11 @@ def head_projections_paths(model: nn.Module, site: AttentionSite) -> set[str]:
 
 
 def layer_path(site: AttentionSite) -> str:
-    """Path of the layer that an attention module is in: up to the last number in its name."""
-    parts = site.name.split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
-    if last is None:
-        raise unrecognised(site, "it is in no numbered layer")
-    return ".".join(parts[: last + 1])
+    """Path of the layer that an attention module is in."""
+    try:
+        return enclosing_layer(site.name)
+    except NotImplementedError as error:
+        raise unrecognised(site, "it is in no numbered layer") from error
 
 
 def unrecognised(site: AttentionSite, reason: str) -> NotImplementedError:
