@@ -106,6 +106,11 @@ class KeptHeads:
         index = tuple(places[head // _group(site)] for head in kept)
         return cls(site.query_heads or 0, tuple(kept), None if _is_even(site, kept) else index)
 
+    @classmethod
+    def without(cls, site: AttentionSite, pruned: Sequence[int]) -> "KeptHeads":
+        """All but these."""
+        return cls.of(site, [head for head in range(site.query_heads or 0) if head not in pruned])
+
     def renumbered(self, call: AttentionCall) -> AttentionCall:
         """A call with the queries of these heads, with all else that it brings per head brought to these."""
         kwargs = dict(call.kwargs)

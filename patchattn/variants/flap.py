@@ -107,8 +107,7 @@ class Flap(SurgeryVariant):
     def __init__(self, config: FlapConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         self.pruned = tuple((config.heads or {}).get(site.name, ()))
-        kept = [head for head in range(site.query_heads or 0) if head not in self.pruned]
-        self.heads = KeptHeads.of(site, kept)
+        self.heads = KeptHeads.without(site, self.pruned)
         if self.pruned and self.pruned[-1] >= (site.query_heads or 0):
             raise ValueError(f"{site.name} has {site.query_heads} query heads, there is no head {self.pruned[-1]}.")
         self.kept_channels: str | None = (config.kept_channels or {}).get(site.name)

@@ -86,8 +86,7 @@ class Prune(SurgeryVariant):
     def __init__(self, config: PruneConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         self.pruned = tuple((config.heads or {}).get(site.name, ()))
-        kept = [head for head in range(site.query_heads or 0) if head not in self.pruned]
-        self.heads = KeptHeads.of(site, kept)
+        self.heads = KeptHeads.without(site, self.pruned)
 
     @classmethod
     def fit(
