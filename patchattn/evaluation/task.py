@@ -34,7 +34,7 @@ class EvalTask(ABC):
     def identity(self) -> Mapping[str, Any]:
         """What must be equal for a killed run to be continued: settings and a digest of the samples, JSON alone."""
 
-    def check_model(self, model: Any, tokenizer: Any) -> None:
+    def check_model(self, model: Any, tokenizer: Any) -> None:  # noqa: B027 - most tasks take any model
         """Refuse a model that cannot take this task, before its first sample.
 
         Raises:
