@@ -1,6 +1,7 @@
 """Kernels of patchattn: one file per operation, each with its plain torch reference."""
 
 from .column_mass import KeyCounts, column_mass, key_counts
+from .routed_attention import routed_attention
 from .routing import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 from .rows import AttentionRule
 from .split_attention import SplitAttention, split_attention
@@ -15,6 +16,7 @@ __all__ = [
     "head_norms",
     "key_counts",
     "normalized_scores",
+    "routed_attention",
     "scale_tokens",
     "select_top_k",
     "split_attention",

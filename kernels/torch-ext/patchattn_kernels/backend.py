@@ -1,0 +1,68 @@
+"""Which implementation of an operation runs: Triton's kernels, or plain torch."""
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+SETTING = "PATCHATTN_KERNELS"
+
+
+@torch.compiler.assume_constant_result
+def chosen_backend() -> str:
+    """`reference`, `triton` or `auto`: the environment variable PATCHATTN_KERNELS; auto where it is not set.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    name = os.environ.get(SETTING, "auto")
+    if name not in ("reference", "triton", "auto"):
+        raise ValueError(f"{SETTING} must be reference, triton or auto, got {name!r}.")
+    return name
+
+
+def triton_runs(tensor: torch.Tensor, *, lacking: str | None = None) -> bool:
+    """Whether Triton's kernel is to compute a call.
+
+    `auto` takes it on GPUs that it knows and where it can do what is asked; `triton` insists on it.
+
+    Args:
+        tensor: one of the operands; all are on one device.
+        lacking: what the kernel cannot do of what this call needs, in words; `None` if it can do all.
+
+    Raises:
+        NotImplementedError: PATCHATTN_KERNELS is `triton`, and it cannot be; the message says why.
+    """
+    backend = chosen_backend()
+    if backend == "reference":
+        return False
+    reason = lacking or _missing(tensor.device)
+    if reason is not None and backend == "triton":
+        raise NotImplementedError(
+            f"{SETTING} is triton, but the kernel cannot compute this call: {reason}. Set it to auto or reference."
+        )
+    return reason is None and (backend == "triton" or tensor.is_cuda)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _missing(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        return (
+            None
+            if interprets
+            else "its tensors are on a CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1)"
+        )
+    if device.type != "cuda":
+        return f"its tensors are on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
