@@ -18,12 +18,14 @@ class EvalTask(ABC):
         name: as on the command line, such as `glue/sst2` or `needle`.
         kind: what a model must be.
         main_score: the entry of `score` that stands for the task in tables.
+        unit: of the main score, empty for a number without one, such as a perplexity.
         higher_is_better: whether more of it is better.
     """
 
     name: str
     kind: ClassVar[ModelKind] = "causal_lm"
     main_score: str
+    unit: str = "%"
     higher_is_better: bool = True
 
     @abstractmethod
@@ -46,7 +48,8 @@ class EvalTask(ABC):
         """Answers to one batch, a JSON-able row per sample.
 
         Rows may hold costs that the report shows beside the score: `prompt_tokens` and `new_tokens` of the sample,
-        `first_token_seconds` and `seconds` of the batch it was in. What is missing is not shown.
+        and what the batch it was in cost, `patchattn.evaluation.cost.Cost.row()`. What is missing is not shown. Random
+        numbers are seeded per batch by the runner.
 
         Args:
             model: in evaluation mode, patched or not.
