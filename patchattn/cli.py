@@ -243,6 +243,18 @@ def calibrate_act(
     )
 
 
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def lm_eval(context: typer.Context) -> None:
+    """The lm-evaluation-harness's own command line, with the model `patchattn`: see `patchattn lm-eval --help`."""
+    from .evaluation.harness import run_lm_eval
+
+    run_lm_eval(context.args)
+
+
 calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _OWN = ("layers", "modules", "patch", "preset", "variant")
 
 
 @register_model("patchattn")
-class PatchattnLM(HFLM):  # type: ignore[misc]
+class PatchattnLM(HFLM):
     """lm-eval's `hf` model, patched: `--model patchattn --model_args pretrained=...,variant=moh,active_ratio=0.75`.
 
     Args:
@@ -33,15 +33,18 @@ class PatchattnLM(HFLM):  # type: ignore[misc]
             `save_patch` wrote, with its base model, and with the PEFT adapter beside it if there is one.
         variant: name of a variant, or several joined by `+`, the first outermost.
         patch: a saved patch, folder or Hub id, instead of `variant`.
-        others: `layers`, `modules`, `preset` and the settings of the variant as `patch_model` takes them, by name or, as
-            `moh.active_ratio=0.75`, by variant and name; every argument of lm-eval's `hf` but `autogptq`, `delta` and
-            `gptqmodel`; `attn_implementation`, `cache_dir`, `device_map` and `token` of `from_pretrained`. Text is
-            read as YAML where it goes to a variant.
+        others: `layers`, `modules`, `preset` and the settings of the variant as `patch_model` takes them, by name or by
+            variant and name, such as `moh.active_ratio=0.75`; every argument of lm-eval's `hf` but `autogptq`, `delta`
+            and `gptqmodel`; `attn_implementation`, `cache_dir`, `device_map` and `token` of `from_pretrained`. Text
+            that goes to a variant is read as YAML.
 
     Raises:
         ValueError: an unknown argument, variant, setting or value; before anything is loaded.
         TypeError: `pretrained` is no text.
     """
+
+    AUTO_MODEL_CLASS: Any
+    batch_size_per_gpu: Any
 
     def __init__(self, pretrained: str, variant: str | None = None, patch: str | None = None, **others: Any) -> None:
         if not isinstance(pretrained, str):
@@ -68,26 +71,23 @@ class PatchattnLM(HFLM):  # type: ignore[misc]
         self._looks_ahead = any(variant_info(part.variant).looks_ahead for part in plan)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        """Between loading the weights, which HFLM leaves to this class, and putting an adapter on, patch."""
+        """Patch between loading the weights and putting an adapter on, which may hold a variant's parameters."""
         plain = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS = self
+        architectures = getattr(self.config, "architectures", None) or [None]
+        self.AUTO_MODEL_CLASS = _Loading(
+            patched_class(architectures[0]) if hasattr(self.config, CONFIG_KEY) else plain, self._put_patch
+        )
         try:
-            self._plain_class = plain
             super()._create_model(pretrained, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = plain
 
-    def from_pretrained(self, source: str, **kwargs: Any) -> Any:
-        """The model, patched."""
-        kind = self._plain_class
-        if hasattr(self.config, CONFIG_KEY):
-            kind = patched_class((self.config.architectures or [None])[0])
-        model = kind.from_pretrained(source, **kwargs)
+    def _put_patch(self, model: Any) -> None:
         if self._patch is not None:
             load_patch(model, self._patch)
         if self._names:
-            patch_model(model, self._names, self._settings, **self._where)
-        return model
+            settings = self._settings if len(self._names) > 1 else self._settings[self._names[0]]
+            patch_model(model, self._names, settings, **self._where)
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         """Row by row where later tokens count: HFLM pads on the right and tells the model nothing of it."""
@@ -105,6 +105,18 @@ class PatchattnLM(HFLM):  # type: ignore[misc]
 
         plan = [part.to_dict() for part in applied_patches(base_model(self.model))]
         return {**super().get_model_info(), "patchattn_version": __version__, "patches": plan}
+
+
+class _Loading:
+    """Stands in for an Auto class: what it loads is patched before anyone else sees it."""
+
+    def __init__(self, kind: Any, patch: Callable[[Any], None]) -> None:
+        self.kind, self.patch = kind, patch
+
+    def from_pretrained(self, source: str, **kwargs: Any) -> Any:
+        model = self.kind.from_pretrained(source, **kwargs)
+        self.patch(model)
+        return model
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
