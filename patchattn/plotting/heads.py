@@ -1,20 +1,15 @@
-"""Pictures of what a variant does. matplotlib is imported only when one is drawn."""
+"""Pictures of heads: how often each is used, how much it matters, what is left without some."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .style import COLOURS, SERIES, WITH_NUMBERS
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .calibration.importance import HeadImportance
-    from .calibration.pruning_curve import CurvePoint
-    from .statistics import LayerTemperatures
-
-_WITH_NUMBERS = 400  # cells up to which each shows its number
-# Colours of Okabe and Ito, told apart with colour vision deficiencies; markers tell them apart in grey.
-_STREAM_STYLES = {"query": ("#0072B2", "o"), "key": ("#009E73", "^"), "value": ("#D55E00", "s")}
-_LINE_STYLES = [*_STREAM_STYLES.values(), ("#CC79A7", "v"), ("#E69F00", "D"), ("#000000", "x")]
+    from ..calibration.importance import HeadImportance
+    from ..calibration.pruning_curve import CurvePoint
 
 
 def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of heads") -> "Figure":
@@ -44,13 +39,12 @@ def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of he
     size = (min(16.0, 2.6 + 0.5 * heads), min(16.0, max(3.0, 1.7 + 0.4 * layers)))
     figure = Figure(figsize=(max(size[0], 0.085 * len(title) + 0.5), size[1]), layout="constrained")
     axes = figure.subplots()
-    # cividis looks the same with and without colour vision deficiencies, and darkens evenly in print
-    image = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(percent, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="tokens using the head, %")
-    if layers * heads <= _WITH_NUMBERS:
+    if layers * heads <= WITH_NUMBERS:
         axes.set_xticks(range(heads))
         axes.set_yticks(range(layers))
         for y, layer in enumerate(shares):
@@ -90,14 +84,13 @@ def plot_head_importance(importance: "HeadImportance", *, title: str | None = No
     for axes, (group, rows) in zip(pictures, groups.items(), strict=True):
         layers = sorted(rows)
         table = [[*rows[layer], *[float("nan")] * (heads - len(rows[layer]))] for layer in layers]
-        # cividis looks the same with and without colour vision deficiencies, and darkens evenly in print
-        image = axes.imshow(table, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        image = axes.imshow(table, cmap=COLOURS, vmin=low, vmax=high, aspect="auto")
         axes.set_title(group, fontsize=9)
         axes.set_ylabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         step = 1 + len(layers) // 33
         axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        if heads * len(layers) <= _WITH_NUMBERS:
+        if heads * len(layers) <= WITH_NUMBERS:
             for y, layer in enumerate(layers):
                 for x, score in enumerate(rows[layer]):
                     colour = "black" if score > low + 0.55 * (high - low) else "white"
@@ -125,14 +118,14 @@ def plot_pruning_curve(
     """
     if not curves or not all(curves.values()):
         raise ValueError("curves must hold at least one curve, and every curve at least one point.")
-    if len(curves) > len(_LINE_STYLES):
-        raise ValueError(f"At most {len(_LINE_STYLES)} curves can be told apart, got {len(curves)}.")
+    if len(curves) > len(SERIES):
+        raise ValueError(f"At most {len(SERIES)} curves can be told apart, got {len(curves)}.")
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (name, points), (colour, marker) in zip(curves.items(), _LINE_STYLES, strict=False):
+    for (name, points), (colour, marker) in zip(curves.items(), SERIES, strict=False):
         x, y = [100 * point.sparsity for point in points], [point.value for point in points]
         axes.plot(x, y, color=colour, marker=marker, markersize=5, markeredgecolor="white", label=name)
     first = next(iter(curves.values()))[0]
@@ -143,83 +136,3 @@ def plot_pruning_curve(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9, frameon=False)
     return figure
-
-
-def plot_temperatures(statistics: "Sequence[LayerTemperatures]", *, title: str = "Temperatures") -> "Figure":
-    """Inverse temperatures of every layer, and how spiky attention is without and with them.
-
-    Args:
-        statistics: what `TemperatureStatistics.layers()` returns. Each variant, tower, and kind of
-            attention gets a row.
-        title: of the picture.
-
-    Returns:
-        A figure; save it with `figure.savefig(path)`.
-
-    Raises:
-        ValueError: nothing to draw.
-    """
-    if not statistics:
-        raise ValueError("statistics must hold at least one layer.")
-
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
-
-    groups: dict[str, list[LayerTemperatures]] = {}
-    for layer in statistics:
-        kind = "cross attention" if layer.site.is_cross else "self attention"
-        groups.setdefault(f"{layer.variant}, {layer.site.tower or 'model'}, {kind}", []).append(layer)
-    width = min(16.0, max(9.5, 4.0 + 0.4 * max(map(len, groups.values()))))
-    layout = ConstrainedLayoutEngine(wspace=0.06)
-    figure = Figure(figsize=(width, 0.4 + 3.6 * len(groups)), layout=layout)
-    figure.suptitle(title, fontsize=11)
-    for row, (group, layers) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
-        _draw_streams(row[0], layers)
-        _draw_spikiness(row[1], [layer for layer in layers if layer.spikiness_after is not None])
-        indices = [layer.site.layer_index for layer in layers]
-        for axes in row:
-            axes.set_title(group, fontsize=9, pad=22)
-            axes.set_xlabel("layer")
-            axes.set_xlim(min(indices) - 0.5, max(indices) + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.spines[["top", "right"]].set_visible(False)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    return figure
-
-
-def _draw_streams(axes: "Axes", layers: "Sequence[LayerTemperatures]") -> None:
-    streams = [stream for stream in _STREAM_STYLES if any(stream in layer.streams for layer in layers)]
-    for place, stream in enumerate(streams):
-        chosen = [layer for layer in layers if stream in layer.streams]
-        x = [layer.site.layer_index + 0.24 * (place - (len(streams) - 1) / 2) for layer in chosen]
-        spreads = [layer.streams[stream] for layer in chosen]
-        colour, marker = _STREAM_STYLES[stream]
-        axes.vlines(x, [s.minimum for s in spreads], [s.maximum for s in spreads], color=colour, linewidth=0.9)
-        axes.errorbar(
-            x,
-            [spread.mean for spread in spreads],
-            yerr=[spread.std for spread in spreads],
-            color=colour,
-            marker=marker,
-            markersize=6,
-            markeredgecolor="white",
-            linestyle="none",
-            elinewidth=2.5,
-            label=stream,
-        )
-    axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set_ylabel("inverse temperature\n(mean and std, min to max)")
-
-
-def _draw_spikiness(axes: "Axes", layers: "Sequence[LayerTemperatures]") -> None:
-    x = [layer.site.layer_index for layer in layers]
-    before, after = ([getattr(layer, f"spikiness_{when}") for layer in layers] for when in ("before", "after"))
-    if layers:
-        axes.plot(x, before, color="0.45", linestyle="--", marker="o", markersize=4, label="without temperatures")
-        axes.plot(x, after, color="#0072B2", marker="s", markersize=4, label="with temperatures")
-        axes.set_ylim(0.0, 1.08 * max(*before, *after))
-    else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="0.4")
-    axes.set_ylabel("spikiness of attention\n(1: uniform, lower: spikier)")
