@@ -15,6 +15,7 @@ _CONTENT = "[content-of-the-prompt]"  # stands in a chat template for what comes
 # \u2019 and \u201d close quotes; the last three are the Chinese full stop, exclamation and question mark
 _SENTENCE = re.compile(r".+?(?:[.!?][\"')\]\u2019\u201d]*(?=\s)|[\u3002\uff01\uff1f]|$)")
 _FILLER_SENTENCES = 4000
+_BLOCK = 64  # sentences tokenized at once
 
 _TIMES = "at dawn|in spring|after the rain|every evening|before supper|on quiet days|in late autumn|by candlelight"
 _WHO = "the baker|a tall sailor|our neighbour|the old gardener|a young painter|the miller|a travelling singer|the nurse"
@@ -108,7 +109,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, text: Sequence[str], chat_template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
-        self.text = self._pieces(text)
+        self._text = _Pieces(self, text)
         self.chat = chat_template == "always" or (chat_template == "auto" and bool(tokenizer.chat_template))
         self._around = ("", "")
         if self.chat:
@@ -142,12 +143,12 @@ class PromptBuilder:
         # chat templates write the special tokens themselves
         head_tokens = list(self.tokenizer(head, add_special_tokens=not self.chat)["input_ids"])
         turn = behind if self.chat else "\n"
-        (tail,) = self._pieces([f"\n\n{frame.question}{turn}{frame.start}"])
-        placed = self._pieces([f" {sentence}" for _, sentence in statements])
+        (tail,) = self.tokens([f"\n\n{frame.question}{turn}{frame.start}"])
+        placed = self.tokens([f" {sentence}" for _, sentence in statements])
         room = length - len(head_tokens) - len(tail) - sum(map(len, placed))
         if room < 0:
             raise ValueError(f"Prompts of {length} tokens are too short: without any text they have {length - room}.")
-        filling, ends = _fill(self.text if text is None else self._pieces(text), room, start)
+        filling, ends = _fill(self._text if text is None else _Pieces(self, text), room, start)
         cuts = [min(ends, key=lambda end: abs(end - room * depth / 100)) for depth, _ in statements]
         tokens, last = head_tokens, 0
         for index in sorted(range(len(cuts)), key=lambda index: (cuts[index], statements[index][0])):
@@ -156,10 +157,8 @@ class PromptBuilder:
         depths = [100 * cut / room if room else 0.0 for cut in cuts]
         return Prompt([*tokens, *filling[last:], *tail], depths)
 
-    def _pieces(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of pieces of text as they are behind a letter: some tokenizers put a space before what comes first."""
-        if not texts:
-            return []
         letter = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
         found = self.tokenizer([f"a{text}" for text in texts], add_special_tokens=False)["input_ids"]
         pieces = [list(tokens[len(letter) :]) for tokens in found]
@@ -180,13 +179,30 @@ def _chat_parts(tokenizer: Any) -> tuple[str, str]:
     return before, behind
 
 
-def _fill(pieces: Sequence[Sequence[int]], room: int, start: int) -> tuple[list[int], list[int]]:
+class _Pieces:
+    """Tokens of sentences, made when they are needed and kept: texts may be far longer than prompts."""
+
+    def __init__(self, builder: PromptBuilder, texts: Sequence[str]) -> None:
+        self._builder, self._texts = builder, texts
+        self._blocks: dict[int, list[list[int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> list[int]:
+        block = index // _BLOCK
+        if block not in self._blocks:
+            self._blocks[block] = self._builder.tokens(self._texts[block * _BLOCK : (block + 1) * _BLOCK])
+        return self._blocks[block][index % _BLOCK]
+
+
+def _fill(pieces: _Pieces, room: int, start: int) -> tuple[list[int], list[int]]:
     """So many tokens that end with a whole piece, and where pieces end among them, the beginning included."""
     tokens: list[int] = []
     lengths: list[int] = []
-    if not any(pieces):
-        raise ValueError("The tokenizer makes no tokens of the text that prompts are to be filled with.")
     while len(tokens) < room:
+        if not tokens and len(lengths) == len(pieces):
+            raise ValueError("The tokenizer makes no tokens of the text that prompts are to be filled with.")
         piece = pieces[(start + len(lengths)) % len(pieces)]
         tokens += piece
         lengths.append(len(piece))
