@@ -1,0 +1,217 @@
+"""Routed attention on a CPU against the formula in float64, pair by pair; and which calls it leaves to others."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchattn_kernels import AttentionRule
+from patchattn_kernels import routed_attention_cpu as cpu
+from patchattn_kernels.routed_attention_cpu import routed_on_cpu
+
+PLAIN = AttentionRule(scaling=0.3)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is too short, and no share too large."""
+    monkeypatch.setattr(cpu, "SHORTEST", 1)
+    monkeypatch.setattr(cpu, "LARGEST_SHARE", 1.0)
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Heads, rows and keys of every call of SDPA."""
+    calls = []
+    attend = cpu.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+        calls.append((*query.shape[1:3], key.shape[2]))
+        return attend(query, key, value, **how)
+
+    monkeypatch.setattr(cpu, "scaled_dot_product_attention", counted)
+    return calls
+
+
+def operands(
+    batch: int, heads: int, groups: int, rows: int, keys: int, *, share: float = 0.5, seed: int = 0
+) -> list[torch.Tensor]:
+    """Float64 query, key, value (of another width) and gate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    open_pairs = torch.rand(batch, rows, heads, generator=generator) < share
+    gate = (random(batch, rows, heads).abs() + 0.1) * open_pairs
+    return [random(batch, heads, rows, 4), random(batch, groups, keys, 4), random(batch, groups, keys, 3), gate]
+
+
+def brute(tensors: list[torch.Tensor], scaling: float, mask: np.ndarray | None = None) -> np.ndarray:
+    """`(B, H, Tq, Dv)` by the formula; mask `(B, Tk)`."""
+    query, key, value, gate = (tensor.detach().double().numpy() for tensor in tensors)
+    batch, heads, rows, _ = query.shape
+    output = np.zeros((batch, heads, rows, value.shape[-1]))
+    for b, h, t in np.ndindex(batch, heads, rows):
+        group = h * key.shape[1] // heads
+        seen = np.ones(key.shape[2], bool) if mask is None else mask[b]
+        if gate[b, t, h] and seen.any():
+            logits = scaling * key[b, group, seen] @ query[b, h, t]
+            weights = np.exp(logits - logits.max())
+            output[b, h, t] = gate[b, t, h] * (weights / weights.sum()) @ value[b, group, seen]
+    return output
+
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, share=st.sampled_from([0.1, 0.5, 1.0]), padded=st.booleans(), seed=st.integers(0, 999))
+def test_output(shape: tuple[int, ...], share: float, padded: bool, seed: int) -> None:
+    batch, groups, repeats, rows, keys = shape
+    tensors = operands(batch, groups * repeats, groups, rows, keys, share=share, seed=seed)
+    mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) < 0.6 if padded else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "SHORTEST", 1)
+        patch.setattr(cpu, "LARGEST_SHARE", 1.0)
+        output = routed_on_cpu(*tensors, AttentionRule(scaling=0.3, mask=mask))
+    want = brute(tensors, 0.3, None if mask is None else mask.numpy())
+    if output is None:  # nothing is left to compute
+        assert not want.any()
+        return
+    assert output.transpose(1, 2).is_contiguous()
+    np.testing.assert_allclose(output.numpy(), want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", ["of keys", "of queries and keys"])
+def test_masks_in_both_forms(small: None, form: str, attended: list[tuple[int, int, int]]) -> None:
+    """Keys that are not seen are not computed either; a sequence of which nothing is seen gives zeros."""
+    tensors = operands(3, 4, 2, 6, 7)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 5:], mask[1] = False, False
+    given_as = mask if form == "of keys" else mask[:, None, None].expand(-1, -1, 6, -1).contiguous()
+    output = routed_on_cpu(*tensors, AttentionRule(scaling=0.3, mask=given_as))
+    assert output is not None
+    np.testing.assert_allclose(output.numpy(), brute(tensors, 0.3, mask.numpy()), rtol=1e-12, atol=1e-13)
+    assert {keys for _, _, keys in attended} == {5, 7}
+
+
+def test_gradients(small: None) -> None:
+    """Against finite differences; GQA, a head without any row, a row without any head, hidden keys."""
+    tensors = operands(2, 4, 2, 5, 6)
+    tensors[3][:, :, 1], tensors[3][0, 2] = 0.0, 0.0
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = False
+    closed = tensors[3] == 0
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        output = routed_on_cpu(query, key, value, gate.masked_fill(closed, 0.0), AttentionRule(scaling=0.3, mask=mask))
+        assert output is not None
+        return output
+
+    assert torch.autograd.gradcheck(attend, [tensor.requires_grad_() for tensor in tensors])
+
+
+def test_closed_gates_get_no_gradient_and_hide_what_is_not_finite(small: None) -> None:
+    query, key, value, gate = operands(1, 2, 2, 5, 5)
+    query[0, 1, 3], gate[0, 3, 1] = float("nan"), 0.0
+    tensors = [tensor.requires_grad_() for tensor in (query, key, value, gate)]
+    output = routed_on_cpu(*tensors, PLAIN)
+    assert output is not None
+    output.sum().backward()
+    assert output.isfinite().all()
+    for tensor in tensors:
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+    assert not gate.grad[gate == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_error_is_that_of_dense_attention(small: None, dtype: torch.dtype) -> None:
+    """In the same dtype, at large logits."""
+    query, key, value, gate = operands(1, 2, 1, 40, 33)
+    tensors = [tensor.to(dtype) for tensor in (20 * query, 20 * key, value)]
+    output = routed_on_cpu(*tensors, gate.float(), PLAIN)
+    assert output is not None
+    assert output.dtype == dtype
+    dense = torch.nn.functional.scaled_dot_product_attention(*tensors, scale=0.3, enable_gqa=True)
+    want = brute([*tensors, gate.float()], 0.3)
+    gated = (dense * gate.transpose(1, 2)[..., None].to(dtype)).double().numpy()
+    errors = [np.abs(given - want).max() for given in (output.double().numpy(), gated)]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
+
+
+def test_rows_that_are_not_selected_are_not_attended(attended: list[tuple[int, int, int]]) -> None:
+    """Heads 0 and 1 keep all rows, 2 a quarter, 3 none: two calls, of as many heads as have about as many rows."""
+    query, key, value = torch.randn(3, 1, 1024, 4, 8).transpose(2, 3)
+    gate = torch.zeros(1, 1024, 4)
+    gate[..., :2], gate[:, ::4, 2] = 1.0, 1.0
+    assert routed_on_cpu(query, key, value, gate, PLAIN) is not None
+    assert attended == [(2, 1024, 1024), (1, 256, 1024)]
+
+
+def test_heads_of_a_group_share_a_call(attended: list[tuple[int, int, int]]) -> None:
+    query, key, value = torch.randn(1, 8, 800, 4), torch.randn(1, 2, 800, 4), torch.randn(1, 2, 800, 4)
+    gate = (torch.arange(8) % 2 * torch.ones(1, 800, 1)).contiguous()
+    assert routed_on_cpu(query, key, value, gate, PLAIN) is not None
+    assert attended == [(2, 1600, 800)]
+
+
+def test_uneven_sequences_of_a_batch(attended: list[tuple[int, int, int]]) -> None:
+    query, key, value = torch.randn(3, 2, 2, 800, 4)
+    gate = torch.zeros(2, 800, 2)
+    gate[0, :100], gate[1, :700, 0] = 1.0, 1.0
+    assert routed_on_cpu(query, key, value, gate, PLAIN) is not None
+    assert attended == [(2, 100, 800), (1, 700, 800)]
+
+
+def given_to(rows: int, keys: int, share: float, rule: AttentionRule) -> torch.Tensor | None:
+    query, key, value = torch.randn(1, 2, rows, 4), torch.randn(1, 2, keys, 4), torch.randn(1, 2, keys, 4)
+    gate = torch.zeros(1, rows, 2)
+    gate[:, : int(rows * share)] = 1.0
+    return routed_on_cpu(query, key, value, gate, rule)
+
+
+CAUSAL = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "share", "how"),
+    [
+        (767, 1024, 0.5, {}),
+        (1024, 767, 0.5, {}),
+        (1, 4096, 0.5, {}),
+        (800, 800, 0.81, {}),
+        (800, 800, 1.0, {}),
+        (800, 800, 0.0, {}),
+        (800, 800, 0.5, {"causal": True}),
+        (800, 800, 0.5, {"mask": CAUSAL}),
+        (800, 800, 0.5, {"window": 4}),
+        (800, 800, 0.5, {"sequence": torch.zeros(800)}),
+        (800, 800, 0.5, {"softcap": 30.0}),
+        (800, 800, 0.5, {"sinks": torch.zeros(2)}),
+        (800, 800, 0.5, {"bias": torch.zeros(1, 2, 800, 800)}),
+        (800, 800, 0.5, {"mask": torch.zeros(1, 1, 800, 800)}),
+    ],
+)
+def test_left_to_dense_attention(rows: int, keys: int, share: float, how: dict[str, Any]) -> None:
+    assert given_to(rows, keys, share, AttentionRule(scaling=0.3, **how)) is None
+
+
+@pytest.mark.parametrize(("rows", "keys", "share"), [(768, 768, 0.8), (800, 1024, 0.5), (1024, 768, 0.01)])
+def test_computed_here(rows: int, keys: int, share: float) -> None:
+    assert given_to(rows, keys, share, PLAIN) is not None
+
+
+def test_compiled_calls_are_left_to_dense_attention() -> None:
+    query = torch.randn(1, 2, 800, 4)
+    gate = torch.zeros(1, 800, 2)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(query: torch.Tensor) -> bool:
+        return routed_on_cpu(query, query, query, gate, PLAIN) is None
+
+    assert attend(query)
