@@ -1,0 +1,35 @@
+"""The notebooks run, from the first cell to the last."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+
+
+def test_there_are_six() -> None:
+    assert [path.name[0] for path in NOTEBOOKS] == list("123456")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)  # the last notebook runs tests of its own
+    notebook = nbformat.read(path, as_version=4)
+    committed = printed(notebook)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    now = printed(notebook)
+    assert len(now.splitlines()) == len(committed.splitlines()), "what is committed is not what it prints now"
+    assert "False" not in now  # restored, reloaded: the same
+    assert "failed" not in now
