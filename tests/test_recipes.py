@@ -2,8 +2,6 @@
 complete, the launcher's configurations parse; and the examples run."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
