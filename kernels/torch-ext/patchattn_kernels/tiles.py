@@ -18,8 +18,12 @@ def visible(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     MASKED: tl.constexpr,
+    PER_ROW: tl.constexpr = True,
 ):
-    """(M, N) which of some keys some queries see; `mask` points to the batch's rows. `rows` must be in range."""
+    """(M, N) which of some keys some queries see; a query at -1 sees none. `mask` points to the batch's rows.
+
+    Where the mask has one row for all queries, `PER_ROW` false reads it once.
+    """
     inside = columns < keys
     seen = inside[None, :] & (rows >= 0)[:, None]
     own = rows + offset
@@ -29,8 +33,11 @@ def visible(
         distance = own[:, None] - columns[None, :]
         seen = seen & (distance < window) & (distance > -window)
     if MASKED:
-        place = rows.to(tl.int64)[:, None] * mask_row + columns[None, :] * mask_column
-        seen = seen & (tl.load(mask + place, mask=inside[None, :], other=0) != 0)
+        if PER_ROW:
+            place = rows.to(tl.int64)[:, None] * mask_row + columns[None, :] * mask_column
+            seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
+        else:
+            seen = seen & (tl.load(mask + columns * mask_column, mask=inside, other=0) != 0)[None, :]
     return seen
 
 
