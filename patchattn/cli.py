@@ -1,4 +1,4 @@
-"""The command line: `patchattn list | info | coverage | check | demo | calibrate`."""
+"""The command line: `patchattn list | info | coverage | check | demo | calibrate | eval`."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from .calibration.commands import calibrate_curve, calibrate_flap, calibrate_heads
+from .evaluation.commands import evaluate_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -258,6 +259,7 @@ def lm_eval(context: typer.Context) -> None:
 calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
+app.command("eval")(evaluate_model)
 
 
 def quiet() -> None:

@@ -154,21 +154,38 @@ def download_glue(task: str) -> tuple[list[Row], list[Row]]:
         ValueError: no such task, or the Hub cannot be reached.
         ImportError: `datasets` is not installed.
     """
+    glue_task(task)
+    splits = _hub(task)
+    return _hub_rows(splits, task, "train"), _hub_rows(splits, task, _hub_validation(task))
+
+
+def validation_rows(task: str, folder: str | Path | None = None) -> list[Row]:
+    """Validation rows alone, of files or of the Hub; takes and raises what `load_glue` does."""
     asked = glue_task(task)
+    if folder is None:
+        return _hub_rows(_hub(task), task, _hub_validation(task))
+    return [row for name in asked.validation for row in _read(Path(folder) / asked.folder / name, asked)]
+
+
+def _hub_validation(task: str) -> str:
+    return "validation_matched" if task == "mnli" else "validation"
+
+
+def _hub(task: str) -> Any:
     try:
-        splits = _datasets().load_dataset("nyu-mll/glue", task)
+        return _datasets().load_dataset("nyu-mll/glue", task)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
             f"{task} cannot be loaded from the Hub ({reason}). Give the folder of a local copy instead."
         ) from error
-    rows: list[list[Row]] = []
-    for name in ("train", "validation_matched" if task == "mnli" else "validation"):
-        split = splits[name]
-        texts = [split[column] for column in asked.hub_texts]
-        second = texts[1] if texts[1:] else [None] * len(split)
-        rows.append(list(zip(texts[0], second, split["label"], strict=True)))
-    return rows[0], rows[1]
+
+
+def _hub_rows(splits: Any, task: str, name: str) -> list[Row]:
+    split = splits[name]
+    texts = [split[column] for column in glue_task(task).hub_texts]
+    second = texts[1] if texts[1:] else [None] * len(split)
+    return list(zip(texts[0], second, split["label"], strict=True))
 
 
 def _datasets() -> Any:

@@ -11,22 +11,24 @@ from ..patching import patch_info
 
 def model_identity(model: Any) -> dict[str, Any]:
     """What says which model answers, and patched how; weights are not looked at."""
+    generation = getattr(model, "generation_config", None)
     return {
         "model": model.config.name_or_path,
         "class": type(model).__name__,
         "dtype": str(model.dtype),
         "attention": model.config._attn_implementation,
         "patches": patch_info(model)["patches"],
-        "generation_config": model.generation_config.to_diff_dict(),
+        "generation_config": None if generation is None else generation.to_diff_dict(),
     }
 
 
-def claim(path: Path, made_with: Mapping[str, Any]) -> None:
+def claim(path: Path, made_with: Mapping[str, Any], *, write: bool = True) -> None:
     """Note beside a results file what this run is made with, or check that it is what the file was begun with.
 
     Args:
-        path: the results file; the note is `<path>.settings.json`.
+        path: the results file, or a folder of them; the note is `<path>.settings.json`.
         made_with: what must not change between the starts of one run, such as settings and a digest of what is asked.
+        write: whether to make the note; of several processes, one does.
 
     Raises:
         ValueError: the file holds another run, the message names what differs; or the note is missing.
@@ -36,6 +38,8 @@ def claim(path: Path, made_with: Mapping[str, Any]) -> None:
     if not beside.is_file():
         if path.exists():
             raise ValueError(f"{path} lies without {beside.name}; choose another output.")
+        if not write:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = beside.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,227 @@
+"""The command `patchattn eval`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from ..settings import Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Settings):
+    """What `patchattn eval` is told, on the command line or in a YAML file.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
+    """
+
+    model: str = option(help="Folder or Hub id of a causal language model, a classifier or a vision-language model.")
+    tasks: tuple[str, ...] = option(help="Tasks, or benchmarks for all their tasks.")
+    output: str = option(help="Folder for answers and report.")
+    runs: dict[str, Any] = option(  # noqa: RUF009, the default is copied
+        {},
+        help="Name of a run to its variants with their settings, outermost first, or to the folder of a saved patch.",
+    )
+    task_settings: dict[str, Any] = option(  # noqa: RUF009, the default is copied
+        {}, help="Name of a task or a benchmark to its settings."
+    )
+    data: str | None = option(None, help="Files of every task that reads files; the Hub without.")
+    tokenizer: str | None = option(None, help="Folder or Hub id of the tokenizer or processor; the model's without.")
+    device: str | None = option(None, help="Such as cuda; a GPU per process by default where there are some.")
+    batch: int = option(8, help="Samples that a task answers at once.", minimum=1)
+    seed: int = option(0, help="Of what a new patch starts from, and of what draws in the model.", minimum=0)
+    limit: int | None = option(None, help="Only so many samples of each task, the first ones.", minimum=1)
+
+
+def evaluate_model(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a model; patched, if saved so.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; options win.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Variant to measure, or several on one model, as in ssa+moh; repeat it for several models."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting, active_ratio=0.5 say; moh.active_ratio=0.5 where variants are several."),
+    ] = None,
+    patch: Annotated[
+        list[str] | None, typer.Option(help="Folder of a saved patch to measure; may be repeated.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks, separated by commas: glue/sst2,perplexity; glue is all of GLUE.")
+    ] = None,
+    task_settings: Annotated[
+        list[str] | None, typer.Option("--task-set", help="A setting of a task: needle.lengths=[256,512].")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Files of every task that reads files; the Hub without.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for answers and report.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer; the model's without.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples that a task answers at once; 8 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of new patches and of what draws in the model; 0.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many samples of each task.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")] = None,
+) -> None:
+    """Measure a model without patches and with them: scores, time and memory, in one report.
+
+    A killed run goes on where it was. Under accelerate launch, processes share the work.
+    """
+    values = _file(config)
+    runs = _runs(variant or [], _pairs("--set", settings or []), patch or [])
+    if runs and values.get("runs"):
+        raise ValueError(f"{config} has runs: leave out --variant and --patch.")
+    given = {
+        "model": model,
+        "tasks": [name.strip() for text in tasks for name in text.split(",")] if tasks else None,
+        "output": output,
+        "runs": runs or None,
+        "data": data,
+        "tokenizer": tokenizer,
+        "batch": batch,
+        "seed": seed,
+        "limit": limit,
+        "device": device,
+    }
+    values |= {name: value for name, value in given.items() if value is not None}
+    for name, value in _pairs("--task-set", task_settings or []).items():
+        task, dot, key = name.rpartition(".")
+        if not dot:
+            raise ValueError(f"--task-set expects task.name=value, such as needle.depths=[0,50], got {name!r}.")
+        values.setdefault("task_settings", {}).setdefault(task, {})[key] = value
+    run_eval(EvalSettings.from_dict(values))
+
+
+def run_eval(settings: EvalSettings) -> dict[str, Any]:
+    """Do what the command does; returns what `report.json` holds.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: whatever is wrong; all of it that can be found without the model's
+            weights is found before they are loaded.
+    """
+    from ..cli import quiet
+    from .loading import find_source
+    from .registry import make_tasks, task_names
+    from .run import check_runs, compare, processes
+
+    task_names(settings.tasks)
+    for run in settings.runs.values():
+        _check_run(run)
+    source = find_source(settings.model)
+    if source.is_patched == bool(settings.runs):
+        raise ValueError(
+            f"{settings.model} was saved patched, and is compared with itself unpatched: leave out variants and "
+            "patches, or give its base model."
+            if source.is_patched
+            else "There is nothing to compare with the unpatched model: give --variant or --patch, or runs in a file."
+        )
+    if settings.runs:
+        check_runs(list(settings.runs))
+    try:
+        tasks = make_tasks(settings.tasks, source.kind, data=settings.data, settings=settings.task_settings)
+    except ImportError as error:  # it says what to install
+        raise ValueError(str(error)) from error
+    state = processes(cpu=settings.device == "cpu")
+    if state.num_processes > 1 and settings.device not in (None, "cpu"):
+        raise ValueError(f"Several processes choose their devices themselves: leave out device={settings.device!r}.")
+    quiet()
+    tokenizer = source.load_tokenizer(settings.tokenizer)
+    model = source.load(state.device if settings.device is None else settings.device)
+    if source.kind == "classifier" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    report = compare(
+        model,
+        tokenizer,
+        tasks,
+        settings.output,
+        settings.runs or None,
+        batch=settings.batch,
+        seed=settings.seed,
+        limit=settings.limit,
+    )
+    if state.is_main_process:
+        _show(report, settings.output)
+    state.destroy_process_group()
+    return report
+
+
+def _show(report: dict[str, Any], output: str) -> None:
+    from rich.table import Table
+
+    from .report import headings, table
+
+    shown = Table(*headings(report))
+    for row in table(report):
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    console.print(f"Wrote report.json, report.md and report.html to {output}", soft_wrap=True, highlight=False)
+
+
+def _file(path: Path | None) -> dict[str, Any]:
+    """What a YAML file holds, to be checked together with the options."""
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise ValueError(f"There is no configuration {str(path)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise TypeError(f"{path} must hold a mapping, got {type(content).__name__}.")
+    return content
+
+
+def _pairs(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
+    found = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{name} expects name=value, got {pair!r}.")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
+
+
+def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[str]) -> dict[str, Any]:
+    """A run per variant or combination, and per saved patch, which is called like its folder."""
+    runs: dict[str, Any] = {text: {name.strip(): {} for name in text.split("+")} for text in variants}
+    if len(runs) < len(variants):
+        raise ValueError("The same variants twice: name runs with other settings in a file, for --config.")
+    names = {name for run in runs.values() for name in run}
+    for key, value in settings.items():
+        name, dot, setting = key.rpartition(".")
+        if not dot:
+            if len(names) != 1:
+                raise ValueError(f"--set {key} needs the name of its variant, such as moh.{key}, got {sorted(names)}.")
+            (name,) = names
+        if name not in names:
+            raise ValueError(f"--set {key}: there is no --variant {name}.")
+        for run in runs.values():
+            if name in run:
+                run[name][setting] = value
+    for folder in patches:
+        if runs.setdefault(Path(folder).name, folder) != folder:
+            raise ValueError(f"Two runs would be called {Path(folder).name!r}: name them in a file, for --config.")
+    return runs
+
+
+def _check_run(run: Any) -> None:
+    """What can be said of a run without a model."""
+    from ..checkpoint import read_patch
+    from ..variant import variant_info
+
+    if isinstance(run, str):
+        if Path(run).is_dir():
+            read_patch(Path(run))
+    elif not isinstance(run, dict) or not run:
+        raise TypeError(f"A run is a mapping of variants to settings, or the folder of a saved patch, got {run!r}.")
+    else:
+        for name, settings in run.items():
+            variant_info(name).configure(settings)
