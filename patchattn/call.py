@@ -90,6 +90,7 @@ class AttentionCall:
         module, site: the attention module and what is known of it.
         base: name of the base implementation.
         context: what the attention module was called with, for variants whose `needs_context` is true.
+        innermost: whether `inner` is the base implementation itself, for the variant that sees this call.
     """
 
     query: torch.Tensor
@@ -101,6 +102,7 @@ class AttentionCall:
     site: AttentionSite
     base: str
     context: LayerContext | None = None
+    innermost: bool = False
 
     @property
     def scaling(self) -> float:
@@ -113,6 +115,18 @@ class AttentionCall:
         """Causal or not, by the rule of transformers: the call's argument, else the module's attribute."""
         given = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether a variant may compute this call by an operation of `patchattn_kernels`, from `rule()`, and leave out
+        `inner`.
+
+        So it is where nothing but the base implementation comes after, which is sdpa or flash attention and is asked
+        for nothing that `rule()` does not say: attention weights, dropout, or queries shared by all sequences.
+        """
+        asked = self.kwargs.get("output_attentions") or self.kwargs.get("dropout")
+        replaceable = self.innermost and (self.base == "sdpa" or is_flash(self.base))
+        return replaceable and not asked and self.query.shape[0] == self.key.shape[0]
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other query, key, value, attention_mask or scaling."""

@@ -103,6 +103,8 @@ class VariantChain(nn.Module):
         def inner(inner_call: AttentionCall) -> AttentionOutput:
             return self._attend(depth + 1, base, inner_call)
 
+        if depth + 1 == len(self.active):
+            call = call.replace(innermost=True)
         return self._variant(self.active[depth])("attend", call, inner)
 
     def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
