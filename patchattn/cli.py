@@ -1,4 +1,4 @@
-"""The command line: `patchattn list | info | coverage | check | demo | calibrate | eval`."""
+"""The command line: `patchattn list | info | coverage | check | demo | calibrate | eval | bench`."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .bench.commands import bench
 from .calibration.commands import calibrate_curve, calibrate_flap, calibrate_heads
 from .evaluation.commands import evaluate_model
 
@@ -260,6 +261,7 @@ calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
 app.command("eval")(evaluate_model)
+app.command("bench")(bench)
 
 
 def quiet() -> None:

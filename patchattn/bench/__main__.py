@@ -1,0 +1,8 @@
+"""`python -m patchattn.bench`: the command `patchattn bench`."""
+
+import sys
+
+from ..cli import main
+
+if __name__ == "__main__":
+    main(["bench", *sys.argv[1:]])

@@ -1,0 +1,151 @@
+"""What the problems of attention share: dense SDPA under each of its backends, FlexAttention, gradients."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .cases import Case
+from .operands import Operands, make_operands
+from .problem import Check, Implementation, Outcome, Problem, UnavailableError, worst
+from .truth import check_gradients, check_rows
+
+BACKENDS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+DENSE = tuple(BACKENDS)
+BACKWARD = 2.5  # of the forward's FLOPs: five products of a tile instead of two
+
+
+class AttentionProblem(Problem):
+    """One call of attention, with its gradients in training."""
+
+    implementations: ClassVar[Sequence[Implementation]]
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        super().__init__(case, device)
+        self.operands = make_operands(case, device)
+
+    @property
+    def passes(self) -> float:
+        """FLOPs of what is timed over those of its forward."""
+        return 1.0 + BACKWARD if self.operands.trains else 1.0
+
+    def check(self, computes: str, outcome: Outcome) -> Check:
+        checks = [check_rows(self.operands, computes, outcome)]
+        if self.operands.trains:
+            checks.append(check_gradients(self.operands, computes, outcome))
+        return worst(checks)
+
+
+def step(operands: Operands, attend: Callable[[], torch.Tensor], *, gated: bool = False) -> Callable[[], Outcome]:
+    """What is timed: the forward, and in training the backward to query, key, value and, if it has one, the gate."""
+    if not operands.trains:
+
+        def forward() -> Outcome:
+            with torch.no_grad():
+                return {"output": attend()}
+
+        return forward
+    leaves = {"query": operands.query, "key": operands.key, "value": operands.value}
+    if gated and operands.gate is not None:
+        leaves["gate"] = operands.gate
+
+    def both() -> Outcome:
+        output = attend()
+        grads = torch.autograd.grad(output, list(leaves.values()), operands.grad)
+        return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    return both
+
+
+def dense(operands: Operands, *, repeat: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """SDPA; with one query row every key is seen, and no mask is needed.
+
+    Args:
+        operands: of the call.
+        repeat: kv heads are repeated, for kernels that take no groups.
+        mask: instead of the rule.
+    """
+    key, value, share = operands.key, operands.value, operands.heads_per_group
+    if repeat and share > 1:
+        key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+    return scaled_dot_product_attention(
+        operands.query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and operands.rule.causal and operands.query.shape[2] > 1,
+        scale=operands.rule.scaling,
+        enable_gqa=share > 1 and not repeat,
+    )
+
+
+def dense_under(name: str) -> Implementation:
+    """Dense SDPA, by one backend alone."""
+    backend = BACKENDS[name]
+
+    def make(problem: AttentionProblem) -> Callable[[], Outcome]:
+        if problem.device.type == "cpu" and backend is not SDPBackend.FLASH_ATTENTION:
+            raise UnavailableError("torch has it for GPUs only")
+        repeat = backend is SDPBackend.EFFICIENT_ATTENTION
+
+        def attend() -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return dense(problem.operands, repeat=repeat)
+
+        return step(problem.operands, attend)
+
+    return Implementation(name, make, "dense")
+
+
+@cache
+def compiled_flex() -> Any:
+    """FlexAttention is fast only when compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(operands: Operands, visible: Callable[..., torch.Tensor], *, batch: int | None, heads: int | None) -> Any:
+    """A function that runs FlexAttention with a mask; its block mask is made here, before anything is timed.
+
+    Args:
+        operands: of the call.
+        visible: FlexAttention's mask function.
+        batch, heads: whether the mask differs between them: their numbers, or `None`.
+
+    Raises:
+        UnavailableError: where it would not be compiled to a fast kernel.
+    """
+    if operands.query.device.type != "cuda":
+        raise UnavailableError("compared on GPUs only")
+    if operands.case.mode == "decode":
+        raise UnavailableError("not compared in decoding")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, keys = operands.query.shape[2], operands.key.shape[2]
+    made = torch.compile(create_block_mask)(visible, batch, heads, rows, keys, device=operands.query.device.type)
+    return partial(
+        compiled_flex(),
+        operands.query,
+        operands.key,
+        operands.value,
+        block_mask=made,
+        scale=operands.rule.scaling,
+        enable_gqa=operands.heads_per_group > 1,
+    )
+
+
+def ran_triton(kernel: str, device: torch.device) -> bool:
+    """Whether Triton's kernel of an operation is what ran: its module is imported where it first does."""
+    import sys
+
+    from patchattn_kernels.backend import triton_runs
+
+    return f"patchattn_kernels.{kernel}_triton" in sys.modules and triton_runs(torch.empty(0, device=device))

@@ -1,0 +1,61 @@
+"""Block-sparse attention: heads that see the first keys and recent ones, beside dense attention and FlexAttention."""
+
+from collections.abc import Callable
+
+import torch
+
+from .attention import DENSE, AttentionProblem, dense, dense_under, flex, step
+from .problem import Implementation, Outcome, UnavailableError, Work
+
+MOST_MASK = 2**31  # entries of an explicit mask
+
+
+def ours(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
+    """The operation; the sizes of the windows are on the device beforehand."""
+    import patchattn_kernels
+
+    if not hasattr(patchattn_kernels, "block_sparse_attention"):
+        raise UnavailableError("patchattn_kernels has no block_sparse_attention")
+    o = problem.operands
+    window = patchattn_kernels.sink_and_recent(*o.window, heads=o.query.shape[1], device=o.query.device)
+    return step(o, lambda: patchattn_kernels.block_sparse_attention(o.query, o.key, o.value, window, o.rule))
+
+
+def masked(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
+    """SDPA with the mask spelt out, made beforehand; whichever backend takes it."""
+    o = problem.operands
+    rows, keys = o.query.shape[2], o.key.shape[2]
+    if rows * keys > MOST_MASK:
+        raise UnavailableError(f"a mask of {rows} x {keys}")
+    mask = o.visible("streaming", torch.arange(rows, device=o.query.device))
+    return step(o, lambda: dense(o, repeat=True, mask=mask))
+
+
+def masked_flex(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
+    """FlexAttention, its block mask made beforehand."""
+    o = problem.operands
+    sinks, recent = o.window
+
+    def visible(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= row) & ((key < sinks) | (row - key < recent))
+
+    return step(o, flex(o, visible, batch=None, heads=None))
+
+
+class BlockSparseProblem(AttentionProblem):
+    """Causal attention of heads that see `operands.window[0]` first keys and `operands.window[1]` recent ones."""
+
+    implementations = (
+        Implementation("patchattn", ours, "streaming", kernel="block_sparse_attention"),
+        *map(dense_under, DENSE),
+        Implementation("SDPA with a mask", masked, "streaming"),
+        Implementation("FlexAttention", masked_flex, "streaming"),
+    )
+
+    def work(self) -> Work:
+        o = self.operands
+        pairs = float(o.visible_counts("streaming").sum()) * o.query.shape[0] * o.query.shape[1]
+        read = min(sum(o.window), o.key.shape[2]) if o.query.shape[2] == 1 else o.key.shape[2]
+        kept = 2.0 * o.key.shape[0] * o.key.shape[1] * read * o.key.shape[3] * o.key.element_size()
+        moved = (2.0 * o.query.nbytes + kept) * (1.0 if not o.trains else 2.5)
+        return Work(4.0 * pairs * o.query.shape[-1] * self.passes, moved)

@@ -1,0 +1,152 @@
+"""What was measured, as it is written to JSON."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from .cases import Case
+from .ceilings import Ceilings
+
+SCHEMA = 1
+Status = Literal["measured", "unavailable", "wrong", "out of memory", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One implementation on one case.
+
+    Attributes:
+        case: which.
+        implementation: its name.
+        status: whether it was measured, or why not; `reason` says more.
+        seconds: median of one run, and its quartiles `low` and `high`, of so many `repeats`.
+        graphed: a CUDA graph was replayed, so that launches cost nothing.
+        peak_memory: bytes, operands among them; `None` on a CPU.
+        useful_flops: of the case, in one run; what an implementation computes besides does not count.
+        floor: seconds that the case takes at least on this device.
+        error, torch_error: on the checked slice, relative to its largest value; torch's own is SDPA's.
+        kernel: `Triton` or `plain torch`, for our own operations.
+    """
+
+    case: Case
+    implementation: str
+    status: Status
+    reason: str = ""
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    repeats: int = 0
+    graphed: bool = False
+    peak_memory: int | None = None
+    useful_flops: float | None = None
+    floor: float | None = None
+    error: float | None = None
+    torch_error: float | None = None
+    kernel: str = ""
+
+    @property
+    def useful_tflops(self) -> float | None:
+        """TFLOP/s against the useful work."""
+        return None if self.seconds is None or self.useful_flops is None else self.useful_flops / self.seconds / 1e12
+
+    @property
+    def share_of_ceiling(self) -> float | None:
+        """Floor over time: 1 is as fast as the device can be."""
+        return None if self.seconds is None or self.floor is None else self.floor / self.seconds
+
+
+@dataclass
+class Report:
+    """All results of one call of the benchmark, and what they were measured with."""
+
+    machine: dict[str, str]
+    ceilings: Ceilings | None = None
+    results: list[Result] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to JSON."""
+        from .goals import judged
+
+        rows = [
+            {**asdict(row), "case": {"name": row.case.name, **asdict(row.case)}, "useful_tflops": row.useful_tflops}
+            | {"share_of_ceiling": row.share_of_ceiling}
+            for row in self.results
+        ]
+        return {
+            "schema": SCHEMA,
+            "machine": self.machine,
+            "ceilings": None if self.ceilings is None else asdict(self.ceilings),
+            "goals": [asdict(verdict) for verdict in judged(self.results)],
+            "results": rows,
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The report in a JSON file.
+
+        Raises:
+            ValueError: it was written by another version of the format.
+        """
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else None
+            raise ValueError(f"{path} holds results of schema {found}; this version reads schema {SCHEMA}.")
+        results = []
+        for row in content["results"]:
+            given = {key: value for key, value in row.items() if key not in ("useful_tflops", "share_of_ceiling")}
+            case = {key: value for key, value in given.pop("case").items() if key != "name"}
+            results.append(Result(case=Case(**case), **given))
+        ceilings = content["ceilings"]
+        return cls(content["machine"], None if ceilings is None else Ceilings(**ceilings), results)
+
+    def write(self, path: Path) -> None:
+        """To a JSON file, all at once: a run that is killed leaves the last whole one."""
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=1)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+
+
+def machine(device: torch.device, command: str) -> dict[str, str]:
+    """Device, versions, date and command."""
+    gpu = device.type == "cuda"
+    facts = {
+        "device": torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "patchattn": _version("patchattn"),
+        "kernels": os.environ.get("PATCHATTN_KERNELS", "auto"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+    if gpu:
+        facts |= {"cuda": str(torch.version.cuda), "driver": _driver(device)}
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from a checkout" if package == "patchattn" else "not installed"
+
+
+def _driver(device: torch.device) -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
