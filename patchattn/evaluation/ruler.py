@@ -208,7 +208,7 @@ def _depth(draw: np.random.Generator) -> float:
 
 def _random(draw: np.random.Generator, kind: Kind) -> str:
     if kind == "words":
-        return f"{draw.choice(_ADJECTIVES)}-{draw.choice(_NOUNS)}"
+        return f"{_ADJECTIVES[draw.integers(len(_ADJECTIVES))]}-{_NOUNS[draw.integers(len(_NOUNS))]}"
     if kind == "numbers":
         return str(draw.integers(10**6, 10**7))
     return str(uuid.UUID(bytes=draw.bytes(16), version=4))
