@@ -13,13 +13,22 @@ from patchattn_kernels import routed_attention_cpu as cpu
 from patchattn_kernels.routed_attention_cpu import routed_on_cpu
 
 PLAIN = AttentionRule(scaling=0.3)
+CAUSAL = AttentionRule(scaling=0.3, causal=True)
+EVERYTHING = {
+    "SHORTEST": 1,
+    "LARGEST_SHARE": 1.0,
+    "CAUSAL_SHORTEST": 1,
+    "CAUSAL_SHARE": 1.0,
+    "CAUSAL_SAVING": 0.0,
+    "CAUSAL_ROWS": 3,
+}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is too short, and no share too large."""
-    monkeypatch.setattr(cpu, "SHORTEST", 1)
-    monkeypatch.setattr(cpu, "LARGEST_SHARE", 1.0)
+    for name, setting in EVERYTHING.items():
+        monkeypatch.setattr(cpu, name, setting)
 
 
 @pytest.fixture
@@ -50,7 +59,9 @@ def operands(
     return [random(batch, heads, rows, 4), random(batch, groups, keys, 4), random(batch, groups, keys, 3), gate]
 
 
-def brute(tensors: list[torch.Tensor], scaling: float, mask: np.ndarray | None = None) -> np.ndarray:
+def brute(
+    tensors: list[torch.Tensor], scaling: float, mask: np.ndarray | None = None, causal: bool = False
+) -> np.ndarray:
     """`(B, H, Tq, Dv)` by the formula; mask `(B, Tk)`."""
     query, key, value, gate = (tensor.detach().double().numpy() for tensor in tensors)
     batch, heads, rows, _ = query.shape
@@ -58,6 +69,7 @@ def brute(tensors: list[torch.Tensor], scaling: float, mask: np.ndarray | None =
     for b, h, t in np.ndindex(batch, heads, rows):
         group = h * key.shape[1] // heads
         seen = np.ones(key.shape[2], bool) if mask is None else mask[b]
+        seen = seen & (np.arange(key.shape[2]) <= t) if causal else seen
         if gate[b, t, h] and seen.any():
             logits = scaling * key[b, group, seen] @ query[b, h, t]
             weights = np.exp(logits - logits.max())
@@ -75,14 +87,33 @@ def test_output(shape: tuple[int, ...], share: float, padded: bool, seed: int) -
     tensors = operands(batch, groups * repeats, groups, rows, keys, share=share, seed=seed)
     mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) < 0.6 if padded else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "SHORTEST", 1)
-        patch.setattr(cpu, "LARGEST_SHARE", 1.0)
+        for name, setting in EVERYTHING.items():
+            patch.setattr(cpu, name, setting)
         output = routed_on_cpu(*tensors, AttentionRule(scaling=0.3, mask=mask))
     want = brute(tensors, 0.3, None if mask is None else mask.numpy())
     if output is None:  # nothing is left to compute
         assert not want.any()
         return
     assert output.transpose(1, 2).is_contiguous()
+    np.testing.assert_allclose(output.numpy(), want, rtol=1e-12, atol=1e-13)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, share=st.sampled_from([0.1, 0.5, 1.0]), full=st.booleans(), seed=st.integers(0, 999))
+def test_causal_output(shape: tuple[int, ...], share: float, full: bool, seed: int) -> None:
+    """With some heads that keep every row, too."""
+    batch, groups, repeats, rows, _ = shape
+    tensors = operands(batch, groups * repeats, groups, rows, rows, share=share, seed=seed)
+    if full:
+        tensors[3][:, :, : repeats + 1] = 1.5
+    with pytest.MonkeyPatch.context() as patch:
+        for name, setting in EVERYTHING.items():
+            patch.setattr(cpu, name, setting)
+        output = routed_on_cpu(*tensors, CAUSAL)
+    want = brute(tensors, 0.3, causal=True)
+    if output is None:
+        assert not want.any()
+        return
     np.testing.assert_allclose(output.numpy(), want, rtol=1e-12, atol=1e-13)
 
 
@@ -99,16 +130,18 @@ def test_masks_in_both_forms(small: None, form: str, attended: list[tuple[int, i
     assert {keys for _, _, keys in attended} == {5, 7}
 
 
-def test_gradients(small: None) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients(small: None, causal: bool) -> None:
     """Against finite differences; GQA, a head without any row, a row without any head, hidden keys."""
-    tensors = operands(2, 4, 2, 5, 6)
+    tensors = operands(2, 4, 2, 5, 5 if causal else 6)
     tensors[3][:, :, 1], tensors[3][0, 2] = 0.0, 0.0
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[0, :2] = False
+    rule = CAUSAL if causal else AttentionRule(scaling=0.3, mask=mask)
     closed = tensors[3] == 0
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        output = routed_on_cpu(query, key, value, gate.masked_fill(closed, 0.0), AttentionRule(scaling=0.3, mask=mask))
+        output = routed_on_cpu(query, key, value, gate.masked_fill(closed, 0.0), rule)
         assert output is not None
         return output
 
@@ -175,7 +208,7 @@ def given_to(rows: int, keys: int, share: float, rule: AttentionRule) -> torch.T
     return routed_on_cpu(query, key, value, gate, rule)
 
 
-CAUSAL = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
+TRIANGLE = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
 
 
 @pytest.mark.parametrize(
@@ -187,8 +220,11 @@ CAUSAL = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
         (800, 800, 0.81, {}),
         (800, 800, 1.0, {}),
         (800, 800, 0.0, {}),
-        (800, 800, 0.5, {"causal": True}),
-        (800, 800, 0.5, {"mask": CAUSAL}),
+        (1023, 1023, 0.2, {"causal": True}),
+        (1024, 1024, 0.4, {"causal": True}),
+        (1024, 1025, 0.2, {"causal": True}),
+        (1024, 1024, 0.2, {"causal": True, "mask": torch.ones(1, 1024)}),
+        (800, 800, 0.5, {"mask": TRIANGLE}),
         (800, 800, 0.5, {"window": 4}),
         (800, 800, 0.5, {"sequence": torch.zeros(800)}),
         (800, 800, 0.5, {"softcap": 30.0}),
@@ -201,9 +237,29 @@ def test_left_to_dense_attention(rows: int, keys: int, share: float, how: dict[s
     assert given_to(rows, keys, share, AttentionRule(scaling=0.3, **how)) is None
 
 
-@pytest.mark.parametrize(("rows", "keys", "share"), [(768, 768, 0.8), (800, 1024, 0.5), (1024, 768, 0.01)])
-def test_computed_here(rows: int, keys: int, share: float) -> None:
-    assert given_to(rows, keys, share, PLAIN) is not None
+@pytest.mark.parametrize(
+    ("rows", "keys", "share", "causal"),
+    [(768, 768, 0.8, False), (800, 1024, 0.5, False), (1024, 768, 0.01, False), (1024, 1024, 0.33, True)],
+)
+def test_computed_here(rows: int, keys: int, share: float, causal: bool) -> None:
+    assert given_to(rows, keys, share, CAUSAL if causal else PLAIN) is not None
+
+
+def test_causal_rows_see_the_keys_up_to_their_last(attended: list[tuple[int, int, int]]) -> None:
+    """Head 0 keeps all rows, the others every eighth: 192 at a time."""
+    query, key, value = torch.randn(3, 1, 1920, 4, 8).transpose(2, 3)
+    gate = torch.zeros(1, 1920, 4)
+    gate[..., 0], gate[:, ::8, 1:] = 1.0, 1.0
+    assert routed_on_cpu(query, key, value, gate, CAUSAL) is not None
+    assert attended == [(1, 1920, 1920), (3, 192, 8 * 191 + 1), (3, 48, 8 * 239 + 1)]
+
+
+def test_too_little_is_left_out_of_causal_attention() -> None:
+    """Half the heads keep a fifth of their rows: 0.4 of the pairs."""
+    query, key, value = torch.randn(3, 1, 1024, 4, 8).transpose(2, 3)
+    gate = torch.ones(1, 1024, 4)
+    gate[..., 2:] = (torch.arange(1024) % 5 == 0)[:, None]
+    assert routed_on_cpu(query, key, value, gate, CAUSAL) is None
 
 
 def test_compiled_calls_are_left_to_dense_attention() -> None:

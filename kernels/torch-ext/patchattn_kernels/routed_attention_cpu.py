@@ -11,6 +11,12 @@ from .rows import AttentionRule
 # selected, dense attention is about as fast.
 SHORTEST = 768
 LARGEST_SHARE = 0.8
+# Dense causal attention leaves out what is masked, where gathered rows need a mask. So only kv heads with a small share
+# gain, and what they leave out must be enough of the whole.
+CAUSAL_SHORTEST = 1024
+CAUSAL_SHARE = 1 / 3
+CAUSAL_SAVING = 0.45
+CAUSAL_ROWS = 192  # rows that are attended together, over the keys up to the last one of theirs
 # Kv heads whose numbers of pairs differ by less than this factor are attended in one call.
 UNEVENNESS = 1.25
 
@@ -20,9 +26,9 @@ def routed_on_cpu(
 ) -> torch.Tensor | None:
     """`routed_attention` where leaving out what is not selected is worth its gathering; plain torch, with gradients.
 
-    It is not where queries see different keys (causal attention, windows, packed sequences), in short sequences
-    (decoding among them), and where most pairs are selected. Compiled and traced calls are left out as well: how many
-    rows there are to gather depends on the values of the gate.
+    It is not in short sequences (decoding among them), where most pairs are selected, and where what a query sees is
+    neither all real keys nor all keys up to its own. Compiled and traced calls are left out as well: how many rows
+    there are to gather depends on the values of the gate.
 
     Args:
         query, key, value, gate, rule: as `routed_attention` takes them.
@@ -32,20 +38,21 @@ def routed_on_cpu(
     """
     batch, heads, rows, _ = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    if min(rows, keys) < SHORTEST or unsupported(rule) is not None or torch.compiler.is_compiling():
+    shortest = CAUSAL_SHORTEST if rule.causal else SHORTEST
+    if min(rows, keys) < shortest or unsupported(rule) is not None or torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return None
-    seen = _seen_by_every_row(rule, keys)
+    seen = _seen(rule, rows, keys)
     if seen is None:
         return None
     # A pair is a token and a query head. Those that share a kv head see the same keys: one list of them per sequence
-    # and kv head, whichever of its heads they are of.
+    # and kv head, in the order of tokens.
     pairs = torch.arange(gate.numel()).view(batch, rows, groups, -1).transpose(1, 2)
     selected = (gate != 0).reshape(batch, rows, groups, -1).transpose(1, 2) & seen.any(dim=-1)[:, None, None, None]
     counts: list[list[int]] = selected.sum(dim=(2, 3)).tolist()
     lists = pairs[selected].split([count for own in counts for count in own])
-    if not 0 < sum(map(len, lists)) <= LARGEST_SHARE * gate.numel():
+    if not _pays(counts, gate.numel(), rule.causal):
         return None
     packs = [_packs(own) for own in counts]
     # shorter lists of a pack are filled up with one pair too many, which is dropped at the end
@@ -69,7 +76,11 @@ def routed_on_cpu(
             own_keys.index_select(0, order).split(sizes), own_values.index_select(0, order).split(sizes), strict=True
         ):
             chosen = gathered[len(outputs)].view(1, len(pack_keys), -1, flat.shape[-1])
-            output = scaled_dot_product_attention(chosen, pack_keys[None], pack_values[None], scale=rule.scaling)
+            if rule.causal:
+                tokens = targets[len(outputs)].clamp(max=len(flat) - 1) // heads % rows
+                output = _causal(chosen, pack_keys[None], pack_values[None], tokens, rule.scaling)
+            else:
+                output = scaled_dot_product_attention(chosen, pack_keys[None], pack_values[None], scale=rule.scaling)
             outputs.append(output.flatten(0, 2))
     scale = torch.cat([gate.flatten(), gate.new_zeros(1)]).index_select(0, target)
     gated = torch.cat(outputs).to(value.dtype) * scale[:, None].to(value.dtype)
@@ -77,10 +88,35 @@ def routed_on_cpu(
     return result[:-1].view(batch, rows, heads, -1).transpose(1, 2)
 
 
-def _seen_by_every_row(rule: AttentionRule, keys: int) -> torch.Tensor | None:
-    """`(B or 1, Tk)` bool: the keys that all queries of a sequence see; `None` where not all see the same."""
+def _causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of rows `(1, G, N, D)` in the order of their tokens `(G, N)` to the keys up to those."""
+    count, keys = tokens.shape[1], key.shape[2]
+    heads = count // keys
+    if count == heads * keys > 0 and bool((tokens == torch.arange(count) // heads).all()):  # every row of every head
+        whole = query.unflatten(2, (keys, heads)).transpose(2, 3).flatten(1, 2)
+        key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
+        output = scaled_dot_product_attention(whole, key, value, is_causal=True, scale=scaling)
+        return output.unflatten(1, (-1, heads)).transpose(2, 3).flatten(2, 3)
+    outputs = []
+    for part, own in zip(query.split(CAUSAL_ROWS, dim=2), tokens.split(CAUSAL_ROWS, dim=1), strict=True):
+        first, last = int(own.min()), int(own.max())
+        mask = query.new_zeros(*part.shape[:3], last + 1)
+        mask[..., first:].masked_fill_(torch.arange(first, last + 1) > own[..., None], float("-inf"))
+        up_to = slice(last + 1)
+        outputs.append(
+            scaled_dot_product_attention(part, key[:, :, up_to], value[:, :, up_to], attn_mask=mask, scale=scaling)
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _seen(rule: AttentionRule, rows: int, keys: int) -> torch.Tensor | None:
+    """`(B or 1, Tk)` bool: the keys that all queries of a sequence see, but for causality; `None` if there is more."""
     mask = rule.mask
-    if rule.causal or rule.window is not None or rule.sequence is not None:
+    if rule.window is not None or rule.sequence is not None:
+        return None
+    if rule.causal and (rows != keys or rule.offset or mask is not None):
         return None
     if mask is None:
         return torch.ones(1, keys, dtype=torch.bool)
@@ -88,6 +124,16 @@ def _seen_by_every_row(rule: AttentionRule, keys: int) -> torch.Tensor | None:
         return mask[:, :keys].bool()
     first = mask[:, 0, 0, :keys]
     return first if bool((mask[:, 0, :, :keys] == first[:, None]).all()) else None
+
+
+def _pays(counts: list[list[int]], pairs: int, causal: bool) -> bool:
+    """Whether enough of the pairs are left out, from the number of those selected per sequence and kv head."""
+    shares = [count * sum(map(len, counts)) / pairs for own in counts for count in own]
+    if not any(shares):
+        return False  # there is nothing to attend
+    if not causal:
+        return sum(shares) <= LARGEST_SHARE * len(shares)
+    return sum(1 - share for share in shares if share <= CAUSAL_SHARE) >= CAUSAL_SAVING * len(shares)
 
 
 def _packs(counts: list[int]) -> list[list[int]]:
