@@ -75,6 +75,8 @@ def test_what_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in rows:
         assert len(row["first_token_times"]) == len(row["times"]) == len(row["peaks"]) == 3
         assert all(0 < first < end for first, end in zip(row["first_token_times"], row["times"], strict=True))
+    known = [peak for row in rows[:5] for peak in row["peaks"] if peak is not None]
+    assert [row["peak_memory"] for row in rows[:5]] == [max(known, default=None)] * 5
     assert (None in rows[0]["peaks"]) == (memory_kind(model) is None)
     assert task.score(rows)["tokens_per_second"] > 0
 

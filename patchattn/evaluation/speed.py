@@ -43,7 +43,8 @@ class SpeedTask(EvalTask):
 
     Every combination is a sample; samples are timed one after the other however they are batched. Rows say
     `prompt_tokens`, `new_tokens` and `batch_size`, and of every run that counts `first_token_times` and `times`
-    (seconds) and `peaks` (bytes, None where memory cannot be measured; see `patchattn.evaluation.cost.measured`).
+    (seconds) and `peaks` (bytes, None where memory cannot be measured; see `patchattn.evaluation.cost.measured`). Of
+    what a batch costs in other tasks, only `peak_memory` makes sense of several combinations.
 
     Scores are medians over runs: `tokens_per_second` (all tokens but the first ones, of all prompts of a batch, over
     the time after those), `first_token_seconds` and `peak_memory_mib`; of each combination, as in
@@ -82,7 +83,9 @@ class SpeedTask(EvalTask):
         check_positions(model, max(prompt + new for prompt, new, _ in self._combinations))
 
     def answer(self, model: Any, tokenizer: Any, indices: Sequence[int]) -> list[Row]:
-        return [self._time(model, tokenizer, index) for index in indices]
+        rows = [self._time(model, tokenizer, index) for index in indices]
+        known = [peak for row in rows for peak in row["peaks"] if peak is not None]
+        return [{**row, "peak_memory": max(known, default=None)} for row in rows]
 
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """See the class."""
