@@ -1,7 +1,13 @@
 """Attention of the (token, query head) pairs that a gate keeps (MoH, arXiv 2410.11842): the others cost nothing."""
 
+from typing import Any
+
 import torch
 
+from .backend import chosen_backend, triton_runs
+from .key_mask import KeyMask, key_mask, unsupported
+from .namespace import add_op_namespace_prefix
+from .routed_attention_cpu import routed_on_cpu
 from .routing import apply_head_gate
 from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
 
@@ -11,7 +17,7 @@ def routed_attention(
 ) -> torch.Tensor:
     """`gate * softmax(q k^T * scaling) v` for every token and query head whose gate is not zero; zeros elsewhere.
 
-    A row that sees no key gives zeros.
+    A row that sees no key gives zeros. Triton's kernels compute in the dtype of `value`, with sums in float32.
 
     Args:
         query: `(B, H, Tq, D)`.
@@ -22,7 +28,27 @@ def routed_attention(
     Returns:
         `(B, H, Tq, Dv)` in the dtype of `value`; `.transpose(1, 2)` of it is contiguous.
     """
+    if triton_runs(query, lacking=_lacking(query, value, rule)):
+        mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        output, _ = _forward(query, key, value, gate.float(), *mask, rule.scaling)
+        return output.transpose(1, 2)
+    if chosen_backend() == "auto" and query.device.type == "cpu":
+        gathered = routed_on_cpu(query, key, value, gate, rule)
+        if gathered is not None:
+            return gathered
     return _reference(query, key, value, gate, rule)
+
+
+def _lacking(query: torch.Tensor, value: torch.Tensor, rule: AttentionRule) -> str | None:
+    """What Triton's kernels cannot do of what a call needs, in words."""
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"values are in {value.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > 256:
+        return f"heads have {max(query.shape[-1], value.shape[-1])} dimensions, more than 256"
+    if rule.scaling <= 0:
+        return f"the scaling {rule.scaling} is not positive"
+    return unsupported(rule)
 
 
 def _reference(
@@ -38,3 +64,90 @@ def _reference(
             product = weights.reshape(batch, wide.shape[1], -1, weights.shape[-1]) @ wide
             outputs.append(product.view(batch, heads, -1, wide.shape[-1]).transpose(1, 2))
         return apply_head_gate(torch.cat(outputs, dim=1), gate).to(value.dtype).transpose(1, 2)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("routed_attention"), mutates_args=())
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    mask: torch.Tensor | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    causal: bool,
+    offset: int,
+    window: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B, Tq, H, Dv)`, and the log-sum-exps `(B, Tq, H)`."""
+    from . import routed_attention_triton
+
+    seen = KeyMask(mask, first, last, causal, offset, window)
+    operands = (_rows(query), _rows(key), _rows(value), gate.contiguous())
+    return routed_attention_triton.forward(*operands, seen, scaling)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("routed_attention_backward"), mutates_args=())
+def _backward(
+    upstream: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    causal: bool,
+    offset: int,
+    window: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of queries `(B, Tq, H, D)`, keys `(B, Tk, G, D)`, values `(B, Tk, G, Dv)` and gates `(B, Tq, H)`."""
+    from . import routed_attention_backward_triton
+
+    seen = KeyMask(mask, first, last, causal, offset, window)
+    operands = (upstream.contiguous(), _rows(query), _rows(key), _rows(value), gate.contiguous())
+    return routed_attention_backward_triton.backward(*operands, output, lse, seen, scaling)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """With the last dimension contiguous, which kernels rely on."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@_forward.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, *_: Any) -> Any:
+    batch, queries, heads = gate.shape
+    return value.new_empty(batch, queries, heads, value.shape[-1]), gate.new_empty(batch, queries, heads)
+
+
+@_backward.register_fake
+def _(
+    upstream: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, *_: Any
+) -> Any:
+    (batch, queries, heads), groups, keys = gate.shape, *key.shape[1:3]
+    return (
+        query.new_empty(batch, queries, heads, query.shape[-1]),
+        key.new_empty(batch, keys, groups, key.shape[-1]),
+        value.new_empty(batch, keys, groups, value.shape[-1]),
+        gate.new_empty(batch, queries, heads),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, causal, offset, window, scaling = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.rule = (causal, offset, window, scaling)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, gate, *mask, output, lse = ctx.saved_tensors
+    *states, gates = _backward(upstream, query, key, value, gate, output, lse, *mask, *ctx.rule)
+    return (*(state.transpose(1, 2) for state in states), gates, *7 * [None])
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,250 @@
+"""Triton's kernels of the forward of `routed_attention`: blocks of selected pairs, and decoding. Imports triton."""
+
+# mypy: disable-error-code="no-untyped-def"
+import torch
+import triton
+import triton.language as tl
+
+from .backend import on_device
+from .key_mask import KeyMask
+from .routed_pairs_triton import (
+    VARYING,
+    arguments,
+    block_of_pairs,
+    gather_rows,
+    interior,
+    launch,
+    launches,
+    load_rows,
+    pairs_of,
+    selected_pairs,
+)
+from .tiles import key_range, visible
+
+FEW_PAIRS = 64  # up to so many pairs per kv head, selected or not, are one tile: decoding
+
+
+@triton.jit
+def _tiles(
+    acc, top, total, query, key, value, low, high, rows, scale, keys, key_row, value_row, mask, mask_row, mask_column,
+    offset, window, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the keys from `low` to `high`; logits are in base 2."""
+    for begin in range(low, high, BLOCK_N):
+        columns = begin + tl.arange(0, BLOCK_N)
+        tile = load_rows(key, begin, key_row, keys, BLOCK_N, DIM, PAD, CHECKED)
+        logits = tl.dot(query, tl.trans(tile), input_precision="ieee")
+        if CHECKED:
+            seen = visible(
+                rows, columns, keys, mask, mask_row, mask_column, offset, window, CAUSAL, WINDOWED, MASKED, PER_ROW
+            )
+            logits = tl.where(seen, logits, float("-inf"))
+        elif MASKED:
+            real = tl.load(mask + columns * mask_column) != 0
+            logits = tl.where(real[None, :], logits, float("-inf"))
+        peak = tl.maximum(top, tl.max(logits, axis=1) * scale)
+        shift = tl.where(peak == float("-inf"), 0.0, peak)  # nothing seen so far: -inf less -inf would be NaN
+        weights = tl.exp2(logits * scale - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = acc * shrink[:, None]
+        tile = load_rows(value, begin, value_row, keys, BLOCK_N, VDIM, VPAD, CHECKED)
+        acc = tl.dot(weights.to(tile.dtype), tile, acc, input_precision="ieee")
+        top = peak
+    return acc, top, total
+
+
+@triton.jit
+def _attend(
+    query, key, value, rows, live, from_key, to_key, scale, keys, key_row, value_row, mask, mask_row, mask_column,
+    first, last, bound_row, offset, window, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr,
+    VPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    MASKED: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile of queries to the keys of a range: `(M, VPAD)`, and the log-sum-exp in base 2.
+
+    A row that sees nothing has zeros, and inf: its weights exp2(logit - inf) are then zeros in the backward too.
+    """
+    acc = tl.zeros([BLOCK_M, VPAD], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    low, high = key_range(rows, live, keys, first, last, bound_row, offset, window, CAUSAL, WINDOWED, MASKED)
+    low = tl.minimum(tl.maximum(low, from_key), to_key) // BLOCK_N * BLOCK_N
+    high = tl.minimum(high, to_key)
+    if MASKED and PER_ROW:
+        end = low
+    else:
+        begin, end = interior(rows, live, keys, low, high, offset, window, CAUSAL, WINDOWED, BLOCK_N)
+        if WINDOWED:
+            acc, top, total = _tiles(
+                acc, top, total, query, key, value, low, tl.minimum(begin, high), rows, scale, keys, key_row, value_row,
+                mask, mask_row, mask_column, offset, window, DIM, PAD, VDIM, VPAD, BLOCK_N,
+                True, CAUSAL, WINDOWED, MASKED, PER_ROW,
+            )  # fmt: skip
+        acc, top, total = _tiles(
+            acc, top, total, query, key, value, begin, end, rows, scale, keys, key_row, value_row,
+            mask, mask_row, mask_column, offset, window, DIM, PAD, VDIM, VPAD, BLOCK_N,
+            False, CAUSAL, WINDOWED, MASKED, PER_ROW,
+        )  # fmt: skip
+    acc, top, total = _tiles(
+        acc, top, total, query, key, value, end, high, rows, scale, keys, key_row, value_row,
+        mask, mask_row, mask_column, offset, window, DIM, PAD, VDIM, VPAD, BLOCK_N,
+        True, CAUSAL, WINDOWED, MASKED, PER_ROW,
+    )  # fmt: skip
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    return acc, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _prefill(
+    query, key, value, gate, output, lse, pairs, starts, scale, queries, keys, groups,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    mask, mask_batch, mask_row, mask_column, first, last, bound_batch, bound_row, offset, window,
+    REPEATS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of a list's pairs."""
+    program, block, count = block_of_pairs(starts, queries, REPEATS, BLOCK_M)
+    if block < 0:
+        return
+    batch, group, rows, heads, live = pairs_of(pairs, program, block, count, queries, groups, REPEATS, BLOCK_M)
+    query = gather_rows(query + batch * query_batch, rows, heads, live, query_row, query_head, DIM, PAD)
+    if MASKED:
+        mask += batch * mask_batch
+        first += batch * bound_batch
+        last += batch * bound_batch
+    acc, sums = _attend(
+        query, key + batch * key_batch + group * key_head, value + batch * value_batch + group * value_head, rows, live,
+        0, keys, scale, keys, key_row, value_row, mask, mask_row, mask_column, first, last, bound_row, offset, window,
+        DIM, PAD, VDIM, VPAD, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
+    )  # fmt: skip
+    place = (batch * queries + rows) * groups * REPEATS + heads
+    factor = tl.load(gate + place, mask=live, other=0.0)
+    dims = tl.arange(0, VPAD)
+    acc = (acc * factor[:, None]).to(output.dtype.element_ty)
+    tl.store(output + place[:, None] * VDIM + dims[None, :], acc, mask=live[:, None] & (dims < VDIM)[None, :])
+    tl.store(lse + place, sums, mask=live)
+
+
+@triton.jit(do_not_specialize=[*VARYING, "chunk"])
+def _decode(
+    query, key, value, gate, parts, sums, chunk, splits, scale, queries, keys, groups,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    mask, mask_batch, mask_row, mask_column, first, last, bound_batch, bound_row, offset, window,
+    REPEATS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All pairs of a kv head, and a part of its keys, which nobody reads where no pair is selected."""
+    program = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    batch = (program // groups).to(tl.int64)
+    group = program % groups
+    index = tl.arange(0, BLOCK_M)
+    live = index < queries * REPEATS
+    heads = group * REPEATS + index % REPEATS
+    place = (batch * queries + index // REPEATS) * groups * REPEATS + heads
+    live = live & (tl.load(gate + place, mask=live, other=0.0) != 0)
+    rows = tl.where(live, index // REPEATS, -1)
+    query = gather_rows(query + batch * query_batch, rows, heads, live, query_row, query_head, DIM, PAD)
+    if MASKED:
+        mask += batch * mask_batch
+        first += batch * bound_batch
+        last += batch * bound_batch
+    acc, part = _attend(
+        query, key + batch * key_batch + group * key_head, value + batch * value_batch + group * value_head, rows, live,
+        split * chunk, (split + 1) * chunk, scale, keys, key_row, value_row, mask, mask_row, mask_column, first, last,
+        bound_row, offset, window,
+        DIM, PAD, VDIM, VPAD, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
+    )  # fmt: skip
+    dims = tl.arange(0, VPAD)
+    place = place * splits + split
+    tl.store(parts + place[:, None] * VDIM + dims[None, :], acc, mask=live[:, None] & (dims < VDIM)[None, :])
+    tl.store(sums + place, part, mask=live)
+
+
+@triton.jit
+def _merge(parts, sums, gate, output, lse, SPLITS: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr):
+    """One pair's parts put together by their log-sum-exps; zeros where it is not selected."""
+    pair = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, VPAD)
+    factor = tl.load(gate + pair)
+    place = pair * SPLITS + tl.arange(0, SPLITS)
+    chosen = tl.arange(0, SPLITS) < tl.where(factor != 0, SPLITS, 0)
+    logs = tl.load(sums + place, mask=chosen, other=float("inf"))
+    logs = tl.where(logs == float("inf"), float("-inf"), logs)
+    top = tl.max(logs, axis=0)
+    weights = tl.exp2(logs - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weights, axis=0)
+    some = total > 0
+    divisor = tl.where(some, total, 1.0)
+    tile = tl.load(
+        parts + place[:, None] * VDIM + dims[None, :], mask=chosen[:, None] & (dims < VDIM)[None, :], other=0.0
+    )
+    result = tl.sum(weights[:, None] * tile, axis=0) / divisor * factor
+    whole = tl.where(factor != 0, tl.where(some, top + tl.log2(divisor), float("inf")), 0.0)
+    tl.store(output + pair * VDIM + dims, result.to(output.dtype.element_ty), mask=dims < VDIM)
+    tl.store(lse + pair, whole)
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, mask: KeyMask, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the pairs that a gate keeps.
+
+    Args:
+        query, key, value: as of `routed_attention`, of one dtype, the last dimension contiguous.
+        gate: `(B, Tq, H)` float32, contiguous.
+        mask: which keys are seen.
+        scaling: factor of the logits, positive.
+
+    Returns:
+        `(B, Tq, H, Dv)`, and in float32 `(B, Tq, H)`: the log-sum-exp in base 2; inf where a row sees nothing, 0 where
+        it is not selected.
+    """
+    batch, queries, heads = gate.shape
+    groups, keys, dim = value.shape[1:]
+    operands = arguments(query, key, value, mask, scaling)
+    with on_device(query):
+        if queries * heads // groups > FEW_PAIRS:
+            output, lse = value.new_zeros(batch, queries, heads, dim), torch.zeros_like(gate)
+            pairs, starts = selected_pairs(gate, groups)
+            launch(
+                *(_prefill, "prefill", lambda sizes: batch * groups * triton.cdiv(pairs.shape[1], sizes["BLOCK_M"])),
+                *(operands,),
+                gate=gate,
+                output=output,
+                lse=lse,
+                pairs=pairs,
+                starts=starts,
+            )
+            return output, lse
+        output, lse = value.new_empty(batch, queries, heads, dim), torch.empty_like(gate)
+        settings = launches("decode", max(query.shape[-1], dim), query.dtype)[0]
+        block = settings.blocks["BLOCK_N"]
+        splits = _splits(batch * groups, keys, block, query.device)
+        chunk = triton.cdiv(triton.cdiv(keys, splits), block) * block
+        parts, sums = gate.new_empty(*gate.shape, splits, dim), gate.new_empty(*gate.shape, splits)
+        few = max(16, triton.next_power_of_2(queries * heads // groups))
+        _decode[(batch * groups * splits,)](
+            **operands,
+            gate=gate,
+            parts=parts,
+            sums=sums,
+            chunk=chunk,
+            splits=splits,
+            **{**settings.arguments(), "BLOCK_M": few},
+        )
+        _merge[(gate.numel(),)](parts, sums, gate, output, lse, SPLITS=splits, VDIM=dim, VPAD=operands["VPAD"])
+        return output, lse
+
+
+def _splits(programs: int, keys: int, block: int, device: torch.device) -> int:
+    """In how many parts the keys are read, so that all processors have work, also where few heads are selected."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    wanted = min(4 * processors // max(1, programs), keys // (2 * block), 64)
+    return 1 << max(0, wanted.bit_length() - 1)
