@@ -23,7 +23,7 @@ def ours(problem: "ACTProblem") -> Callable[[], Outcome]:
     nothing = o.query.new_empty(o.query.shape[0], o.query.shape[2], 0)
     context = LayerContext(module, nothing, None, None, {})
     how = {"scaling": o.rule.scaling, "is_causal": o.rule.causal}
-    call = AttentionCall(o.query, o.key, o.value, None, how, module, variant.site, "sdpa", context)
+    call = AttentionCall(o.query, o.key, o.value, None, how, module, variant.site, "sdpa", context, innermost=True)
 
     def inner(_: AttentionCall) -> tuple[torch.Tensor, None]:
         return dense(o).transpose(1, 2), None
