@@ -4,7 +4,7 @@ from .column_mass import KeyCounts, column_mass, key_counts
 from .routed_attention import routed_attention
 from .routing import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 from .rows import AttentionRule
-from .split_attention import SplitAttention, split_attention
+from .split_attention import SplitAttention, attention_with_lse, split_attention
 from .temperature import scale_tokens
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "KeyCounts",
     "SplitAttention",
     "apply_head_gate",
+    "attention_with_lse",
     "column_mass",
     "head_norms",
     "key_counts",

@@ -1,10 +1,15 @@
-"""Attention that each key receives, in memory linear in the keys (ACT, arXiv 2406.15765). Plain torch."""
+"""Attention that each key receives, in memory linear in the keys (ACT, arXiv 2406.15765)."""
 
 from typing import NamedTuple
 
 import torch
 
+from .backend import triton_runs
+from .column_mass_ops import column_mass_op, key_counts_op
+from .key_mask import key_mask, unsupported
 from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+from .split_attention import kernels_lack, same_dtype
+from .split_attention_ops import log_sum_exp as log_sum_exp_op
 
 
 class KeyCounts(NamedTuple):
@@ -42,6 +47,11 @@ def column_mass(
         The sums `(B, H, Tk)` and the log-sum-exp `(B, H, Tq)`, in float32 at least.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if triton_runs(query, lacking=kernels_lack(rule, query, key)):
+            query, key = same_dtype(query, key)
+            mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
+            lse = log_sum_exp_op(query, key, rule.scaling, *mask) if lse is None else lse
+            return column_mass_op(query, key, lse, real, rule.scaling, *mask), lse
         query, key = full_precision(query), full_precision(key)
         batch, heads, rows, _ = query.shape
         mass = query.new_zeros(batch, heads, key.shape[2])
@@ -67,8 +77,11 @@ def key_counts(
         device: where to.
         real: `(B or 1, Tq)` bool: the queries that count.
     """
-    seen = longest = earlier = torch.zeros(1, keys, dtype=torch.long, device=device)
     key = torch.arange(keys, device=device)
+    if triton_runs(key, lacking=unsupported(rule)):
+        rows, longest, first = key_counts_op(key, queries, keys, real, *key_mask(rule, queries, keys, device))
+        return KeyCounts(rows.long(), longest.long(), first)
+    seen = longest = earlier = torch.zeros(1, keys, dtype=torch.long, device=device)
     batch = max(rule.mask.shape[0] if rule.mask is not None else 1, real.shape[0] if real is not None else 1)
     for part in blocks(queries, batch * keys):
         visible = rule.visible(part, (queries, keys), device)

@@ -38,24 +38,29 @@ class AttentionRule:
     window: int | None = None
     sequence: torch.Tensor | None = None
 
-    def visible(self, rows: slice, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """`(B or 1, C, Tk)` bool: which keys the queries of a slice see; `shape` is (Tq, Tk) of all."""
+    def visible(
+        self, rows: slice, shape: tuple[int, int], device: torch.device, columns: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(B or 1, C, Tk)` bool: which keys the queries of a slice see; `shape` is (Tq, Tk) of all.
+
+        With `columns`, `(K,)` numbers of keys, only those are asked for: `(B or 1, C, K)`.
+        """
         queries, keys = shape
         mask = self.mask
+        key = torch.arange(keys, device=device) if columns is None else columns
         if mask is not None and mask.dim() == 4:
-            part = mask[:, 0, rows, :keys]
+            part = mask[:, 0, rows, :keys] if columns is None else mask[:, 0, rows][..., columns]
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         real = torch.ones(1, keys, dtype=torch.bool, device=device) if mask is None else mask.bool()
-        key = torch.arange(keys, device=device)
         query = torch.arange(queries, device=device)[rows] + (keys - queries if self.offset is None else self.offset)
-        visible = real[:, None].expand(-1, len(query), -1)
+        visible = (real if columns is None else real[:, columns])[:, None].expand(-1, len(query), -1)
         if self.causal:
             visible = visible & (key <= query[:, None])
         if self.window is not None:
             order = real.long().cumsum(-1)
-            visible = visible & ((order[:, query, None] - order[:, None]).abs() < self.window)
+            visible = visible & ((order[:, query, None] - order[:, None, key]).abs() < self.window)
         if self.sequence is not None:
-            visible = visible & (self.sequence[query, None] == self.sequence)
+            visible = visible & (self.sequence[query, None] == self.sequence[key])
         return visible
 
     def added(self, rows: slice, keys: int) -> Iterator[torch.Tensor]:

@@ -1,10 +1,14 @@
-"""Attention with a set of keys told apart: rescaling them needs no Tq x Tk weights (ACT, VAR). Plain torch."""
+"""Attention with a set of keys told apart: rescaling them needs no Tq x Tk weights (ACT, VAR)."""
 
 from typing import NamedTuple
 
 import torch
 
+from .backend import triton_runs
+from .key_mask import key_mask, unsupported
 from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+from .split_attention_ops import attention, compact, key_set_part
+from .split_attention_ops import log_sum_exp as log_sum_exp_op
 
 
 class SplitAttention(NamedTuple):
@@ -21,6 +25,34 @@ class SplitAttention(NamedTuple):
     part: torch.Tensor
     mass: torch.Tensor
     lse: torch.Tensor
+
+
+def attention_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in full precision, `softmax(q k^T * scaling) v`, and the log-sum-exp of its rows.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        key, value: `(B, G, Tk, D)` and `(B, G, Tk, Dv)`; H is a multiple of G.
+        rule: scaling and visibility.
+
+    Returns:
+        `(B, H, Tq, Dv)`, zeros where a row sees nothing, and `(B, H, Tq)`, -inf there; float32 at least.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        if triton_runs(query, lacking=kernels_lack(rule, query, value)):
+            query, key, value = same_dtype(query, key, value)
+            mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
+            output, lse = attention(query, key, value, rule.scaling, *mask)
+            return output, lse
+        query, key, value = full_precision(query), full_precision(key), full_precision(value)
+        outputs, sums = [], []
+        for block in blocks(query.shape[2], query.shape[:2].numel() * key.shape[2]):
+            logits = row_logits(query, key, rule, block)
+            sums.append(log_sum_exp(logits, rule))
+            outputs.append(_times(weights_of(logits, sums[-1]), value))
+        return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
 def split_attention(
@@ -40,13 +72,15 @@ def split_attention(
 
     Args:
         query: `(B, H, Tq, D)`.
-        key, value: `(B, G, Tk, D)`; H is a multiple of G.
+        key, value: `(B, G, Tk, D)` and `(B, G, Tk, Dv)`; H is a multiple of G.
         key_set: `(B, H, Tk)` bool.
         rule: scaling and visibility.
         lse: `(B, H, Tq)` log-sum-exp of the rows, where it is known.
-        output: `(B, H, Tq, D)` attention over all keys, where it is known in full precision.
+        output: `(B, H, Tq, Dv)` attention over all keys, where it is known in full precision.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if triton_runs(query, lacking=kernels_lack(rule, query, value)):
+            return _by_kernels(query, key, value, key_set, rule, lse, output)
         query, key, value = full_precision(query), full_precision(key), full_precision(value)
         if lse is not None and output is not None and not torch.compiler.is_compiling():
             part, mass = _of_set(query, key, value, key_set, rule, lse)  # how many keys is a question to the device
@@ -62,6 +96,45 @@ def split_attention(
             parts.append(_times(chosen, value))
             wholes.append(_times(weights, value) if output is None else full_precision(output[:, :, block]))
         return SplitAttention(*(torch.cat(pieces, dim=2) for pieces in (wholes, parts, masses, sums)))
+
+
+def kernels_lack(rule: AttentionRule, *tensors: torch.Tensor) -> str | None:
+    """What the kernels of this file and of `column_mass` cannot do of a call, in words."""
+    if rule.scaling <= 0.0:
+        return f"the factor of the logits is {rule.scaling}, not positive"
+    if any(tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32) for tensor in tensors):
+        return f"its tensors are {tensors[0].dtype}"
+    if any(tensor.shape[-1] > 256 for tensor in tensors):
+        return "heads have more than 256 dimensions"
+    return unsupported(rule)
+
+
+def same_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """In the widest of their dtypes."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _by_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_set: torch.Tensor,
+    rule: AttentionRule,
+    lse: torch.Tensor | None,
+    output: torch.Tensor | None,
+) -> SplitAttention:
+    query, key, value = same_dtype(query, key, value)
+    mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
+    if output is None:  # gives the lse besides
+        output, found = attention(query, key, value, rule.scaling, *mask)
+        lse = found if lse is None else lse
+    elif lse is None:
+        lse = log_sum_exp_op(query, key, rule.scaling, *mask)
+    part, mass = key_set_part(query, key, value, lse, key_set, *compact(key_set), rule.scaling, *mask)
+    return SplitAttention(full_precision(output), part, mass, lse)
 
 
 def _times(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
