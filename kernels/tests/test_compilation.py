@@ -1,0 +1,149 @@
+"""Kernels compile for a GPU, without one: Triton's interpreter, which other tests use, accepts more than its compiler.
+
+To add a kernel, add it to QUICK, in a shape that compiles within a few seconds, and its launch settings to ALL.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from patchattn_kernels import routed_pairs_triton
+from patchattn_kernels.tuning import Launch
+
+KIB = 1024
+SHARED = {80: 163 * KIB, 90: 227 * KIB}  # bytes of shared memory that a program may have, by compute capability
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and what it is compiled for.
+
+    Attributes:
+        name: module and function.
+        launch: tiles, warps, stages.
+        constants: values of constexpr arguments, those of `launch` apart; `None` for a pointer that is not given.
+        types: of arguments, in Triton's words; int32 of those that are not named.
+        multiples: numbers that are multiples of 16, as strides are; pointers are all taken for aligned.
+        capability: of the GPU.
+    """
+
+    name: str
+    launch: Launch
+    constants: dict[str, Any]
+    types: dict[str, str]
+    multiples: list[str] = field(default_factory=list)
+    capability: int = 90
+
+    @property
+    def id(self) -> str:
+        settings = "x".join(map(str, [*self.launch.blocks.values(), self.launch.num_warps, self.launch.num_stages]))
+        return f"{self.name}-{self.types.get('query')}-{self.constants.get('DIM')}-{settings}-{self.capability}"
+
+
+def routed(
+    part: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90
+) -> Kernel:
+    """A kernel of `routed_attention`; the mask is `none`, a `window`, of `keys`, or of `rows` and keys."""
+    width = routed_pairs_triton.padded(dim)
+    module = "routed_attention_backward_triton" if part in ("queries", "keys") else "routed_attention_triton"
+    floats = ["gate", "lse", "delta", "gate_gradient", "parts", "sums"]
+    states = "query key value output upstream query_gradient key_gradient value_gradient".split()
+    constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width, "CAUSAL": mask != "rows"}
+    constants |= {"WINDOWED": mask == "window", "MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
+    if mask not in ("keys", "rows"):
+        constants |= {"mask": None, "first": None, "last": None}
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(states, dtype)
+    types |= dict.fromkeys(["pairs", "starts", "first", "last"], "*i32") | {"mask": "*i1", "scale": "fp32"}
+    strides = [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("batch", "head", "row")]
+    return Kernel(f"{module}._{part}", launch, constants, types, strides, capability)
+
+
+def _all_routed() -> list[Kernel]:
+    kernels = []
+    for part in ("prefill", "decode", "queries", "keys"):
+        for dim in (64, 80, 128, 256):
+            launches = routed_pairs_triton.launches(part, dim, torch.bfloat16)
+            kernels += [routed(part, dim, launch) for launch in launches]
+            kernels.append(routed(part, dim, launches[0], capability=80))
+            kernels.append(routed(part, dim, launches[0], dtype="*fp16"))
+        kernels += [routed(part, 64, launches[-1], mask=mask) for mask in ("window", "keys", "rows")]
+        for dim in (64, 256):
+            kernels.append(routed(part, dim, routed_pairs_triton.launches(part, dim, torch.float32)[0], dtype="*fp32"))
+    return kernels
+
+
+SMALL = Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2)
+QUICK = {"routed_attention": [routed("prefill", 32, SMALL), routed("keys", 32, SMALL)]}
+ALL = {"routed_attention": _all_routed()}
+
+
+def compiled(kernels: list[Kernel]) -> list[dict[str, Any]]:
+    """Shared memory in bytes, and whether the products are on tensor cores, of each; compiled in a fresh process.
+
+    Where Triton interprets, it can no longer compile in the same process.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps([asdict(kernel) for kernel in kernels]),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(kernels: list[Kernel]) -> None:
+    for kernel, found in zip(kernels, compiled(kernels), strict=True):
+        assert found["shared"] <= SHARED[kernel.capability], kernel.id
+        assert found["tensor_cores"] == (kernel.types["query"] != "*fp32"), kernel.id
+
+
+@pytest.mark.parametrize("operation", QUICK)
+def test_kernels_compile(operation: str) -> None:
+    check(QUICK[operation])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("operation", ALL)
+def test_all_launch_settings_compile(operation: str) -> None:
+    check(ALL[operation])
+
+
+def _compile(launch: dict[str, Any], name: str, **kernel: Any) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, function = name.split(".")
+    source = getattr(importlib.import_module(f"patchattn_kernels.{module}"), function)
+    tiles = {size: value for size, value in launch["blocks"].items() if size in source.arg_names}
+    constants = {key: value for key, value in (kernel["constants"] | tiles).items() if key in source.arg_names}
+    signature, attributes = {}, {}
+    for number, argument in enumerate(source.arg_names):
+        kind = "constexpr" if argument in constants else kernel["types"].get(argument, "i32")
+        signature[argument] = kind
+        if kind.startswith("*") or (kind != "constexpr" and argument in kernel["multiples"]):
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    result = triton.compile(
+        ASTSource(fn=source, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", kernel["capability"], 32),
+        options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
+    )
+    code = result.asm["ptx"]
+    return {"shared": result.metadata.shared, "tensor_cores": "wgmma.mma_async" in code or "mma.sync" in code}
+
+
+if __name__ == "__main__":
+    for kernel in json.load(sys.stdin):
+        print(json.dumps(_compile(**kernel)), flush=True)
