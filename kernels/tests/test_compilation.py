@@ -54,7 +54,7 @@ def routed(
     width = routed_pairs_triton.padded(dim)
     module = "routed_attention_backward_triton" if part in ("queries", "keys") else "routed_attention_triton"
     floats = ["gate", "lse", "delta", "gate_gradient", "parts", "sums"]
-    states = "query key value output upstream query_gradient key_gradient value_gradient".split()
+    states = ["query", "key", "value", "output", "upstream", "query_gradient", "key_gradient", "value_gradient"]
     constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width, "CAUSAL": mask != "rows"}
     constants |= {"WINDOWED": mask == "window", "MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
     if mask not in ("keys", "rows"):
