@@ -15,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import patchattn
 from patchattn.evaluation.figures import plot_positions
 from patchattn.evaluation.perplexity import PerplexityTask, PositionLoss, position_losses, wikitext, windows
 
@@ -204,6 +205,24 @@ def test_models_that_are_refused(path: str, tmp_path: Path) -> None:
     task = PerplexityTask(data=str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match="less than two tokens"):
         task.check_model(small, lambda text, verbose: {"input_ids": [5]})
+
+
+def test_a_variant_that_looks_ahead_is_refused(path: str) -> None:
+    model, task = tiny_llama(), PerplexityTask(data=path, max_length=16)
+    with patchattn.patched(model, "logn", train_length=8):
+        task.check_model(model, BYTES)
+    with (
+        patchattn.patched(model, "act", heads={0: [0]}),
+        pytest.raises(ValueError, match="Under 'act' the rows of one forward depend on later ones"),
+    ):
+        task.check_model(model, BYTES)
+
+
+def test_a_model_that_is_lost(path: str) -> None:
+    sums = {"max_length": 16, "position_nll": [1e5], "position_tokens": [10]}
+    scores = PerplexityTask(data=path).score([{"nll": 1e5, "tokens": 10, "bytes": 9, **sums}])
+    assert scores["perplexity"] == math.inf
+    assert scores["nats_per_token"] == scores["nats_per_token@1-15"] == 1e4
 
 
 def test_a_picture_of_positions(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from ..patching import applied_patches
+from ..selection import base_model
 from ..settings import Settings, option
+from ..variant import variant_info
 from .cost import measured
 from .generation import positions
 from .haystack import read_texts
@@ -16,6 +19,7 @@ from .positions import check_positions
 from .task import EvalTask, Row
 
 _DEFAULT_LENGTH = 1024
+_LARGEST = 700.0  # whose exponential is a float64
 _ROWS = 256  # of logits turned into losses at a time: all of a long window would take as much memory again
 
 
@@ -119,11 +123,15 @@ class PerplexityTask(EvalTask):
         """Refuse a model that cannot take the windows.
 
         Raises:
-            ValueError: an encoder, a table of too few positions, a stride as long as the window, more buckets than
-                positions, or a text of less than two tokens.
+            ValueError: an encoder, a variant under which tokens know of later ones, a table of too few positions, a
+                stride as long as the window, more buckets than positions, or a text of less than two tokens.
         """
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} has an encoder; expected a model with a decoder alone.")
+        if ahead := [p.variant for p in applied_patches(base_model(model)) if variant_info(p.variant).looks_ahead]:
+            raise ValueError(
+                f"Under {ahead[0]!r} the rows of one forward depend on later ones: it would know what it is to predict."
+            )
         length, _ = self._sizes(model)
         check_positions(model, length)
         if len(self._tokens(tokenizer)) < 2:
@@ -160,7 +168,7 @@ class PerplexityTask(EvalTask):
             raise ValueError(f"None of the {len(rows)} parts answered has a window: set fewer parts, or answer all.")
         mean = nll / tokens
         scores = {
-            "perplexity": math.exp(mean),
+            "perplexity": math.exp(mean) if mean < _LARGEST else math.inf,
             "nats_per_token": mean,
             "bits_per_byte": nll / math.log(2) / sum(row["bytes"] for row in rows),
         }
