@@ -220,10 +220,10 @@ TRIANGLE = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
         (800, 800, 0.81, {}),
         (800, 800, 1.0, {}),
         (800, 800, 0.0, {}),
-        (1023, 1023, 0.2, {"causal": True}),
-        (1024, 1024, 0.4, {"causal": True}),
-        (1024, 1025, 0.2, {"causal": True}),
-        (1024, 1024, 0.2, {"causal": True, "mask": torch.ones(1, 1024)}),
+        (1535, 1535, 0.2, {"causal": True}),
+        (1536, 1536, 0.4, {"causal": True}),
+        (1536, 1537, 0.2, {"causal": True}),
+        (1536, 1536, 0.2, {"causal": True, "mask": torch.ones(1, 1536)}),
         (800, 800, 0.5, {"mask": TRIANGLE}),
         (800, 800, 0.5, {"window": 4}),
         (800, 800, 0.5, {"sequence": torch.zeros(800)}),
@@ -239,7 +239,7 @@ def test_left_to_dense_attention(rows: int, keys: int, share: float, how: dict[s
 
 @pytest.mark.parametrize(
     ("rows", "keys", "share", "causal"),
-    [(768, 768, 0.8, False), (800, 1024, 0.5, False), (1024, 768, 0.01, False), (1024, 1024, 0.33, True)],
+    [(768, 768, 0.8, False), (800, 1024, 0.5, False), (1024, 768, 0.01, False), (1536, 1536, 0.33, True)],
 )
 def test_computed_here(rows: int, keys: int, share: float, causal: bool) -> None:
     assert given_to(rows, keys, share, CAUSAL if causal else PLAIN) is not None
@@ -256,9 +256,9 @@ def test_causal_rows_see_the_keys_up_to_their_last(attended: list[tuple[int, int
 
 def test_too_little_is_left_out_of_causal_attention() -> None:
     """Half the heads keep a fifth of their rows: 0.4 of the pairs."""
-    query, key, value = torch.randn(3, 1, 1024, 4, 8).transpose(2, 3)
-    gate = torch.ones(1, 1024, 4)
-    gate[..., 2:] = (torch.arange(1024) % 5 == 0)[:, None]
+    query, key, value = torch.randn(3, 1, 1536, 4, 8).transpose(2, 3)
+    gate = torch.ones(1, 1536, 4)
+    gate[..., 2:] = (torch.arange(1536) % 5 == 0)[:, None]
     assert routed_on_cpu(query, key, value, gate, CAUSAL) is None
 
 

@@ -6,7 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from patchattn_kernels import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
+from patchattn_kernels import (
+    apply_head_gate,
+    head_norms,
+    normalized_scores,
+    routed_attention_if_faster,
+    select_top_k,
+    straight_through,
+)
 
 from ..call import AttentionCall
 from ..settings import option
@@ -158,6 +165,10 @@ class MoH(Variant):
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         gate, routing = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
         self.report(call, gate=gate, **routing)
+        if call.stands_alone:
+            routed = routed_attention_if_faster(call.query, call.key, call.value, gate, call.rule())
+            if routed is not None:
+                return routed.transpose(1, 2), None
         output, weights = inner(call)
         return apply_head_gate(output, gate), weights
 

@@ -28,16 +28,31 @@ def routed_attention(
     Returns:
         `(B, H, Tq, Dv)` in the dtype of `value`; `.transpose(1, 2)` of it is contiguous.
     """
+    output = routed_attention_if_faster(query, key, value, gate, rule)
+    return _reference(query, key, value, gate, rule) if output is None else output
+
+
+def routed_attention_if_faster(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, rule: AttentionRule
+) -> torch.Tensor | None:
+    """`routed_attention`, or `None` where dense attention with `apply_head_gate` after it is better.
+
+    Triton's kernels compute it where they run; elsewhere on a CPU, rows are gathered for SDPA where that is faster.
+
+    Args:
+        query, key, value, gate, rule: as `routed_attention` takes them.
+
+    Raises:
+        NotImplementedError: PATCHATTN_KERNELS is `triton`, and the kernels cannot compute the call.
+    """
     if triton_runs(query, lacking=_lacking(query, value, rule)):
         mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
         query, key = query.to(value.dtype), key.to(value.dtype)
         output, _ = _forward(query, key, value, gate.float(), *mask, rule.scaling)
         return output.transpose(1, 2)
     if chosen_backend() == "auto" and query.device.type == "cpu":
-        gathered = routed_on_cpu(query, key, value, gate, rule)
-        if gathered is not None:
-            return gathered
-    return _reference(query, key, value, gate, rule)
+        return routed_on_cpu(query, key, value, gate, rule)
+    return None
 
 
 def _lacking(query: torch.Tensor, value: torch.Tensor, rule: AttentionRule) -> str | None:

@@ -13,7 +13,7 @@ SHORTEST = 768
 LARGEST_SHARE = 0.8
 # Dense causal attention leaves out what is masked, where gathered rows need a mask. So only kv heads with a small share
 # gain, and what they leave out must be enough of the whole.
-CAUSAL_SHORTEST = 1024
+CAUSAL_SHORTEST = 1536
 CAUSAL_SHARE = 1 / 3
 CAUSAL_SAVING = 0.45
 CAUSAL_ROWS = 192  # rows that are attended together, over the keys up to the last one of theirs
