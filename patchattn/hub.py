@@ -25,7 +25,13 @@ from patchattn import patched_class
 '''
 
 
-def save_pretrained(model: nn.Module, directory: str | PathLike[str], *, custom_code: bool = False) -> None:
+def save_pretrained(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    custom_code: bool = False,
+    report: str | PathLike[str] | None = None,
+) -> None:
     """Write everything a patched model needs into one folder, for `patchattn.from_pretrained`.
 
     That is what the model's own `save_pretrained` writes (weights, and `config.json` with the plan under `patchattn`),
@@ -37,10 +43,11 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str], *, custom_
         directory: is made if it does not exist.
         custom_code: also write the Hub's custom-code entry, a file of a few lines that imports patchattn, so that
             `AutoModelFor*.from_pretrained(directory, trust_remote_code=True)` loads the patched model.
+        report: output folder of `patchattn eval`, whose scores and costs of this patch the card then shows.
 
     Raises:
         ValueError: the model is not patched, carries adapters without being a PeftModel, or cannot have custom code:
-            a PeftModel, or a class that no Auto class of transformers knows.
+            a PeftModel, or a class that no Auto class of transformers knows; or the report has no run with this patch.
         TypeError: `model` is not a transformers model.
     """
     base: Any = base_model(model)
@@ -51,10 +58,11 @@ def save_pretrained(model: nn.Module, directory: str | PathLike[str], *, custom_
     if is_peft and custom_code:
         raise ValueError("custom_code needs a whole model, got a PeftModel: merge_and_unload() first.")
     auto_map = _auto_map(base) if custom_code else {}
+    card = _card(base, report)
     save_patch(model, directory)
     saved.save_pretrained(directory)
     folder = Path(directory)
-    _card(base).save(folder / "README.md")
+    card.save(folder / "README.md")
     if custom_code:
         config = {**read_json(folder / "config.json"), "auto_map": auto_map}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -71,11 +79,12 @@ def push_to_hub(
     commit_message: str = "Upload a model patched by patchattn",
     tokenizer: Any = None,
     custom_code: bool = False,
+    report: str | PathLike[str] | None = None,
 ) -> str:
     """Upload a patched model to the Hub; `patchattn.from_pretrained(repo_id)` loads it.
 
     Args:
-        model, custom_code: as `save_pretrained`, whose folder is what is uploaded.
+        model, custom_code, report: as `save_pretrained`, whose folder is what is uploaded.
         repo_id: name of the repository, made if it does not exist.
         private: whether a new repository is private; `None`: the organisation's default.
         token: access token; `None`: the one of `hf auth login`.
@@ -89,7 +98,7 @@ def push_to_hub(
         ValueError, TypeError: as `save_pretrained`; nothing is then sent.
     """
     with TemporaryDirectory() as folder:
-        save_pretrained(model, folder, custom_code=custom_code)
+        save_pretrained(model, folder, custom_code=custom_code, report=report)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         api = HfApi(token=token)
@@ -114,17 +123,26 @@ def _auto_map(base: nn.Module) -> dict[str, str]:
     return found
 
 
-def _card(base: nn.Module) -> ModelCard:
-    """The model card: what was patched, with which settings, from which papers, and how to load it."""
+def _card(base: nn.Module, report: str | PathLike[str] | None) -> ModelCard:
+    """The model card: what was patched, with which settings, from which papers, its scores, and how to load it."""
     config: Any = base.config
     patches = applied_patches(base)
+    title = f"{type(base).__name__} with {' and '.join(dict.fromkeys(patch.variant for patch in patches))}"
+    sections = [_section(patch) for patch in patches]
+    metadata: dict[str, Any] = {}
+    if report is not None:
+        from .evaluation.card import card_section, eval_results
+
+        plan = [patch.to_dict() for patch in patches]
+        metadata = {"model_name": title, "eval_results": eval_results(report, plan)}
+        sections.append(card_section(report, plan))
     data = ModelCardData(
         library_name="patchattn",
         base_model=_repo_id(config._name_or_path),
         tags=["patchattn", "attention", *dict.fromkeys(patch.variant for patch in patches)],
+        **metadata,
     )
-    title = f"{type(base).__name__} with {' and '.join(dict.fromkeys(patch.variant for patch in patches))}"
-    body = "\n\n".join([f"# {title}", *(_section(patch) for patch in patches)])
+    body = "\n\n".join([f"# {title}", *sections])
     changes_shapes = any(variant_info(patch.variant).kind == "surgery" for patch in patches)
     alone = "it is refused, for the shapes of its weights" if changes_shapes else "the attention variants are left out"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{_USAGE.format(alone=alone)}")

@@ -97,9 +97,11 @@ def test_the_card_names_no_local_folder(tmp_path):
     assert str(tmp_path) not in card.content
 
 
-def test_push_to_hub_sends_nothing_of_an_unpatched_model(hub_calls):
+def test_push_to_hub_sends_nothing_of_an_unpatched_model_or_without_its_report(hub_calls, tmp_path):
     with pytest.raises(ValueError, match="not patched"):
         patchattn.push_to_hub(base(), "model")
+    with pytest.raises(ValueError, match="There is no report"):
+        patchattn.push_to_hub(patch(base()), "model", report=tmp_path)
     assert hub_calls == {}
 
 

@@ -153,10 +153,11 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
 def _show(report: dict[str, Any], output: str) -> None:
     from rich.table import Table
 
-    from .report import headings, table
+    from .report import table
 
-    shown = Table(*headings(report))
-    for row in table(report):
+    head, rows = table(report)
+    shown = Table(*head)
+    for row in rows:
         shown.add_row(*row)
     console = Console()
     console.print(shown)

@@ -174,26 +174,19 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(to_html(report, pictures), encoding="utf-8")
 
 
-def headings(report: Mapping[str, Any]) -> list[str]:
-    """Of the main table; costs that nothing was measured of have no column."""
-    return [
-        "task",
-        "score",
-        "model",
-        "value",
-        "difference",
-        *(f"{title}, {unit}" for _, title, unit, _ in _costs(report)),
-    ]
+def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the main table: a row per task and run, the averages at its end.
 
-
-def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Cells of the main table: a row per task and run, the averages at its end."""
+    Costs that nothing was measured of have no column.
+    """
     lines = []
+    measured = {key for task in report["tasks"].values() for run in task["runs"].values() for key in run["costs"]}
+    shown = [cost for cost in COSTS if cost[0] in measured]
     for name, task in report["tasks"].items():
         score = f"{task['main_score'].replace('_', ' ')}{', ' if task['unit'] else ''}{task['unit']}"
         for run, values in task["runs"].items():
             change = values.get("difference", {}).get(task["main_score"])
-            costs = [values["costs"].get(key) for key, *_ in _costs(report)]
+            costs = [values["costs"].get(key) for key, *_ in shown]
             lines.append(
                 [
                     name,
@@ -203,15 +196,16 @@ def table(report: Mapping[str, Any]) -> list[list[str]]:
                     "" if run == UNPATCHED else number(change, sign=True),
                     *(
                         number(None if value is None else value / divisor)
-                        for value, (*_, divisor) in zip(costs, _costs(report), strict=True)
+                        for value, (*_, divisor) in zip(costs, shown, strict=True)
                     ),
                 ]
             )
     for name, means in report["averages"].items():
         for run, value in means.items():
             change = "" if run == UNPATCHED else number(_minus(value, means[UNPATCHED]), sign=True)
-            lines.append([f"{name}, mean", "main scores, %", run, number(value), change, *[""] * len(_costs(report))])
-    return lines
+            lines.append([f"{name}, mean", "main scores, %", run, number(value), change, *[""] * len(shown)])
+    titles = [f"{title}, {unit}" for _, title, unit, _ in shown]
+    return ["task", "score", "model", "value", "difference", *titles], lines
 
 
 def all_scores(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -251,8 +245,7 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: the main table, every score, and how it was measured."""
-    scores, rows = all_scores(report)
-    lines = [*_markdown_table(headings(report), table(report), 3), "", *_markdown_table(scores, rows, 2), ""]
+    lines = [*markdown_table(*table(report), texts=3), "", *markdown_table(*all_scores(report), texts=2), ""]
     return "\n".join([*lines, *(f"- {name}: {text}" for name, text in facts(report).items())]) + "\n"
 
 
@@ -266,14 +259,13 @@ def to_html(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> s
     from jinja2 import Environment
 
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    scores, rows = all_scores(report)
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
         .from_string(template)
         .render(
             title=f"{', '.join(name for name in report['runs'] if name != UNPATCHED)} beside {UNPATCHED}",
             model=report["model"]["name"] or report["model"]["class"],
-            tables=[(headings(report), table(report), 3), (scores, rows, 2)],
+            tables=[(*table(report), 3), (*all_scores(report), 2)],
             pictures=pictures,
             facts=facts(report),
         )
@@ -286,11 +278,6 @@ def number(value: float | None, *, sign: bool = False) -> str:
         return "-"
     digits = 2 if abs(value) >= 1 or value == 0 or sign else 2 - math.floor(math.log10(abs(value)))
     return f"{value:{'+' if sign else ''}.{min(digits, 6)}f}"
-
-
-def _costs(report: Mapping[str, Any]) -> list[tuple[str, str, str, float]]:
-    measured = {key for task in report["tasks"].values() for run in task["runs"].values() for key in run["costs"]}
-    return [cost for cost in COSTS if cost[0] in measured]
 
 
 def _minus(value: float | None, base: float | None) -> float | None:
@@ -310,8 +297,8 @@ def _averages(tasks: Mapping[str, Any], runs: Sequence[str]) -> dict[str, dict[s
     return found
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> list[str]:
-    """The first columns hold texts, the others numbers."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int) -> list[str]:
+    """Lines of a table whose first columns hold texts, the others numbers."""
     rule = "|---" * texts + "|---:" * (len(head) - texts) + "|"
     return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
