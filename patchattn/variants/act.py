@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from patchattn_kernels import KeyCounts, column_mass, key_counts, split_attention
+from patchattn_kernels import KeyCounts, attention_with_lse, column_mass, key_counts, split_attention
 
 from ..calibration.heads import HeadList
 from ..call import AttentionCall
@@ -93,22 +93,25 @@ class ACT(Variant):
         return self.config.beta == 1.0 or not self.heads
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        output, weights = inner(call)
         query, key, value = call.query, call.key, call.value
         heads = None
         if len(self.heads) < query.shape[1]:
             heads = torch.tensor(self.heads, device=query.device)
             groups = heads // (query.shape[1] // key.shape[1])
             query, key, value = query[:, heads], key[:, groups], value[:, groups]
+        # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
+        anew = heads is None and call.stands_alone and _is_half(query)
+        output, weights = (query.transpose(1, 2), None) if anew else inner(call)  # the query stands for the dtype
         rule, real = call.rule(heads), call.real_tokens()
-        mass, lse = column_mass(query, key, rule, real=real)
+        if _is_half(output):
+            whole, lse = attention_with_lse(query, key, value, rule)
+            mass, _ = column_mass(query, key, rule, lse=lse, real=real)
+        else:
+            whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)
+            mass, lse = column_mass(query, key, rule, real=real)
         counts = key_counts(rule, query.shape[2], key.shape[2], key.device, real)
         sinks = self.sinks(*self._with_earlier_rows(call, mass, counts))
-
-        whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)
-        # The factor of the other keys would blow up what half precision rounded off.
-        known = {"output": whole, "lse": lse} if torch.finfo(whole.dtype).eps < 1e-4 else {"lse": lse}
-        split = split_attention(query, key, value, sinks, rule, **known)
+        split = split_attention(query, key, value, sinks, rule, output=whole, lse=lse)
         total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
         rest = total - split.mass
         # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
@@ -157,6 +160,10 @@ def _chosen(config: ACTConfig, site: AttentionSite) -> tuple[int, ...]:
         return HeadList.parse(config.heads).of_site(site)
     inside = site.layer_count < 4 or 2 <= site.layer_index <= site.layer_count - 2
     return tuple(range(site.query_heads or 0)) if inside else ()
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    return torch.finfo(tensor.dtype).eps > 1e-4
 
 
 def _put(whole: torch.Tensor, heads: torch.Tensor | None, part: torch.Tensor, *, dim: int) -> torch.Tensor:

@@ -177,8 +177,9 @@ class VAR(Variant):
 
     def _are_sinks(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(B, T)` bool: which hidden states `(B, T, E)` have a massive activation in one of the sink dimensions."""
-        dims = torch.tensor(self.config.sink_dims, device=hidden.device)
-        return activation_ratios(hidden)[..., dims].amax(dim=-1) > self.config.sink_threshold
+        ratios = activation_ratios(hidden)  # a list of dimensions would first have to go to the device
+        largest = torch.stack([ratios[..., dim] for dim in self.config.sink_dims or ()]).amax(dim=0)
+        return largest > self.config.sink_threshold
 
     def _of_all_keys(
         self, call: AttentionCall, sinks: torch.Tensor, image: torch.Tensor

@@ -67,7 +67,7 @@ def split_attention(
 ) -> SplitAttention:
     """Attention and the part of it that a set of keys has, without a tensor of Tq x Tk.
 
-    With `lse` and `output` of an attention kernel at hand only the keys of the set are read. `c (output - part) +
+    With `lse` and `output` of `attention_with_lse` at hand only the keys of the set are read. `c (output - part) +
     beta part` then scales the set by beta and the rest by c.
 
     Args:
@@ -82,8 +82,9 @@ def split_attention(
         if triton_runs(query, lacking=kernels_lack(rule, query, value)):
             return _by_kernels(query, key, value, key_set, rule, lse, output)
         query, key, value = full_precision(query), full_precision(key), full_precision(value)
-        if lse is not None and output is not None and not torch.compiler.is_compiling():
-            part, mass = _of_set(query, key, value, key_set, rule, lse)  # how many keys is a question to the device
+        waits = query.device.type != "cpu" or torch.compiler.is_compiling()  # to be told how many keys a set has
+        if lse is not None and output is not None and not waits:
+            part, mass = _of_set(query, key, value, key_set, rule, lse)
             return SplitAttention(full_precision(output), part, mass, lse)
         batch, heads, rows, _ = query.shape
         wholes, parts, masses, sums = [], [], [], []
