@@ -10,7 +10,7 @@ from ..call import AttentionCall, LayerContext
 from ..sites import AttentionSite
 from ..variants.act import ACT, ACTConfig
 from .attention import DENSE, AttentionProblem, dense, dense_under, step
-from .problem import Implementation, Outcome, Work
+from .problem import EAGER, OURS, Implementation, Outcome, Work
 from .truth import ACT_BETA, ACT_THRESHOLD
 
 
@@ -74,9 +74,9 @@ class ACTProblem(AttentionProblem):
     """Attention whose sinks keep a share of their weight, found from the attention that every key receives."""
 
     implementations = (
-        Implementation("patchattn", ours, "act", kernel="split_attention"),
+        Implementation("patchattn", ours, "act", kernel="split_attention", leeway=OURS),
         *map(dense_under, DENSE),
-        Implementation("eager N x N", eager, "act"),
+        Implementation("eager N x N", eager, "act", leeway=EAGER),
     )
 
     def work(self) -> Work:

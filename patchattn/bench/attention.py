@@ -1,7 +1,7 @@
 """What the problems of attention share: dense SDPA under each of its backends, FlexAttention, gradients."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,8 @@ BACKENDS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 DENSE = tuple(BACKENDS)
+# What torch says where no kernel of the allowed backends takes a call.
+NO_KERNEL = ("No available kernel", "No viable backend", "not supported", "requires compute capability")
 BACKWARD = 2.5  # of the forward's FLOPs: five products of a tile instead of two
 
 
@@ -86,30 +88,39 @@ def dense(operands: Operands, *, repeat: bool = False, mask: torch.Tensor | None
     )
 
 
+def no_kernel(error: Exception) -> bool:
+    """Whether torch says that no kernel of the allowed backends takes a call."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_KERNEL)
+
+
 def dense_under(name: str) -> Implementation:
-    """Dense SDPA, by one backend alone."""
+    """Dense SDPA, by one backend alone; where it takes no groups, kv heads are repeated in what is timed."""
     backend = BACKENDS[name]
 
     def make(problem: AttentionProblem) -> Callable[[], Outcome]:
         if problem.device.type == "cpu" and backend is not SDPBackend.FLASH_ATTENTION:
             raise UnavailableError("torch has it for GPUs only")
-        repeat = backend is SDPBackend.EFFICIENT_ATTENTION
 
-        def attend() -> torch.Tensor:
+        def attend(repeat: bool) -> torch.Tensor:
             with sdpa_kernel(backend):
                 return dense(problem.operands, repeat=repeat)
 
-        return step(problem.operands, attend)
+        as_it_is, repeated = (step(problem.operands, partial(attend, repeat)) for repeat in (False, True))
+        try:
+            as_it_is()
+        except RuntimeError as error:
+            if problem.operands.heads_per_group == 1 or not no_kernel(error):
+                raise
+            return repeated
+        return as_it_is
 
     return Implementation(name, make, "dense")
 
 
-@cache
-def compiled_flex() -> Any:
-    """FlexAttention is fast only when compiled."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function under torch.compile, for one shape; never silently as it was, after too many shapes or a break."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def flex(operands: Operands, visible: Callable[..., torch.Tensor], *, batch: int | None, heads: int | None) -> Any:
@@ -127,12 +138,12 @@ def flex(operands: Operands, visible: Callable[..., torch.Tensor], *, batch: int
         raise UnavailableError("compared on GPUs only")
     if operands.case.mode == "decode":
         raise UnavailableError("not compared in decoding")
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     rows, keys = operands.query.shape[2], operands.key.shape[2]
     made = torch.compile(create_block_mask)(visible, batch, heads, rows, keys, device=operands.query.device.type)
     return partial(
-        compiled_flex(),
+        compiled(flex_attention),
         operands.query,
         operands.key,
         operands.value,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .attention import DENSE, AttentionProblem, dense, dense_under, flex, step
-from .problem import Implementation, Outcome, UnavailableError, Work
+from .problem import OURS, Implementation, Outcome, UnavailableError, Work
 
 MOST_MASK = 2**31  # entries of an explicit mask
 
@@ -46,7 +46,7 @@ class BlockSparseProblem(AttentionProblem):
     """Causal attention of heads that see `operands.window[0]` first keys and `operands.window[1]` recent ones."""
 
     implementations = (
-        Implementation("patchattn", ours, "streaming", kernel="block_sparse_attention"),
+        Implementation("patchattn", ours, "streaming", kernel="block_sparse_attention", leeway=OURS),
         *map(dense_under, DENSE),
         Implementation("SDPA with a mask", masked, "streaming"),
         Implementation("FlexAttention", masked_flex, "streaming"),

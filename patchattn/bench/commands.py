@@ -29,7 +29,7 @@ def bench(
         float, typer.Option(help="Seconds after which no further implementation of a case begins.", min=0.0)
     ] = 90.0,
     time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which nothing more begins; 540 for goals, else none.")
+        float | None, typer.Option(help="Seconds after which nothing more begins; 480 for goals, else none.")
     ] = None,
 ) -> None:
     """Time our operations beside dense, masked, FlexAttention and eager ones; nothing wrong is timed.
@@ -52,9 +52,11 @@ def bench(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if suite != "smoke" and chosen.type == "cpu":
         raise ValueError(f"The suite {suite!r} needs a GPU, and the device is a CPU: choose --suite smoke.")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     output.mkdir(parents=True, exist_ok=True)
     console, began = Console(highlight=False), time.monotonic()
-    limit = 540.0 if time_limit is None and suite == "goals" else time_limit
+    limit = 480.0 if time_limit is None and suite == "goals" else time_limit
     end = float("inf") if limit is None else began + limit
     report = Report(machine(chosen, shlex.join(["patchattn", *_arguments(sys.argv[1:])])))
     report.ceilings = measure_ceilings(chosen, {case.dtype for case in cases}, seconds=min(seconds, 0.3))

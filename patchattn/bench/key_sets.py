@@ -7,7 +7,7 @@ import torch
 from patchattn_kernels import column_mass, split_attention
 
 from .attention import AttentionProblem
-from .problem import Check, Implementation, Outcome, Work, difference, worst
+from .problem import EAGER, OURS, Check, Implementation, Outcome, Work, difference, worst
 from .truth import blocks as row_blocks
 from .truth import logit_bias, logits, of_torch, pieces, whole_piece
 
@@ -60,8 +60,8 @@ class SplitProblem(_KeySetProblem):
     """Attention, the part of it that a few keys have, and their mass."""
 
     implementations = (
-        Implementation("patchattn", ours_split, "split", kernel="split_attention"),
-        Implementation("eager N x N", eager_split, "split"),
+        Implementation("patchattn", ours_split, "split", kernel="split_attention", leeway=OURS),
+        Implementation("eager N x N", eager_split, "split", leeway=EAGER),
     )
 
     def work(self) -> Work:
@@ -121,8 +121,8 @@ class ColumnMassProblem(_KeySetProblem):
     """Attention that every key receives."""
 
     implementations = (
-        Implementation("patchattn", ours_mass, "mass", kernel="column_mass"),
-        Implementation("eager N x N", eager_mass, "mass"),
+        Implementation("patchattn", ours_mass, "mass", kernel="column_mass", leeway=OURS),
+        Implementation("eager N x N", eager_mass, "mass", leeway=EAGER),
     )
 
     def work(self) -> Work:

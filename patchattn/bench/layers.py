@@ -18,7 +18,7 @@ from .. import patching
 from .attention import BACKENDS
 from .cases import Case
 from .operands import generator
-from .problem import Check, Implementation, Outcome, Problem, Work, difference
+from .problem import OURS, Check, Implementation, Outcome, Problem, Work, difference
 
 EXACT = "patchattn_bench_float64"  # name of an attention implementation of transformers
 WEIGHTS = 2**25  # attention weights held at a time
@@ -30,18 +30,18 @@ def exact_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Any,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in float64, without a mask, in transformers' form: `(B, T, H, D)` in the dtype of the query."""
+    """Attention in float64 in transformers' form: `(B, T, H, D)` in the dtype of the query; the mask is bool if any."""
     batch, heads, rows, dim = query.shape
     key, value = (t.double().repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
     places, outputs = torch.arange(rows, device=query.device), []
     for part in places.split(max(1, WEIGHTS // (batch * heads * rows))):
         logits = query[:, :, part].double() @ key.mT * (dim**-0.5 if scaling is None else scaling)
-        if getattr(module, "is_causal", False):
-            logits = logits.masked_fill(places > part[:, None], float("-inf"))
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask[:, :, part], float("-inf"))
         outputs.append(logits.softmax(-1) @ value)
     return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype), None
 
@@ -99,7 +99,7 @@ class LayerProblem(Problem):
     """
 
     implementations = (
-        Implementation("patchattn", patched, "variant", kernel="layer"),
+        Implementation("patchattn", patched, "variant", kernel="layer", leeway=OURS),
         unpatched("SDPA flash"),
         Implementation("plain torch", plain, "variant"),
     )
@@ -143,8 +143,8 @@ class LayerProblem(Problem):
             patching.patch_model(model, self.variant, settings)
         return model
 
-    def step(self, model: Any) -> Callable[[], Outcome]:
-        """A function that runs the timed part of a model once."""
+    def step(self, model: Any, *, masked: bool = False) -> Callable[[], Outcome]:
+        """A function that runs the timed part of a model once; `masked` spells out the mask of causal attention."""
         layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
         layer: Any = layers[0]
         arguments: dict[str, Any] = {}
@@ -152,7 +152,9 @@ class LayerProblem(Problem):
             positions = torch.arange(self.case.tokens, device=self.device)[None].expand(self.case.batch, -1)
             with torch.no_grad():
                 rotary = model.rotary_emb(self.hidden, positions)
-            arguments = {"position_embeddings": rotary, "attention_mask": None}
+            places = positions[0]
+            mask = (places <= places[:, None])[None, None] if masked else None
+            arguments = {"position_embeddings": rotary, "attention_mask": mask}
             layer = layer.self_attn if self.part == "attention" else layer
 
         def run() -> Outcome:
@@ -181,7 +183,7 @@ class LayerProblem(Problem):
         if computes not in self._truths:
             variant = computes == "variant"
             with plain_kernels():
-                truth = self.step(self.model(patched=variant, implementation=EXACT))()["output"]
+                truth = self.step(self.model(patched=variant, implementation=EXACT), masked=True)()["output"]
                 own = self.step(self.model(patched=variant))()["output"]
             self._truths[computes] = (truth.cpu(), own.cpu())
         truth, own = (tensor.to(self.device, torch.float64) for tensor in self._truths[computes])

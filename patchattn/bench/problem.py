@@ -10,6 +10,9 @@ import torch
 from .cases import Case
 
 Outcome = Mapping[str, torch.Tensor]
+# How many times the error of torch's own kernel an implementation may make: what we ask of ours; what kernels that are
+# right reach by chance, since the largest of many errors is compared; what rounding the weights to bfloat16 makes.
+OURS, OTHERS, EAGER = 2.0, 4.0, 8.0
 ROUNDING = 1e-5  # of the largest value: what an implementation may be off where torch's own kernel is exact
 
 
@@ -44,15 +47,13 @@ class Check:
     torch_error: float
     what: str = "output"
 
-    @property
-    def allowed(self) -> float:
-        """Twice the error of torch's own kernel, and a rounding."""
-        return 2.0 * self.torch_error + ROUNDING
+    def allowed(self, leeway: float) -> float:
+        """So many times the error of torch's own kernel, and a rounding."""
+        return leeway * self.torch_error + ROUNDING
 
-    @property
-    def passed(self) -> bool:
+    def passes(self, leeway: float) -> bool:
         """False for an error that is no number, too."""
-        return self.error <= self.allowed
+        return self.error <= self.allowed(leeway)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Implementation:
             it does before it returns is not timed.
         computes: what its result is; the problem knows the truth of each.
         kernel: name of the operation of `patchattn_kernels` that this is, if it is one of ours.
+        leeway: how many times the error of torch's own kernel it may make; see OURS, OTHERS and EAGER.
     """
 
     name: str
     make: Callable[[Any], Callable[[], Outcome]]
     computes: str
     kernel: str | None = None
+    leeway: float = OTHERS
 
 
 class Problem(ABC):
@@ -92,7 +95,9 @@ class Problem(ABC):
 
 def worst(checks: Sequence[Check]) -> Check:
     """The check that is closest to failing, or that fails by most."""
-    return max(checks, key=lambda check: float("inf") if check.error != check.error else check.error / check.allowed)
+    return max(
+        checks, key=lambda check: float("inf") if check.error != check.error else check.error / check.allowed(OURS)
+    )
 
 
 def difference(found: torch.Tensor, truth: torch.Tensor) -> float:

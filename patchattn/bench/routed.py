@@ -7,7 +7,7 @@ import torch
 from patchattn_kernels import apply_head_gate, routed_attention
 
 from .attention import DENSE, AttentionProblem, dense, dense_under, flex, step
-from .problem import Implementation, Outcome, UnavailableError, Work
+from .problem import OURS, Implementation, Outcome, UnavailableError, Work
 
 
 def ours(problem: "RoutedProblem") -> Callable[[], Outcome]:
@@ -47,7 +47,7 @@ class RoutedProblem(AttentionProblem):
     """Attention of the (token, query head) pairs that a gate keeps."""
 
     implementations = (
-        Implementation("patchattn", ours, "gated", kernel="routed_attention"),
+        Implementation("patchattn", ours, "gated", kernel="routed_attention", leeway=OURS),
         *map(dense_under, DENSE),
         Implementation("mask afterwards", afterwards, "gated"),
         Implementation("FlexAttention", masked_flex, "gated"),

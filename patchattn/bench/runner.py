@@ -11,16 +11,13 @@ import torch
 
 from patchattn_kernels.tuning import tuning
 
-from .attention import ran_triton
+from .attention import no_kernel, ran_triton
 from .cases import Case
 from .ceilings import Ceilings
 from .problem import Implementation, Outcome, Problem, UnavailableError
 from .registry import PROBLEMS
 from .results import Result, Status
 from .timing import Stopwatch, as_graph, measure, peak_memory, stopwatch
-
-# What torch says where no kernel of the allowed backends takes a call.
-NO_KERNEL = ("No available kernel", "No viable backend", "not supported", "requires compute capability")
 
 
 def run_case(
@@ -94,7 +91,7 @@ class _Single:
             except torch.OutOfMemoryError as error:
                 status, reason = "out of memory", str(error)
             except Exception as error:
-                known = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_KERNEL)
+                known = self.implementation.kernel is None and no_kernel(error)
                 status = "unavailable" if known else "failed"
                 because = [str(w.message) for w in caught if "because" in str(w.message)] if known else []
                 reason = " ".join([f"{'' if known else type(error).__name__ + ': '}{error}", *because])
@@ -102,7 +99,7 @@ class _Single:
 
     def _measured(self, facts: dict[str, Any]) -> Result:
         case, device, name = self.problem.case, self.problem.device, self.implementation.name
-        run = self.implementation.make(self.problem)
+        run, leeway = self.implementation.make(self.problem), self.implementation.leeway
         if self.tune and self.implementation.kernel:
             with tuning():
                 run()
@@ -110,15 +107,17 @@ class _Single:
             outcome = run()
         check = self.problem.check(self.implementation.computes, outcome)
         del outcome
-        graphed = False
-        if check.passed and case.mode == "decode" and device.type == "cuda":
+        graphed, ungraphed = False, run
+        if check.passes(leeway) and case.mode == "decode" and device.type == "cuda":
             run, graphed = _graphed(run)
             check = self.problem.check(self.implementation.computes, run())
         errors: dict[str, Any] = {"error": check.error, "torch_error": check.torch_error}
-        if not check.passed:
-            reason = f"{check.what} is off by {check.error:.2g} of the largest value; {check.allowed:.2g} is allowed"
+        if not check.passes(leeway):
+            reason = (
+                f"{check.what} is off by {check.error:.2g} of the largest value; {check.allowed(leeway):.2g} is allowed"
+            )
             return Result(case, name, "wrong", reason, **errors)
-        memory = peak_memory(run, device, self.before)
+        memory = peak_memory(ungraphed, device, self.before)  # a graph has its memory beforehand
         timing = measure(run, self.watch, seconds=self.seconds)
         return Result(
             case,
