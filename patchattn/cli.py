@@ -1,6 +1,7 @@
-"""The command line: `patchattn list | info | coverage | check | demo | calibrate | eval | bench`."""
+"""The command line: `patchattn list | info | coverage | check | demo | calibrate | eval | bench | plot | lm-eval`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from .bench.commands import bench
 from .calibration.commands import calibrate_curve, calibrate_flap, calibrate_heads
 from .evaluation.commands import evaluate_model
+from .plotting.commands import plot
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +22,7 @@ app = typer.Typer(
 
 calibrate = typer.Typer(no_args_is_help=True, help="Find on data what a training-free variant needs for a model.")
 app.add_typer(calibrate, name="calibrate")
+app.add_typer(plot, name="plot")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -129,7 +132,7 @@ def check(
     from .demo.tasks import load_pretrained
     from .variant import variant_info
 
-    config = variant_info(variant).configure(_parse_settings(settings or []))
+    config = variant_info(variant).configure(parse_settings(settings or []))
     quiet()
     architectures = load_pretrained(AutoConfig, model).architectures or []
     decodes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
@@ -210,7 +213,7 @@ def calibrate_act(
     from .demo.tasks import load_pretrained
     from .evaluation.likelihood import read_choices
 
-    examples, given = read_choices(data), _parse_settings(settings or [])
+    examples, given = read_choices(data), parse_settings(settings or [])
     quiet()
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval()
     tokenizer = load_pretrained(AutoTokenizer, model)
@@ -275,7 +278,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _parse_settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
     import yaml
 

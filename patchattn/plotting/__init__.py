@@ -1,6 +1,20 @@
 """Pictures of what a model's attention does, and of what a variant changes; matplotlib is imported to draw alone."""
 
+from .attention import plot_attention_grid, plot_attention_map, plot_attention_received, plot_image_attention
 from .heads import plot_head_importance, plot_head_usage, plot_pruning_curve
+from .pareto import ParetoPoint, pareto_front, plot_pareto
 from .temperatures import plot_temperatures
 
-__all__ = ["plot_head_importance", "plot_head_usage", "plot_pruning_curve", "plot_temperatures"]
+__all__ = [
+    "ParetoPoint",
+    "pareto_front",
+    "plot_attention_grid",
+    "plot_attention_map",
+    "plot_attention_received",
+    "plot_head_importance",
+    "plot_head_usage",
+    "plot_image_attention",
+    "plot_pareto",
+    "plot_pruning_curve",
+    "plot_temperatures",
+]

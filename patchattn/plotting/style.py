@@ -6,3 +6,4 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 SERIES = ((BLUE, "o"), (GREEN, "^"), (ORANGE, "s"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#000000", "X"))
 # Looks the same with and without colour vision deficiencies, and lightens evenly in print.
 COLOURS = "cividis"
+OVER_GREY = "viridis"  # nearly as safe, and told apart from a grey picture shining through

@@ -1,0 +1,78 @@
+"""What pictures take from the reports of `patchattn eval`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.report import COSTS, read_report
+from ..evaluation.run import folder_name
+from ..settings import nearest
+from .pareto import ParetoPoint
+
+_MORE_IS_BETTER = {"tokens_per_second", "samples_per_second"}  # of the costs
+
+
+def named_runs(reports: Sequence[Path]) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
+    """Of every run a name, the folder of its report, its name there, and the report.
+
+    With several reports the folder is in the name.
+    """
+    for path in reports:
+        report, folder = read_report(path), path if path.is_dir() else path.parent
+        for run in report["runs"]:
+            yield (run if len(reports) == 1 else f"{folder.resolve().name}: {run}"), folder, run, report
+
+
+def task_rows(folder: Path, run: str, task: str) -> list[dict[str, Any]]:
+    """The rows of one task of a run, in the order of its samples.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted((folder / folder_name(run) / task).glob("process_*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    if not rows:
+        raise ValueError(f"{folder} holds no answers of the task {task!r} of the run {run!r}.")
+    return [row for _, row in sorted({row["index"]: row for row in rows}.items())]
+
+
+def pareto_points(
+    reports: Sequence[Path], task: str | None, cost: str | None
+) -> tuple[list[ParetoPoint], dict[str, Any]]:
+    """Points of all runs, and how `plot_pareto` is to label them.
+
+    Raises:
+        ValueError: no such report, task or cost; or a run without.
+    """
+    runs = list(named_runs(reports))
+    tasks = list(dict.fromkeys(name for *_, report in runs for name in report["tasks"]))
+    if task is None and len(tasks) > 1:
+        raise ValueError(f"There are several tasks, choose one with --task: {', '.join(tasks)}.")
+    task = tasks[0] if task is None else task
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for name, folder, run, report in runs:
+        if task not in report["tasks"]:
+            raise ValueError(f"{folder} has no task {task!r}{nearest(task, list(report['tasks']))}")
+        found[name] = (report["tasks"][task], report["tasks"][task]["runs"][run])
+    known = [key for key, *_ in COSTS if all(key in values["costs"] for _, values in found.values())]
+    if not known:
+        raise ValueError(f"No cost was measured for the task {task!r} in all of these runs.")
+    cost = known[0] if cost is None else cost
+    if cost not in known:
+        raise ValueError(f"There is no cost {cost!r} of all runs{nearest(cost, known)}")
+    _, heading, unit, divisor = next(entry for entry in COSTS if entry[0] == cost)
+    about = next(iter(found.values()))[0]
+    points = []
+    for name, (_, values) in found.items():
+        score = values["scores"][about["main_score"]]
+        if score is None:
+            raise ValueError(f"The run {name!r} has no score of the task {task!r}: it is not a number.")
+        points.append(ParetoPoint(name, score, values["costs"][cost] / divisor))
+    labels = {
+        "score": f"{task}: {about['main_score'].replace('_', ' ')}{', ' if about['unit'] else ''}{about['unit']}",
+        "cost": f"{heading}, {unit}",
+        "higher_is_better": about["higher_is_better"],
+        "lower_cost_is_better": cost not in _MORE_IS_BETTER,
+    }
+    return points, labels
