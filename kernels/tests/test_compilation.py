@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from patchattn_kernels import routed_pairs_triton
+from patchattn_kernels import (
+    column_mass_triton,
+    routed_pairs_triton,
+    split_attention_backward_triton,
+    split_attention_keys_triton,
+    split_attention_triton,
+)
 from patchattn_kernels.tuning import Launch
 
 KIB = 1024
@@ -79,9 +85,52 @@ def _all_routed() -> list[Kernel]:
     return kernels
 
 
+KEY_SETS = {
+    "attention_kernel": split_attention_triton,
+    "key_set_kernel": split_attention_triton,
+    "query_gradient_kernel": split_attention_backward_triton,
+    "key_gradient_kernel": split_attention_keys_triton,
+    "column_mass_kernel": column_mass_triton,
+}
+
+
+def key_set(
+    name: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90, **how: bool
+) -> Kernel:
+    """A kernel of `split_attention` or `column_mass`; masks as of `routed`; `how`: what it leaves out or takes in."""
+    constants: dict[str, Any] = {"DIM": dim, "DIM_V": dim, "BLOCK_D": max(16, 1 << (dim - 1).bit_length())}
+    constants |= {"BLOCK_V": constants["BLOCK_D"], "CAUSAL": mask != "rows", "WINDOWED": mask == "window"}
+    constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
+    constants |= {"OUTPUT": True, "LISTED": False, "PADDED": False, **how}
+    states = ["query", "key", "value", "given", "query_gradient", "key_gradient", "value_gradient"]
+    types = dict.fromkeys(states, dtype) | dict.fromkeys(["output", "lse", "extra", "mass", "mass_of"], "*fp32")
+    types |= dict.fromkeys(["index", "rank", "first", "last", "counts", "nearest", "seeing", "longest"], "*i32")
+    types |= dict.fromkeys(["mask", "real", "chosen", "leading"], "*u8") | dict.fromkeys(["scale", "scaling"], "fp32")
+    strides = [f"{tensor}_{axis}" for tensor in [*states, "output"] for axis in ("batch", "head", "token")]
+    return Kernel(f"{KEY_SETS[name].__name__.split('.')[-1]}.{name}", launch, constants, types, strides, capability)
+
+
+def _all_key_sets() -> list[Kernel]:
+    kernels = []
+    for name, module in KEY_SETS.items():
+        for dim in (64, 80, 128, 256):
+            launches = module.launches(torch.bfloat16, dim)
+            kernels += [key_set(name, dim, launch) for launch in launches]
+            kernels.append(key_set(name, dim, launches[0], capability=80))
+            kernels.append(key_set(name, dim, launches[0], dtype="*fp16", OUTPUT=False, LISTED=True, PADDED=True))
+        launch = module.launches(torch.bfloat16, 64)[-1]
+        kernels += [key_set(name, 64, launch, mask=mask, LISTED=True) for mask in ("window", "keys", "rows")]
+        for dim in (64, 256):
+            kernels.append(key_set(name, dim, module.launches(torch.float32, dim)[0], dtype="*fp32"))
+    return kernels
+
+
 SMALL = Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2)
 QUICK = {"routed_attention": [routed("prefill", 32, SMALL), routed("keys", 32, SMALL)]}
-ALL = {"routed_attention": _all_routed()}
+QUICK["split_attention"] = [
+    key_set(name, 32, SMALL, LISTED=True) for name in ("attention_kernel", "key_gradient_kernel")
+]
+ALL = {"routed_attention": _all_routed(), "split_attention": _all_key_sets()}
 
 
 def compiled(kernels: list[Kernel]) -> list[dict[str, Any]]:
