@@ -150,7 +150,7 @@ def test_a_classifier(call: Any, folder: Path) -> None:
     assert report["tasks"]["glue/sst2"]["kind"] == "classifier"
     code, _, err = call("--tasks", "perplexity", "--variant", "ssa", model="bert")
     assert code == 2
-    assert "perplexity is for a causal lm, got a classifier" in err
+    assert "perplexity is for a causal language model, got a classifier" in err
 
 
 def test_kinds_of_models(tmp_path: Path, folder: Path) -> None:

@@ -80,15 +80,19 @@ def run_pope(
         TypeError: a setting of the wrong type.
     """
     settings = GenerationSettings.from_dict(generation)
-    files = files_in(images, [question.image for question in questions])
+    answers = answer(model, processor, pope_requests(questions, images, suffix), output, settings)
+    labels = [question.label for question in questions]
+    return Pope(keep_in_memory=True).compute(predictions=answers, references=labels)
+
+
+def pope_requests(questions: Sequence[PopeQuestion], images: str | os.PathLike[str], suffix: str = "") -> list[Request]:
+    """What is asked about which image; takes and raises what `run_pope` does."""
     requests = []
-    for question, file in zip(questions, files, strict=True):
+    for question, file in zip(questions, files_in(images, [question.image for question in questions]), strict=True):
         fields = asdict(question)
         fields["question"] = fields.pop("text")
         requests.append(Request(fields, file, f"{question.text} {suffix}" if suffix else question.text))
-    answers = answer(model, processor, requests, output, settings)
-    labels = [question.label for question in questions]
-    return Pope(keep_in_memory=True).compute(predictions=answers, references=labels)
+    return requests
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

@@ -26,6 +26,11 @@ class TaskEntry:
     takes_data: bool = True
 
 
+_SPELT: Mapping[ModelKind, str] = {
+    "causal_lm": "causal language model",
+    "classifier": "classifier",
+    "vision_language": "vision-language model",
+}
 _GLUE: Mapping[ModelKind, str] = {
     "classifier": "glue_tasks:GlueClassification",
     "causal_lm": "glue_tasks:GlueLikelihood",
@@ -40,6 +45,8 @@ TASKS: dict[str, TaskEntry] = {
     "ruler/vt": TaskEntry({"causal_lm": "ruler:VariableTracking"}),
     "perplexity": TaskEntry({"causal_lm": "perplexity:PerplexityTask"}),
     "speed": TaskEntry({"causal_lm": "speed:SpeedTask"}, takes_data=False),
+    "pope": TaskEntry({"vision_language": "vlm_tasks:PopeTask"}, takes_data=False),
+    "chair": TaskEntry({"vision_language": "vlm_tasks:ChairTask"}, takes_data=False),
 }
 GROUPS = {
     group: [name for name in TASKS if name.startswith(f"{group}/")]
@@ -97,8 +104,8 @@ def make_tasks(
         raise ValueError(f"{', '.join(asked)} reads no data: leave out data.")
     for name in asked:
         if kind not in TASKS[name].classes:
-            kinds = " or a ".join(TASKS[name].classes).replace("_", " ")
-            raise ValueError(f"The task {name} is for a {kinds}, got a {kind.replace('_', ' ')}.")
+            kinds = " or a ".join(_SPELT[other] for other in TASKS[name].classes)
+            raise ValueError(f"The task {name} is for a {kinds}, got a {_SPELT[kind]}.")
     return [_make(name, kind, data, settings or {}) for name in asked]
 
 

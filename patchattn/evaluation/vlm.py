@@ -16,6 +16,7 @@ from rich.progress import track
 
 from ..selection import evaluating
 from ..settings import Settings, option
+from .cost import Cost, measured
 from .results import claim, model_identity, read_done
 
 
@@ -101,16 +102,16 @@ def answer(
     path = Path(output)
     if not requests:
         raise ValueError("There is nothing to ask: no requests.")
-    _check_images(requests)
-    _check_processor(processor, settings)
+    check_images(requests)
+    check_processor(processor, settings)
     claim(path, _identity(model, requests, settings))
     done = [row["answer"] for row in read_done(path, [request.fields for request in requests], "answer")]
     ends = {start: min(start + settings.batch, len(requests)) for start in range(0, len(requests), settings.batch)}
     starts = [start for start, end in ends.items() if end > len(done)]
-    with evaluating(model), _left_padded(processor.tokenizer), path.open("a", encoding="utf-8") as file:
+    with evaluating(model), path.open("a", encoding="utf-8") as file:
         for start in track(starts, description="Answering", disable=not sys.stderr.isatty() or not starts):
             batch = requests[start : ends[start]]
-            texts = _generate(model, processor, batch, settings, settings.seed * 1_000_003 + start)
+            texts, _ = generate_answers(model, processor, batch, settings, settings.seed * 1_000_003 + start)
             for request, text in list(zip(batch, texts, strict=True))[max(len(done) - start, 0) :]:
                 file.write(json.dumps({**request.fields, "answer": text}, ensure_ascii=False) + "\n")
                 done.append(text)
@@ -125,7 +126,8 @@ def files_in(folder: str | os.PathLike[str], names: Sequence[str]) -> list[Path]
     return [Path(folder) / name for name in names]
 
 
-def _check_images(requests: Sequence[Request]) -> None:
+def check_images(requests: Sequence[Request]) -> None:
+    """ValueError if images are missing; the message names the folder."""
     missing = sorted({request.image for request in requests if not request.image.is_file()})
     if missing:
         some = ", ".join(path.name for path in missing[:3])
@@ -133,7 +135,8 @@ def _check_images(requests: Sequence[Request]) -> None:
         raise ValueError(f"{missing[0].parent} lacks {len(missing)} of the {total} images, such as {some}.")
 
 
-def _check_processor(processor: Any, settings: GenerationSettings) -> None:
+def check_processor(processor: Any, settings: GenerationSettings) -> None:
+    """ValueError for a processor without chat template where none is given, or without padding token."""
     name = type(processor).__name__
     if settings.template is None and not getattr(processor, "chat_template", None):
         raise ValueError(f"{name} has no chat template: give template=, such as 'USER: <image>\\n{{text}} ASSISTANT:'.")
@@ -150,30 +153,34 @@ def _prompt(processor: Any, request: Request, settings: GenerationSettings) -> s
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def _generate(
+def generate_answers(
     model: Any, processor: Any, batch: Sequence[Request], settings: GenerationSettings, seed: int
-) -> list[str]:
-    """The answers to one batch; the caller's random numbers go on as if nothing had been drawn."""
+) -> tuple[list[str], Cost]:
+    """The answers to one batch, and what generating them cost, without reading and preparing the images.
+
+    The caller's random numbers go on as if nothing had been drawn.
+    """
     prompts = [_prompt(processor, request, settings) for request in batch]
     bos = processor.tokenizer.bos_token
     # some templates write the token of the beginning themselves
     once = {"add_special_tokens": False} if bos is not None and prompts[0].startswith(bos) else {}
-    inputs = processor(
-        images=[_image(request.image) for request in batch],
-        text=prompts,
-        padding=True,
-        return_tensors="pt",
-        **once,
-    ).to(model.device, model.dtype)
+    with _left_padded(processor.tokenizer):
+        inputs = processor(
+            images=[_image(request.image) for request in batch],
+            text=prompts,
+            padding=True,
+            return_tensors="pt",
+            **once,
+        ).to(model.device, model.dtype)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    with torch.random.fork_rng(devices), torch.inference_mode(), measured(model) as cost:
         torch.manual_seed(seed)
-        tokens = model.generate(**inputs, **settings.arguments())
+        tokens = model.generate(**inputs, **settings.arguments(), stopping_criteria=[cost])
     given = inputs["input_ids"]
     length = given.shape[1]
     if tokens.shape[1] >= length and torch.equal(tokens[:, :length], given):  # models with a decoder return no prompt
         tokens = tokens[:, length:]
-    return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)], cost
 
 
 def _image(path: Path) -> Image.Image:
