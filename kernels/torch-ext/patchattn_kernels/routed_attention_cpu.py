@@ -48,12 +48,12 @@ def routed_on_cpu(
         return None
     # A pair is a token and a query head. Those that share a kv head see the same keys: one list of them per sequence
     # and kv head, in the order of tokens.
-    pairs = torch.arange(gate.numel()).view(batch, rows, groups, -1).transpose(1, 2)
     selected = (gate != 0).reshape(batch, rows, groups, -1).transpose(1, 2) & seen.any(dim=-1)[:, None, None, None]
     counts: list[list[int]] = selected.sum(dim=(2, 3)).tolist()
-    lists = pairs[selected].split([count for own in counts for count in own])
     if not _pays(counts, gate.numel(), rule.causal):
         return None
+    pairs = torch.arange(gate.numel()).view(batch, rows, groups, -1).transpose(1, 2)
+    lists = pairs[selected].split([count for own in counts for count in own])
     packs = [_packs(own) for own in counts]
     # shorter lists of a pack are filled up with one pair too many, which is dropped at the end
     targets = [
@@ -122,7 +122,9 @@ def _seen(rule: AttentionRule, rows: int, keys: int) -> torch.Tensor | None:
         return torch.ones(1, keys, dtype=torch.bool)
     if mask.dim() == 2:
         return mask[:, :keys].bool()
-    first = mask[:, 0, 0, :keys]
+    first, last = mask[:, 0, 0, :keys], mask[:, 0, -1, :keys]
+    if not torch.equal(first, last):  # under causal masks this says it already
+        return None
     return first if bool((mask[:, 0, :, :keys] == first[:, None]).all()) else None
 
 
