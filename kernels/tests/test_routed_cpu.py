@@ -209,6 +209,8 @@ def given_to(rows: int, keys: int, share: float, rule: AttentionRule) -> torch.T
 
 
 TRIANGLE = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
+ONE_ROW_ELSE = torch.ones(1, 1, 800, 800, dtype=torch.bool)
+ONE_ROW_ELSE[..., 400, 0] = False
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,7 @@ TRIANGLE = torch.ones(800, 800, dtype=torch.bool).tril()[None, None]
         (1536, 1537, 0.2, {"causal": True}),
         (1536, 1536, 0.2, {"causal": True, "mask": torch.ones(1, 1536)}),
         (800, 800, 0.5, {"mask": TRIANGLE}),
+        (800, 800, 0.5, {"mask": ONE_ROW_ELSE}),
         (800, 800, 0.5, {"window": 4}),
         (800, 800, 0.5, {"sequence": torch.zeros(800)}),
         (800, 800, 0.5, {"softcap": 30.0}),
