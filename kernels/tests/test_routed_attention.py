@@ -164,7 +164,7 @@ def test_output_and_gradients(name: str) -> None:
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    repeats=st.integers(1, 3), groups=st.integers(1, 2), queries=st.integers(1, 40), keys=st.integers(1, 40),
+    repeats=st.integers(1, 3), groups=st.integers(1, 2), queries=st.integers(1, 33), keys=st.integers(1, 33),
     dims=st.tuples(st.integers(1, 20), st.integers(1, 20)), share=st.floats(0, 1), causal=st.booleans(),
     window=st.none() | st.integers(1, 50), seed=st.integers(0, 99),
 )  # fmt: skip
@@ -197,7 +197,7 @@ def test_half_precision_is_as_exact_as_torch() -> None:
 
 
 def test_rows_that_see_nothing_are_zeros() -> None:
-    tensors = operands(2, groups=1, share=1.1)
+    tensors = operands(2, heads=2, groups=1, share=0.8)
     got = check(tensors, AttentionRule(scaling=0.25, causal=True, mask=padding(30, 0, keys=33)))
     assert not got[0][1].any()
     assert not any(gradient[1].any() for gradient in got[1:])
@@ -205,12 +205,13 @@ def test_rows_that_see_nothing_are_zeros() -> None:
 
 
 def test_large_and_infinite_logits() -> None:
-    query, key, value, gate = operands(heads=2, groups=1, share=1.1)
+    query, key, value, gate = operands(heads=2, groups=1, share=0.8)
     rule = AttentionRule(scaling=1.0, causal=True)
     check([query * 20, key * 20, value, gate], rule, tolerance=1e-3)  # logits of thousands
     query, key = query.abs(), key.clone()
     key[:, :, ::3, 0] = -torch.inf  # such keys have a logit of -inf; the first row sees no other
-    output = routed_attention(query, key, value, gate, rule)
+    with np.errstate(invalid="ignore"):  # numpy's products meet infinity times zero in lanes that are masked
+        output = routed_attention(query, key, value, gate, rule)
     torch.testing.assert_close(output.double(), dense([query, key, value, gate], rule), atol=1e-5, rtol=0)
 
 

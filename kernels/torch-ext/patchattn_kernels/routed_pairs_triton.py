@@ -134,7 +134,7 @@ def launches(kernel: str, dim: int, dtype: torch.dtype) -> list[Launch]:
     """Launch settings of a kernel (`prefill`, `decode`, `queries`, `keys`) for a head dim; the first is the default."""
     width = padded(dim)
     if dtype == torch.float32:  # products without tensor cores
-        size = 16 if width > 128 else 32
+        size = 16 if width > 64 else 32
         return [Launch({"BLOCK_M": size, "BLOCK_N": size})]
     table = _LAUNCHES[kernel]
     sizes = table[min(size for size in table if width <= size)]
@@ -227,8 +227,8 @@ def selected_pairs(gate: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch
     length = queries * heads // groups
     pairs = gate.new_empty(batch * groups, length, dtype=torch.int32)
     starts = gate.new_empty(batch * groups, queries + 1, dtype=torch.int32)
-    block = min(4096, max(16, triton.next_power_of_2(length)))
+    block = min(8192, max(16, triton.next_power_of_2(length)))
     list_pairs[(batch * groups,)](
-        gate, pairs, starts, queries, groups, REPEATS=heads // groups, BLOCK=block, num_warps=8 if block > 1024 else 4
+        gate, pairs, starts, queries, groups, REPEATS=heads // groups, BLOCK=block, num_warps=max(1, block // 512)
     )
     return pairs, starts
