@@ -1,0 +1,136 @@
+"""`patchattn plot`: every kind of picture is written, and a mistake is one line before a model is loaded."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import patchattn
+from patchattn.calibration.heads import BaseFacts
+from patchattn.calibration.importance import HeadImportance, SiteScores
+from patchattn.cli import main
+from patchattn.evaluation.report import SCHEMA_VERSION
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, texts, and a report."""
+    folder = tmp_path_factory.mktemp("plot")
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
+    model.save_pretrained(folder)
+    patchattn.save_patch(patchattn.patch_model(model, "ssa"), folder / "patch")
+    (folder / "text.txt").write_text(" ".join(WORDS[:30]))
+    scores = {f"model.layers.{i}.self_attn": SiteScores(i, 2, (0.1, 0.2, 0.3, 0.4)) for i in range(2)}
+    HeadImportance(scores, "flap", BaseFacts("llama", 2, 4)).save(folder / "importance.json")
+    runs = {
+        run: {"scores": {"recall": score}, "costs": {"tokens_per_second": speed}}
+        for run, score, speed in (("unpatched", 90.0, 20.0), ("moh", 80.0, 30.0))
+    }
+    task = {"main_score": "recall", "unit": "%", "higher_is_better": True, "runs": runs}
+    report = {"schema_version": SCHEMA_VERSION, "runs": {"unpatched": {}, "moh": {}}, "tasks": {"needle": task}}
+    (folder / "report").mkdir()
+    (folder / "report" / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, folder, tmp_path):
+    """Runs `patchattn plot` in an empty folder, FOLDER standing for the data; exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def call(line):
+        with pytest.raises(SystemExit) as left:
+            main(["plot", *line.replace("FOLDER", str(folder)).split()])
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "heads FOLDER --text FOLDER/text.txt --variant moh --set active_ratio=0.5",
+        "temperatures FOLDER --text FOLDER/text.txt --patch FOLDER/patch",
+        "temperatures FOLDER --text FOLDER/text.txt --variant ssa+moh --set moh.active_ratio=0.5",
+        "importance FOLDER/importance.json",
+        "received FOLDER --text FOLDER/text.txt --layer 1",
+        "map FOLDER --layer 1 --head 2 --prompt w1",
+        "grid FOLDER --text FOLDER/text.txt --variant ssa --resolution 4",
+        "pareto FOLDER/report --output pareto.svg",
+    ],
+)
+def test_every_kind_of_picture_is_written(run, tmp_path, line):
+    code, out, err = run(line)
+    assert code == 0, err
+    name = f"{line.split()[0]}.{'svg' if 'svg' in line else 'png'}"
+    assert f"Wrote {name}" in out
+    start = (tmp_path / name).read_bytes()[:5]
+    assert start in (b"\x89PNG\r", b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("received NOWHERE --prompt w1 --output here.gif", "must end in .pdf, .png, .svg"),
+        ("received NOWHERE --prompt w1 --output no/here.png", "There is no folder 'no'"),
+        ("received NOWHERE", "either --prompt or --text"),
+        ("received NOWHERE --prompt w1 --variant mohh", "did you mean 'moh'"),
+        ("received NOWHERE --prompt w1 --variant moh --set active_ration=1", "did you mean 'active_ratio'"),
+        ("received NOWHERE --prompt w1 --set active_ratio=1", "needs --variant"),
+        ("received NOWHERE --prompt w1 --variant moh --patch here", "not both"),
+        ("received NOWHERE --prompt w1", "Cannot load 'NOWHERE'"),
+        ("received FOLDER/patch --prompt w1 --variant moh", "was saved patched"),
+        ("heads FOLDER --text nowhere.txt --variant moh", "There is no file 'nowhere.txt'"),
+        ("image NOWHERE --image nowhere.png --prompt w1", "There is no image"),
+        ("image NOWHERE --image nowhere.png --prompt w1 --query first", "last, text or the index"),
+        ("importance nowhere.json", "no importance file"),
+        ("pareto nowhere", "There is no report"),
+        ("pareto FOLDER/report --task needl", "did you mean 'needle'"),
+        ("pareto FOLDER/report --cost peak_memory", "no cost 'peak_memory'"),
+        ("needle FOLDER/report", "holds no answers"),
+    ],
+)
+def test_a_mistake_is_one_line_before_a_model_is_loaded(run, monkeypatch, line, message):
+    monkeypatch.setattr("patchattn.plotting.loading.Source.load", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, err = run(line)
+    assert code == 2
+    assert err.startswith("Error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_needle_from_a_report(run, folder, tmp_path, monkeypatch):
+    drawn = {}
+    plot_needle = __import__("patchattn.evaluation.figures", fromlist=["plot_needle"]).plot_needle
+    monkeypatch.setattr("patchattn.evaluation.needle.recall", lambda row: row["found"])
+    monkeypatch.setattr(
+        "patchattn.evaluation.figures.plot_needle",
+        lambda grids, **how: drawn.update(grids) or plot_needle(grids, **how),
+    )
+    for name, found in (("unpatched", 1.0), ("moh", 0.5)):
+        rows = folder / "report" / name / "needle"
+        rows.mkdir(parents=True, exist_ok=True)
+        lines = [{"index": i, "depth": 50.0 * i, "length": 128, "found": found * i} for i in (1, 0)]
+        (rows / "process_0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = run("needle FOLDER/report")
+    assert code == 0, err
+    assert {name: grid.scores for name, grid in drawn.items()} == {
+        "unpatched": [[0.0], [100.0]],
+        "moh": [[0.0], [50.0]],
+    }
+    with Image.open(tmp_path / "needle.png") as picture:
+        assert picture.width > 300
