@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from patchattn_kernels import (
+    block_sparse_attention_backward_triton,
+    block_sparse_attention_triton,
     column_mass_triton,
     routed_pairs_triton,
     split_attention_backward_triton,
@@ -38,6 +40,7 @@ class Kernel:
         types: of arguments, in Triton's words; int32 of those that are not named.
         multiples: numbers that are multiples of 16, as strides are; pointers are all taken for aligned.
         capability: of the GPU.
+        products: whether it multiplies matrices.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Kernel:
     types: dict[str, str]
     multiples: list[str] = field(default_factory=list)
     capability: int = 90
+    products: bool = True
 
     @property
     def id(self) -> str:
@@ -56,13 +60,14 @@ class Kernel:
 def routed(
     part: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90
 ) -> Kernel:
-    """A kernel of `routed_attention`; the mask is `none`, a `window`, of `keys`, or of `rows` and keys."""
+    """A kernel of `routed_attention`; masks: `none` or a `window` (causal), `all` seen, `keys`, `rows`."""
     width = routed_pairs_triton.padded(dim)
     module = "routed_attention_backward_triton" if part in ("queries", "keys") else "routed_attention_triton"
     floats = ["gate", "lse", "delta", "gate_gradient", "parts", "sums"]
     states = ["query", "key", "value", "output", "upstream", "query_gradient", "key_gradient", "value_gradient"]
-    constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width, "CAUSAL": mask != "rows"}
-    constants |= {"WINDOWED": mask == "window", "MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
+    constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width}
+    constants |= {"CAUSAL": mask not in ("rows", "all"), "WINDOWED": mask == "window"}
+    constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
     if mask not in ("keys", "rows"):
         constants |= {"mask": None, "first": None, "last": None}
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(states, dtype)
@@ -79,10 +84,21 @@ def _all_routed() -> list[Kernel]:
             kernels += [routed(part, dim, launch) for launch in launches]
             kernels.append(routed(part, dim, launches[0], capability=80))
             kernels.append(routed(part, dim, launches[0], dtype="*fp16"))
-        kernels += [routed(part, 64, launches[-1], mask=mask) for mask in ("window", "keys", "rows")]
+        kernels += [routed(part, 64, launches[-1], mask=mask) for mask in ("all", "window", "keys", "rows")]
         for dim in (64, 256):
             kernels.append(routed(part, dim, routed_pairs_triton.launches(part, dim, torch.float32)[0], dtype="*fp32"))
     return kernels
+
+
+def routed_without_products() -> list[Kernel]:
+    """The lists of pairs, and the parts of decoding put together."""
+    few = Launch({}, num_warps=4)
+    lists = {"gate": "*fp32", "pairs": "*i32", "starts": "*i32"}
+    merged = dict.fromkeys(["parts", "sums", "gate", "lse"], "*fp32") | {"output": "*bf16"}
+    return [
+        Kernel("routed_pairs_triton.list_pairs", few, {"REPEATS": 4, "BLOCK": 2048}, lists, products=False),
+        Kernel("routed_attention_triton._merge", few, {"SPLITS": 8, "VDIM": 80, "VPAD": 128}, merged, products=False),
+    ]
 
 
 KEY_SETS = {
@@ -125,12 +141,69 @@ def _all_key_sets() -> list[Kernel]:
     return kernels
 
 
+BLOCK_SPARSE = {
+    "attend": block_sparse_attention_triton,
+    "query_gradients": block_sparse_attention_backward_triton,
+    "key_gradients": block_sparse_attention_backward_triton,
+}
+
+
+def block_sparse(
+    name: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90,
+    listed: bool = False, sinks: bool = False,
+) -> Kernel:  # fmt: skip
+    """A kernel of `block_sparse_attention`; masks as of `routed`; of blocks of 128, or of windows."""
+    block, width = 128 if listed else 0, block_sparse_attention_triton.pad(dim)
+    constants: dict[str, Any] = {"DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width, "CAUSAL": mask != "rows"}
+    constants |= {"BLOCK_Q": block, "BLOCK_K": block, "LISTED": listed, "WINDOWED": mask == "window"}
+    constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows", "SINKS": sinks}
+    constants |= {"PADDED": mask in ("keys", "rows") and not listed, "ADDED": not listed and not sinks}
+    states = ["query", "key", "value", "gradient", "output", "result", "key_result", "value_result"]
+    types = dict.fromkeys(states, dtype) | dict.fromkeys(["lse", "power", "delta", "key_part", "value_part"], "*fp32")
+    types |= dict.fromkeys(["first", "second", "order", "places"], "*i32")
+    types |= {"mask": "*i1", "scale": "fp32", "scaling": "fp32"}
+    strides = [f"{name}_{axis}" for name in "qkvgor" for axis in ("batch", "head", "row")]
+    return Kernel(f"{BLOCK_SPARSE[name].__name__.split('.')[-1]}.{name}", launch, constants, types, strides, capability)
+
+
+def _all_block_sparse() -> list[Kernel]:
+    kernels = []
+    for name in BLOCK_SPARSE:
+
+        def launches(dim: int, dtype: torch.dtype, forward: bool = name == "attend") -> list[Launch]:
+            if forward:
+                few = block_sparse_attention_triton.launches(dim, dtype, 1)
+                return [*block_sparse_attention_triton.launches(dim, dtype, 8192), *few]
+            return block_sparse_attention_backward_triton.launches(dim, dtype)
+
+        for dim in (64, 80, 128, 256):
+            for launch in launches(dim, torch.bfloat16):
+                kernels += [block_sparse(name, dim, launch, listed=listed) for listed in (False, True)]
+            default = launches(dim, torch.bfloat16)[0]
+            kernels.append(block_sparse(name, dim, default, capability=80))
+            kernels.append(block_sparse(name, dim, default, dtype="*fp16", sinks=name == "key_gradients"))
+        default = launches(64, torch.bfloat16)[0]
+        kernels += [block_sparse(name, 64, default, mask=mask) for mask in ("window", "keys", "rows")]
+        for dim in (64, 256):
+            kernels.append(block_sparse(name, dim, launches(dim, torch.float32)[0], dtype="*fp32"))
+    return kernels
+
+
 SMALL = Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2)
-QUICK = {"routed_attention": [routed("prefill", 32, SMALL), routed("keys", 32, SMALL)]}
+QUICK = {"routed_attention": [routed("prefill", 32, SMALL), routed("keys", 32, SMALL, mask="all")]}
+QUICK["routed_attention"] += routed_without_products()
 QUICK["split_attention"] = [
     key_set(name, 32, SMALL, LISTED=True) for name in ("attention_kernel", "key_gradient_kernel")
 ]
-ALL = {"routed_attention": _all_routed(), "split_attention": _all_key_sets()}
+QUICK["block_sparse_attention"] = [
+    block_sparse(name, 32, SMALL, listed=listed)
+    for name, listed in [("attend", False), ("attend", True), ("query_gradients", True), ("key_gradients", False)]
+]
+ALL = {
+    "routed_attention": _all_routed(),
+    "split_attention": _all_key_sets(),
+    "block_sparse_attention": _all_block_sparse(),
+}
 
 
 def compiled(kernels: list[Kernel]) -> list[dict[str, Any]]:
@@ -154,7 +227,7 @@ def compiled(kernels: list[Kernel]) -> list[dict[str, Any]]:
 def check(kernels: list[Kernel]) -> None:
     for kernel, found in zip(kernels, compiled(kernels), strict=True):
         assert found["shared"] <= SHARED[kernel.capability], kernel.id
-        assert found["tensor_cores"] == (kernel.types["query"] != "*fp32"), kernel.id
+        assert found["tensor_cores"] == (kernel.products and kernel.types["query"] != "*fp32"), kernel.id
 
 
 @pytest.mark.parametrize("operation", QUICK)
