@@ -151,7 +151,7 @@ def test_every_process_answers_its_share(
     whole = evaluate(model, BYTES, [Sums(samples=9)], tmp_path / "whole", batch=2)
     monkeypatch.setattr(module, "processes", lambda: State(0))
     first, second = Sums(samples=9), Sums(samples=9)
-    with pytest.raises(KeyError):  # what the other one has not answered is not there
+    with pytest.raises(ValueError, match=r"sums lacks the answers to 2 of 5 batches: is the output folder one"):
         evaluate(model, BYTES, [first], tmp_path, batch=2)
     assert first.calls == [[0, 1], [0, 1], [4, 5], [8]]
     monkeypatch.setattr(module, "processes", lambda: State(1))

@@ -232,7 +232,7 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
     shared = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
     where = f"{device['name']} ({device['type']}), {device['threads']} threads per process"
     return {
-        "Model": f"{model['name']}, {model['class']}, {model['dtype']}, {model['attention']} attention",
+        "Model": f"{model['name'] or 'unnamed'}, {model['class']}, {model['dtype']}, {model['attention']} attention",
         **runs,
         "Samples": samples,
         "Settings": shared,

@@ -67,8 +67,8 @@ def evaluate(
         Per name of a task `samples`, `scores` and `costs` (see `patchattn.evaluation.report.summary`).
 
     Raises:
-        ValueError: no tasks, a task without samples or twice, a model that a task cannot take, or an output folder that
-            holds another run; the message names what differs.
+        ValueError: no tasks, a task without samples or twice, a model that a task cannot take, an output folder that
+            holds another run (the message names what differs), or one that the processes do not share.
         TypeError: a setting of the wrong type.
     """
     given = RunSettings.from_dict(settings)
@@ -81,6 +81,11 @@ def evaluate(
             warm = _answer(model, tokenizer, task, batches, folder, given, state, warm)
             state.wait_for_everyone()
             done = _done(folder, batches)
+            if len(done) < len(batches):
+                raise ValueError(
+                    f"{folder} lacks the answers to {len(batches) - len(done)} of {len(batches)} batches: is the "
+                    "output folder one that all processes share?"
+                )
             rows = [done[number] for number in range(len(batches))]
             found[task.name] = {"samples": sizes[task.name], **summary(task, rows)}
     return found
