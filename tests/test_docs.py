@@ -61,6 +61,14 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(tuned, reloaded, rtol=0, atol=0)
 
 
+def test_first_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs" / "start.md"):
+        exec(compile(block, "start.md", "exec"), namespace)
+    assert not torch.equal(namespace["changed"], namespace["plain"])
+    assert "did you mean 'active_ratio'?" in capsys.readouterr().out
+
+
 def test_readme_has_the_commands_of_continuous_integration() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
