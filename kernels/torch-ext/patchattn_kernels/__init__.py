@@ -1,5 +1,15 @@
 """Kernels of patchattn: one file per operation, each with its plain torch reference."""
 
+from .block_lists import (
+    BlockLists,
+    SinkAndRecent,
+    block_means,
+    lists_from_mask,
+    seen_blocks,
+    select_blocks,
+    sink_and_recent,
+)
+from .block_sparse_attention import block_sparse_attention
 from .column_mass import KeyCounts, column_mass, key_counts
 from .routed_attention import routed_attention, routed_attention_if_faster
 from .routing import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
@@ -9,18 +19,26 @@ from .temperature import scale_tokens
 
 __all__ = [
     "AttentionRule",
+    "BlockLists",
     "KeyCounts",
+    "SinkAndRecent",
     "SplitAttention",
     "apply_head_gate",
     "attention_with_lse",
+    "block_means",
+    "block_sparse_attention",
     "column_mass",
     "head_norms",
     "key_counts",
+    "lists_from_mask",
     "normalized_scores",
     "routed_attention",
     "routed_attention_if_faster",
     "scale_tokens",
+    "seen_blocks",
+    "select_blocks",
     "select_top_k",
+    "sink_and_recent",
     "split_attention",
     "straight_through",
 ]

@@ -1,0 +1,250 @@
+"""Which keys a query head attends to: sinks and recent keys, or lists of key blocks from a selector. Plain torch.
+
+Shapes: B batch, H query heads, Tq queries, Tk keys, Qb = ceil(Tq / block_q), Kb = ceil(Tk / block_k).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .rows import AttentionRule
+
+UNBOUNDED = 2**30  # as a number of keys: all of them
+
+
+class SinkAndRecent(NamedTuple):
+    """Per query head, the first keys of a sequence and those just before the query; made by `sink_and_recent`.
+
+    Attributes:
+        sinks: `(H,)` int32 number of first keys that every query sees.
+        recent: `(H,)` int32 number of last keys that a query sees, its own among them.
+        most_sinks: the largest of `sinks`, known without asking the device.
+    """
+
+    sinks: torch.Tensor
+    recent: torch.Tensor
+    most_sinks: int
+
+
+class BlockLists(NamedTuple):
+    """For every query head and block of queries, the blocks of keys that are read; made by `lists_from_mask`.
+
+    Attributes:
+        indices: `(B or 1, H or 1, Qb, N)` int32 numbers of key blocks, ascending, none twice.
+        counts: `(B or 1, H or 1, Qb)` int32 how many of the N entries count; the others are not read.
+        block_q, block_k: queries and keys per block.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    block_q: int
+    block_k: int
+
+
+def sink_and_recent(
+    sinks: int | Sequence[int],
+    recent: int | Sequence[int | None] | None,
+    heads: int,
+    device: torch.device | str | None = None,
+) -> SinkAndRecent:
+    """The sizes of every query head's window. Make it once, not in every call: it copies to the device.
+
+    Args:
+        sinks: number of first keys, for all heads or one per head; at least 0.
+        recent: number of last keys, the query's own among them; at least 1; `None`: all keys.
+        heads: number of query heads.
+        device: where to.
+
+    Raises:
+        ValueError: a size is out of range, or there are not as many as heads.
+    """
+    first = [sinks] * heads if isinstance(sinks, int) else list(sinks)
+    last = [recent] * heads if isinstance(recent, int) or recent is None else list(recent)
+    if len(first) != heads or len(last) != heads:
+        raise ValueError(f"Expected sinks and recent for {heads} heads, got {len(first)} and {len(last)}.")
+    if min(first, default=0) < 0 or any(size is not None and size < 1 for size in last):
+        raise ValueError(f"Expected sinks >= 0 and recent >= 1 (or None), got sinks={sinks} and recent={recent}.")
+    bounded = [min(size, UNBOUNDED) for size in first]
+    return SinkAndRecent(
+        torch.tensor(bounded, dtype=torch.int32, device=device),
+        torch.tensor([min(size or UNBOUNDED, UNBOUNDED) for size in last], dtype=torch.int32, device=device),
+        max(bounded, default=0),
+    )
+
+
+def lists_from_mask(blocks: torch.Tensor, block_q: int, block_k: int, *, most: int | None = None) -> BlockLists:
+    """Lists of the true entries, built on the device without waiting for it.
+
+    Args:
+        blocks: `(B or 1, H or 1, Qb, Kb)` bool: which key blocks a query block reads.
+        block_q, block_k: queries and keys per block.
+        most: true entries that no row has more of, where that is known; the lists are then that short.
+
+    Raises:
+        ValueError: wrong dtype, shape or block size.
+    """
+    if blocks.dtype != torch.bool or blocks.dim() != 4:
+        raise ValueError(f"Expected a bool mask (B, H, Qb, Kb), got {blocks.dtype} {tuple(blocks.shape)}.")
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"Expected blocks of at least 1, got block_q={block_q} and block_k={block_k}.")
+    total = blocks.shape[-1]
+    running = blocks.cumsum(dim=-1, dtype=torch.int32)
+    number = torch.arange(1, (total if most is None else min(most, total)) + 1, dtype=torch.int32, device=blocks.device)
+    number = number.expand(*blocks.shape[:-1], -1).contiguous()
+    # the n-th true entry is where the running sum first reaches n
+    return BlockLists(torch.searchsorted(running, number, out_int32=True), running[..., -1], block_q, block_k)
+
+
+def mask_from_lists(lists: BlockLists, key_blocks: int) -> torch.Tensor:
+    """`(B or 1, H or 1, Qb, Kb)` bool: the inverse of `lists_from_mask`."""
+    width = lists.indices.shape[-1]
+    counts = torch.arange(width, device=lists.indices.device) < lists.counts[..., None]
+    mask = counts.new_zeros(*lists.counts.shape, key_blocks + 1)  # the last one takes what does not count
+    return mask.scatter(-1, torch.where(counts, lists.indices.long(), key_blocks), True)[..., :-1]
+
+
+def transposed(lists: BlockLists, key_blocks: int) -> BlockLists:
+    """For every block of keys, the blocks of queries that read it: what the gradients of keys and values loop over."""
+    return lists_from_mask(mask_from_lists(lists, key_blocks).mT.contiguous(), lists.block_k, lists.block_q)
+
+
+def key_order(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """`(B or 1, Tk)` int32: how many real keys there are up to each one, itself included.
+
+    Keys that a 4-dim mask shows to no query are not real.
+    """
+    mask = rule.mask
+    if mask is None:
+        return torch.arange(1, keys + 1, dtype=torch.int32, device=device)[None]
+    real = rule.visible(slice(0, queries), (queries, keys), device).any(1) if mask.dim() == 4 else mask[:, :keys].bool()
+    return real.cumsum(dim=-1, dtype=torch.int32)
+
+
+def seen_blocks(
+    rule: AttentionRule,
+    *,
+    queries: int,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+    window: SinkAndRecent | None = None,
+) -> torch.Tensor:
+    """`(B or 1, H or 1, Qb, Kb)` bool: the key blocks of which some query of a block may see some key.
+
+    Packed sequences are not told apart.
+
+    Args:
+        rule: visibility.
+        queries, keys: their numbers.
+        block_q, block_k: queries and keys per block.
+        device: where to.
+        window: sinks and recent keys of every head, which then bound the blocks too.
+    """
+    order = key_order(rule, queries, keys, device)
+    first, last, own_first, own_last = _ends(rule, queries, keys, block_q, block_k, device)
+
+    def gap() -> torch.Tensor:
+        """Real keys between the query block and the key block, (B or 1, 1, Qb, Kb)."""
+        behind = order[:, own_first, None] - order[:, None, last]
+        return torch.maximum(behind, order[:, None, first] - order[:, own_last, None])[:, None]
+
+    if rule.mask is not None and rule.mask.dim() == 4:
+        whole = rule.visible(slice(0, queries), (queries, keys), device)
+        padded = F.pad(whole, (0, len(first) * block_k - keys, 0, len(own_first) * block_q - queries))
+        seen = padded.view(-1, len(own_first), block_q, len(first), block_k).any(dim=4).any(dim=2)[:, None]
+    elif rule.causal:
+        seen = (first <= own_last[:, None])[None, None]
+    else:
+        seen = torch.ones(1, 1, len(own_first), len(first), dtype=torch.bool, device=device)
+    before = F.pad(order, (1, 0))[:, first]  # real keys before each block
+    seen = seen & (order[:, last] > before)[:, None, None]
+    if rule.window is not None and (rule.mask is None or rule.mask.dim() == 2):
+        seen = seen & (gap() < rule.window)
+    if window is not None:
+        seen = seen & ((gap() < window.recent[:, None, None]) | (before[:, None, None] < window.sinks[:, None, None]))
+    return seen
+
+
+def block_means(tensor: torch.Tensor, block: int, real: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of every block of tokens, as MoBA's router takes it of keys (arXiv 2502.13189, section 2.2).
+
+    Args:
+        tensor: `(B, H, T, D)`.
+        block: tokens per block; the last one may be shorter.
+        real: `(B or 1, T)` bool: the tokens that count; the others are padding.
+
+    Returns:
+        `(B, H, ceil(T / block), D)` in float32 at least; zeros for a block without tokens that count.
+    """
+    batch, heads, length, dim = tensor.shape
+    total = -(-length // block)
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    counts = wide.new_ones(1, length) if real is None else real.to(wide.dtype)
+    padding = total * block - length
+    sums = F.pad(wide * counts[:, None, :, None], (0, 0, 0, padding)).view(batch, heads, total, block, dim).sum(dim=3)
+    numbers = F.pad(counts, (0, padding)).view(-1, total, block).sum(dim=-1)
+    return sums / numbers.clamp(min=1)[:, None, :, None]
+
+
+def select_blocks(
+    scores: torch.Tensor,
+    rule: AttentionRule,
+    *,
+    queries: int,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> BlockLists:
+    """Lists of the key blocks that score best, of those that a query block sees; no gradient passes.
+
+    The blocks that hold the queries' own keys are always among them. With blocks of more than one query a selection is
+    shared, so a query's depends on the later ones of its block; `block_q=1` is strictly causal.
+
+    Args:
+        scores: `(B, H, Qb, Kb)`, the higher the better.
+        rule: visibility.
+        queries, keys: their numbers.
+        block_q, block_k: queries and keys per block.
+        top_k: how many blocks, own ones among them (MoBA); more only where there are more own ones.
+        top_p: as many of the best as have at least this share of the softmax of the scores, in (0, 1].
+
+    Raises:
+        ValueError: wrong shape, not exactly one of `top_k` and `top_p`, or one out of range.
+    """
+    shape = (-(-queries // block_q), -(-keys // block_k))
+    if scores.dim() != 4 or scores.shape[2:] != shape:
+        raise ValueError(f"Expected scores (B, H, {shape[0]}, {shape[1]}), got {tuple(scores.shape)}.")
+    if (top_k is None) == (top_p is None):
+        raise ValueError(f"Give one of top_k and top_p, got top_k={top_k} and top_p={top_p}.")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"Expected top_k >= 1 or 0 < top_p <= 1, got top_k={top_k} and top_p={top_p}.")
+    seen = seen_blocks(rule, queries=queries, keys=keys, block_q=block_q, block_k=block_k, device=scores.device)
+    first, last, own_first, own_last = _ends(rule, queries, keys, block_q, block_k, scores.device)
+    own = ((first <= own_last[:, None]) & (last >= own_first[:, None]))[None, None] & seen
+    wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, float("-inf"))
+    if top_k is not None:
+        best = wide.masked_fill(own, float("inf")).topk(min(top_k, shape[1]), dim=-1).indices
+        most = min(shape[1], max(top_k, -(-block_q // block_k) + 1))
+    elif top_p is not None:
+        shares, best = wide.softmax(dim=-1).nan_to_num(0.0).sort(dim=-1, descending=True, stable=True)
+        best = best.masked_fill(shares.cumsum(dim=-1) - shares >= top_p, shape[1])  # enough without it
+        most = shape[1]
+    chosen = seen.new_zeros(*scores.shape[:3], shape[1] + 1).scatter(-1, best, True)[..., :-1]
+    return lists_from_mask((chosen & seen) | own, block_q, block_k, most=most)
+
+
+def _ends(
+    rule: AttentionRule, queries: int, keys: int, block_q: int, block_k: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First and last key of every key block (Kb,), and of the own keys of every query block (Qb,)."""
+    offset = keys - queries if rule.offset is None else rule.offset
+    first = torch.arange(0, keys, block_k, device=device)
+    own = torch.arange(0, queries, block_q, device=device)
+    own_last = (own + block_q).clamp(max=queries) - 1 + offset
+    last = (first + block_k).clamp(max=keys) - 1
+    return first, last, (own + offset).clamp(0, keys - 1), own_last.clamp(0, keys - 1)
