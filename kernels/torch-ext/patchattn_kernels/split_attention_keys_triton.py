@@ -202,7 +202,7 @@ def launches(dtype: torch.dtype, dim: int) -> list[Launch]:
     if dtype == torch.float32:
         return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
     if dim > 128:
-        sizes = [(32, 64, 8, 1)]
+        sizes = [(32, 32, 8, 1)]
     elif dim > 64:  # larger tiles spill registers
         sizes = [(32, 128, 8, 2)]
     else:

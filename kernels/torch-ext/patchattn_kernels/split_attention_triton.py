@@ -279,7 +279,7 @@ def launches(dtype: torch.dtype, dim: int) -> list[Launch]:
     if dtype == torch.float32:
         return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
     if dim > 128:
-        sizes = [(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)]
+        sizes = [(128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2)]
     elif dim > 64:
         sizes = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
     else:
