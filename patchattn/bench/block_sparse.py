@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from patchattn_kernels import block_sparse_attention, sink_and_recent
+
 from .attention import DENSE, AttentionProblem, dense, dense_under, flex, step
 from .problem import OURS, Implementation, Outcome, UnavailableError, Work
 
@@ -12,13 +14,9 @@ MOST_MASK = 2**31  # entries of an explicit mask
 
 def ours(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
     """The operation; the sizes of the windows are on the device beforehand."""
-    import patchattn_kernels
-
-    if not hasattr(patchattn_kernels, "block_sparse_attention"):
-        raise UnavailableError("patchattn_kernels has no block_sparse_attention")
     o = problem.operands
-    window = patchattn_kernels.sink_and_recent(*o.window, heads=o.query.shape[1], device=o.query.device)
-    return step(o, lambda: patchattn_kernels.block_sparse_attention(o.query, o.key, o.value, window, o.rule))
+    window = sink_and_recent(*o.window, heads=o.query.shape[1], device=o.query.device)
+    return step(o, lambda: block_sparse_attention(o.query, o.key, o.value, window, o.rule))
 
 
 def masked(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
