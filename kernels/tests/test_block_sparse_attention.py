@@ -234,12 +234,15 @@ RULES = {
 }
 
 
-# every rule with windows, every kind of lists with some rules: the interpreter is slow
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("window", name) for name in RULES]
-    + [("lists", "causal"), ("lists", "holes"), ("large lists", "4-dim"), ("small lists", "left padding")],
-)
+# the interpreter is slow: every rule with windows, every kind of lists with some rule
+QUICK = [("window", "causal"), ("window", "holes"), ("lists", "causal"), ("small lists", "left padding")]
+SLOW = [("window", name) for name in RULES if ("window", name) not in QUICK] + [
+    ("lists", "holes"),
+    ("large lists", "4-dim"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_triton_against_explicit_masks(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHATTN_KERNELS", "triton")
     tensors = operands(2, heads=2, groups=1, value_dim=8)

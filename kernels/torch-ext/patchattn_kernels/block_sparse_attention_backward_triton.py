@@ -266,9 +266,9 @@ def launches(dim: int, dtype: torch.dtype) -> list[Launch]:
     if dim <= 64:
         sizes = [(64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)]
     elif dim <= 128:
-        sizes = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2)]
+        sizes = [(64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)]
     else:
-        sizes = [(32, 64, 8, 2), (32, 32, 4, 2), (64, 64, 8, 1)]
+        sizes = [(32, 32, 8, 2), (32, 64, 8, 2), (64, 64, 8, 1)]
     return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
 
 
