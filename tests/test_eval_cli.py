@@ -190,15 +190,16 @@ def test_names_of_tasks(folder: Path) -> None:
 
 def test_two_processes_are_one(call: Any, folder: Path) -> None:
     """Seven samples in batches of two, and a router that starts at random."""
-    routed = ("--variant", "moh", "--set", "active_ratio=0.5", "--set", "router=learned", "--tasks", "glue/sst2,speed")
-    rest = ("--task-set", "speed.prompt_lengths=[4]", "--task-set", "speed.new_tokens=[2]", "--batch", "2")
+    (folder / "text.txt").write_text("All that is said of the film is that it is good. " * 9)
+    routed = ("--variant", "moh", "--set", "active_ratio=0.5", "--set", "router=learned", "--tasks", "perplexity")
+    rest = ("--task-set", "perplexity.parts=7", "--task-set", "perplexity.max_length=32", "--batch", "2")
     code, _, err = call(*routed, *rest)
     assert code == 0, err
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp_cpu.yaml")]
-    launch += ["--main_process_port", "0", "-m", "patchattn.cli"]
+    # what `accelerate launch` starts with recipes/accelerate/ddp_cpu.yaml, without the time that it takes itself
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "patchattn.cli"]
     arguments = ["eval", str(folder / "model"), "--data", str(folder), "--output", str(folder / "two"), *routed, *rest]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -207,13 +208,13 @@ def test_two_processes_are_one(call: Any, folder: Path) -> None:
     one, two = (json.loads((folder / name / "report.json").read_text()) for name in ("out", "two"))
     assert two["settings"] == {**one["settings"], "processes": 2}
     for run in ("unpatched", "moh"):
-        places = [folder / name / run / "glue/sst2" for name in ("out", "two")]
+        places = [folder / name / run / "perplexity" for name in ("out", "two")]
         answers = [
-            {row["index"]: row["prediction"] for path in place.iterdir() for row in map(json.loads, path.open())}
+            {row["index"]: row["nll"] for path in place.iterdir() for row in map(json.loads, path.open())}
             for place in places
         ]
         assert answers[0] == answers[1]
         assert len(answers[0]) == 7
         assert len([*places[1].iterdir()]) == 2
-        scores = [report["tasks"]["glue/sst2"]["runs"][run]["scores"] for report in (one, two)]
+        scores = [report["tasks"]["perplexity"]["runs"][run]["scores"] for report in (one, two)]
         assert scores[0] == scores[1]
