@@ -1,10 +1,12 @@
 """Pictures of attention and of cost: what is drawn is the data, and axes say what they are."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from patchattn.attention_maps import AttentionMap, ImageAttention, ReceivedAttention
 from patchattn.images import ImageSpan
@@ -121,6 +123,17 @@ def test_quality_over_cost():
     assert axes.get_xlabel() == "time, ms (lower is better)"
     assert axes.get_ylabel() == "accuracy, % (higher is better)"
     assert {text.get_text() for text in axes.texts} == {point.name for point in POINTS}
+
+
+def test_names_of_points_that_lie_close_together_cover_neither_each_other_nor_points():
+    points = [ParetoPoint(f"variant {index}", 80 + 0.01 * (index % 3), 10 + 0.01 * index) for index in range(8)]
+    figure = plot_pareto([*points, ParetoPoint("far", 60.0, 20.0)])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line to the point
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    places = axes.transData.transform([(point.cost, point.score) for point in points])
+    assert not any(box.contains(*place) for box in boxes for place in places)
 
 
 @pytest.mark.parametrize(
