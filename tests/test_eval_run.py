@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import LlamaForCausalLM
 
 import patchattn
@@ -227,6 +229,24 @@ def test_a_comparison(model: LlamaForCausalLM, tmp_path: Path) -> None:
         assert change == {"sum": pytest.approx(values[name] - values["unpatched"], rel=1e-3), "nothing": None}
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
     assert {path.name for path in tmp_path.iterdir()} >= {"unpatched", "half", "both", "report.md", "report.html"}
+
+
+class Drawn(Sums):
+    """Draws its answers."""
+
+    def figure(self, rows: Mapping[str, Sequence[Row]]) -> Figure:
+        self.drawn = {name: [row["sum"] for row in answers] for name, answers in rows.items()}
+        return Figure()
+
+
+def test_a_task_draws_the_answers_of_all_runs(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    task = Drawn("sums")
+    report = compare(model, BYTES, [task, Sums("others")], tmp_path, {"half": {"moh": {"active_ratio": 0.5}}}, batch=2)
+    for name, run in report["tasks"]["sums"]["runs"].items():
+        assert len(task.drawn[name]) == len(task)
+        assert sum(task.drawn[name]) == pytest.approx(run["scores"]["sum"])
+    headings = re.findall(r"<h2>(.+?)</h2>", (tmp_path / "report.html").read_text())
+    assert headings == ["Scores", "sums", "Scores and costs", "Every score", "How it was measured"]
 
 
 def test_a_patched_model_and_itself_unpatched(model: LlamaForCausalLM, tmp_path: Path) -> None:

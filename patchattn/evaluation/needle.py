@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..settings import option
+from .figures import plot_needle
 from .haystack import Frame
 from .retrieval import RetrievalSettings, RetrievalTask, Sample, check_list, recall
+from .task import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,10 @@ class NeedleTask(RetrievalTask):
             self.settings.answers,
             fields={"depth": depth},
         )
+
+    def figure(self, rows: Mapping[str, Sequence[Row]]) -> "Figure":
+        """Depth by length, a heat map per run."""
+        return plot_needle({name: needle_grid(answers) for name, answers in rows.items()})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,10 +13,14 @@ from ..selection import base_model
 from ..settings import Settings, option
 from ..variant import variant_info
 from .cost import measured
+from .figures import plot_positions
 from .generation import positions
 from .haystack import read_texts
 from .positions import check_positions
 from .task import EvalTask, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DEFAULT_LENGTH = 1024
 _LARGEST = 700.0  # whose exponential is a float64
@@ -173,6 +177,10 @@ class PerplexityTask(EvalTask):
             "bits_per_byte": nll / math.log(2) / sum(row["bytes"] for row in rows),
         }
         return scores | {f"nats_per_token@{part.first}-{part.last}": part.nats for part in position_losses(rows)}
+
+    def figure(self, rows: Mapping[str, Sequence[Row]]) -> "Figure":
+        """Loss by position, a line per run."""
+        return plot_positions({name: position_losses(answers) for name, answers in rows.items()})
 
     def _tokens(self, tokenizer: Any) -> torch.Tensor:
         if self._tokenized is None or self._tokenized[0] is not tokenizer:

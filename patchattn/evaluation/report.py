@@ -162,14 +162,20 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html`."""
+def write_report(report: Mapping[str, Any], folder: Path, more: Sequence[tuple[str, Any]] = ()) -> None:
+    """Write `report.json`, `report.md` and `report.html`.
+
+    Args:
+        report: of `make_report`.
+        folder: made if missing.
+        more: title and figure of pictures for the page, beside scores and costs.
+    """
     from .report_figures import plot_costs, plot_scores
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
-    figures = [("Scores", plot_scores(report)), ("Costs", plot_costs(report))]
+    figures = [("Scores", plot_scores(report)), ("Costs", plot_costs(report)), *more]
     pictures = [(title, _png(figure)) for title, figure in figures if figure is not None]
     (folder / "report.html").write_text(to_html(report, pictures), encoding="utf-8")
 

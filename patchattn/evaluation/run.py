@@ -137,7 +137,7 @@ def compare(
             found[name] = evaluate(model, tokenizer, tasks, folder / folder_name(name), **settings)
     report = make_report(model, tasks, found, patches, {**given.to_dict(), "processes": state.num_processes})
     if state.is_main_process:
-        write_report(report, folder)
+        write_report(report, folder, _figures(tasks, found, folder, given.batch))
     state.wait_for_everyone()
     return report
 
@@ -308,6 +308,25 @@ def _ask(model: Any, tokenizer: Any, task: EvalTask, batch: range, settings: Run
     with torch.random.fork_rng(cuda_devices(model)):
         torch.manual_seed(settings.seed * 1_000_003 + batch.start)
         return task.answer(model, tokenizer, list(batch))
+
+
+def _answers(folder: Path, batches: Sequence[range]) -> list[list[Row]]:
+    """Rows of each batch of a task that is done."""
+    done = _done(folder, batches)
+    return [done[number] for number in range(len(batches))]
+
+
+def _figures(
+    tasks: Sequence[EvalTask], found: Mapping[str, Mapping[str, Any]], output: Path, batch: int
+) -> list[tuple[str, Any]]:
+    """Title and picture of every task that draws one."""
+    figures = []
+    for task in tasks:
+        batches = _batches(found[UNPATCHED][task.name]["samples"], batch)
+        folders = {name: output / folder_name(name) / task.name for name in found}
+        rows = {name: [row for part in _answers(folder, batches) for row in part] for name, folder in folders.items()}
+        figures.append((task.name, task.figure(rows)))
+    return [(name, figure) for name, figure in figures if figure is not None]
 
 
 def _done(folder: Path, batches: Sequence[range]) -> dict[int, list[Row]]:

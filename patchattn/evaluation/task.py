@@ -2,7 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 ModelKind = Literal["causal_lm", "classifier", "vision_language"]
@@ -60,3 +63,11 @@ class EvalTask(ABC):
     @abstractmethod
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """Scores by name from the answers to all samples, in their order; accuracies and the like from 0 to 100."""
+
+    def figure(self, rows: Mapping[str, Sequence[Row]]) -> "Figure | None":
+        """A picture of what the scores do not show, for the report; most tasks have none.
+
+        Args:
+            rows: name of each run to its answers to all samples, in their order.
+        """
+        return None
