@@ -205,19 +205,18 @@ def calibrate_act(
     groups of one layer first: a group that does not raise it is dropped, one that does is halved down to single heads.
     What was measured is kept in OUTPUT.state until the search is done.
     """
-    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .calibration.search import find_heads
     from .demo.tasks import load_pretrained
+    from .devices import choose_device
     from .evaluation.likelihood import read_choices
 
-    examples, given = read_choices(data), parse_settings(settings or [])
+    examples, given, chosen = read_choices(data), parse_settings(settings or []), choose_device(device)
     quiet()
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval()
+    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(chosen)
     tokenizer = load_pretrained(AutoTokenizer, model)
-    loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console, state = Console(highlight=False), output.with_name(output.name + ".state")
     if state.exists():
         console.print(f"Going on from {state}", soft_wrap=True)
@@ -278,7 +277,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
     import yaml
 
@@ -286,8 +285,11 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
-            raise ValueError(f"--set expects name=value, such as active_ratio=0.5, got {pair!r}.")
-        settings[key.strip()] = yaml.safe_load(value)
+            raise ValueError(f"{option} expects name=value, got {pair!r}.")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{option} {pair}: the value is no YAML: {error}") from error
     return settings
 
 

@@ -1,13 +1,16 @@
 """The command line: what each command prints, and that a mistake is one line and exit code 2."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import BertConfig, BertModel
 
 from patchattn import list_variants, variant_info
 from patchattn.cli import main
+from patchattn.devices import choose_device
 
 
 @pytest.fixture
@@ -103,6 +106,11 @@ def test_coverage_of_one_type(run, tmp_path):
             "must be float | tuple[float, ...] | None, got 'much'",
         ),
         (["check", "BERT", "--variant", "moh", "--set", "active_ratio"], "name=value"),
+        (
+            ["check", "BERT", "--variant", "moh", "--set", "active_ratio=[1"],
+            "--set active_ratio=[1: the value is no YAML",
+        ),
+        (["bench", "--suite", "smoke", "--device", "gpu"], "There is no device 'gpu' on this machine"),
         (["check", "BERT", "--variant", "ssa", "--set", "preset=releasd"], "did you mean 'released'"),
         (["check", "nowhere/[at all]", "--variant", "moh"], "Cannot load 'nowhere/[at all]'"),
         (["coverage", "no_such_type"], "no_such_type"),
@@ -122,6 +130,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, bert_folder, tmp_path, monke
     assert err.startswith("Error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_weights_that_were_cut_off(run, bert_folder, tmp_path):
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    weights = tmp_path / "bert" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:999])
+    code, _, err = run("check", str(tmp_path / "bert"), "--variant", "ssa")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"Cannot load '{tmp_path / 'bert'}'" in err
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        assert choose_device("cuda").index is not None  # torch.cuda.set_device takes no other
+    with pytest.raises(ValueError, match="There is no device 'cuda:99' on this machine"):
+        choose_device("cuda:99")
 
 
 def test_an_unknown_command_or_option_is_named(run):

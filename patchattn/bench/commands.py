@@ -43,13 +43,14 @@ def bench(
 
     import torch
 
+    from ..devices import choose_device
     from .cases import suite as cases_of
     from .ceilings import measure_ceilings
     from .results import Report, machine
     from .runner import run_case
 
     cases = cases_of(suite, tuple(op or ()))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
     if suite != "smoke" and chosen.type == "cpu":
         raise ValueError(f"The suite {suite!r} needs a GPU, and the device is a CPU: choose --suite smoke.")
     if chosen.type == "cuda":

@@ -231,13 +231,12 @@ class _Loading:
 
     def load(self, device: str | None) -> Any:
         """The model, in evaluation mode."""
-        import torch
-
         from ..demo.tasks import load_pretrained
+        from ..devices import choose_device
         from .data import auto_class
 
-        loaded = load_pretrained(auto_class(self.task), self.model, dtype="auto").eval()
-        return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = choose_device(device)
+        return load_pretrained(auto_class(self.task), self.model, dtype="auto").eval().to(chosen)
 
 
 @contextmanager

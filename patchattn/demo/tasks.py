@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..evaluation.glue import download_glue, read_glue
@@ -248,7 +249,7 @@ def load_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """
     try:
         return auto_class.from_pretrained(model, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"Cannot load {model!r}: expected the folder of a transformers model or its id on the Hub "
             f"({_first_line(error)})."

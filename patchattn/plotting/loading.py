@@ -45,12 +45,12 @@ class Source:
 
     def load(self, device: str | None) -> Any:
         """The model, in evaluation mode."""
-        import torch
-
         from ..checkpoint import from_pretrained, load_patch
         from ..demo.tasks import load_pretrained
+        from ..devices import choose_device
         from ..patching import patch_model
 
+        chosen = choose_device(device)
         if self.is_patched:
             loaded = from_pretrained(self.model, dtype="auto")
         else:
@@ -60,7 +60,7 @@ class Source:
         if self.plan:
             config = self.plan if len(self.plan) > 1 else next(iter(self.plan.values()))
             patch_model(loaded, list(self.plan), config)
-        return loaded.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return loaded.eval().to(chosen)
 
     def tokenizer(self) -> Any:
         """Of the base model."""
