@@ -96,6 +96,7 @@ def test_every_kind_of_picture_is_written(run, tmp_path, line):
         ("heads FOLDER --text nowhere.txt --variant moh", "There is no file 'nowhere.txt'"),
         ("image NOWHERE --image nowhere.png --prompt w1", "There is no image"),
         ("image NOWHERE --image nowhere.png --prompt w1 --query first", "last, text or the index"),
+        ("image FOLDER --image FOLDER/text.txt --prompt w1", "takes no images"),
         ("importance nowhere.json", "no importance file"),
         ("pareto nowhere", "There is no report"),
         ("pareto FOLDER/report --task needl", "did you mean 'needle'"),

@@ -219,7 +219,10 @@ def image(
     if not picture.is_file():
         raise ValueError(f"There is no image {str(picture)!r}.")
     source = Source(model, variant, settings, patch)
-    processor, loaded = load_pretrained(AutoProcessor, source.base), source.load(device)
+    processor = load_pretrained(AutoProcessor, source.base)
+    if not hasattr(processor, "image_token"):
+        raise ValueError(f"{model} takes no images: expected a LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL.")
+    loaded = source.load(device)
     inputs, seen = image_inputs(processor, picture, prompt, loaded)
     queries: Any = int(query) if query.isdecimal() else query
     found = image_attention(loaded, inputs, layers=layer, heads=head, queries=queries)
