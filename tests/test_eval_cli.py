@@ -68,6 +68,8 @@ MOH = ("--variant", "moh", "--set", "active_ratio=0.5")
         (("--variant", "mho", "--tasks", "glue/sst2"), "did you mean 'moh'?"),
         (("--variant", "moh", "--set", "active_ratio=2", "--tasks", "glue/sst2"), "active_ratio"),
         (("--variant", "moh", "--set", "ratio", "--tasks", "glue/sst2"), "--set expects name=value"),
+        ((*MOH, "--tasks", "glue/sst2", "--task-set", "glue.data={"), "--task-set glue.data={: the value is no YAML"),
+        ((*MOH, "--tasks", "glue/sst2", "--device", "gpu"), "There is no device 'gpu'"),
         (("--variant", "moh+ssa", "--set", "active_ratio=1", "--tasks", "glue/sst2"), "needs the name of its variant"),
         ((*MOH, "--set", "ssa.key=true", "--tasks", "glue/sst2"), "there is no --variant ssa"),
         (("--variant", "moh", "--variant", "moh", "--tasks", "glue/sst2"), "The same variants twice"),
@@ -123,9 +125,20 @@ def test_a_run_from_a_file(call: Any, folder: Path) -> None:
     code, _, err = call("--config", str(folder / "eval.yaml"), *MOH)
     assert code == 2
     assert "has runs: leave out --variant" in err
+    (folder / "eval.yaml").write_text("task_settings: {glue: 3}\n")
+    code, _, err = call("--config", str(folder / "eval.yaml"), *MOH, "--task-set", "glue.data=x")
+    assert "must map names of tasks to settings" in err
     (folder / "eval.yaml").write_text("taskss: [glue]\n")
     code, _, err = call("--config", str(folder / "eval.yaml"), *MOH)
     assert "no field 'taskss'; did you mean 'tasks'?" in err
+
+
+def test_an_output_that_is_no_folder(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Source, "load", None)
+    (folder / "out").write_text("a file")
+    code, _, err = call(*MOH, "--tasks", "glue/sst2")
+    assert code == 2
+    assert "out' cannot be made: File exists" in err
 
 
 def test_a_model_that_was_saved_patched(call: Any, folder: Path) -> None:
@@ -164,6 +177,10 @@ def test_kinds_of_models(tmp_path: Path, folder: Path) -> None:
     model = FAMILIES["llama"].make()
     model.config._name_or_path = str(tmp_path / "llama")
     patchattn.save_patch(patchattn.patch_model(model, "moh"), tmp_path / "patch")
+    unnamed = patchattn.patch_model(FAMILIES["llama"].make(), "moh")
+    patchattn.save_patch(unnamed, tmp_path / "unnamed")
+    with pytest.raises(ValueError, match="names no base model: give the base model, and --patch"):
+        find_source(str(tmp_path / "unnamed"))
     source = find_source(str(tmp_path / "patch"))
     assert (source.kind, source.is_patched, source.base) == ("causal_lm", True, str(tmp_path / "llama"))
     with pytest.raises(ValueError, match="Cannot load"):

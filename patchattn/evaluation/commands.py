@@ -1,5 +1,6 @@
 """The command `patchattn eval`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,10 @@ def evaluate_model(
 
     A killed run goes on where it was. Under accelerate launch, processes share the work.
     """
+    from ..cli import parse_settings
+
     values = _file(config)
-    runs = _runs(variant or [], _pairs("--set", settings or []), patch or [])
+    runs = _runs(variant or [], parse_settings(settings or []), patch or [])
     if runs and values.get("runs"):
         raise ValueError(f"{config} has runs: leave out --variant and --patch.")
     given = {
@@ -89,11 +92,14 @@ def evaluate_model(
         "device": device,
     }
     values |= {name: value for name, value in given.items() if value is not None}
-    for name, value in _pairs("--task-set", task_settings or []).items():
+    for name, value in parse_settings(task_settings or [], "--task-set").items():
         task, dot, key = name.rpartition(".")
         if not dot:
             raise ValueError(f"--task-set expects task.name=value, such as needle.depths=[0,50], got {name!r}.")
-        values.setdefault("task_settings", {}).setdefault(task, {})[key] = value
+        settings_of = values.setdefault("task_settings", {})
+        if not isinstance(settings_of, dict) or not isinstance(settings_of.setdefault(task, {}), dict):
+            raise TypeError(f"{config}: task_settings must map names of tasks to settings by name.")
+        settings_of[task][key] = value
     run_eval(EvalSettings.from_dict(values))
 
 
@@ -105,6 +111,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
             weights is found before they are loaded.
     """
     from ..cli import quiet
+    from ..devices import choose_device
     from .loading import find_source
     from .registry import make_tasks, task_names
     from .run import check_runs, compare, processes
@@ -122,6 +129,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
         )
     if settings.runs:
         check_runs(list(settings.runs))
+    chosen = None if settings.device is None else choose_device(settings.device)
     try:
         tasks = make_tasks(settings.tasks, source.kind, data=settings.data, settings=settings.task_settings)
     except ImportError as error:  # it says what to install
@@ -129,9 +137,10 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     state = processes(cpu=settings.device == "cpu")
     if state.num_processes > 1 and settings.device not in (None, "cpu"):
         raise ValueError(f"Several processes choose their devices themselves: leave out device={settings.device!r}.")
+    _make_folder(Path(settings.output))
     quiet()
     tokenizer = source.load_tokenizer(settings.tokenizer)
-    model = source.load(state.device if settings.device is None else settings.device)
+    model = source.load(chosen or state.device)
     if source.kind == "classifier" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     report = compare(
@@ -148,6 +157,16 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
         _show(report, settings.output)
     state.destroy_process_group()
     return report
+
+
+def _make_folder(path: Path) -> None:
+    """Make the output folder, or say why it cannot be written to before anything is computed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The output folder {str(path)!r} cannot be made: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"The output folder {str(path)!r} cannot be written to.")
 
 
 def _show(report: dict[str, Any], output: str) -> None:
@@ -177,17 +196,6 @@ def _file(path: Path | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TypeError(f"{path} must hold a mapping, got {type(content).__name__}.")
     return content
-
-
-def _pairs(name: str, given: Sequence[str]) -> dict[str, Any]:
-    """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
-    found = {}
-    for pair in given:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(f"{name} expects name=value, got {pair!r}.")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
 
 
 def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[str]) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def find_source(name: str) -> Source:
     folder = Path(name)
     if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         saved = read_patch(folder)
-        base = saved.base.get("name_or_path") or name
+        base = saved.base.get("name_or_path")
+        if not base:
+            raise ValueError(f"{name} is a patch and names no base model: give the base model, and --patch {name}.")
         return Source(name, _kind(name, saved.base.get("architecture"), saved.base.get("model_type")), True, base)
     config = load_pretrained(AutoConfig, name)
     architecture = (config.architectures or [None])[0]
