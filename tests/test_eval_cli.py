@@ -14,6 +14,7 @@ import patchattn
 from patchattn.cli import main
 from patchattn.evaluation.loading import Source, find_source
 from patchattn.evaluation.registry import GROUPS, TASKS, make_tasks, task_names
+from patchattn.evaluation.results import claim
 
 from .families import FAMILIES
 from .test_eval_glue import classifier, encoder_tokenizer
@@ -73,6 +74,7 @@ MOH = ("--variant", "moh", "--set", "active_ratio=0.5")
         (("--variant", "moh+ssa", "--set", "active_ratio=1", "--tasks", "glue/sst2"), "needs the name of its variant"),
         ((*MOH, "--set", "ssa.key=true", "--tasks", "glue/sst2"), "there is no --variant ssa"),
         (("--variant", "moh", "--variant", "moh", "--tasks", "glue/sst2"), "The same variants twice"),
+        (("--variant", "moh+moh", "--tasks", "glue/sst2"), "--variant moh+moh names a variant twice"),
         (("--patch", ".", "--tasks", "glue/sst2"), "There is no patchattn_config.json"),
     ],
 )
@@ -139,6 +141,13 @@ def test_an_output_that_is_no_folder(call: Any, folder: Path, monkeypatch: pytes
     code, _, err = call(*MOH, "--tasks", "glue/sst2")
     assert code == 2
     assert "out' cannot be made: File exists" in err
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"batch": ', "is damaged or no JSON"), ("[]", "hold a dictionary")])
+def test_a_note_that_was_damaged(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "rows.settings.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"rows.settings.json.*{message}"):
+        claim(tmp_path / "rows", {"batch": 1})
 
 
 def test_a_model_that_was_saved_patched(call: Any, folder: Path) -> None:

@@ -203,6 +203,8 @@ def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[s
     runs: dict[str, Any] = {text: {name.strip(): {} for name in text.split("+")} for text in variants}
     if len(runs) < len(variants):
         raise ValueError("The same variants twice: name runs with other settings in a file, for --config.")
+    if twice := [text for text, run in runs.items() if len(run) < len(text.split("+"))]:
+        raise ValueError(f"--variant {twice[0]} names a variant twice.")
     names = {name for run in runs.values() for name in run}
     for key, value in settings.items():
         name, dot, setting = key.rpartition(".")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import read_json
 from ..patching import patch_info
 
 
@@ -45,7 +46,7 @@ def claim(path: Path, made_with: Mapping[str, Any], *, write: bool = True) -> No
         unfinished.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(beside)
         return
-    before = json.loads(beside.read_text(encoding="utf-8"))
+    before = read_json(beside)
     if keys := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         changes = "; ".join(f"{key}: {before.get(key)!r} became {now.get(key)!r}" for key in keys)
         raise ValueError(f"{path} holds a run with other settings ({changes}). Choose another output.")
