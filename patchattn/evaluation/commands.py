@@ -175,11 +175,14 @@ def _show(report: dict[str, Any], output: str) -> None:
     from .report import table
 
     head, rows = table(report)
-    shown = Table(*head)
-    for row in rows:
-        shown.add_row(*row)
     console = Console()
-    console.print(shown)
+    scores, costs = [0, 1, 2, 3, 4], [0, 2, *range(5, len(head))]
+    for columns in (scores, costs) if len(head) > 5 else (scores,):  # side by side they are too wide for a terminal
+        shown = Table(*(head[i] for i in columns))
+        for row in rows:
+            if columns is scores or any(row[5:]):  # averages have no costs
+                shown.add_row(*(row[i] for i in columns))
+        console.print(shown)
     console.print(f"Wrote report.json, report.md and report.html to {output}", soft_wrap=True, highlight=False)
 
 

@@ -11,12 +11,12 @@ SETTING = "PATCHATTN_KERNELS"
 
 @torch.compiler.assume_constant_result
 def chosen_backend() -> str:
-    """`reference`, `triton` or `auto`: the environment variable PATCHATTN_KERNELS; auto where it is not set.
+    """`reference`, `triton` or `auto`: the environment variable PATCHATTN_KERNELS; auto where it is empty or not set.
 
     Raises:
         ValueError: it is something else.
     """
-    name = os.environ.get(SETTING, "auto")
+    name = os.environ.get(SETTING) or "auto"
     if name not in ("reference", "triton", "auto"):
         raise ValueError(f"{SETTING} must be reference, triton or auto, got {name!r}.")
     return name
