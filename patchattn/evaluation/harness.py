@@ -63,9 +63,7 @@ class PatchattnLM(HFLM):
             arguments.setdefault("peft", adapter)
         super().__init__(pretrained=pretrained, **arguments)
         accelerator = getattr(self, "accelerator", None)
-        if (
-            accelerator is not None
-        ):  # lm-eval shares the work among GPUs alone: on CPUs every process would do all of it
+        if accelerator is not None:  # on CPUs lm-eval would let every process do all of the work
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         plan = applied_patches(base_model(self.model)) if is_patched(self.model) else []
         self._looks_ahead = any(variant_info(part.variant).looks_ahead for part in plan)
