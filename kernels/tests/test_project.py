@@ -95,5 +95,5 @@ def test_no_operator_is_registered_by_a_name_of_its_own(path: Path) -> None:
 
 def test_card_has_the_version_and_the_benchmark() -> None:
     card = (ROOT / "CARD.md").read_text(encoding="utf-8")
-    assert "version={{ version }}" in card
+    assert "version={{version}}" in card
     assert "{% if has_benchmark %}" in card

@@ -20,7 +20,7 @@ from .cases import Case
 from .operands import generator
 from .problem import OURS, Check, Implementation, Outcome, Problem, Work, difference
 
-EXACT = "patchattn_bench_float64"  # name of an attention implementation of transformers
+EXACT = "bench_float64"  # name of an attention implementation of transformers
 WEIGHTS = 2**25  # attention weights held at a time
 VARIANTS: dict[str, dict[str, Any]] = {"moh": {}, "act": {"preset": "released_code"}}
 
