@@ -4,8 +4,7 @@
     python benchmarks/eval_table.py docs/results/eval/MiniLM --score glue/sst2 --speed glue/sst2:samples_per_second ...
 
 Every report holds an unpatched model of its own, since times compare within one report alone. A run's speed is
-therefore a share of that of the unpatched model beside it, and stands in the table alone: the picture is drawn over the
-parameters of the whole model, which no other work on the machine changes. Runs that save none are not in it.
+therefore a share of that of the unpatched model beside it; the picture is drawn over it.
 """
 
 import sys
@@ -39,11 +38,11 @@ def scores(report: dict[str, Any], run: str) -> dict[str, float | None]:
 def main(
     folder: Annotated[Path, typer.Argument(help="With a folder per variant, a report in each.")],
     score: Annotated[str, typer.Option(help="Task whose main score is drawn.")],
-    speed: Annotated[str, typer.Option(help="For the table: task whose main score is a speed, or TASK:COST.")],
+    speed: Annotated[str, typer.Option(help="Task whose main score is a speed, or TASK:COST.")],
     output: Annotated[Path, typer.Option(help="The picture.")],
     skip: Annotated[list[str] | None, typer.Option(help="Folders to leave out.")] = None,
 ) -> None:
-    """Print the table, and draw score over parameters of the runs that save some."""
+    """Print the table, and draw score over speed."""
     paths = [path for path in sorted(folder.glob("*/report.json")) if path.parent.name not in (skip or [])]
     if not paths:
         sys.exit(f"There are no reports in {folder}: expected VARIANT/report.json.")
@@ -68,17 +67,17 @@ def main(
             share = 1.0 if run == UNPATCHED else relative_speed(report, run, speed)
             shown = [number(values.get(task)) for task in scored]
             rows[name] = [name, *shown, number(share), f"{made['parameters']:,}"]
-            kept = made["parameters"] / report["runs"][UNPATCHED]["parameters"]
-            if (value := values.get(score)) is not None and (run == UNPATCHED or kept < 1):
-                points.append(ParetoPoint(name, value, kept))
+            if (value := values.get(score)) is not None and share is not None:
+                points.append(ParetoPoint(name, value, share))
     heads = [f"{name}, {about['unit']}" if about["unit"] else name for name, about in scored.items()]
     print("\n".join(markdown_table(["run", *heads, "speed", "parameters"], list(rows.values()), texts=1)))
     about = scored[score]
     figure = plot_pareto(
         points,
         score=f"{score}: {about['main_score'].replace('_', ' ')}",
-        cost="parameters, share of the unpatched model's",
+        cost="speed, times that of the unpatched model",
         higher_is_better=about["higher_is_better"],
+        lower_cost_is_better=False,
         title=folder.name,
     )
     figure.savefig(output, dpi=150)
