@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..selection import base_model
 from .cost import cuda_devices, memory_kind
 from .task import EvalTask, Row
@@ -122,7 +123,8 @@ def make_report(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("patchattn", "torch", "transformers", "accelerate")},
+            "patchattn": __version__,  # also in a checkout that is not installed
+            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
         },
         "device": {
             "type": model.device.type,
