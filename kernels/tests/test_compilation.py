@@ -23,7 +23,7 @@ from patchattn_kernels import (
     split_attention_keys_triton,
     split_attention_triton,
 )
-from patchattn_kernels.tuning import Launch
+from patchattn_kernels.tuning import Launch, tile_width
 
 KIB = 1024
 SHARED = {80: 163 * KIB, 90: 227 * KIB}  # bytes of shared memory that a program may have, by compute capability
@@ -61,7 +61,7 @@ def routed(
     part: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90
 ) -> Kernel:
     """A kernel of `routed_attention`; masks: `none` or a `window` (causal), `all` seen, `keys`, `rows`."""
-    width = routed_pairs_triton.padded(dim)
+    width = tile_width(dim)
     module = "routed_attention_backward_triton" if part in ("queries", "keys") else "routed_attention_triton"
     floats = ["gate", "lse", "delta", "gate_gradient", "parts", "sums"]
     states = ["query", "key", "value", "output", "upstream", "query_gradient", "key_gradient", "value_gradient"]
@@ -153,7 +153,7 @@ def block_sparse(
     listed: bool = False, sinks: bool = False,
 ) -> Kernel:  # fmt: skip
     """A kernel of `block_sparse_attention`; masks as of `routed`; of blocks of 128, or of windows."""
-    block, width = 128 if listed else 0, block_sparse_attention_triton.pad(dim)
+    block, width = 128 if listed else 0, tile_width(dim)
     constants: dict[str, Any] = {"DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width, "CAUSAL": mask != "rows"}
     constants |= {"BLOCK_Q": block, "BLOCK_K": block, "LISTED": listed, "WINDOWED": mask == "window"}
     constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows", "SINKS": sinks}

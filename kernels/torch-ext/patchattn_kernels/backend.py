@@ -50,6 +50,11 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def rowwise(tensor: torch.Tensor) -> torch.Tensor:
+    """With vectors whose numbers lie side by side, as kernels read them."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 @torch.compiler.assume_constant_result
 def _missing(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:

@@ -11,20 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import on_device
+from .backend import on_device, rowwise
 from .block_lists import BlockLists, SinkAndRecent, transposed
 from .block_sparse_attention_triton import (
     LOG2E,
     MOST,
     after,
     counted,
-    dense_last,
     fitted,
     is_whole,
     key_tiles,
     list_numbers,
     list_row,
-    pad,
     rows_of,
     seen_pairs,
     shape_of,
@@ -34,7 +32,7 @@ from .block_sparse_attention_triton import (
 )
 from .rows import AttentionRule
 from .tiles import visible
-from .tuning import Launch, choose
+from .tuning import Launch, choose, tile_width
 
 
 @triton.jit
@@ -284,13 +282,13 @@ def backward(
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, contiguous."""
-    query, key, value, gradient = (dense_last(tensor) for tensor in (query, key, value, gradient))
+    query, key, value, gradient = (rowwise(tensor) for tensor in (query, key, value, gradient))
     batch, heads, rows, dim = query.shape
     groups, keys, width = key.shape[1], key.shape[2], value.shape[-1]
     numbers, constants = visibility(keep, rule, rows, keys, query.device)
     numbers |= {"scale": rule.scaling * LOG2E.value, "scaling": rule.scaling, "heads": heads, "group": heads // groups}
     numbers |= {"queries": rows, "keys": keys}
-    constants |= {"DIM": dim, "PAD": pad(dim), "VDIM": width, "VPAD": pad(width)}
+    constants |= {"DIM": dim, "PAD": tile_width(dim), "VDIM": width, "VPAD": tile_width(width)}
     for name, tensor in (("q", query), ("k", key), ("v", value), ("g", gradient)):
         numbers |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), tensor.stride(), strict=False))
     delta, power = torch.empty_like(lse), torch.empty_like(lse)
@@ -333,7 +331,7 @@ def backward(
     with on_device(query):
         deltas[(triton.cdiv(rows, 32), batch * heads)](
             gradient, output, lse, lse if lse_gradient is None else lse_gradient.contiguous(), delta, power, heads,
-            rows, *gradient.stride()[:3], *output.stride()[:3], VDIM=width, VPAD=pad(width), BLOCK_M=32,
+            rows, *gradient.stride()[:3], *output.stride()[:3], VDIM=width, VPAD=tile_width(width), BLOCK_M=32,
             SUMMED=lse_gradient is not None,
         )  # fmt: skip
         run_queries(choose("block_sparse_attention_queries", shape, candidates, query.device, run_queries))

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import on_device
+from .backend import on_device, rowwise
 from .block_lists import BlockLists, SinkAndRecent, key_order
 from .key_mask import key_mask
 from .rows import AttentionRule
 from .tiles import visible
-from .tuning import Launch, bucket, choose
+from .tuning import Launch, bucket, choose, tile_width
 
 MOST = tl.constexpr(2**29)  # sizes above it are all keys; the sum of two stays in 32 bits
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -215,11 +215,6 @@ def merge(
     tl.store(lse + line.to(tl.int64) * queries + row, whole)
 
 
-def pad(dim: int) -> int:
-    """A head dim as a side of a tile."""
-    return max(16, triton.next_power_of_2(dim))
-
-
 def launches(dim: int, dtype: torch.dtype, rows: int) -> list[Launch]:
     """Candidates for the forward kernel, the default first; sizes are halved to fit lists of smaller blocks."""
     if dtype == torch.float32:
@@ -233,11 +228,6 @@ def launches(dim: int, dtype: torch.dtype, rows: int) -> list[Launch]:
     else:
         sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)]
     return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
-
-
-def dense_last(tensor: torch.Tensor) -> torch.Tensor:
-    """Channels one after the other, as the kernels read them."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def visibility(
@@ -309,7 +299,7 @@ def forward(
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `(B, H, Tq, Dv)` in the dtype of the operands and log-sum-exp `(B, H, Tq)` in float32."""
-    query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    query, key, value = rowwise(query), rowwise(key), rowwise(value)
     batch, heads, rows, dim = query.shape
     keys, width = key.shape[2], value.shape[-1]
     numbers, constants = visibility(keep, rule, rows, keys, query.device)
@@ -332,12 +322,12 @@ def forward(
             **dict(zip(("k_batch", "k_head", "k_row"), key.stride(), strict=False)),
             **dict(zip(("v_batch", "v_head", "v_row"), value.stride(), strict=False)),
             o_split=parts.stride(0) if splits > 1 else 0, o_batch=parts.stride(-4), o_head=parts.stride(-3),
-            o_row=parts.stride(-2), DIM=dim, PAD=pad(dim), VDIM=width, VPAD=pad(width),
+            o_row=parts.stride(-2), DIM=dim, PAD=tile_width(dim), VDIM=width, VPAD=tile_width(width),
             **numbers, **constants, **arguments,
         )  # fmt: skip
         if splits > 1:
             merge[(rows, lines)](
-                parts, sums, output, lse, splits, heads, rows, *output.stride()[:3], VDIM=width, VPAD=pad(width),
+                parts, sums, output, lse, splits, heads, rows, *output.stride()[:3], VDIM=width, VPAD=tile_width(width),
                 SPLITS=triton.next_power_of_2(splits),
             )  # fmt: skip
 

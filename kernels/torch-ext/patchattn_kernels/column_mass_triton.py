@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import on_device
+from .backend import on_device, rowwise
 from .key_mask import KeyMask
-from .split_attention_launch import launch, mask_arguments, rowwise, sizes_of, strides_of
+from .split_attention_launch import launch, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import full_queries, load_lse, load_rows, query_range, seen
 from .tiles import key_range
 from .tuning import Launch

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .backend import chosen_backend, triton_runs
+from .backend import chosen_backend, rowwise, triton_runs
 from .key_mask import KeyMask, key_mask, unsupported
 from .namespace import add_op_namespace_prefix
 from .routed_attention_cpu import routed_on_cpu
@@ -99,7 +99,7 @@ def _forward(
     from . import routed_attention_triton
 
     seen = KeyMask(mask, first, last, causal, offset, window)
-    operands = (_rows(query), _rows(key), _rows(value), gate.contiguous())
+    operands = (rowwise(query), rowwise(key), rowwise(value), gate.contiguous())
     return routed_attention_triton.forward(*operands, seen, scaling)
 
 
@@ -124,13 +124,8 @@ def _backward(
     from . import routed_attention_backward_triton
 
     seen = KeyMask(mask, first, last, causal, offset, window)
-    operands = (upstream.contiguous(), _rows(query), _rows(key), _rows(value), gate.contiguous())
+    operands = (upstream.contiguous(), rowwise(query), rowwise(key), rowwise(value), gate.contiguous())
     return routed_attention_backward_triton.backward(*operands, output, lse, seen, scaling)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """With the last dimension contiguous, which kernels rely on."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @_forward.register_fake

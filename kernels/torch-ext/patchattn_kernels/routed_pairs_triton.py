@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .key_mask import KeyMask
-from .tuning import Launch, bucket, choose
+from .tuning import Launch, bucket, choose, tile_width
 
 VARYING = ["queries", "keys", "offset", "window"]  # change from call to call: no kernel is compiled for one of them
 # Pairs, keys, warps and stages by the head dim up to which they are meant; the first of each is the default. None of
@@ -132,18 +132,13 @@ def pairs_of(pairs, program, block, count, queries, groups, REPEATS: tl.constexp
 
 def launches(kernel: str, dim: int, dtype: torch.dtype) -> list[Launch]:
     """Launch settings of a kernel (`prefill`, `decode`, `queries`, `keys`) for a head dim; the first is the default."""
-    width = padded(dim)
+    width = tile_width(dim)
     if dtype == torch.float32:  # products without tensor cores
         size = 16 if width > 64 else 32
         return [Launch({"BLOCK_M": size, "BLOCK_N": size})]
     table = _LAUNCHES[kernel]
     sizes = table[min(size for size in table if width <= size)]
     return [Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in sizes]
-
-
-def padded(dim: int) -> int:
-    """Width of a tile for a head dim: a power of two that tensor cores take."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def arguments(
@@ -169,9 +164,9 @@ def arguments(
         **_mask_arguments(mask),
         "REPEATS": heads // groups,
         "DIM": dim,
-        "PAD": padded(dim),
+        "PAD": tile_width(dim),
         "VDIM": value_dim,
-        "VPAD": padded(value_dim),
+        "VPAD": tile_width(value_dim),
     }
 
 

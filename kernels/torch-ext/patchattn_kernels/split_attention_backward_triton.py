@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from . import split_attention_keys_triton
+from .backend import rowwise
 from .key_mask import KeyMask
-from .split_attention_launch import launch, list_arguments, mask_arguments, rowwise, sizes_of, strides_of
+from .split_attention_launch import launch, list_arguments, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import full_keys, load_lse, load_rows, seen, store_rows
 from .tiles import key_range
 from .tuning import Launch

@@ -4,22 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 
 from .backend import on_device
 from .key_mask import KeyMask
 from .split_attention_tiles_triton import LOG2_E
-from .tuning import Launch, bucket, choose
-
-
-def block_of(dim: int) -> int:
-    """Width of a tile that holds vectors of `dim`."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def rowwise(tensor: torch.Tensor) -> torch.Tensor:
-    """With vectors whose numbers lie side by side."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+from .tuning import Launch, bucket, choose, tile_width
 
 
 def mask_arguments(mask: KeyMask, batch: int, queries: int, keys: int, other: torch.Tensor) -> dict[str, Any]:
@@ -61,8 +50,8 @@ def sizes_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scalin
         "scale": scaling * LOG2_E.value,
         "DIM": query.shape[3],
         "DIM_V": value.shape[3],
-        "BLOCK_D": block_of(query.shape[3]),
-        "BLOCK_V": block_of(value.shape[3]),
+        "BLOCK_D": tile_width(query.shape[3]),
+        "BLOCK_V": tile_width(value.shape[3]),
     }
 
 

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .backend import rowwise
 from .key_mask import KeyMask
-from .split_attention_launch import launch, list_arguments, mask_arguments, rowwise, sizes_of, strides_of
+from .split_attention_launch import launch, list_arguments, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import LN_2, full_keys, load_lse, load_rows, seen, store_rows
 from .tiles import key_range
 from .tuning import Launch

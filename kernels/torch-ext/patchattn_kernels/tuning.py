@@ -57,6 +57,11 @@ def bucket(length: int) -> int:
     return 1 << max(0, length - 1).bit_length()
 
 
+def tile_width(dim: int) -> int:
+    """The width of a tile that holds vectors of a head dim: a power of two that tensor cores take."""
+    return max(16, bucket(dim))
+
+
 def choose(
     kernel: str,
     shape: Mapping[str, Any],
