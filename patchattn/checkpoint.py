@@ -140,6 +140,11 @@ def load_patch(
     return model
 
 
+def is_patch_alone(folder: Path) -> bool:
+    """Whether a folder holds a patch that `save_patch` wrote, and no model."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / _MODEL_CONFIG).is_file()
+
+
 def from_pretrained(
     source: str | PathLike[str],
     *,

@@ -43,6 +43,13 @@ class Operands:
         return self.case.mode == "training"
 
     @property
+    def given_gate(self) -> torch.Tensor:
+        """The gate; ValueError where the case has none."""
+        if self.gate is None:
+            raise ValueError(f"The case {self.case.name!r} has no gate: expected an operation that selects heads.")
+        return self.gate
+
+    @property
     def heads_per_group(self) -> int:
         return self.query.shape[1] // self.key.shape[1]
 

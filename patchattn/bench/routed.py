@@ -13,17 +13,13 @@ from .problem import OURS, Implementation, Outcome, UnavailableError, Work
 def ours(problem: "RoutedProblem") -> Callable[[], Outcome]:
     """The operation; its lists of selected pairs are made anew in every call."""
     o = problem.operands
-    assert o.gate is not None
-    gate = o.gate
-    return step(o, lambda: routed_attention(o.query, o.key, o.value, gate, o.rule), gated=True)
+    return step(o, lambda: routed_attention(o.query, o.key, o.value, o.given_gate, o.rule), gated=True)
 
 
 def afterwards(problem: "RoutedProblem") -> Callable[[], Outcome]:
     """As the released MoH code does it: all heads are computed, and their outputs multiplied by the gate."""
     o = problem.operands
-    assert o.gate is not None
-    gate = o.gate
-    return step(o, lambda: apply_head_gate(dense(o).transpose(1, 2), gate).transpose(1, 2), gated=True)
+    return step(o, lambda: apply_head_gate(dense(o).transpose(1, 2), o.given_gate).transpose(1, 2), gated=True)
 
 
 def masked_flex(problem: "RoutedProblem") -> Callable[[], Outcome]:
@@ -31,8 +27,7 @@ def masked_flex(problem: "RoutedProblem") -> Callable[[], Outcome]:
     o = problem.operands
     if o.trains:
         raise UnavailableError("not compared in training")
-    assert o.gate is not None
-    gate, causal = o.gate.detach(), o.rule.causal
+    gate, causal = o.given_gate.detach(), o.rule.causal
     selected = gate != 0
 
     def visible(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -55,13 +50,12 @@ class RoutedProblem(AttentionProblem):
 
     def work(self) -> Work:
         o = self.operands
-        assert o.gate is not None
-        selected = o.gate.detach() != 0  # (B, Tq, H)
+        selected = o.given_gate.detach() != 0  # (B, Tq, H)
         pairs = float((selected.sum(dim=(0, 2)) * o.visible_counts("dense")).sum())
         rows, dim, size = float(selected.sum()), o.query.shape[-1], o.query.element_size()
         # a kv head that no selected query head of any row shares is not read
         groups = selected.unflatten(2, (o.key.shape[1], -1)).any(dim=3).any(dim=1).sum()
-        read = (rows + 2.0 * float(groups) * o.key.shape[2]) * dim * size + o.gate.nbytes
+        read = (rows + 2.0 * float(groups) * o.key.shape[2]) * dim * size + o.given_gate.nbytes
         written = float(o.query.numel()) * size
         if o.trains:  # read once more with the output's gradient, and as many gradients written
             read, written = 2.0 * read + rows * dim * size, written + read

@@ -63,7 +63,10 @@ def logit_bias(operands: Operands, computes: str, piece: Piece, sinks: torch.Ten
     bias = torch.zeros(1, *seen.shape, dtype=torch.float64, device=seen.device).masked_fill(~seen, float("-inf"))
     if computes != "act":
         return bias
-    assert sinks is not None
+    if sinks is None:
+        raise ValueError(
+            "ACT's attention is known with its sinks alone, see `act_sinks`; it is not compared in training."
+        )
     weights = (logits(operands, piece) + bias).softmax(-1)
     mass = (weights * sinks[:, None]).sum(-1, keepdim=True)
     movable = 1.0 - mass > torch.finfo(torch.float32).eps ** 0.5

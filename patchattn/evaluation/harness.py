@@ -11,7 +11,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..checkpoint import CONFIG_FILE, load_patch, patched_class, read_json, read_patch
+from ..checkpoint import is_patch_alone, load_patch, patched_class, read_json, read_patch
 from ..patching import applied_patches, is_patched, patch_model
 from ..plan import CONFIG_KEY
 from ..selection import base_model
@@ -162,7 +162,7 @@ def _value(value: Any) -> Any:
 def _sources(pretrained: str, patch: str | None) -> tuple[str, str | None, str | None]:
     """Base model, patch and adapter; a folder with a patch alone says where its base model came from."""
     folder = Path(pretrained)
-    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+    if not is_patch_alone(folder):
         return pretrained, patch, None
     has_adapter = (folder / "adapter_config.json").is_file()
     adapter = read_json(folder / "adapter_config.json") if has_adapter else {}

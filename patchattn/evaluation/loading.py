@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from ..checkpoint import CONFIG_FILE, from_pretrained, read_patch
+from ..checkpoint import from_pretrained, is_patch_alone, read_patch
 from ..demo.tasks import load_pretrained
 from ..plan import CONFIG_KEY
 from .task import ModelKind
@@ -63,7 +63,7 @@ def find_source(name: str) -> Source:
         ValueError: no configuration there, or that of a model that no task is for.
     """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if is_patch_alone(folder):
         saved = read_patch(folder)
         base = saved.base.get("name_or_path")
         if not base:

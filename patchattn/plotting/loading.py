@@ -97,12 +97,12 @@ def _find(model: str) -> tuple[str, str | None, bool]:
     """Base model, architecture, and whether it was saved patched."""
     from transformers import AutoConfig
 
-    from ..checkpoint import CONFIG_FILE, read_patch
+    from ..checkpoint import is_patch_alone, read_patch
     from ..demo.tasks import load_pretrained
     from ..plan import CONFIG_KEY
 
     folder = Path(model)
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if is_patch_alone(folder):
         saved = read_patch(folder).base
         return saved.get("name_or_path") or model, saved.get("architecture"), True
     config = load_pretrained(AutoConfig, model)
