@@ -104,7 +104,8 @@ def attention_received(
     Args:
         model: a transformers model, patched or not.
         inputs: keyword arguments of one forward.
-        layers, modules: which attention modules, as in `patch_model`.
+        layers: which layers, as in `patch_model`.
+        modules: which attention modules, as in `patch_model`.
 
     Returns:
         One entry per attention module, in the order of the model.
@@ -139,7 +140,10 @@ def attention_maps(
     """Attention of heads in one sequence of a batch.
 
     Args:
-        model, inputs, layers, modules: as in `attention_received`.
+        model: as in `attention_received`.
+        inputs: likewise.
+        layers: likewise.
+        modules: likewise.
         heads: which query heads; all by default.
         row: which sequence of the batch.
         resolution: most rows and columns of a map, for pictures of many heads: neighbours are put together. By default

@@ -109,7 +109,9 @@ def load_patch(
     Args:
         model: the base model, or a PeftModel around it.
         source: folder written by `save_patch`, or name of a Hub repository that holds one.
-        revision, token, cache_dir: of the Hub repository.
+        revision: of the Hub repository: a branch, tag or commit.
+        token: for a private repository.
+        cache_dir: where downloads are kept.
 
     Returns:
         The same model. The variants' tensors take the dtype and the device of the attention modules they go to.
@@ -159,7 +161,9 @@ def from_pretrained(
         source: a folder or a Hub repository that holds a whole patched model (written by `save_pretrained`, the
             model's own or patchattn's), or a patch alone (`save_patch`), whose base model is then loaded from where it
             came from, or a PEFT adapter beside such a patch.
-        revision, token, cache_dir: of the Hub repository; token and cache_dir hold for the base model, too.
+        revision: of the Hub repository: a branch, tag or commit.
+        token: for a private repository; holds for the base model, too.
+        cache_dir: where downloads are kept, those of the base model, too.
         kwargs: for the `from_pretrained` of the model's class: `dtype`, `device_map`, `attn_implementation`, ...
 
     Returns:

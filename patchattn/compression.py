@@ -35,7 +35,7 @@ def compress(model: ModelT, *, heads: Mapping[Any, Sequence[int]] | Sequence[int
             no head was used, or heads do not fit. The model is then as it was.
         TypeError: `model` is not a transformers model.
 
-    Example:
+    Examples:
         >>> from transformers import BertConfig, BertModel
         >>> import patchattn, torch
         >>> model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,

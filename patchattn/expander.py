@@ -112,7 +112,9 @@ def initial_expander(
     `W_1 = W_in sum_h w_h W_O^h`, `b_1 = W_in b_O + b_in`, `W_2 = W_out`, `b_2 = b_out`.
 
     Args:
-        model, host, site: the layer as it was.
+        model: that the layer is of.
+        host: the layer as it was.
+        site: its attention.
         size: channels of the expander; fewer than the layer has are those with the largest product of the norms of
             their weights.
         weights: per head, of any positive sum; equal without.

@@ -92,7 +92,8 @@ def with_image_tokens(
     Args:
         owner: variant, for messages.
         placeholders: ids that image tokens take the place of.
-        args, kwargs: what the language model is called with.
+        args: what the language model is called with by position.
+        kwargs: what it is called with by name.
 
     Raises:
         NotImplementedError: nobody knows the ids of its input.

@@ -84,12 +84,14 @@ def push_to_hub(
     """Upload a patched model to the Hub; `patchattn.from_pretrained(repo_id)` loads it.
 
     Args:
-        model, custom_code, report: as `save_pretrained`, whose folder is what is uploaded.
+        model: as `save_pretrained`, whose folder is what is uploaded.
         repo_id: name of the repository, made if it does not exist.
         private: whether a new repository is private; `None`: the organisation's default.
         token: access token; `None`: the one of `hf auth login`.
         commit_message: of the upload.
         tokenizer: tokenizer or processor to upload along.
+        custom_code: as `save_pretrained`.
+        report: as `save_pretrained`.
 
     Returns:
         Address of the commit.

@@ -124,7 +124,8 @@ def image_spans(
     """Every image of a batch, row by row and from left to right.
 
     Args:
-        model, input_ids: as `image_token_mask`.
+        model: as `image_token_mask`.
+        input_ids: as `image_token_mask`.
         image_sizes: `(images, 2)` height and width in pixels, as LLaVA-NeXT's processor gives them.
         image_grid_thw: `(images, 3)` frames, rows and columns of patches, as Qwen2.5-VL's processor gives them.
 

@@ -24,7 +24,8 @@ def packed_sequences(
         mask: as the attention function gets it.
         base: the base implementation.
         arguments: what the attention module, or its attention function, was called with.
-        batch, length: of the queries.
+        batch: rows of the call.
+        length: number of queries of a row.
 
     Raises:
         NotImplementedError: packed sequences in more than one row.
@@ -57,7 +58,8 @@ def visible_keys(
     Args:
         mask: as the attention function gets it: `None`, bool or additive float `(B, H or 1, Tq, Tk)`, bool or integer
             `(B, Tk)` (flash attention), or a BlockMask.
-        q_length, kv_length: rows and keys of the call, in tokens.
+        q_length: rows of the call, in tokens.
+        kv_length: keys of the call, in tokens.
         is_causal: whether a query sees no later key; only read where the mask does not say it.
         base: the base implementation, which gives a missing mask its meaning.
         window: sliding window of flash attention, in tokens; the other implementations have it in the mask.
@@ -143,7 +145,8 @@ def real_tokens(
 
     Args:
         mask: as `visible_keys` takes it.
-        q_length, kv_length: rows and keys of the call, in tokens.
+        q_length: rows of the call, in tokens.
+        kv_length: keys of the call, in tokens.
         is_cross: keys are those of another sequence.
         device: where to make the result, if not from the mask.
         own: index of the key that belongs to the first query, where a kv cache says it.

@@ -33,7 +33,8 @@ def attention_received(
     """Attention that each token gets, in float32 at least; never more than a few rows of it are held at a time.
 
     Args:
-        query, key: `(B, H, N, D)`, bidirectional attention without a mask.
+        query: `(B, H, N, D)`, of bidirectional attention without a mask.
+        key: `(B, H, N, D)`.
         scaling: factor of the logits.
         score: `cls`, from the first token; `received`, from all tokens on average.
         one_wide_head: sum the logits over heads and scale them by the whole width before one softmax, instead of the

@@ -70,13 +70,13 @@ def patch_model(
         NotImplementedError: the model's attention does not go through transformers' registry, or the variant lacks
             something that the model needs. The model is then as it was.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         ...     num_attention_heads=4, vocab_size=64))
         >>> model = patch_model(model, "moh", active_ratio=0.75)
-        >>> patch_info(model)["patches"][0]["variant"]
-        'moh'
+        >>> [patch["variant"] for patch in patch_info(model)["patches"]]
+        ['moh']
         >>> model = unpatch_model(model)
     """
     if not isinstance(model, nn.Module):

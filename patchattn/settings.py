@@ -28,7 +28,8 @@ def option(
         help: what the field does.
         source: where the default comes from: the paper's section, the released code, or "ours".
         unit: unit of the value, where it has one.
-        minimum, maximum: inclusive bounds of a number, or of every number of a sequence.
+        minimum: lowest value allowed of a number, or of every number of a sequence.
+        maximum: highest value allowed, likewise.
         choices: the allowed values.
     """
     metadata = {

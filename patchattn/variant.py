@@ -140,7 +140,8 @@ class Variant(nn.Module):
         """Change new keys and values `(B, Hkv, T, D)` before a kv cache stores them, and equally without a cache.
 
         Args:
-            key, value: of the tokens of this call only.
+            key: `(B, Hkv, T, D)`, of the tokens of this call only.
+            value: likewise.
             context: what the attention module was called with.
             visible: `(B or 1, T)` number of keys each of these tokens sees, itself included.
         """

@@ -172,7 +172,9 @@ def run_stage(
     """Train and evaluate one stage; returns what its `metrics.json` holds.
 
     Args:
-        stage, task, settings: of the run.
+        stage: of the run.
+        task: of the run.
+        settings: of the run.
         make: the model to begin with, and further entries of the metrics; called with the stage's seed set.
     """
     arguments = begin(stage, label_names=["labels"], disable_tqdm=True, train_sampling_strategy="sequential")

@@ -139,7 +139,8 @@ class Images(Dataset[dict[str, torch.Tensor]]):
     Args:
         classes: files by class; labels are counted in the order of its keys.
         processor: of the model.
-        crop_padding, flip: see `ImageSettings`.
+        crop_padding: see `ImageSettings`.
+        flip: see `ImageSettings`.
         seed: of the augmentation.
 
     Raises:

@@ -259,7 +259,9 @@ class PatchedTrainer(PatchedTrainerMixin, Trainer):
         """A trainer for a run.
 
         Args:
-            model, settings, arguments: of the run.
+            model: of the run.
+            settings: of the run.
+            arguments: of the run.
             mean_loss: the model's loss is the mean over its batch, as a classifier's, and not a share of all tokens of
                 the step. transformers takes any model with keyword arguments for the latter: a BERT classifier's
                 gradients would then grow with the number of accumulated batches and of processes.

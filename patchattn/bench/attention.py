@@ -129,7 +129,8 @@ def flex(operands: Operands, visible: Callable[..., torch.Tensor], *, batch: int
     Args:
         operands: of the call.
         visible: FlexAttention's mask function.
-        batch, heads: whether the mask differs between them: their numbers, or `None`.
+        batch: number of rows where the mask differs between them, else `None`.
+        heads: number of heads where the mask differs between them, else `None`.
 
     Raises:
         UnavailableError: where it would not be compiled to a fast kernel.

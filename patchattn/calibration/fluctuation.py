@@ -115,7 +115,7 @@ def flap_statistics(
         NotImplementedError: the model's attention does not go through transformers' registry, or a projection or
             feed-forward part is not recognised: leave it out with sites=... or mlp=False.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         ...     num_attention_heads=4, vocab_size=64)).eval()

@@ -73,7 +73,7 @@ def head_importance(
         NotImplementedError: the model's attention does not go through transformers' registry, or its projections are
             not recognised.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         ...     num_attention_heads=4, vocab_size=64)).eval()

@@ -90,7 +90,8 @@ def find_heads(
             and misses heads whose gain the others of their group undo.
         metric: what must rise.
         min_gain: by how much more than nothing.
-        normalise, batch_size: of `patchattn.evaluation.likelihood.score_choices`.
+        normalise: of `patchattn.evaluation.likelihood.score_choices`.
+        batch_size: likewise.
         state: file that keeps what was measured; a search with the same data and settings goes on from it.
         progress: called after every run.
 

@@ -56,7 +56,8 @@ def plot_pareto(
 
     Args:
         points: the variants.
-        score, cost: labels of the axes, with their units.
+        score: label of the upward axis, with its unit.
+        cost: label of the other axis, with its unit.
         higher_is_better: of the score.
         lower_cost_is_better: of the cost; false for speeds.
         title: of the picture.

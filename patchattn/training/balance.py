@@ -102,7 +102,7 @@ def balance_loss(model: nn.Module, weight: float = 0.01, definition: Definition 
         ValueError: no variant of the model routes, or an argument is out of range.
         NotImplementedError: in the forward, under re-entrant activation checkpointing.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> import patchattn, torch
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,

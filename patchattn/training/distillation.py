@@ -24,12 +24,14 @@ def distillation_loss(
     (of a single logit, a regression, the mean squared error).
 
     Args:
-        student, teacher: outputs of the two models on the same batch, with `hidden_states` of both unless
-            `layer_weight` is 0, and `logits` `(B, C)` unless `logit_weight` is 0. Nothing goes back into the teacher's.
+        student: output of a model on a batch, with `hidden_states` unless `layer_weight` is 0, and `logits` `(B, C)`
+            unless `logit_weight` is 0.
+        teacher: output of another on the same batch, likewise. Nothing goes back into it.
         attention_mask: `(B, T)`, 0 where hidden states are of padding; none without.
         layers: pairs of (index of the student's, index of the teacher's) hidden states to compare; by default all but
             the embeddings, which must then be equally many.
-        layer_weight, logit_weight: of the two parts.
+        layer_weight: of the part of hidden states.
+        logit_weight: of the part of logits.
         temperature: of the softmaxes.
 
     Returns:

@@ -34,7 +34,8 @@ class BlockLists(NamedTuple):
     Attributes:
         indices: `(B or 1, H or 1, Qb, N)` int32 numbers of key blocks, ascending, none twice.
         counts: `(B or 1, H or 1, Qb)` int32 how many of the N entries count; the others are not read.
-        block_q, block_k: queries and keys per block.
+        block_q: queries per block.
+        block_k: keys per block.
     """
 
     indices: torch.Tensor
@@ -79,7 +80,8 @@ def lists_from_mask(blocks: torch.Tensor, block_q: int, block_k: int, *, most: i
 
     Args:
         blocks: `(B or 1, H or 1, Qb, Kb)` bool: which key blocks a query block reads.
-        block_q, block_k: queries and keys per block.
+        block_q: queries per block.
+        block_k: keys per block.
         most: true entries that no row has more of, where that is known; the lists are then that short.
 
     Raises:
@@ -138,8 +140,10 @@ def seen_blocks(
 
     Args:
         rule: visibility.
-        queries, keys: their numbers.
-        block_q, block_k: queries and keys per block.
+        queries: their number.
+        keys: their number.
+        block_q: queries per block.
+        block_k: keys per block.
         device: where to.
         window: sinks and recent keys of every head, which then bound the blocks too.
     """
@@ -208,8 +212,10 @@ def select_blocks(
     Args:
         scores: `(B, H, Qb, Kb)`, the higher the better.
         rule: visibility.
-        queries, keys: their numbers.
-        block_q, block_k: queries and keys per block.
+        queries: their number.
+        keys: their number.
+        block_q: queries per block.
+        block_k: keys per block.
         top_k: how many blocks, own ones among them (MoBA); more only where there are more own ones.
         top_p: as many of the best as have at least this share of the softmax of the scores, in (0, 1].
 

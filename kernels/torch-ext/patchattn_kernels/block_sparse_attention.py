@@ -55,7 +55,8 @@ def block_sparse_attention(
 
     Args:
         query: `(B, H, Tq, D)`.
-        key, value: `(B, G, Tk, D)` and `(B, G, Tk, Dv)`; H is a multiple of G.
+        key: `(B, G, Tk, D)`; H is a multiple of G.
+        value: `(B, G, Tk, Dv)`.
         keep: what is read, per query head.
         rule: scaling and visibility.
         return_lse: whether the log-sum-exp of the rows is returned too, as parts of an attention are merged by it.

@@ -73,7 +73,8 @@ def key_counts(
 
     Args:
         rule: visibility.
-        queries, keys: their numbers.
+        queries: their number.
+        keys: their number.
         device: where to.
         real: `(B or 1, Tq)` bool: the queries that count.
     """

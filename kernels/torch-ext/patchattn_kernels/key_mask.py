@@ -48,7 +48,8 @@ def key_mask(rule: AttentionRule, queries: int, keys: int, device: torch.device)
 
     Args:
         rule: scaling and visibility.
-        queries, keys: their numbers.
+        queries: their number.
+        keys: their number.
         device: where to.
     """
     offset = keys - queries if rule.offset is None else rule.offset

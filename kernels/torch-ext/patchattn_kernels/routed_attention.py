@@ -21,7 +21,8 @@ def routed_attention(
 
     Args:
         query: `(B, H, Tq, D)`.
-        key, value: `(B, G, Tk, D)` and `(B, G, Tk, Dv)`; H is a multiple of G.
+        key: `(B, G, Tk, D)`; H is a multiple of G.
+        value: `(B, G, Tk, Dv)`.
         gate: `(B, Tq, H)`; 0 removes a head for a token, and has no gradient there.
         rule: scaling and visibility.
 
@@ -40,7 +41,11 @@ def routed_attention_if_faster(
     Triton's kernels compute it where they run; elsewhere on a CPU, rows are gathered for SDPA where that is faster.
 
     Args:
-        query, key, value, gate, rule: as `routed_attention` takes them.
+        query: as of `routed_attention`.
+        key: as of `routed_attention`.
+        value: as of `routed_attention`.
+        gate: as of `routed_attention`.
+        rule: as of `routed_attention`.
 
     Raises:
         NotImplementedError: PATCHATTN_KERNELS is `triton`, and the kernels cannot compute the call.

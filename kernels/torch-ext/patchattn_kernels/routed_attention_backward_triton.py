@@ -291,8 +291,14 @@ def backward(
 
     Args:
         upstream: `(B, Tq, H, Dv)`, contiguous.
-        query, key, value, gate, mask, scaling: as given to `forward`.
-        output, lse: as it returned them.
+        query: as given to `forward`.
+        key: as given to `forward`.
+        value: as given to `forward`.
+        gate: as given to `forward`.
+        mask: as given to `forward`.
+        scaling: as given to `forward`.
+        output: as it returned it.
+        lse: as it returned it.
 
     Returns:
         Of queries `(B, Tq, H, D)`, keys `(B, Tk, G, D)`, values `(B, Tk, G, Dv)` and gates `(B, Tq, H)`.

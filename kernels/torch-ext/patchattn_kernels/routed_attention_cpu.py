@@ -31,7 +31,11 @@ def routed_on_cpu(
     there are to gather depends on the values of the gate.
 
     Args:
-        query, key, value, gate, rule: as `routed_attention` takes them.
+        query: as of `routed_attention`.
+        key: as of `routed_attention`.
+        value: as of `routed_attention`.
+        gate: as of `routed_attention`.
+        rule: as of `routed_attention`.
 
     Returns:
         As `routed_attention`, or `None`: compute it in another way. It is the same up to rounding.

@@ -197,7 +197,9 @@ def forward(
     """Attention of the pairs that a gate keeps.
 
     Args:
-        query, key, value: as of `routed_attention`, of one dtype, the last dimension contiguous.
+        query: as of `routed_attention`, the last dimension contiguous.
+        key: likewise, of the dtype of the query.
+        value: likewise, of the dtype of the query.
         gate: `(B, Tq, H)` float32, contiguous.
         mask: which keys are seen.
         scaling: factor of the logits, positive.

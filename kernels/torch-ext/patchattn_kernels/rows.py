@@ -86,7 +86,8 @@ def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows
     """Logits `(B, H, C, Tk)` of a slice of the queries; those of keys that a query does not see are -inf.
 
     Args:
-        query, key: `(B, H, Tq, D)` and `(B, G, Tk, D)`, in `full_precision`; kv heads are not repeated.
+        query: `(B, H, Tq, D)`, in `full_precision`.
+        key: `(B, G, Tk, D)`, in `full_precision`; kv heads are not repeated.
         rule: how.
         rows: which queries.
     """

@@ -34,7 +34,8 @@ def attention_with_lse(
 
     Args:
         query: `(B, H, Tq, D)`.
-        key, value: `(B, G, Tk, D)` and `(B, G, Tk, Dv)`; H is a multiple of G.
+        key: `(B, G, Tk, D)`; H is a multiple of G.
+        value: `(B, G, Tk, Dv)`.
         rule: scaling and visibility.
 
     Returns:
@@ -72,7 +73,8 @@ def split_attention(
 
     Args:
         query: `(B, H, Tq, D)`.
-        key, value: `(B, G, Tk, D)` and `(B, G, Tk, Dv)`; H is a multiple of G.
+        key: `(B, G, Tk, D)`; H is a multiple of G.
+        value: `(B, G, Tk, Dv)`.
         key_set: `(B, H, Tk)` bool.
         rule: scaling and visibility.
         lse: `(B, H, Tq)` log-sum-exp of the rows, where it is known.

@@ -218,7 +218,9 @@ def attention_backward(
     """Gradients of queries, keys and values, in their dtypes.
 
     Args:
-        query, key, value: the operands; no values: those of the log-sum-exp alone.
+        query: as given to the forward.
+        key: likewise.
+        value: likewise; `None`: gradients of the log-sum-exp alone.
         given: `(B, H, Tq, Dv)` gradient of the output, `None` without values.
         lse: `(B, H, Tq)`.
         extra: `(B, H, Tq)`, see the top of this file.

@@ -66,7 +66,8 @@ def launch(
     """Run a kernel with the launch settings known for its shape.
 
     Args:
-        kernel, name: which.
+        kernel: which.
+        name: how its settings are called.
         programs: their number.
         arguments: by name; sizes as `sizes_of` gives them.
         candidates: launch settings, the default first.
