@@ -1,7 +1,7 @@
 """What a variant sees: one call of attention, and what the attention module was called with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -133,8 +133,7 @@ class AttentionCall:
         kwargs = self.kwargs
         if "scaling" in changes:
             kwargs = {**kwargs, "scaling": changes.pop("scaling")}
-        fields = {**self.__dict__, "kwargs": kwargs, **changes}
-        return type(self)(**fields)
+        return replace(self, **{"kwargs": kwargs, **changes})
 
     def visible_keys(self) -> torch.Tensor:
         """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded."""

@@ -73,7 +73,8 @@ class TappedCache(Cache):
     """A cache seen through a tap."""
 
     def __init__(self, cache: Cache, tap: CacheTap) -> None:
-        self.__dict__.update(_cache=cache, _tap=tap)
+        self._cache = cache
+        self._tap = tap
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -96,11 +97,9 @@ class TappedEncoderDecoderCache(EncoderDecoderCache):
     """Both halves of an encoder-decoder cache seen through a tap; only the one the module writes to is touched."""
 
     def __init__(self, cache: EncoderDecoderCache, tap: CacheTap) -> None:
-        self.__dict__.update(
-            _cache=cache,
-            self_attention_cache=TappedCache(cache.self_attention_cache, tap),
-            cross_attention_cache=TappedCache(cache.cross_attention_cache, tap),
-        )
+        self._cache = cache
+        self.self_attention_cache = TappedCache(cache.self_attention_cache, tap)
+        self.cross_attention_cache = TappedCache(cache.cross_attention_cache, tap)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_cache"], name)
