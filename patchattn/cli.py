@@ -1,4 +1,5 @@
-"""The command line: `patchattn list | info | coverage | check | demo | calibrate | eval | bench | plot | lm-eval`."""
+"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | bench | plot |
+lm-eval`."""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .bench.commands import bench
 from .calibration.commands import calibrate_curve, calibrate_flap, calibrate_heads
@@ -141,6 +143,34 @@ def check(
     Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
     if not report.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: the releases at hand, and every variant on tiny models. Run it after an upgrade."""
+    import torch
+    from rich.table import Table
+
+    from .doctor import releases, self_test
+
+    quiet()
+    console, table = Console(highlight=False), Table("package", "at hand", "tested from", "to", "")
+    problems = []
+    for release in releases():
+        table.add_row(release.name, release.installed or "-", release.oldest, release.newest, release.verdict)
+        if release.verdict in ("too old", "too new"):
+            problems.append(f"{release.name} {release.installed} is {release.verdict}: see `tested from` and `to`")
+    console.print(table)
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for finding in self_test(device):
+            console.print(f"{'failed' if finding.problem else 'passed'}  {device}  {finding.what}", soft_wrap=True)
+            if finding.problem:
+                problems.append(f"{finding.what} ({device}): {finding.problem}")
+    for problem in problems:
+        console.print(f"[bold red]Problem:[/] {escape(problem)}", soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    console.print("Everything that was tried works.")
 
 
 @app.command()
@@ -311,8 +341,6 @@ def _allowed(field: dict[str, Any], hint: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    from rich.markup import escape
-
     return escape(" ".join(str(error).split()))
 
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import patchattn
 import patchattn_kernels
 from patchattn import variant as registry
+from patchattn.doctor import pinned
 
 from . import vlms
 from .families import FAMILIES
@@ -51,7 +52,7 @@ def test_docstring_examples(name: str) -> None:
 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"model": tiny_llama(), "__name__": "readme"}
+    namespace: dict[str, Any] = {"__name__": "readme"}
     for block in blocks(ROOT / "README.md"):
         exec(compile(block, "README.md", "exec"), namespace)
     inputs = namespace["inputs"]
@@ -59,6 +60,27 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(again, same)
     tuned, reloaded = (namespace[name].eval()(**inputs).logits for name in ("tuned", "reloaded"))
     torch.testing.assert_close(tuned, reloaded, rtol=0, atol=0)
+
+
+def test_the_first_block_of_the_readme_runs_alone() -> None:
+    first, *_ = blocks(ROOT / "README.md")
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(first, "README.md", "exec"), namespace)
+    assert not patchattn.patch_info(namespace["model"])["patches"]
+
+
+def test_the_readme_says_which_releases_it_runs_on() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package in ("transformers", "torch"):
+        major, minor, _ = pinned("oldest")[package].split(".")
+        assert f"{package} {major}.{minor} or newer" in text
+
+
+@pytest.mark.parametrize("package", ["transformers", "torch", "peft", "accelerate", "numpy"])
+def test_the_page_on_compatibility_names_what_was_run(package: str) -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    ends = [".".join(pinned(end)[package].split(".")[:2]) for end in ("oldest", "newest")]
+    assert re.search(rf"^\| {package} \| {re.escape(ends[0])} \| {re.escape(ends[1])}( \(.*\))? \|$", text, re.M)
 
 
 def test_first_steps(capsys: pytest.CaptureFixture[str]) -> None:
