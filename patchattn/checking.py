@@ -93,7 +93,7 @@ def check_patch(
     """Check a patch on a model and inputs of one's own. The model is afterwards as it was, patched or not.
 
     Checked are: neutral settings equal the unpatched model to the last bit; unpatching restores it to the last bit;
-    padding changes no real token; cached decoding in chunks equals one forward.
+    padding changes no real token; a forward with a kv cache and decoding in chunks equal one forward without.
 
     Args:
         model: a patched model, or an unpatched one together with `variant`.
@@ -210,7 +210,8 @@ def _padding(model: nn.Module, inputs: dict[str, Any]) -> float | str:
 
 
 def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
-    """Largest relative error between decoding in chunks with a kv cache and one forward, or why there is none."""
+    """Largest relative error of one forward with a kv cache, and of decoding in chunks with one, against a forward
+    without; or why there is none."""
     base: Any = base_model(model)
     if ahead := [p.variant for p in applied_patches(base) if variant_info(p.variant).looks_ahead]:
         return f"under {ahead[0]!r} the rows of one forward depend on later ones"
@@ -222,7 +223,8 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     if isinstance(tokens, str):
         return tokens
     given = {key: value[:1] for key, value in inputs.items() if key != name} if paired else {}
-    full = _output(model, {**given, name: tokens})
+    full = _output(model, {**given, name: tokens, "use_cache": False})
+    at_once = _difference(_output(model, {**given, name: tokens, "use_cache": True}), full)
     cache = None if paired else DynamicCache(config=base.config.get_text_config())
     half, parts = tokens.shape[1] // 2, []
     for chunk in tokens.split([half, tokens.shape[1] - half - 1, 1], dim=1):
@@ -232,7 +234,7 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
         if paired:
             given = {"encoder_outputs": (result.encoder_last_hidden_state,)}
         parts.append(result.logits if "logits" in result else result.last_hidden_state)
-    return _difference(torch.cat(parts, dim=1), full)
+    return max(at_once, _difference(torch.cat(parts, dim=1), full))
 
 
 def _plain_tokens(inputs: dict[str, Any], name: str) -> torch.Tensor | str:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .expander import checked_heads, heads_by_module
-from .patching import active_chains, applied_patches, remove_hooks
+from .hooks import remove_hooks
+from .patching import active_chains, applied_patches, is_ours
 from .plan import CONFIG_KEY, plan_dict
 from .selection import base_model
 from .sites import find_sites
@@ -79,7 +80,7 @@ def compress(model: ModelT, *, heads: Mapping[Any, Sequence[int]] | Sequence[int
     for name, chain in chains.items():
         chain.site = sites[name]
         chain.attach("shrp", variants[name])  # it no longer needs the layer's input
-        remove_hooks(base.get_submodule(name))
+        remove_hooks(base.get_submodule(name), is_ours)
     setattr(base.config, CONFIG_KEY, plan_dict(patches))
     return model
 

@@ -92,6 +92,7 @@ class DecodingVariant(Variant):
             Hook(generator.get_input_embeddings(), "before", self.before_embedding),
             Hook(generator.get_decoder(), "before", self.before_decoder),
             Hook(generator, "after", self.after_generator),
+            Hook(model, "finally", self.after_model),
         ]
 
     def branch(self, step: Step) -> BranchStep:
@@ -139,6 +140,11 @@ class DecodingVariant(Variant):
         where = {"q_length": length, "kv_length": past + length, "is_cross": False, "device": embeddings.device}
         real = real_tokens(kwargs.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
         _local.step = Step(ids, embeddings, real, past == 0)
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Let go of what this forward has noted, also where it failed."""
+        if self.is_active:
+            vars(_local).clear()
 
     def after_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.is_active:

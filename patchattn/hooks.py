@@ -6,28 +6,104 @@ checkpointing runs a layer again, without the hooks around it.
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 IMAGE_TOKENS = "patchattn_image_tokens"
 RESIDUAL = "patchattn_residual"
+_REGISTER = nn.Module.register_forward_pre_hook.__name__
 
 # .token_ids: of the forward that is about to reach the language model; .image_tokens: which tokens of its input are
 # image tokens, where somebody knows better than the ids.
 _local = threading.local()
 
 
+class HookOrder:
+    """In place of `register_forward_pre_hook` of one module: whatever is registered later runs before our hooks, which
+    must see what the module is really called with.
+
+    Knows its module weakly: a cycle would keep a model that nobody needs any more until the next garbage collection.
+    """
+
+    def __init__(self, module: nn.Module, ours: Iterable[int] = ()) -> None:
+        self.module = weakref.ref(module)
+        self.ours = list(ours)
+
+    def __call__(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        module = cast(nn.Module, self.module())
+        handle = type(module).register_forward_pre_hook(module, hook, **options)
+        self.restore(module)
+        return handle
+
+    def restore(self, module: nn.Module) -> None:
+        """Put our hooks behind all others."""
+        hooks = module._forward_pre_hooks
+        for hook_id in self.ours:
+            if hook_id in hooks:
+                hooks[hook_id] = hooks.pop(hook_id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HookOrder":
+        module = cast(nn.Module, self.module())
+        return HookOrder(memo.get(id(module), module), self.ours)
+
+    def __reduce__(self) -> Any:
+        return HookOrder, (self.module(), self.ours)
+
+
+def register_last(module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = True) -> None:
+    """Place a hook before a module's forward, behind the hooks that are there and those that come later."""
+    order = vars(module).get(_REGISTER)
+    if order is None:
+        order = vars(module)[_REGISTER] = HookOrder(module)
+    order.ours.append(order(hook, with_kwargs=with_kwargs).id)
+
+
+def refuse_later_hooks(module: nn.Module) -> None:
+    """RuntimeError if a hook was placed behind the one of ours that reads what the module is called with.
+
+    Only a registration that went around the module's own method can do that.
+    """
+    order = vars(module).get(_REGISTER)
+    if order is not None and next(reversed(module._forward_pre_hooks)) not in order.ours:
+        order.restore(module)
+        raise RuntimeError(
+            f"A forward pre-hook was placed on a patched {type(module).__name__} by other means than its own "
+            "register_forward_pre_hook, so that this call's input was read before that hook changed it. The order is "
+            "restored: call the model again."
+        )
+
+
+def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    """Take the hooks of patches off a module."""
+    vars(module).pop(_REGISTER, None)
+    places = (module._forward_pre_hooks, module._forward_hooks)
+    keyed = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    for place in places:
+        for key in [key for key, hook in place.items() if is_ours(hook)]:
+            for hooks in (place, *keyed):
+                hooks.pop(key, None)
+
+
 @dataclass(frozen=True)
 class Hook:
-    """A method of a variant to be called before or after a module, with its keyword arguments."""
+    """A method of a variant to be called before or after a module, with its keyword arguments.
+
+    `finally` is after it too, but also where it failed: its output is then `None`.
+    """
 
     module: nn.Module
-    when: Literal["before", "after"]
+    when: Literal["before", "after", "finally"]
     method: Callable[..., Any]
 
     def install(self) -> None:
@@ -36,9 +112,9 @@ class Hook:
         if any(_function(hook) is _function(self.method) for hook in place.values()):
             return
         if self.when == "before":
-            self.module.register_forward_pre_hook(self.method, with_kwargs=True)
+            register_last(self.module, self.method)
         else:
-            self.module.register_forward_hook(self.method, with_kwargs=True)
+            self.module.register_forward_hook(self.method, with_kwargs=True, always_call=self.when == "finally")
 
 
 def install_hooks(model: nn.Module, variants: nn.Module) -> None:
@@ -72,6 +148,11 @@ def note_token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ids = args[0] if args else kwargs.get("input")
     if isinstance(ids, torch.Tensor) and ids.dim() == 2:
         _local.token_ids = ids
+
+
+def forget_tokens() -> None:
+    """Let go of what the forward that ends here has noted; for a `finally` hook of the whole model."""
+    vars(_local).pop("token_ids", None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 from .compatibility import name_branches
 from .decoding import DecodingVariant, refuse_second
-from .hooks import install_hooks
+from .hooks import install_hooks, register_last, remove_hooks
 from .plan import CONFIG_KEY, Patch, plan_dict
 from .seam import (
     CHILD,
@@ -190,7 +190,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     for module in base.modules():
         if module._modules.pop(CHILD, None) is not None:
             vars(module)["config"] = original_config(module)
-        remove_hooks(module)
+        remove_hooks(module, is_ours)
     vars(base.config).pop(CONFIG_KEY, None)
     release_bases()
     return model
@@ -345,16 +345,7 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
         )
 
 
-def remove_hooks(module: nn.Module) -> None:
-    """Take the hooks of patches off a module."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_with_kwargs.pop(key, None)
-
-
-def _is_ours(hook: Any) -> bool:
+def is_ours(hook: Any) -> bool:
     return hook in _HOOKS or isinstance(getattr(hook, "__self__", None), Variant)
 
 
@@ -393,8 +384,8 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
         if _config(module)._attn_implementation != seam_name(chain.base):
             vars(module)["config"] = seam_config(module.config, chain.base)
         if chain.needs_context and open_context not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(open_context, with_kwargs=True)
-            module.register_forward_hook(close_context)
+            register_last(module, open_context)
+            module.register_forward_hook(close_context, always_call=True)
             if chain.site.query_norm is not None:
-                module.get_submodule(chain.site.query_norm).register_forward_pre_hook(note_raw_query)
+                register_last(module.get_submodule(chain.site.query_norm), note_raw_query, with_kwargs=False)
         install_hooks(model, active_chain(chain))

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from .call import AttentionCall, LayerContext, needed_capabilities
+from .hooks import refuse_later_hooks
 from .masks import is_flash
 from .sites import REGISTRY_NAME, AttentionSite, attention_forward
-from .storage import CacheTap, tap_cache
+from .storage import CacheTap, is_shared, tap_cache
 from .variant import ALL_CAPABILITIES, AttentionOutput, Variant, variant_info
 
 CHILD = "patchattn"  # the name under which a chain is attached to an attention module
@@ -43,6 +44,7 @@ class VariantChain(nn.Module):
         super().__init__()
         self.site = site
         self.base = base
+        self.stores_what_it_attends = False  # seen to be so, of the keys and values that it gives to a kv cache
         self._refresh()
         _live_chains.add(self)
 
@@ -109,7 +111,20 @@ class VariantChain(nn.Module):
 
     def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
         """Without a cache the new keys and values are all there are; with one, the tap has changed them already."""
-        if context.tap is not None and context.tap.covers(call.key):
+        tap, fault = context.tap, None
+        if self.site.shares_keys and is_shared(call.key, context):
+            fault = "shares its keys and values with other layers"
+        elif tap is not None and tap.is_used:
+            fault = tap.fault(call.key, call.value)
+        elif tap is not None and not tap.covers(call.key) and not self.site.is_cross:
+            fault = "takes its keys from no layer of its kv cache"
+        if fault is not None:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) {fault}: {', '.join(map(repr, self.storing))} cannot "
+                "change what is stored so that cached and uncached calls agree. Leave it out with modules=... or "
+                "layers=..., or choose settings that leave keys and values as they are."
+            )
+        if tap is not None and tap.covers(call.key):
             return call
         visible = call.visible_keys()
         key, value = self.before_cache(call.key, call.value, context, visible)
@@ -252,6 +267,8 @@ def _current_context(module: nn.Module) -> LayerContext:
 def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-hook of a patched module: note what it is called with, and tap its cache where a variant needs that."""
     chain = cast(VariantChain, module._modules[CHILD])  # or PEFT's wrapper around one, which passes attributes on
+    if not torch.compiler.is_compiling():
+        refuse_later_hooks(module)
     site = chain.site
     values = {**dict(zip(site.arguments, args, strict=False)), **kwargs}
     cache_argument, cache = next(((name, v) for name, v in values.items() if isinstance(v, Cache)), (None, None))
@@ -275,8 +292,11 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def close_context(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Post-hook of a patched module: let go of the tensors."""
+    """Post-hook of a patched module, called also where it failed: let go of the tensors."""
+    context: LayerContext | None = getattr(_local, "context", None)
     _local.context = None
+    if context is not None and context.tap is not None:
+        context.tap.close()
 
 
 def note_raw_query(norm: nn.Module, args: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ read off the compiled code of `forward`, and geometry off tensors and configurat
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -62,6 +62,7 @@ class AttentionSite:
         arguments: positional parameters of `forward`, in order.
         max_positions: length that the model was trained on by its configuration, before any rescaling of its rotary
             embedding, in tokens; `None` where it states none.
+        shares_keys: some modules of its class in its tower make no keys of their own, so that others lend them theirs.
     """
 
     name: str
@@ -83,6 +84,7 @@ class AttentionSite:
     mask_argument: str | None
     arguments: tuple[str, ...]
     max_positions: int | None
+    shares_keys: bool = False
 
     def geometry(self) -> dict[str, Any]:
         """What must agree for a patch made on another copy of the model to fit this one."""
@@ -108,7 +110,15 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     """All attention sites of a model, in the order of its modules."""
     found = [(name, module) for name, module in model.named_modules() if dispatches(module)]
     layers = _layers([name for name, _ in found])
-    return [_describe(name, module, *layers[name]) for name, module in found]
+    sites = [_describe(name, module, *layers[name]) for name, module in found]
+    kinds: dict[tuple[str, str], set[bool]] = {}
+    for site in sites:
+        kinds.setdefault((site.tower, site.module_class), set()).add(_makes_keys(site))
+    return [replace(site, shares_keys=len(kinds[site.tower, site.module_class]) > 1) for site in sites]
+
+
+def _makes_keys(site: AttentionSite) -> bool:
+    return not {"key", "fused"}.isdisjoint(site.projections)
 
 
 def find_undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -79,6 +79,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 list(m._forward_hooks.items()),
                 list(m._forward_pre_hooks_with_kwargs),
                 list(m._forward_hooks_with_kwargs),
+                list(m._forward_hooks_always_called),
             )
             for name, m in model.named_modules()
         },

@@ -34,6 +34,15 @@ class CountsRowsOfTheChunk(Broken):
         return inner(call.replace(query=call.query * (1 + 0.1 * rows[:, None])))
 
 
+class ForgetsCallsWithoutCache(Broken):
+    """Scales what enters a kv cache, and nothing where there is none."""
+
+    changes_cache = True
+
+    def before_cache(self, key, value, context, visible):
+        return key, value if context.cache is None else 1.5 * value
+
+
 class IsNeverNeutral(Broken):
     def attend(self, call, inner):
         output, weights = inner(call)
@@ -70,6 +79,7 @@ def test_good_patches_pass(family: str, case) -> None:
     [
         (ReadsPadding, "padding changes no real token"),
         (CountsRowsOfTheChunk, "cached decoding equals one forward"),
+        (ForgetsCallsWithoutCache, "cached decoding equals one forward"),
         (IsNeverNeutral, "neutral settings equal the unpatched model"),
     ],
     indirect=["broken"],

@@ -151,6 +151,11 @@ class DAMRO(DecodingVariant):
                 "DAMRO reads the layer that the model's configuration names: set vision_feature_layer there and patch."
             )
 
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        super().after_model(module, args, kwargs, output)
+        if self.is_active and output is None:  # pictures may be passed on to later forwards, of one that succeeded
+            vars(_seen).clear()
+
     # The vision encoder: which tokens are outliers.
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from patchattn_kernels import split_attention
 
 from ..call import AttentionCall
-from ..hooks import Hook, enclosing_layer, note_token_ids, with_image_tokens, with_residual
+from ..hooks import Hook, enclosing_layer, forget_tokens, note_token_ids, with_image_tokens, with_residual
 from ..images import ImageLayout, image_layout
 from ..selection import base_model, evaluating
 from ..settings import option
@@ -136,6 +136,7 @@ class VAR(Variant):
             Hook(base.get_input_embeddings(), "before", self.before_embedding),
             Hook(base.get_submodule(layout.language_model), "before", self.before_language_model),
             Hook(base.get_submodule(self.layer), "before", self.before_layer),
+            Hook(base, "finally", self.after_model),
         ]
 
     def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,6 +147,9 @@ class VAR(Variant):
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_residual(args, kwargs)
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        forget_tokens()
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         output, weights = inner(call)
