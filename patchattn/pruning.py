@@ -65,7 +65,7 @@ def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> lis
     """
     parts = head_projections(model, site)
     kv_kept = kept_kv_heads(site, kept)
-    changes = []
+    changes = _alignment(model, site, kept)
     for path in dict.fromkeys(part.projection for part in parts):
         own = [part for part in parts if part.projection == path]
         index = kept_index(own, kept, kv_kept)
@@ -126,6 +126,52 @@ class KeptHeads:
             index = torch.tensor(self.kv_index, device=call.key.device)
             changes |= {"key": call.key.index_select(1, index), "value": call.value.index_select(1, index)}
         return call.replace(kwargs=kwargs, **changes)
+
+
+@dataclass(eq=False)
+class AlignmentHeads(Change):
+    """The heads whose cross-attention `generate` reads word timestamps from (Whisper), by their new numbers.
+
+    What they become is worked out when they are exchanged: the modules of other layers change the same list.
+
+    Attributes:
+        site: the cross-attention module, as it was before.
+        kept: its query heads that are kept, sorted.
+    """
+
+    site: AttentionSite
+    kept: tuple[int, ...]
+
+    def exchange(self, model: nn.Module) -> None:
+        settings: Any = model.generation_config
+        before = settings.alignment_heads
+        settings.alignment_heads = self._renumbered(before) if self.value is None else self.value
+        self.value = before
+
+    def _renumbered(self, heads: Sequence[Sequence[int]]) -> list[list[int]]:
+        places = {head: place for place, head in enumerate(self.kept)}
+        own = [layer == self.site.layer_index for layer, _ in heads]
+        found = [
+            [layer, places[head] if is_own else head]
+            for (layer, head), is_own in zip(heads, own, strict=True)
+            if not is_own or head in places
+        ]
+        if heads and not found:
+            raise ValueError(
+                f"Word timestamps are read from the heads {[list(pair) for pair in heads]} (layer, head) of the "
+                f"cross-attention; taking out those of {self.site.name} would leave none. Keep one, or give up word "
+                "timestamps first: del model.generation_config.alignment_heads"
+            )
+        return found
+
+
+def _alignment(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> list[Change]:
+    """The change of the heads that word timestamps are read from, where the module has any; it comes first: it may
+    refuse, and nothing of the module is then exchanged."""
+    heads = getattr(getattr(model, "generation_config", None), "alignment_heads", None)
+    if not site.is_cross or not heads or site.layer_index not in [layer for layer, _ in heads]:
+        return []
+    return [AlignmentHeads("", "alignment_heads", None, site, tuple(kept))]
 
 
 def _group(site: AttentionSite) -> int:
