@@ -134,13 +134,13 @@ def _reason(run: Callable[[], str | None]) -> str | None:
 def _decoder() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64)).eval()  # type: ignore[arg-type]
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64)).eval()
 
 
 def _encoder() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return BertModel(BertConfig(**sizes, vocab_size=64)).eval()  # type: ignore[arg-type]
+    return BertModel(BertConfig(**sizes, vocab_size=64)).eval()
 
 
 def _tokens(model: Any) -> torch.Tensor:

@@ -76,7 +76,10 @@ class RoutingStatistics:
             ValueError: nothing was observed.
         """
         if not self._sums:
-            raise ValueError("No router has run: run the model inside the `with routing_statistics(...)` block.")
+            raise ValueError(
+                "No router has run: no variant of the model chooses heads per token, as moh does, or the model was not "
+                "run while this was collected."
+            )
         return [self._layer(site, self._sums[name].tolist()) for name, site in self._sites.items()]
 
     def _layer(self, site: AttentionSite, sums: list[float]) -> LayerRouting:

@@ -166,8 +166,8 @@ class TemperatureStatistics:
         """
         if not self._layers:
             raise ValueError(
-                "No temperature was reported: run the model inside the `with temperature_statistics(...)` block, "
-                "patched with a variant that has temperatures, such as ssa, ssmax or logn."
+                "No temperature was reported: no variant of the model has temperatures, as ssa, ssmax and logn do, or "
+                "the model was not run while this was collected."
             )
         return [layer.result() for layer in self._layers.values()]
 

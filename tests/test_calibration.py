@@ -171,6 +171,15 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
         search(model, examples, state=state)
 
 
+def test_a_search_that_keeps_no_head_is_over(tmp_path: Path) -> None:
+    """What it measured is of no use any more, and must not stand in the way of the next model."""
+    examples, state = data(), tmp_path / "heads.json.state"
+    with pytest.raises(ValueError, match="No head raises the accuracy"):
+        search(llama(), examples, group_size=4, min_gain=1.0, state=state)
+    assert not state.exists()
+    assert search(llama(seed=1), examples, metric="likelihood", state=state).gains
+
+
 def test_a_run_that_cannot_win_is_ended() -> None:
     model, examples = llama(), data()
     baseline = score(model, examples, "accuracy")

@@ -93,7 +93,10 @@ def test_every_kind_of_picture_is_written(run, tmp_path, line):
         ("received NOWHERE --prompt w1 --variant moh --patch here", "not both"),
         ("received NOWHERE --prompt w1", "Cannot load 'NOWHERE'"),
         ("received FOLDER/patch --prompt w1 --variant moh", "was saved patched"),
+        ("received NOWHERE --prompt w1 --patch moh", "'moh' is a variant: give --variant moh"),
         ("heads FOLDER --text nowhere.txt --variant moh", "There is no file 'nowhere.txt'"),
+        ("heads FOLDER --text FOLDER/text.txt", "give --variant or --patch, or a model that was saved patched"),
+        ("temperatures FOLDER --text FOLDER/text.txt", "give --variant or --patch, or a model that was saved patched"),
         ("image NOWHERE --image nowhere.png --prompt w1", "There is no image"),
         ("image NOWHERE --image nowhere.png --prompt w1 --query first", "last, text or the index"),
         ("image FOLDER --image FOLDER/text.txt --prompt w1", "takes no images"),
@@ -112,6 +115,24 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(run, monkeypatch, line, 
     assert err.startswith("Error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "heads FOLDER --text FOLDER/text.txt --variant ssa",
+            "No router has run: no variant of the model chooses heads",
+        ),
+        ("temperatures FOLDER --text FOLDER/text.txt --variant moh", "No temperature was reported: no variant"),
+    ],
+)
+def test_a_variant_that_has_nothing_to_show_is_told_in_words_of_the_command_line(run, tmp_path, line, message):
+    code, _, err = run(line)
+    assert code == 2
+    assert message in err
+    assert "with " not in err  # no advice on Python
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_needle_from_a_report(run, folder, tmp_path, monkeypatch):

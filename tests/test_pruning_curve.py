@@ -54,11 +54,12 @@ def test_the_lowest_head_goes_and_the_others_are_scored_anew(recompute: bool, ph
     data = examples("llama", 3)
     model = make("llama")
     before = evaluate(model)
-    seen: list[CurvePoint] = []
+    seen: list[tuple[CurvePoint, int]] = []
+    how: dict[str, Any] = {"recompute": recompute, "physical": physical, "per": "example"}
     points = pruning_curve(
-        model, data, evaluate, every=2, recompute=recompute, physical=physical, progress=seen.append, per="example"
+        model, data, evaluate, every=2, progress=lambda point, most: seen.append((point, most)), **how
     )
-    assert points == seen
+    assert [(point, points[-1].removed) for point in points] == seen
     assert evaluate(model) == before
     assert not any("patchattn" in name for name, _ in model.named_modules())
     removed: dict[str, list[int]] = {site: [] for site in SITES}

@@ -127,7 +127,7 @@ def calibrate_curve(
             method=method,
             recompute=recompute,
             normalise=normalise,
-            progress=lambda point: move(point.removed),
+            progress=lambda point, most: move(point.removed, most),
             **loading.options,
         )
     write_curve(points, output, metric=name)
@@ -247,4 +247,4 @@ def _bar(console: Console, what: str, total: int | None) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(what, total=total)
-        yield lambda done: progress.update(bar, completed=done)
+        yield lambda done, known=total: progress.update(bar, completed=done, total=known)

@@ -49,7 +49,7 @@ def pruning_curve(
     method: str = "michel",
     recompute: bool = True,
     physical: bool = False,
-    progress: Callable[[CurvePoint], None] | None = None,
+    progress: Callable[[CurvePoint, int], None] | None = None,
     **options: Any,
 ) -> list[CurvePoint]:
     """Remove the least important heads step by step, and measure after each step.
@@ -66,7 +66,7 @@ def pruning_curve(
         method: of `head_importance`.
         recompute: score anew after every step.
         physical: take heads out of the weights, which is faster with many steps; else their output is masked.
-        progress: called with every point.
+        progress: called with every point, and how many heads will be removed in all.
         options: of `head_importance`: `per`, `metric`, `normalise`, ...
 
     Returns:
@@ -84,12 +84,12 @@ def pruning_curve(
         raise ValueError(f"until is a share of the heads, above 0 and at most 1, got {until}.")
     if not isinstance(batches, Collection):
         raise TypeError(f"batches are gone through several times: give a list, got {type(batches).__name__}.")
-    report = progress or (lambda point: None)
+    report = progress or (lambda point, most: None)
     scores = _by_head(head_importance(model, batches, method, **options), {})
     total = sum(map(len, scores.values()))
     most = min(int(until * total + 1e-9), total - len(scores))
     points = [CurvePoint(0, 0.0, float(evaluate(model)), {})]
-    report(points[0])
+    report(points[0], most)
     while (done := points[-1].removed) < most:
         count = min(every, most - done)
         heads = _joined(points[-1].heads, _lowest(scores, count))
@@ -98,7 +98,7 @@ def pruning_curve(
             if recompute and done + count < most:
                 scores = _by_head(head_importance(model, batches, method, **options), heads if physical else {})
         scores = _without(scores, heads)
-        report(points[-1])
+        report(points[-1], most)
     return points
 
 

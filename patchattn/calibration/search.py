@@ -92,7 +92,8 @@ def find_heads(
         min_gain: by how much more than nothing.
         normalise: of `patchattn.evaluation.likelihood.score_choices`.
         batch_size: likewise.
-        state: file that keeps what was measured; a search with the same data and settings goes on from it.
+        state: file that keeps what was measured; a search with the same data and settings goes on from it. Where a
+            search ends without a head, it is removed.
         progress: called after every run.
 
     Raises:
@@ -166,6 +167,7 @@ def _search(
                 todo += 2
             progress(done, todo, f"layer {layer}, {len(gains)} heads kept")
     if not gains:
+        notes.remove()
         raise ValueError(
             f"No head raises the {runner.metric} above {baseline:.4f} by more than {min_gain:g}: nothing to save. Give "
             "more data, a smaller group size, or metric=likelihood, which sees smaller steps."
@@ -233,6 +235,11 @@ class _Notes:
         if not same:
             raise ValueError(f"{path} is of a search with other data, settings or model; delete it to start anew.")
         self.content = found
+
+    def remove(self) -> None:
+        """The search is over, and its results are of no use."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def get(self, name: str, measure: Callable[[], float]) -> float:
         """The score of that name, measured if it is not known."""

@@ -16,7 +16,7 @@ from ..patching import applied_patches, is_patched, patch_model
 from ..plan import CONFIG_KEY
 from ..selection import base_model
 from ..settings import nearest
-from ..variant import variant_info
+from ..variant import list_variants, variant_info
 
 # These load weights in ways of their own, after which nothing has been patched.
 _REFUSED = ("autogptq", "delta", "gptqmodel")
@@ -54,6 +54,8 @@ class PatchattnLM(HFLM):
             )
         if variant is not None and patch is not None:
             raise ValueError(f"Give variant={variant!r} or patch={patch!r}, not both: a saved patch says what it is.")
+        if patch in list_variants() and not Path(str(patch)).exists():
+            raise ValueError(f"{patch!r} is a variant: write variant={patch}. A patch is a folder that was saved.")
         self._names = [name.strip() for name in variant.split("+")] if variant else []
         self._settings, self._where, arguments = _sorted_arguments(self._names, others)
         for name in self._names:
@@ -150,8 +152,11 @@ def _sorted_arguments(
             where[key] = _value(value)
         else:
             known = {*_OWN, *hflm, *(field for name in names for field in fields[name])}
-            needs = f" {key!r} needs variant=NAME." if key in _OWN else ""
-            raise ValueError(f"The model 'patchattn' has no argument {key!r}{nearest(key, sorted(known))}{needs}")
+            if key in _OWN:
+                raise ValueError(f"{key!r} needs variant=NAME.")
+            if having := [name for name in list_variants() if not names and rest in variant_info(name).config_fields]:
+                raise ValueError(f"{key!r} is a setting of {' and '.join(having)}: it needs variant={having[0]}.")
+            raise ValueError(f"The model 'patchattn' has no argument {key!r}{nearest(key, sorted(known))}")
     return settings, where, arguments
 
 

@@ -268,6 +268,10 @@ def _run(
 
     from ..calibration.data import make_batches, read_texts
 
+    if not source.has_patch:
+        raise ValueError(
+            "This shows what a variant does: give --variant or --patch, or a model that was saved patched."
+        )
     examples = read_texts(text)
     loaded = source.load(device)
     how: dict[str, Any] = {"length": length, "batch_size": batch_size, "samples": samples}

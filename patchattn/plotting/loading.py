@@ -21,6 +21,7 @@ class Source:
     Attributes:
         name: of the model, for titles.
         decodes: whether it is a causal language model.
+        has_patch: whether anything is patched in, as it was saved or as the options say.
         base: folder or Hub id of the base model, which has the tokenizer.
     """
 
@@ -34,11 +35,13 @@ class Source:
             raise ValueError("Give --variant or --patch, not both: a saved patch says what it is.")
         self.model, self.patch, self.plan = model, patch, _plan(variant, settings or [])
         if patch is not None:
+            refuse_variant(patch)
             read_patch(patch)
         quiet()
         self.base, self.architecture, self.is_patched = _find(model)
         if self.is_patched and (variant or patch):
             raise ValueError(f"{model} was saved patched: leave out --variant and --patch, or give its base model.")
+        self.has_patch = self.is_patched or bool(self.plan) or patch is not None
         self.kind = model_class(self.architecture)
         self.decodes = self.kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
         self.name = f"{Path(model).name}{f' with {variant}' if variant else ''}"
@@ -69,6 +72,14 @@ class Source:
         from ..demo.tasks import load_pretrained
 
         return load_pretrained(AutoTokenizer, self.base)
+
+
+def refuse_variant(patch: str | Path) -> None:
+    """ValueError where the name of a variant was given for the folder of a saved patch."""
+    from ..variant import list_variants
+
+    if str(patch) in list_variants() and not Path(patch).exists():
+        raise ValueError(f"{str(patch)!r} is a variant: give --variant {patch}. A patch is a folder that was saved.")
 
 
 def _plan(variant: str | None, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
