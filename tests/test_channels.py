@@ -28,7 +28,8 @@ def test_statistics_of_channels(family: str) -> None:
         assert statistics.tokens == len(x)
         np.testing.assert_allclose(statistics.mean, x.mean(0), rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(statistics.variance, x.var(0, ddof=1), rtol=1e-6, atol=1e-9)
-        np.testing.assert_allclose(statistics.mean_abs, np.abs(x).mean(0), rtol=1e-6, atol=1e-9)
+        each = [np.abs(inputs_of(model, name, [example])).mean(0) for example in data]
+        np.testing.assert_allclose(statistics.mean_abs, np.mean(each, axis=0), rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(statistics.norm, np.linalg.norm(x, axis=0), rtol=1e-6, atol=1e-9)
     assert not model._forward_pre_hooks
     assert not any("patchattn" in name for name, _ in model.named_modules())
@@ -51,8 +52,11 @@ def test_moments_in_parts_are_those_of_the_whole(sizes: list[int], offset: float
     rows = np.random.default_rng(sum(sizes)).normal(size=(sum(sizes), 3)) + offset
     moments = RunningMoments()
     for part in np.split(rows, np.cumsum(sizes)[:-1]):
-        moments.add(torch.from_numpy(part))
+        padded = np.concatenate([part, np.full((2, 3), np.nan)])  # padding may hold anything
+        moments.add(torch.from_numpy(padded)[None], torch.arange(len(padded))[None] < len(part))
     found = moments.statistics()
     np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.variance, rows.var(0, ddof=1), rtol=1e-6)
     np.testing.assert_allclose(found.norm, np.linalg.norm(rows, axis=0), rtol=1e-12)
+    means = [np.abs(part).mean(0) for part in np.split(rows, np.cumsum(sizes)[:-1]) if len(part)]
+    np.testing.assert_allclose(found.mean_abs, np.mean(means, axis=0), rtol=1e-12)

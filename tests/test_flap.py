@@ -1,4 +1,4 @@
-"""FLAP and AMP against the equations in float64 numpy on what hooks see; removed equals masked; saved and reloaded."""
+"""FLAP against the equations in float64 numpy on what hooks see; removed equals masked; saved and reloaded."""
 
 import re
 from pathlib import Path
@@ -209,30 +209,6 @@ def test_whole_kv_groups_go_and_the_cache_shrinks() -> None:
     cache = DynamicCache(config=model.config)
     outputs(model, **inputs, past_key_values=cache)
     assert [layer.keys.shape[1] for layer in cache.layers] == [1, 1]
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_amp_by_its_definition(family: str) -> None:
-    model, data = FAMILIES[family].make_exact(), [{"input_ids": e["input_ids"]} for e in examples("llama")]
-    kv_heads, _ = RANKED[family]
-    statistics = flap_statistics(model, data, amp=True)
-    before = {site: inputs_of(model, output, data) for site, (output, _) in projections(model).items()}
-    channels = {site: inputs_of(model, str(reader), data) for site, (_, reader) in projections(model).items()}
-    weights = {site: matrix(model, output) for site, (output, _) in projections(model).items()}
-    patchattn.patch_model(model, "flap", preset="amp", statistics=statistics, sparsity=0.5)
-    config = config_of(model)
-    for site, x in before.items():
-        norms = [
-            np.abs(x[:, h * WIDTH : (h + 1) * WIDTH] @ weights[site][:, h * WIDTH : (h + 1) * WIDTH].T).sum(1).mean()
-            for h in range(HEADS)
-        ]
-        order = np.array(norms).reshape(kv_heads, -1).mean(1).argsort()[: kv_heads // 2]
-        group = HEADS // kv_heads
-        assert config["heads"][site] == sorted(g * group + h for g in order for h in range(group))
-        lowest = np.abs(channels[site]).mean(0).argsort()
-        assert removed_by(config["kept_channels"][site]) == sorted(lowest[: len(lowest) // 2])
-    if family == "llama":
-        assert model.model.layers[0].mlp.down_proj.bias is None  # no compensation
 
 
 # --- what comes of it

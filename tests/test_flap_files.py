@@ -109,7 +109,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "cut").write_bytes((folder / "good").read_bytes()[:-9])
     (folder / "text").write_text("no statistics")
     save_file({"a": torch.zeros(2)}, folder / "plain")
-    tensors, about = load_file(folder / "good"), {"format": "patchattn channel statistics 1"}
+    tensors, about = load_file(folder / "good"), {"format": "patchattn channel statistics 2"}
     base = '{"model_type": "llama", "layers": 2, "heads": 4, "name": null}'
     save_file(tensors, folder / "baseless", metadata=about)
     key = "model.layers.0.mlp.down_proj.mean"
@@ -138,7 +138,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({"statistics": "good", "sparsity": -0.1}, ValueError, "between"),
         ({"statistics": "good", "sparsity": "much"}, TypeError, "sparsity"),
         ({"statistics": "good", "sparsity": 0.2, "metric": "wifw"}, TypeError, "metric"),
-        ({"statistics": "good", "sparsity": 0.2, "metric": "amp"}, ValueError, "structure='ul-um'"),
+        ({"statistics": "good", "sparsity": 0.2, "metric": "amp"}, ValueError, "structure='amp'"),
         ({"statistics": "good", "sparsity": 0.2, "preset": "amp"}, ValueError, "--amp"),
         ({"statistics": "good", "sparsity": 0.2, "heads": {1: [0]}}, ValueError, "leave out sparsity"),
         ({"statistics": 3, "sparsity": 0.2}, TypeError, "a file or a FlapStatistics"),

@@ -24,7 +24,8 @@ class ChannelStatistics:
         tokens: how many there were.
         mean: `(C,)` of each channel.
         variance: `(C,)` around that mean, divided by `tokens - 1`.
-        mean_abs: `(C,)` mean of absolute values.
+        mean_abs: `(C,)` mean over examples of each one's mean of absolute values. Where a module gets tokens of which
+            it is not known what example they are of, as an expert does, those of a call are one example.
         norm: `(C,)` l2 norm over all tokens.
     """
 
@@ -39,24 +40,28 @@ class RunningMoments:
     """Moments of rows that come in parts, merged by the rule of Chan et al. (1979), which large means do not upset."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.examples = 0
         self.mean = self.deviations = self.absolute = torch.zeros(0, dtype=torch.float64)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add `(N, C)` rows."""
+    def add(self, values: torch.Tensor, real: torch.Tensor) -> None:
+        """Add examples `(B, T, C)`, of which the rows are counted that are `real` `(B, T)`."""
+        values = as_double(values)
+        real = real.to(values.device)
+        rows = values[real]
         if not len(rows):
             return
-        rows = as_double(rows)
         count, mean = len(rows), rows.mean(0)
-        deviations, absolute = (rows - mean).square().sum(0).cpu(), rows.abs().sum(0).cpu()
+        deviations = (rows - mean).square().sum(0).cpu()
         mean = mean.cpu()
+        absolute, examples = sum_of_example_means(values.abs(), real)
+        self.examples += examples
         if not self.count:
-            self.count, self.mean, self.deviations, self.absolute = count, mean, deviations, absolute
+            self.count, self.mean, self.deviations, self.absolute = count, mean, deviations, absolute.cpu()
             return
         total, shift = self.count + count, mean - self.mean
         self.deviations = self.deviations + deviations + shift.square() * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
-        self.absolute = self.absolute + absolute
+        self.absolute = self.absolute + absolute.cpu()
         self.count = total
 
     def statistics(self) -> ChannelStatistics:
@@ -65,18 +70,25 @@ class RunningMoments:
             raise ValueError(f"A variance needs at least two tokens, got {self.count}.")
         squares = self.deviations + self.count * self.mean.square()
         return ChannelStatistics(
-            self.count, self.mean, self.deviations / (self.count - 1), self.absolute / self.count, squares.sqrt()
+            self.count, self.mean, self.deviations / (self.count - 1), self.absolute / self.examples, squares.sqrt()
         )
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `load` takes."""
-        count = torch.tensor(self.count)
-        return {"count": count, "mean": self.mean, "deviations": self.deviations, "absolute": self.absolute}
+        counts = {"count": torch.tensor(self.count), "examples": torch.tensor(self.examples)}
+        return {**counts, "mean": self.mean, "deviations": self.deviations, "absolute": self.absolute}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from a state."""
-        self.count = int(state["count"])
+        self.count, self.examples = int(state["count"]), int(state["examples"])
         self.mean, self.deviations, self.absolute = (state[name] for name in ("mean", "deviations", "absolute"))
+
+
+def sum_of_example_means(values: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Sum over examples `(B, T, C)` of each one's mean over its `real` `(B, T)` rows, and how many have any: `(C,)`."""
+    rows = real.sum(1)
+    sums = values.where(real[..., None], 0.0).sum(1)
+    return (sums / rows.clamp(min=1)[:, None]).sum(0), int((rows > 0).sum())
 
 
 def as_double(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,20 +175,21 @@ def channel_statistics(
     real: list[torch.Tensor] = []  # (B, T) of the self-attention that ran last
 
     def see(call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
-        real[:] = [call.real_tokens().expand(call.query.shape[0], call.query.shape[2]).flatten()]
+        real[:] = [call.real_tokens().expand(call.query.shape[0], call.query.shape[2])]
         return output
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
             rows = args[0].flatten(0, -2)
+            if real and len(rows) == real[0].numel():
+                moments[name].add(rows.unflatten(0, real[0].shape), real[0])
+                return
             if real and not bool(real[0].all()):
-                if len(rows) != len(real[0]):
-                    raise NotImplementedError(
-                        f"{name} gets {len(rows)} of {len(real[0])} tokens, of which some are padding: which ones is "
-                        "not known. Give batches without padding."
-                    )
-                rows = rows[real[0]]
-            moments[name].add(rows)
+                raise NotImplementedError(
+                    f"{name} gets {len(rows)} of {real[0].numel()} tokens, of which some are padding: which ones is "
+                    "not known. Give batches without padding."
+                )
+            moments[name].add(rows[None], rows.new_ones(1, len(rows), dtype=torch.bool))
 
         return add
 

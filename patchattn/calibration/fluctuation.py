@@ -21,7 +21,7 @@ from .channels import ChannelStatistics, channel_statistics
 from .heads import BaseFacts, parse_facts
 from .scoring import head_importance
 
-_FORMAT = "patchattn channel statistics 1"
+_FORMAT = "patchattn channel statistics 2"
 _FIELDS = [item.name for item in fields(ChannelStatistics)]
 _HEADS = "head_norms"
 

@@ -13,7 +13,15 @@ from ..call import AttentionCall
 from ..projections import head_projections, output_projection
 from ..selection import base_model
 from ..sites import AttentionSite
-from .channels import Metric, RunningMoments, as_double, fluctuation, projection_weight, standardised
+from .channels import (
+    Metric,
+    RunningMoments,
+    as_double,
+    fluctuation,
+    projection_weight,
+    standardised,
+    sum_of_example_means,
+)
 
 Per = Literal["token", "example", "batch"]
 Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
@@ -149,7 +157,10 @@ class Michel(SummedMethod):
 
 
 class AMP(SummedMethod):
-    """Mean l1 norm of what a head adds to the layer's output, its values through its slice of the output projection."""
+    """Mean l1 norm of what a head adds to the layer's output, its values through its slice of the output projection.
+
+    First over the tokens of an example, then over examples, as the released code does (arXiv 2504.21174).
+    """
 
     def __init__(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         super().__init__(model, sites)
@@ -158,9 +169,10 @@ class AMP(SummedMethod):
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         heads, dim = output.shape[2:]
         weight = projection_weight(self.model, self.paths[call.site.name], heads * dim)
-        rows = output[real].to(weight.dtype)  # (N, H, D)
-        parts = [rows[:, head] @ weight[:, head * dim : (head + 1) * dim].mT for head in range(heads)]
-        self.sum_up(call.site.name, torch.stack([as_double(part.abs().sum()) for part in parts]), len(rows))
+        values = output.to(weight.dtype)
+        parts = [values[:, :, head] @ weight[:, head * dim : (head + 1) * dim].mT for head in range(heads)]
+        norms = torch.stack([as_double(part.abs().sum(-1)) for part in parts], dim=-1)  # (B, T, H)
+        self.sum_up(call.site.name, *sum_of_example_means(norms, real.to(norms.device)))
         return output
 
 
@@ -199,7 +211,7 @@ class FLAP(Method):
         self.moments = {site.name: RunningMoments() for site in sites}
 
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        self.moments[call.site.name].add(output.flatten(2)[real])
+        self.moments[call.site.name].add(output.flatten(2), real)
         return output
 
     def scores(self, normalise: bool) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from .methods import METHODS, Loss, Method, Per, options
 from .recording import recording
 
 Batches = Iterable[Mapping[str, Any]]
+_STATE = "patchattn sums 2"
 _CHOICES = {"per": ("token", "example", "batch"), "metric": ("wifv", "ifv", "wifn")}
 
 
@@ -50,7 +51,8 @@ def head_importance(
         model: a transformers model in evaluation mode, patched or not.
         batches: keyword arguments of its forward; tensors are moved to its device. Not for `magnitude` and `random`.
         method: `michel`: gradient of the loss by a gate on the head (arXiv 1905.10650). `flap`: fluctuation of the
-            head's channels (arXiv 2312.11983). `amp`: l1 norm of what the head adds. `entropy`: how focused its
+            head's channels (arXiv 2312.11983). `amp`: l1 norm of what the head adds, mean over each
+            example's tokens, then over examples (arXiv 2504.21174). `entropy`: how focused its
             attention is. `magnitude`: norm of its weights. `random`.
         normalise: compare heads within their layer: scores are divided by the l2 norm of those of their attention
             module; for `flap` channels are standardised instead, and `random` is as it is.
@@ -101,7 +103,7 @@ def head_importance(
     else:
         notes = _Notes(None)
         if state is not None:
-            about = {"method": method, "settings": settings, "weights": fingerprint(base)}
+            about = {"format": _STATE, "method": method, "settings": settings, "weights": fingerprint(base)}
             notes = _Notes(Path(state), {**about, "sites": [site.name for site in chosen_sites]})
         _run(model, scorer, chosen_sites, batches, notes, progress or (lambda done: None))
     scores = scorer.scores(normalise)

@@ -10,12 +10,12 @@ from torch import nn
 
 from ..feed_forward import mlp_projections
 from ..projections import head_projections, output_projection
-from ..sites import AttentionSite, linear_shape
+from ..sites import AttentionSite, find_sites, linear_shape
 from .channels import Metric, fluctuation, projection_weight, standardised
 from .fluctuation import FlapStatistics
 
 Score = Metric | Literal["amp"]
-Structure = Literal["al-am", "ul-um"]
+Structure = Literal["al-am", "ul-um", "amp"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,8 @@ def lowest_units(modules: Sequence[Units], sparsity: float, structure: Structure
     Args:
         modules: of `score_units`.
         sparsity: share of all their weights (`al-am`: the lowest units of all modules together, as many as come closest
-            to it), or of the units of each module (`ul-um`, rounded down).
+            to it), or of the units of each module (`ul-um`, rounded down; `amp`, rounded half to even, with the
+            channels of a layer to make up for the rounding of its heads).
 
     Raises:
         ValueError: there are not that many to take.
@@ -70,7 +71,14 @@ def lowest_units(modules: Sequence[Units], sparsity: float, structure: Structure
     if structure == "ul-um":
         # a share such as 0.29 of 100 is a little less than 29 in binary
         counts = [min(math.floor(sparsity * len(m.scores) + 1e-9), len(m.scores) - 1) for m in modules]
-        return [sorted(m.scores.argsort(stable=True)[:n].tolist()) for m, n in zip(modules, counts, strict=True)]
+        return _lowest_of_each(modules, counts)
+    if structure == "amp":
+        missing = {m.site: sparsity * len(m.scores) - n for m, n in _rounded(modules, sparsity) if not m.are_channels}
+        counts = [
+            min(max(round(sparsity * len(m.scores) + missing[m.site]), 0), len(m.scores) - 1) if m.are_channels else n
+            for m, n in _rounded(modules, sparsity)
+        ]
+        return _lowest_of_each(modules, counts)
     owners = torch.cat([torch.full_like(m.scores, i, dtype=torch.long) for i, m in enumerate(modules)])
     numbers = torch.cat([torch.arange(len(m.scores)) for m in modules])
     weights = torch.tensor([m.weight for m in modules], dtype=torch.float64)[owners]
@@ -86,6 +94,38 @@ def lowest_units(modules: Sequence[Units], sparsity: float, structure: Structure
         )
     chosen = order[: int((taken - wanted).abs().argmin())]
     return [sorted(numbers[chosen[owners[chosen] == i]].tolist()) for i in range(len(modules))]
+
+
+def share_of_modules(model: nn.Module, modules: Sequence[Units], sparsity: float) -> float:
+    """The share of some modules' parameters, biases included, that is the share `sparsity` of all the model has.
+
+    Raises:
+        ValueError: they do not have that many.
+    """
+    sites = {site.name: site for site in find_sites(model)}
+    paths: set[str] = set()
+    for units in modules:
+        if units.are_channels:
+            makers, reader = mlp_projections(model, sites[units.site])
+            paths |= {*makers, reader}
+        else:
+            paths |= {part.projection for part in head_projections(model, sites[units.site])}
+    held = sum(p.numel() for path in paths for p in model.get_submodule(path).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    if sparsity * total >= held:
+        raise ValueError(
+            f"sparsity={sparsity} of the {total} parameters of the model is all that the chosen attention modules and "
+            f"MLPs hold, {held}, or more: choose less than {held / total:.3f}, or more modules."
+        )
+    return sparsity * total / held
+
+
+def _rounded(modules: Sequence[Units], share: float) -> list[tuple[Units, int]]:
+    return [(m, min(round(share * len(m.scores)), len(m.scores) - 1)) for m in modules]
+
+
+def _lowest_of_each(modules: Sequence[Units], counts: Sequence[int]) -> list[list[int]]:
+    return [sorted(m.scores.argsort(stable=True)[:n].tolist()) for m, n in zip(modules, counts, strict=True)]
 
 
 def _score_heads(model: nn.Module, site: AttentionSite, known: FlapStatistics, metric: Score) -> Units:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..calibration.channels import as_double
 from ..calibration.fluctuation import FlapStatistics
-from ..calibration.structures import lowest_units, score_units
+from ..calibration.structures import lowest_units, score_units, share_of_modules
 from ..call import AttentionCall
 from ..feed_forward import (
     channel_count,
@@ -40,20 +40,22 @@ class FlapConfig(VariantConfig):
     )
     sparsity: float | None = option(
         None,
-        help="Share of the weights of the chosen attention modules, and of the MLPs in their layers, to take out.",
+        help="Share of the weights of the chosen attention modules, and of the MLPs in their layers, to take out; with "
+        "structure=amp, share of all parameters of the model.",
         unit="ratio",
         minimum=0.0,
         maximum=1.0,
     )
     metric: Literal["wifv", "ifv", "wifn", "amp"] = option(
         "wifv",
-        help="With sparsity: score of a channel: variance times squared norm of its weights, variance alone, norm "
-        "times weights, or AMP's norms.",
+        help="With sparsity: score of a channel: variance times squared norm of its weights (wifv), variance alone "
+        "(ifv), norm times weights (wifn), or AMP's norms of what a head or channel gives (amp).",
         source="paper and released code",
     )
-    structure: Literal["al-am", "ul-um"] = option(
+    structure: Literal["al-am", "ul-um", "amp"] = option(
         "al-am",
-        help="With sparsity: rank heads and channels of all layers together, or take the same share of every module.",
+        help="With sparsity: rank heads and channels of all layers together (al-am), take the same share of every "
+        "module, rounded down (ul-um), or the same share rounded as AMP does (amp).",
         source="released code",
     )
     mlp: bool = option(True, help="With sparsity: take out channels of MLPs, too; false: heads alone.")
@@ -84,8 +86,10 @@ class FlapConfig(VariantConfig):
             raise ValueError("heads and kept_channels say what to take out: leave out sparsity.")
         if self.sparsity == 1.0:
             raise ValueError("sparsity=1.0 would take out everything; a layer must keep one head and one channel.")
-        if self.metric == "amp" and self.structure != "ul-um":
-            raise ValueError("metric='amp' compares within a layer alone: it needs structure='ul-um', as preset='amp'.")
+        if self.metric == "amp" and self.structure == "al-am":
+            raise ValueError(
+                "metric='amp' compares within a layer alone: it needs structure='amp', as preset='amp', or 'ul-um'."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         if isinstance(self.statistics, FlapStatistics):
@@ -194,9 +198,12 @@ def _least_important(
         raise NotImplementedError(
             f"{error} Leave it out with modules=... or layers=..., or take out heads alone with mlp=False."
         ) from error
+    share = config.sparsity or 0.0
+    if config.structure == "amp":
+        share = share_of_modules(model, modules, share)
     heads: dict[str, list[int]] = {}
     masks: dict[str, str] = {}
-    for units, removed in zip(modules, lowest_units(modules, config.sparsity or 0.0, config.structure), strict=True):
+    for units, removed in zip(modules, lowest_units(modules, share, config.structure), strict=True):
         if removed and units.are_channels:
             count = len(units.scores)
             masks[units.site] = channel_mask(sorted(set(range(count)) - set(removed)), count)
@@ -220,7 +227,7 @@ register_variant(
         summary="Heads and MLP channels that fluctuate least are taken out; their mean stays as a bias.",
         extra_parameters="none; fewer, but a bias for each projection that reads what was taken out",
         needs_training=False,
-        presets={"amp": {"metric": "amp", "structure": "ul-um", "compensate": False}},
+        presets={"amp": {"metric": "amp", "structure": "amp", "compensate": False}},
         examples=({"heads": {1: [0, 1]}, "compensate": False},),
     )
 )
