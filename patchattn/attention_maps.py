@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from patchattn_kernels import column_mass, key_counts
+from patchattn_kernels import KeyCounts, column_mass, key_counts
 
 from .calibration.recording import recording
 from .call import AttentionCall
 from .images import ImageSpan, image_layout, image_spans
+from .masks import of_all_heads
 from .selection import base_model, evaluating, select_sites
 from .sites import AttentionSite
 
@@ -121,6 +122,9 @@ def attention_received(
         rule, real = call.rule(), call.real_tokens()
         mass, _ = column_mass(call.query, call.key, rule, real=real)
         counts = key_counts(rule, call.query.shape[2], call.key.shape[2], call.key.device, real)
+        if counts.rows.dim() == 3:
+            of_all_heads(call.visibility())  # or it refuses
+            counts = KeyCounts(*(count[:, 0] for count in counts))
         found[call.site.name] = _received(call.site, mass, counts.rows, counts.longest)
 
     _look(model, inputs, select_sites(base_model(model), layers=layers, modules=modules), see)
@@ -278,7 +282,7 @@ def _of_row(call: AttentionCall, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = call.query.shape[0]
     if not 0 <= row < batch:
         raise ValueError(f"There is no sequence {row} in a batch of {batch}.")
-    visible = call.visibility().expand(batch, -1, -1)[row]
+    visible = of_all_heads(call.visibility()).expand(batch, -1, -1)[row]
     real = call.real_tokens().expand(batch, visible.shape[0])[row] & visible.any(-1)
     return visible, real.nonzero().flatten()
 

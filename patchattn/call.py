@@ -7,12 +7,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from patchattn_kernels import AttentionRule
+from patchattn_kernels.rows import seen_by
 
 from .caching import SequenceState, in_slots, sequence_state
 from .hooks import IMAGE_TOKENS, RESIDUAL
-from .masks import is_flash, key_length, packed_sequences, real_tokens, visibility, visible_keys
+from .masks import is_flash, key_length, no_mask_means, of_head, packed_sequences, real_tokens, visibility, visible_keys
 from .sites import AttentionSite
 from .storage import CacheTap
 
@@ -74,7 +78,8 @@ class LayerContext:
             return real_tokens(mask, q_length=rows, kv_length=keys, is_cross=False, device=device)
         keys = rows if self.memory is None else self.memory.shape[1:-1].numel()
         how = {"is_causal": False, "base": "eager", "window": None, "device": device}
-        return visibility(mask, q_length=rows, kv_length=keys, **how).any(dim=-2)  # type: ignore[arg-type]
+        visible = visibility(mask, q_length=rows, kv_length=keys, **how)  # type: ignore[arg-type]
+        return visible.flatten(1, -2).any(dim=1)
 
 
 @dataclass(eq=False)
@@ -84,8 +89,8 @@ class AttentionCall:
     Attributes:
         query: `(B, H, Tq, D)`, after rotary embedding and norm.
         key, value: `(B, Hkv, Tk, D)`, cached ones included, kv heads not repeated.
-        attention_mask: in the format of the base implementation: `None`, bool or float `(B, 1, Tq, Tk)`, `(B, Tk)`
-            (flash attention) or a BlockMask (flex attention).
+        attention_mask: in the format of the base implementation: `None`, bool or float `(B, H or 1, Tq, Tk)`, `(B, Tk)`
+            (flash attention) or a BlockMask (flex attention). A key is hidden by a number of -5000 or less.
         kwargs: everything else the model passed, to be handed on: `scaling`, `dropout`, `position_ids`, `softcap`, ...
         module, site: the attention module and what is known of it.
         base: name of the base implementation.
@@ -125,7 +130,9 @@ class AttentionCall:
         for nothing that `rule()` does not say: attention weights, dropout, or queries shared by all sequences.
         """
         asked = self.kwargs.get("output_attentions") or self.kwargs.get("dropout")
-        replaceable = self.innermost and (self.base == "sdpa" or is_flash(self.base))
+        function = ALL_ATTENTION_FUNCTIONS.get(self.base)  # one of the user's own may compute something else
+        softmax = function in (sdpa_attention_forward, flash_attention_forward)
+        replaceable = self.innermost and (softmax or (function is None and is_flash(self.base)))
         return replaceable and not asked and self.query.shape[0] == self.key.shape[0]
 
     def replace(self, **changes: Any) -> Self:
@@ -136,11 +143,18 @@ class AttentionCall:
         return replace(self, **{"kwargs": kwargs, **changes})
 
     def visible_keys(self) -> torch.Tensor:
-        """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded."""
+        """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded.
+
+        `(B or 1, Tq, H)` where the mask differs between heads; NotImplementedError where there is none and nothing says
+        what the base implementation then does.
+        """
         return visible_keys(self.attention_mask, **self._mask_arguments())
 
     def visibility(self) -> torch.Tensor:
-        """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: as large as one head's attention."""
+        """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: as large as one head's attention.
+
+        `(B or 1, H, Tq, Tk)` where the mask differs between heads.
+        """
         return visibility(self.attention_mask, **self._mask_arguments())
 
     def _mask_arguments(self) -> dict[str, Any]:
@@ -167,7 +181,7 @@ class AttentionCall:
         Returns:
             `(B, Tq, Tk)`. Rows that see no key are zero.
         """
-        visible = self.visibility() if visible is None else visible
+        visible = of_head(self.visibility() if visible is None else visible, head)
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         group = head * self.key.shape[1] // self.query.shape[1]
         logits = self.query[:, head].to(dtype) @ self.key[:, group].to(dtype).mT * self.scaling
@@ -217,19 +231,22 @@ class AttentionCall:
         mask, rows, keys = self.attention_mask, self.query.shape[2], self.key.shape[2]
         arguments = self._mask_arguments()
         causal, base = arguments["is_causal"], arguments["base"]
-        structure: dict[str, Any] = {}
+        structure: dict[str, Any] = {"offset": self._offset()}
         if isinstance(mask, torch.Tensor) and mask.dim() == 4:
             mask = of_heads(mask[..., :keys].expand(-1, -1, rows, -1))
         elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
             mask = mask[:, -keys:]
             structure = {"causal": causal, "window": arguments["window"]}
-        elif mask is None and is_flash(base):
-            sequence = arguments["sequence"] if rows == keys else None
-            structure = {"causal": causal, "window": arguments["window"], "sequence": sequence}
-        elif mask is None:  # sdpa's alignment to the first key matters where a static cache is empty
-            structure = {"causal": causal and base == "sdpa" and rows > 1, "offset": 0}
+        elif mask is None:
+            meaning = no_mask_means(base, is_causal=causal, q_length=rows)
+            if meaning == "flash":
+                sequence = arguments["sequence"] if rows == keys else None
+                structure = {"causal": causal, "window": arguments["window"], "sequence": sequence}
+            elif meaning == "causal":  # aligned to the first key, which matters where a static cache is empty
+                structure = {"causal": True, "offset": 0}
         else:  # a BlockMask
-            mask = self.visibility()[:, None]
+            visible = self.visibility()
+            mask = of_heads(visible if visible.dim() == 4 else visible[:, None])
         bias, sinks = self.kwargs.get("position_bias"), self.kwargs.get("s_aux")
         return AttentionRule(
             scaling=self.scaling,
@@ -239,6 +256,23 @@ class AttentionCall:
             mask=mask,
             **structure,
         )
+
+    def _offset(self) -> int | None:
+        """Own key of the first query where it is not Tk - Tq: a static cache has slots that are not filled yet.
+
+        For a single row the last key will do, as no real one comes between. Without a tap on the cache it is told by a
+        causal mask, of which the last row ends at its own key.
+        """
+        rows, keys, mask = self.query.shape[2], self.key.shape[2], self.attention_mask
+        if rows == 1 or rows == keys or self.site.is_cross or torch.compiler.is_compiling():
+            return None
+        own = self.own_key()
+        if own is not None:
+            return int(own)
+        if not self.is_causal or not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            return None
+        seen = seen_by(mask[:, :, -1, :keys]).flatten(0, 1).any(dim=0).nonzero()
+        return int(seen[-1]) + 1 - rows if len(seen) else None
 
     def layer_input(self) -> torch.Tensor:
         """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
@@ -348,24 +382,3 @@ class Observation:
         if isinstance(self.source, LayerContext):  # said of keys and values, which cross attention makes of the memory
             return self.source.real_tokens(memory=self.site.is_cross)
         return self.source.real_tokens()
-
-
-def needed_capabilities(call: AttentionCall) -> set[str]:
-    """Which of the optional capabilities one call relies on."""
-    kwargs, rows, keys = call.kwargs, call.query.shape[2], call.key.shape[2]
-    needed = {"cross"} if call.site.is_cross else {"causal" if call.is_causal else "bidirectional"}
-    names = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "position_bias"}
-    needed |= {capability for name, capability in names.items() if kwargs.get(name) is not None}
-    if call.query.shape[1] != call.key.shape[1]:
-        needed.add("gqa")
-    if kwargs.get("dropout") and call.module.training:
-        needed.add("dropout")
-    if torch.compiler.is_compiling():
-        needed.add("compile")
-        return needed  # what follows reads values
-    if keys > rows and call.is_causal and not call.site.is_cross:
-        needed.add("kv_cache")
-    if call.attention_mask is not None and bool((call.visible_keys()[:, -1] < keys).any()):
-        cache = call.context.cache if call.context is not None else None
-        needed.add("static_cache" if getattr(cache, "is_compileable", False) else "padding")
-    return needed

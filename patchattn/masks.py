@@ -1,14 +1,68 @@
 """What an attention mask says, in whatever format the base implementation wants it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
+
+from patchattn_kernels.rows import seen_by
+
+Meaning = Literal["causal", "all", "flash"]
+# What an implementation computes without a mask, by the function that makes its masks.
+_MEANINGS: dict[Any, Meaning] = {
+    sdpa_mask: "causal",
+    eager_mask: "all",
+    flex_attention_mask: "all",
+    flash_attention_mask: "flash",
+}
+
+
+def no_mask_means(base: str, *, is_causal: bool, q_length: int) -> Meaning:
+    """What queries see where a base implementation is given no mask.
+
+    `causal`, as SDPA: no later key, aligned to the first key. `all`: every key. `flash`: no later key in a causal
+    module, aligned to the last key, in windows and in packed sequences. An implementation of one's own says which by
+    the mask function that is registered under its name: what `sdpa_mask` makes masks for must take their absence as
+    SDPA does.
+
+    Args:
+        base: the base implementation.
+        is_causal: whether the module is causal.
+        q_length: rows of the call; SDPA shows all keys to a single one.
+
+    Raises:
+        NotImplementedError: nothing says whether the implementation is causal.
+    """
+    meaning = _registered_meaning(base)
+    if meaning == "flash":
+        return "flash"
+    if not is_causal or q_length == 1 or meaning == "all":
+        return "all"
+    if meaning is None:
+        raise NotImplementedError(
+            f"The attention implementation {base!r} was given no mask, and nothing says whether it then hides later "
+            f"keys: {'one of its own' if base in ALL_MASK_ATTENTION_FUNCTIONS else 'no'} mask function is registered "
+            "under that name. Register the one whose masks it takes, then patch again; for one that reads is_causal "
+            f"as SDPA does, AttentionMaskInterface.register({base!r}, transformers.masking_utils.sdpa_mask)."
+        )
+    return "causal"
+
+
+def _registered_meaning(base: str) -> Meaning | None:
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
+    return "flash" if function is None and is_flash(base) else _MEANINGS.get(function)
 
 
 def is_flash(base: str) -> bool:
-    """Whether a base implementation is flash attention or a Hub kernel: 2D masks, aligned to the last key."""
+    """Whether a base implementation is flash attention or a Hub kernel, by its name, as transformers tells it."""
     return "flash" in base or "/" in base
 
 
@@ -30,7 +84,7 @@ def packed_sequences(
     Raises:
         NotImplementedError: packed sequences in more than one row.
     """
-    if mask is not None or not is_flash(base):
+    if mask is not None or _registered_meaning(base) != "flash":
         return None
     ends, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     if ends is not None:
@@ -67,11 +121,14 @@ def visible_keys(
         sequence: `(Tk,)` of `packed_sequences`; queries are then those tokens too.
 
     Returns:
-        `(B or 1, Tq)` integers. A padded row may see none.
+        `(B or 1, Tq)` integers; `(B or 1, Tq, H)` of a mask that has more than one head. A padded row may see none.
+
+    Raises:
+        NotImplementedError: a mask of another kind, or `no_mask_means` cannot tell.
     """
     visible = _rows(mask, q_length, kv_length, device)
     if visible is not None:
-        return visible.sum(-1)
+        return visible.sum(-1).transpose(1, 2).squeeze(-1)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         order = mask[:, -kv_length:].long().cumsum(-1)
         return _flash_counts(order[:, -q_length:], order[:, -1:], is_causal, window)
@@ -81,10 +138,11 @@ def visible_keys(
         first, end = (torch.searchsorted(sequence, sequence, right=right) for right in (False, True))
         order = torch.arange(1, kv_length + 1, device=first.device) - first
         return _flash_counts(order[None], (end - first)[None], is_causal, window)
-    if is_flash(base):  # lower-right alignment: the last query sees every key
+    meaning = no_mask_means(base, is_causal=is_causal, q_length=q_length)
+    if meaning == "flash":
         order = torch.arange(kv_length - q_length + 1, kv_length + 1, device=device)[None]
         return _flash_counts(order, order[:, -1:], is_causal, window)
-    if base == "sdpa" and is_causal and q_length > 1:  # upper-left alignment, used only from an empty cache
+    if meaning == "causal":  # from an empty cache only
         return torch.arange(1, q_length + 1, device=device)[None]
     return torch.full((1, q_length), kv_length, device=device)
 
@@ -102,22 +160,23 @@ def visibility(
 ) -> torch.Tensor:
     """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: it is as large as one head's attention.
 
-    Takes what `visible_keys` takes, whose result is the sum of this one's rows.
+    `(B or 1, H, Tq, Tk)` of a mask that has more than one head; `of_head` takes one of them. Takes what `visible_keys`
+    takes, whose result is the sum of this one's rows.
     """
     visible = _rows(mask, q_length, kv_length, device)
     if visible is not None:
-        return visible
+        return visible.squeeze(1)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         real = mask[:, -kv_length:].bool()
     elif mask is None:
         real = torch.ones(1, kv_length, dtype=torch.bool, device=device)
     else:
         raise _unknown(mask)
-    aligned = mask is not None or is_flash(base)  # to the last key
-    if not aligned and not (base == "sdpa" and is_causal and q_length > 1):
+    meaning = "flash" if mask is not None else no_mask_means(base, is_causal=is_causal, q_length=q_length)
+    if meaning == "all":
         return real[:, None].expand(-1, q_length, -1)
     keys = torch.arange(kv_length, device=real.device)
-    rows = keys[kv_length - q_length :] if aligned else keys[:q_length]
+    rows = keys[kv_length - q_length :] if meaning == "flash" else keys[:q_length]
     visible = real[:, None].expand(-1, q_length, -1)
     if sequence is not None and q_length == kv_length:
         visible = visible & (sequence[:, None] == sequence)
@@ -127,6 +186,24 @@ def visibility(
         order = real.cumsum(-1)
         visible = visible & ((order[:, rows, None] - order[:, None]).abs() < window)
     return visible
+
+
+def of_head(visible: torch.Tensor, head: int) -> torch.Tensor:
+    """`(B or 1, Tq, Tk)` of what `visibility` gives, for one query head."""
+    return visible if visible.dim() == 3 else visible[:, head]
+
+
+def of_all_heads(visible: torch.Tensor) -> torch.Tensor:
+    """`(B or 1, Tq, Tk)` of what `visibility` gives, for statistics that count alike in all heads.
+
+    Raises:
+        NotImplementedError: heads differ in what they see.
+    """
+    if visible.dim() == 4 and not bool((visible == visible[:, :1]).all()):
+        raise NotImplementedError(
+            "The attention mask shows different keys to different heads: such masks per head are not supported here."
+        )
+    return of_head(visible, 0)
 
 
 def real_tokens(
@@ -140,8 +217,9 @@ def real_tokens(
 ) -> torch.Tensor:
     """`(B or 1, Tq)` bool: which query tokens are text rather than padding.
 
-    A token is padding if it does not see itself. In cross attention, and with a kv cache unless `own` is given, it is
-    not known which key is its own; then it is padding if it sees nothing, as on the left of a padded prompt.
+    A token is padding if it does not see itself, in any head. In cross attention, and with a kv cache unless `own` is
+    given, it is not known which key is its own; then it is padding if it sees nothing, as on the left of a padded
+    prompt.
 
     Args:
         mask: as `visible_keys` takes it.
@@ -156,6 +234,7 @@ def real_tokens(
     visible = _rows(mask, q_length, kv_length, device)
     if visible is None:
         return torch.ones(1, q_length, dtype=torch.bool, device=device)
+    visible = visible.any(dim=1)
     if is_cross or (own is None and q_length != kv_length):
         return visible.any(-1)
     keys = torch.arange(q_length, device=visible.device) + (0 if own is None else own)
@@ -185,11 +264,9 @@ def key_length(mask: Any, otherwise: int) -> int:
 
 
 def _rows(mask: Any, q_length: int, kv_length: int, device: torch.device) -> torch.Tensor | None:
-    """`(B, Tq, Tk)` bool: what a dense mask or a BlockMask lets each query see; `None` for any other kind."""
+    """`(B, H or 1, Tq, Tk)` bool: what a dense mask or a BlockMask lets each query see; `None` for any other kind."""
     if isinstance(mask, BlockMask):
-        return create_mask(mask.mask_mod, mask.shape[0], 1, q_length, kv_length, device=str(device))[:, 0]
+        return create_mask(mask.mask_mod, mask.shape[0], mask.shape[1], q_length, kv_length, device=str(device))
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return None
-    mask = mask[:, 0, :, :kv_length]
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return visible.expand(-1, q_length, -1)
+    return seen_by(mask[..., :kv_length]).expand(-1, -1, q_length, -1)

@@ -16,8 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .call import AttentionCall, LayerContext, needed_capabilities
+from .call import AttentionCall, LayerContext
+from .capabilities import needed_capabilities
 from .hooks import refuse_later_hooks
 from .masks import is_flash
 from .sites import REGISTRY_NAME, AttentionSite, attention_forward
@@ -29,7 +31,9 @@ _PREFIX = "patchattn_"
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
 
 _base_names: dict[str, str] = {}  # our name -> the base implementation's
-_base_functions: dict[str, dict[type[nn.Module], Callable[..., Any]]] = {}
+# Where a module class looks functions up, and the name of its own eager one: reading them off its code takes long, and
+# cannot be traced. The functions themselves are looked up in every call, as transformers does it.
+_lookups: dict[type[nn.Module], tuple[dict[str, Any], str | None]] = {}
 _live_chains: "weakref.WeakSet[VariantChain]" = weakref.WeakSet()
 _local = threading.local()  # .context: the attention module now running in this thread
 
@@ -140,8 +144,10 @@ class VariantChain(nn.Module):
                 f"{', '.join(map(repr, self.storing))} cannot tell which key is whose. Leave it out with modules=..."
             )
         # A token of another sequence, or one whose queries are pooled, is seen by whoever sees that sequence.
-        if self.site.is_cross or visible.shape[-1] != key.shape[2]:
-            visible = visible.amax(dim=-1, keepdim=True)
+        if self.site.is_cross or visible.shape[1] != key.shape[2]:
+            visible = visible.amax(dim=1, keepdim=True)
+        if visible.dim() == 3:
+            visible = _of_kv_heads(visible, key.shape[1], self.site)
         for name in self.storing:
             key, value = self._variant(name)("before_cache", key, value, context, visible)
         return key, value
@@ -169,6 +175,20 @@ class VariantChain(nn.Module):
                 )
 
 
+def _of_kv_heads(visible: torch.Tensor, kv_heads: int, site: AttentionSite) -> torch.Tensor:
+    """`(B or 1, T, G)` numbers of keys that tokens see by kv head, of those by query head `(B or 1, T, H)`."""
+    groups = visible.unflatten(-1, (kv_heads, -1))
+    alike = groups.shape[-1] == 1 or (
+        not torch.compiler.is_compiling() and bool((groups == groups[..., :1]).all())  # which waits for the device
+    )
+    if not alike:
+        raise NotImplementedError(
+            f"The mask of {site.module_class} ({site.name}) differs between query heads that share keys and values: "
+            "under such a mask per head a token sees no one number of keys that its key and value could be scaled by."
+        )
+    return groups[..., 0]
+
+
 def active_chain(child: nn.Module) -> VariantChain:
     """The chain that computes: PEFT's `modules_to_save` keeps the attached one and a copy per adapter in a wrapper."""
     wrapper = cast(Any, child)
@@ -190,7 +210,6 @@ def register_base(base: str) -> str:
     if name in _base_names:
         return name
 
-    functions = _base_functions.setdefault(base, {})
     shown = _as_base_sees if is_flash(base) else None
 
     def patched_attention(
@@ -201,7 +220,7 @@ def register_base(base: str) -> str:
         attention_mask: Any,
         **kwargs: Any,
     ) -> AttentionOutput:
-        attend = functions.get(type(module)) or base_function(type(module), base)
+        attend = base_function(type(module), base)
         chain = module._modules.get(CHILD)
         if chain is not None and chain.active:
             return chain(attend, module, query, key, value, attention_mask, kwargs)
@@ -209,9 +228,12 @@ def register_base(base: str) -> str:
 
     _base_names[name] = base
     AttentionInterface.register(name, patched_attention)
-    mask = AttentionMaskInterface._global_mapping.get(base)
-    if mask is not None:  # without one, transformers builds no mask for the base either
-        AttentionMaskInterface.register(name, mask)
+    if base in AttentionMaskInterface._global_mapping:  # without, transformers builds no mask for the base either
+
+        def patched_mask(*args: Any, **kwargs: Any) -> Any:
+            return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+        AttentionMaskInterface.register(name, patched_mask)
     return name
 
 
@@ -226,17 +248,16 @@ def release_bases() -> None:
 
 
 def base_function(module_class: type[nn.Module], base: str) -> Callable[..., Any]:
-    """What the module itself would have called under `base`: its own eager function, its own registry."""
-    functions = _base_functions.setdefault(base, {})
-    if module_class not in functions:
+    """What the module itself would have called now under `base`: its own eager function, its own registry."""
+    if module_class not in _lookups:
         forward = attention_forward(module_class)
         names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
-        eager = forward.__globals__[names[0]] if names else None
-        found = forward.__globals__[REGISTRY_NAME].get_interface(base, eager)
-        if found is None:
-            raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
-        functions[module_class] = found
-    return functions[module_class]
+        _lookups[module_class] = (forward.__globals__, names[0] if names else None)
+    place, eager = _lookups[module_class]
+    found: Callable[..., Any] | None = place[REGISTRY_NAME].get_interface(base, None if eager is None else place[eager])
+    if found is None:
+        raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
+    return found
 
 
 class _View:

@@ -12,6 +12,7 @@ from torch import nn
 from patchattn_kernels import scale_tokens
 
 from .call import AttentionCall, Observation
+from .masks import of_head
 from .observation import observe
 from .patching import active_chains
 from .selection import base_model
@@ -121,10 +122,10 @@ class _Layer:
             plain = plain.replace(key=_unscaled(call.key, keys))
             if not bool(plain.key.isfinite().all()):
                 return
-        visible = call.visibility()
-        counts = visible.sum(-1)
-        rows = call.real_tokens() & (counts > 0)
+        visible, real = call.visibility(), call.real_tokens()
         for head in range(call.query.shape[1]):
+            counts = of_head(visible, head).sum(-1)
+            rows = real & (counts > 0)
             known = rows & plain.query[:, head].isfinite().all(-1)  # a temperature of 0 leaves nothing to go back to
             for sums, one in ((self.before, plain), (self.after, call)):
                 attention = one.probabilities(head, visible)

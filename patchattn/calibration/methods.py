@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..call import AttentionCall
+from ..masks import of_all_heads
 from ..projections import head_projections, output_projection
 from ..selection import base_model
 from ..sites import AttentionSite
@@ -185,7 +186,7 @@ class Entropy(SummedMethod):
     outermost = False  # the weights that the base implementation computes
 
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        visible = call.visibility()
+        visible = of_all_heads(call.visibility())
         counts = visible.sum(-1).expand(real.shape)
         rows = real & (counts > 1)
         most = as_double(counts[rows]).log()

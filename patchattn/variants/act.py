@@ -7,13 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from patchattn_kernels import KeyCounts, attention_with_lse, column_mass, key_counts, split_attention
+from patchattn_kernels import AttentionRule, KeyCounts, attention_with_lse, column_mass, key_counts, split_attention
+from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_of
 
 from ..calibration.heads import HeadList
 from ..call import AttentionCall
 from ..settings import option
 from ..sites import AttentionSite
 from ..variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
+
+_LITTLE = 0.01  # of a row's mass: what is left of it after a subtraction has lost two digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +113,18 @@ class ACT(Variant):
             whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)
             mass, lse = column_mass(query, key, rule, real=real)
         counts = key_counts(rule, query.shape[2], key.shape[2], key.device, real)
+        counts = KeyCounts(*(count if count.dim() == 3 else count[:, None] for count in counts))
         sinks = self.sinks(*self._with_earlier_rows(call, mass, counts))
         split = split_attention(query, key, value, sinks, rule, output=whole, lse=lse)
         total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
-        rest = total - split.mass
+        rest, others = total - split.mass, split.output - split.part
+        if not (_is_half(output) or torch.compiler.is_compiling()):
+            rest, others = _where_little_is_left(rest, others, query, key, value, sinks, rule, lse)
         # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
         movable = rest > torch.finfo(rest.dtype).eps ** 0.5
         kept = 1.0 - (1.0 - self.config.beta) * movable.to(rest.dtype)
         factor = torch.where(movable, (total - kept * split.mass) / rest.where(movable, 1.0), 1.0)
-        changed = factor[..., None] * (split.output - split.part) + kept[..., None] * split.part
+        changed = factor[..., None] * others + kept[..., None] * split.part
         self.report(call, sink_keys=sinks, sink_mass=split.mass.transpose(1, 2))
 
         if weights is not None:
@@ -128,12 +134,15 @@ class ACT(Variant):
         return _put(output, heads, changed.transpose(1, 2), dim=2), weights
 
     def sinks(self, mass: torch.Tensor, counts: KeyCounts) -> torch.Tensor:
-        """Which keys are sinks, `(B, h, Tk)`, from the attention `(B, h, Tk)` they received (Sec. 3 of the paper)."""
-        mean = mass / counts.rows.clamp(min=1)[:, None]
+        """Which keys are sinks, `(B, h, Tk)`, from the attention `(B, h, Tk)` they received (Sec. 3 of the paper).
+
+        The counts are `(B or 1, h or 1, Tk)`.
+        """
+        mean = mass / counts.rows.clamp(min=1)
         fixed = self.config.sink_rule == "fixed"
-        limit = self.config.threshold if fixed else self.config.alpha / counts.longest.clamp(min=1)[:, None]
+        limit = self.config.threshold if fixed else self.config.alpha / counts.longest.clamp(min=1)
         sinks = mean > limit
-        return sinks & ~counts.first[:, None] if self.config.keep_first else sinks
+        return sinks & ~counts.first if self.config.keep_first else sinks
 
     def _with_earlier_rows(
         self, call: AttentionCall, mass: torch.Tensor, counts: KeyCounts
@@ -142,7 +151,7 @@ class ACT(Variant):
         state = call.sequence_state("act", rewinds=False)
         if state is None:
             return mass, counts
-        rows, longest = (tensor.expand(mass.shape[0], -1) for tensor in (counts.rows, counts.longest))
+        rows, longest = counts.rows, counts.longest
         not_first = (counts.rows > 0) & ~counts.first
         if state.per_key:
             mass = mass + state.per_key["mass"]
@@ -160,6 +169,35 @@ def _chosen(config: ACTConfig, site: AttentionSite) -> tuple[int, ...]:
         return HeadList.parse(config.heads).of_site(site)
     inside = site.layer_count < 4 or 2 <= site.layer_index <= site.layer_count - 2
     return tuple(range(site.query_heads or 0)) if inside else ()
+
+
+def _where_little_is_left(
+    rest: torch.Tensor,
+    others: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    rule: AttentionRule,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mass `(B, h, Tq)` and output `(B, h, Tq, D)` of all keys but the sinks, summed up anew in rows with little mass.
+
+    As a difference to the whole they are rounded to the whole's precision, which the factor of such a row blows up:
+    without this, padding changes the output of a float32 model by 3e-4. It asks the device whether there is such a row.
+    """
+    rows = (rest < _LITTLE).flatten(0, 1).any(dim=0).nonzero().flatten()
+    if not len(rows):
+        return rest, others
+    wide_query, wide_key, wide_value = full_precision(query), full_precision(key), full_precision(value)
+    for block in blocks(len(rows), query.shape[:2].numel() * key.shape[2]):
+        some = rows[block]
+        logits = row_logits(wide_query, wide_key, rule, some).masked_fill(sinks[:, :, None], float("-inf"))
+        weights = weights_of(logits, lse[:, :, some])
+        summed = weights.reshape(len(value), value.shape[1], -1, weights.shape[-1]) @ wide_value
+        rest = rest.index_copy(2, some, weights.sum(dim=-1))
+        others = others.index_copy(2, some, summed.view(*weights.shape[:3], -1))
+    return rest, others
 
 
 def _is_half(tensor: torch.Tensor) -> bool:

@@ -154,16 +154,18 @@ class SSA(Variant):
         Args:
             stream: `query`, `key` or `value`.
             features: `(B, T, E)` what the token part reads, `None` without one.
-            visible: `(B or 1, T or 1)` number of keys each token sees. A padded token that sees none counts as one.
+            visible: `(B or 1, T or 1)` number of keys each token sees, `(B or 1, T or 1, H)` under a mask per head. A
+                padded token that sees none counts as one.
 
         Returns:
-            `(B or 1, T)`.
+            `(B or 1, T)`, with heads if `visible` has them.
         """
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         tau = visible.new_ones((), dtype=dtype)
         if features is not None:
             token = getattr(self, f"{stream}_token")
             tau = tau + torch.tanh((features.to(token.dtype) @ token).to(dtype))
+            tau = tau if visible.dim() == 2 else tau.unsqueeze(-1)
         if self.config.position_aware:
             tau = tau + self.position_coefficient(stream) * visible.clamp(min=1).to(dtype).log()
         return tau

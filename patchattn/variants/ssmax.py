@@ -59,12 +59,14 @@ class SSMax(Variant):
         return inner(scaled)
 
     def factor(self, visible: torch.Tensor) -> torch.Tensor:
-        """Factor of the logits `(B or 1, T, H)`, in float32 at least, of tokens that see `visible` `(B or 1, T)` keys.
+        """Factor of the logits `(B or 1, T, H)`, in float32 at least, of tokens that see `visible` keys.
 
-        A padded token that sees none counts as one.
+        `visible` is `(B or 1, T)`, or `(B or 1, T, H)` under a mask per head. A padded token that sees none counts as
+        one.
         """
         dtype = torch.promote_types(self.scale.dtype, torch.float32)
-        factor = self.scale.to(dtype) * visible.clamp(min=1).to(dtype).log().unsqueeze(-1)
+        visible = visible if visible.dim() == 3 else visible.unsqueeze(-1)
+        factor = self.scale.to(dtype) * visible.clamp(min=1).to(dtype).log()
         return factor if self.bias is None else factor + self.bias.to(dtype)
 
 

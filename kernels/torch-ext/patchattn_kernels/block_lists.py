@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .rows import AttentionRule
+from .rows import AttentionRule, with_heads
 
 UNBOUNDED = 2**30  # as a number of keys: all of them
 
@@ -115,12 +115,15 @@ def transposed(lists: BlockLists, key_blocks: int) -> BlockLists:
 def key_order(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """`(B or 1, Tk)` int32: how many real keys there are up to each one, itself included.
 
-    Keys that a 4-dim mask shows to no query are not real.
+    Keys that a 4-dim mask shows to no query of any head are not real.
     """
     mask = rule.mask
     if mask is None:
         return torch.arange(1, keys + 1, dtype=torch.int32, device=device)[None]
-    real = rule.visible(slice(0, queries), (queries, keys), device).any(1) if mask.dim() == 4 else mask[:, :keys].bool()
+    if mask.dim() == 4:
+        real = with_heads(rule.visible(slice(0, queries), (queries, keys), device)).flatten(1, 2).any(dim=1)
+    else:
+        real = mask[:, :keys].bool()
     return real.cumsum(dim=-1, dtype=torch.int32)
 
 
@@ -156,9 +159,9 @@ def seen_blocks(
         return torch.maximum(behind, order[:, None, first] - order[:, own_last, None])[:, None]
 
     if rule.mask is not None and rule.mask.dim() == 4:
-        whole = rule.visible(slice(0, queries), (queries, keys), device)
+        whole = with_heads(rule.visible(slice(0, queries), (queries, keys), device))
         padded = F.pad(whole, (0, len(first) * block_k - keys, 0, len(own_first) * block_q - queries))
-        seen = padded.view(-1, len(own_first), block_q, len(first), block_k).any(dim=4).any(dim=2)[:, None]
+        seen = padded.unflatten(3, (-1, block_k)).any(dim=4).unflatten(2, (-1, block_q)).any(dim=3)
     elif rule.causal:
         seen = (first <= own_last[:, None])[None, None]
     else:

@@ -15,6 +15,8 @@ from .split_attention_ops import log_sum_exp as log_sum_exp_op
 class KeyCounts(NamedTuple):
     """What a mask says of every key.
 
+    Every field is `(B or 1, H, Tk)` where the mask has more than one head.
+
     Attributes:
         rows: `(B or 1, Tk)` number of real queries that see it.
         longest: `(B or 1, Tk)` most keys that any of those sees: the length of its sequence, or the window.
@@ -87,9 +89,10 @@ def key_counts(
     for part in blocks(queries, batch * keys):
         visible = rule.visible(part, (queries, keys), device)
         if real is not None:
-            visible = visible & real[:, part, None]
+            counted = real[:, part, None]
+            visible = visible & (counted if visible.dim() == 3 else counted[:, None])
         first = visible.int().argmax(dim=-1, keepdim=True)
-        seen = seen + visible.sum(dim=1)
-        longest = torch.maximum(longest, (visible * visible.sum(dim=-1, keepdim=True)).amax(dim=1))
-        earlier = earlier + (visible & (first < key)).sum(dim=1)
+        seen = seen + visible.sum(dim=-2)
+        longest = torch.maximum(longest, (visible * visible.sum(dim=-1, keepdim=True)).amax(dim=-2))
+        earlier = earlier + (visible & (first < key)).sum(dim=-2)
     return KeyCounts(seen, longest, (seen > 0) & (earlier == 0))

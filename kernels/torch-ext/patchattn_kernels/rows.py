@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 2**23  # weights held at a time: 32 MB in float32
+# Half of -1e4, the smallest number that masks are filled with: see `seen_by`.
+MASKED = -5000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +22,8 @@ class AttentionRule:
         softcap: logits become `softcap * tanh(logits / softcap)`.
         bias: `(B or 1, H or 1, Tq, Tk)`, added to the logits.
         sinks: `(H,)` a further logit per head in the softmax, without a value.
-        mask: `(B, Tk)`, true of real keys; or `(B or 1, 1, Tq, Tk)`, bool, or added to the logits, where keys at the
-            lowest number of the dtype are not seen. `None`: all keys are real.
+        mask: `(B, Tk)`, true of real keys; or `(B or 1, H or 1, Tq, Tk)`, bool, or added to the logits, where `seen_by`
+            tells a key that is not seen from a bias. `None`: all keys are real.
         causal: queries see no key after their own.
         offset: own key of the first query; `None`: Tk - Tq, the last query's is the last.
         window: queries see only keys less than this many real keys away.
@@ -39,18 +41,23 @@ class AttentionRule:
     sequence: torch.Tensor | None = None
 
     def visible(
-        self, rows: slice, shape: tuple[int, int], device: torch.device, columns: torch.Tensor | None = None
+        self,
+        rows: slice | torch.Tensor,
+        shape: tuple[int, int],
+        device: torch.device,
+        columns: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`(B or 1, C, Tk)` bool: which keys the queries of a slice see; `shape` is (Tq, Tk) of all.
+        """`(B or 1, C, Tk)` bool: which keys some queries see, a slice or `(C,)` of them; `shape` is (Tq, Tk) of all.
 
-        With `columns`, `(K,)` numbers of keys, only those are asked for: `(B or 1, C, K)`.
+        `(B or 1, H, C, Tk)` where the mask has more than one head. With `columns`, `(K,)` numbers of keys, only those
+        are asked for, and there are K in place of Tk.
         """
         queries, keys = shape
         mask = self.mask
         key = torch.arange(keys, device=device) if columns is None else columns
         if mask is not None and mask.dim() == 4:
-            part = mask[:, 0, rows, :keys] if columns is None else mask[:, 0, rows][..., columns]
-            return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+            part = mask[:, :, rows, :keys] if columns is None else mask[:, :, rows][..., columns]
+            return seen_by(part).squeeze(1)
         real = torch.ones(1, keys, dtype=torch.bool, device=device) if mask is None else mask.bool()
         query = torch.arange(queries, device=device)[rows] + (keys - queries if self.offset is None else self.offset)
         visible = (real if columns is None else real[:, columns])[:, None].expand(-1, len(query), -1)
@@ -63,11 +70,27 @@ class AttentionRule:
             visible = visible & (self.sequence[query, None] == self.sequence[key])
         return visible
 
-    def added(self, rows: slice, keys: int) -> Iterator[torch.Tensor]:
-        """What is added to the logits of a slice of queries, `(B or 1, H or 1, C, Tk)` each."""
+    def added(self, rows: slice | torch.Tensor, keys: int) -> Iterator[torch.Tensor]:
+        """What is added to the logits of some queries, `(B or 1, H or 1, C, Tk)` each."""
         for term in (self.bias, self.mask):
             if term is not None and term.dim() == 4 and term.is_floating_point():
                 yield term[:, :, rows, :keys]
+
+
+def seen_by(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys a dense mask shows, bool in its shape: true entries, or added numbers that are above -5000.
+
+    The softmax decides: a key 5000 below the others gets a weight of exactly 0 in every dtype, since exp underflows at
+    -104 in float32 and at -746 in float64. So -inf, the lowest number of any dtype, -1e9 and -1e4 (-9984 in bfloat16)
+    hide a key, with or without a bias on top. What lies above is a bias, such as ALiBi's, whose steepest slope reaches
+    it 5000 tokens away, where its keys have no weight either.
+    """
+    return mask if mask.dtype == torch.bool else mask > MASKED
+
+
+def with_heads(visible: torch.Tensor) -> torch.Tensor:
+    """`(B or 1, H or 1, C, Tk)` of what `AttentionRule.visible` gives."""
+    return visible if visible.dim() == 4 else visible[:, None]
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
@@ -82,14 +105,14 @@ def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows: slice) -> torch.Tensor:
-    """Logits `(B, H, C, Tk)` of a slice of the queries; those of keys that a query does not see are -inf.
+def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Logits `(B, H, C, Tk)` of some of the queries; those of keys that a query does not see are -inf.
 
     Args:
         query: `(B, H, Tq, D)`, in `full_precision`.
         key: `(B, G, Tk, D)`, in `full_precision`; kv heads are not repeated.
         rule: how.
-        rows: which queries.
+        rows: which queries: a slice, or `(C,)` of their numbers.
     """
     part = query[:, :, rows]
     batch, heads, count, dim = part.shape
@@ -100,7 +123,8 @@ def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows
         logits = torch.tanh(logits / rule.softcap) * rule.softcap
     for term in rule.added(rows, keys):
         logits = logits + term
-    return logits.masked_fill(~rule.visible(rows, (query.shape[2], keys), key.device)[:, None], float("-inf"))
+    visible = with_heads(rule.visible(rows, (query.shape[2], keys), key.device))
+    return logits.masked_fill(~visible, float("-inf"))
 
 
 def log_sum_exp(logits: torch.Tensor, rule: AttentionRule) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from .backend import triton_runs
 from .key_mask import key_mask, unsupported
-from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of, with_heads
 from .split_attention_ops import attention, compact, key_set_part
 from .split_attention_ops import log_sum_exp as log_sum_exp_op
 
@@ -173,7 +173,7 @@ def _of_set(
         columns = index[:, :, None].expand(-1, -1, logits.shape[2], -1)
         for term in rule.added(block, keys):
             logits = logits + term.expand(batch, heads, -1, -1).gather(-1, columns)
-        visible = rule.visible(block, (rows, keys), key.device)[:, None]
+        visible = with_heads(rule.visible(block, (rows, keys), key.device))
         visible = visible.expand(batch, heads, -1, -1).gather(-1, columns) & member.bool()[:, :, None]
         weights = weights_of(logits.masked_fill(~visible, float("-inf")), lse[:, :, block])
         parts.append(weights @ values_of)

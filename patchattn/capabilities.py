@@ -1,0 +1,26 @@
+"""What of the optional capabilities of variants a call needs."""
+
+import torch
+
+from .call import AttentionCall
+
+
+def needed_capabilities(call: AttentionCall) -> set[str]:
+    """Which of the optional capabilities one call relies on."""
+    kwargs, rows, keys = call.kwargs, call.query.shape[2], call.key.shape[2]
+    needed = {"cross"} if call.site.is_cross else {"causal" if call.is_causal else "bidirectional"}
+    names = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "position_bias"}
+    needed |= {capability for name, capability in names.items() if kwargs.get(name) is not None}
+    if call.query.shape[1] != call.key.shape[1]:
+        needed.add("gqa")
+    if kwargs.get("dropout") and call.module.training:
+        needed.add("dropout")
+    if torch.compiler.is_compiling():
+        needed.add("compile")
+        return needed  # what follows reads values
+    if keys > rows and call.is_causal and not call.site.is_cross:
+        needed.add("kv_cache")
+    if call.attention_mask is not None and bool((call.visible_keys()[:, -1] < keys).any()):
+        cache = call.context.cache if call.context is not None else None
+        needed.add("static_cache" if getattr(cache, "is_compileable", False) else "padding")
+    return needed
