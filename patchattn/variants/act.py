@@ -16,7 +16,7 @@ from ..settings import option
 from ..sites import AttentionSite
 from ..variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
 
-_LITTLE = 0.01  # of a row's mass: what is left of it after a subtraction has lost two digits
+_LITTLE = 0.1  # of a row: what is left of it after a subtraction has lost a digit
 
 
 @dataclass(frozen=True, kw_only=True)
