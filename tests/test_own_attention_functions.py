@@ -22,7 +22,7 @@ CAUSAL = [name for name in VARIANTS if name not in ("moh", "prune")]
 @pytest.fixture(autouse=True)
 def restored_registries() -> Iterator[None]:
     places = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
-    before = [dict(place) for place in places]
+    before = [{name: place[name] for name in place if not name.startswith("patchattn_")} for place in places]
     yield
     for place, entries in zip(places, before, strict=True):
         for name in [name for name in place if name not in entries and not name.startswith("patchattn_")]:
