@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.colors import to_hex
 
 import patchattn
+from patchattn.evaluation.figures import plot_positions
+from patchattn.evaluation.perplexity import PositionLoss
 from patchattn.evaluation.report import (
     all_scores,
     make_report,
@@ -24,6 +27,7 @@ from patchattn.evaluation.report import (
 )
 from patchattn.evaluation.report_figures import plot_costs, plot_scores
 from patchattn.evaluation.task import EvalTask, Row
+from patchattn.plotting.style import run_styles
 
 from .saving import base, patch
 
@@ -120,6 +124,24 @@ def report() -> dict[str, Any]:
     model.config._name_or_path = "someone/base"
     patches = {"unpatched": plain, "ssa+moh": {**patchattn.patch_info(model), "parameters": 123}}
     return make_report(model, tasks, found, patches, {"batch": 4, "seed": 0, "limit": None, "processes": 1})
+
+
+def test_a_run_has_one_colour_in_all_pictures_of_a_report(report: dict[str, Any]) -> None:
+    names = ["unpatched", "moh 0.5", "ssa", "act"]
+    report["runs"] = dict.fromkeys(names, report["runs"]["unpatched"])
+    for task in report["tasks"].values():
+        task["runs"] = dict.fromkeys(names, task["runs"]["unpatched"])
+    scores = {line.get_label(): line.get_color() for line in plot_scores(report).axes[0].get_lines()}
+    costs = plot_costs(report)
+    assert costs is not None
+    bars = {bar.get_label(): bar.patches[0].get_facecolor() for bar in costs.axes[0].containers}
+    losses = {name: [PositionLoss(0, 4, 2.0, 8)] for name in names}
+    lines = {line.get_label(): line.get_color() for line in plot_positions(losses).axes[0].get_lines()}
+    found = [{name: to_hex(colours[name]) for name in names} for colours in (scores, bars, lines)]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0].values())) == len(names)
+    # a picture of fewer runs, in another order, is of the same runs
+    assert run_styles(["ssa", "unpatched"])["unpatched"] == run_styles(names)["unpatched"]
 
 
 def test_differences_and_averages(report: dict[str, Any]) -> None:

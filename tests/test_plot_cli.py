@@ -13,6 +13,7 @@ from patchattn.calibration.heads import BaseFacts
 from patchattn.calibration.importance import HeadImportance, SiteScores
 from patchattn.cli import main
 from patchattn.evaluation.report import SCHEMA_VERSION
+from patchattn.plotting.reports import pareto_points
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -133,6 +134,21 @@ def test_a_variant_that_has_nothing_to_show_is_told_in_words_of_the_command_line
     assert message in err
     assert "with " not in err  # no advice on Python
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "score", "label"),
+    [("needle", "recall", "needle: recall, %"), ("perplexity", "perplexity", "perplexity, %")],
+)
+def test_a_score_that_is_called_as_its_task_is_named_once(folder, tmp_path, task, score, label):
+    report = json.loads((folder / "report" / "report.json").read_text())
+    values = report["tasks"].pop("needle")
+    values["main_score"] = score
+    for run in values["runs"].values():
+        run["scores"] = {score: 1.0}
+    (tmp_path / "report.json").write_text(json.dumps({**report, "tasks": {task: values}}))
+    _, labels = pareto_points([tmp_path], None, None)
+    assert labels["score"] == label
 
 
 def test_a_needle_from_a_report(run, folder, tmp_path, monkeypatch):

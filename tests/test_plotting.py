@@ -72,7 +72,7 @@ def test_a_picture_of_temperatures(tmp_path):
     assert figure.get_suptitle() == "Learned"
     left, right = figure.axes
     assert "inverse temperature" in left.get_ylabel()
-    assert "spikiness" in right.get_ylabel()
+    assert right.get_ylabel() == "evenness of attention\n(1: uniform, towards 0: on one key)"
     assert {axes.get_xlabel() for axes in (left, right)} == {"layer"}
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["query", "value"]
     assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.5, 0.5], [0.4, 0.4]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from patchattn.attention_maps import AttentionMap, ImageAttention, ReceivedAttention
+from patchattn.attention_maps import AttentionMap, ImageAttention, ReceivedAttention, attention_received
 from patchattn.images import ImageSpan
 from patchattn.plotting import (
     ParetoPoint,
@@ -52,6 +52,30 @@ def test_received_by_layer_is_the_mean_of_heads():
     assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == ("Sinks", "layer", "key, position in tokens")
     assert "%" in bar.get_ylabel()
     assert marks(axes) == [(0, 0)]  # the last key gets much, but is seen by few queries
+
+
+def test_keys_that_few_queries_see_are_pale_and_do_not_stretch_the_colours():
+    """The last key here gets 90 %, of the one query that sees it."""
+    share = torch.tensor([[0.5, 0.1, 0.9], [0.5, 0.2, 0.9]]).double()
+    seen = torch.tensor([1.0, 0.5, 0.1]).double()
+    figure = plot_attention_received([ReceivedAttention(SITES[0], share, torch.full((3,), 0.1).double(), seen)])
+    drawn, veil = figure.axes[0].images
+    np.testing.assert_allclose(drawn.get_clim(), (10, 50), rtol=1e-6)
+    assert np.isnan(veil.get_array().filled(np.nan)).tolist() == [[True, True, False]]
+    assert any("seen by less than 25 % of the queries" in text.get_text() for text in figure.legends[0].get_texts())
+
+
+def test_the_mean_is_over_the_queries_that_see_a_key():
+    """A causal model of uniform attention: key j gets 1 / (i + 1) of query i >= j, none is favoured."""
+    model = FAMILIES["llama"].make()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.zero_()
+    (first, *_) = attention_received(model, {"input_ids": torch.arange(3, 13)[None]})
+    wanted = [sum(1 / (i + 1) for i in range(j, 10)) / (10 - j) for j in range(10)]
+    np.testing.assert_allclose(first.share, [wanted] * len(first.share), rtol=1e-6)
+    np.testing.assert_allclose(first.seen, [(10 - j) / 10 for j in range(10)])
 
 
 def test_received_by_head_of_one_layer_with_tokens():

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..plotting.style import run_styles
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
     from .perplexity import PositionLoss
 
 _WITH_NUMBERS = 200  # cells up to which each shows its number
-# Colours of Okabe and Ito, told apart with colour vision deficiencies; markers tell them apart in grey.
-_LINES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#000000", "x")]
 
 
 def plot_needle(grids: "Mapping[str, NeedleGrid]", *, title: str = "Needle in a haystack") -> "Figure":
@@ -80,14 +80,14 @@ def plot_positions(losses: "Mapping[str, Sequence[PositionLoss]]", *, title: str
     """
     if not losses or not all(losses.values()):
         raise ValueError("There is nothing to draw: losses must hold at least one model, each with a bucket.")
-    if len(losses) > len(_LINES):
-        raise ValueError(f"At most {len(_LINES)} models can be told apart, got {len(losses)}.")
+    styles = run_styles(list(losses))
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (name, buckets), (colour, marker) in zip(losses.items(), _LINES, strict=False):
+    for name, buckets in losses.items():
+        colour, marker, _ = styles[name]
         x = [(bucket.first + bucket.last) / 2 for bucket in buckets]
         y = [bucket.nats for bucket in buckets]
         axes.hlines(y, [b.first for b in buckets], [b.last for b in buckets], color=colour, linewidth=1.5, alpha=0.5)

@@ -21,7 +21,6 @@ from .task import EvalTask, Row
 
 SCHEMA_VERSION = 1
 UNPATCHED = "unpatched"
-MOST_RUNS = 6  # that the colours and markers of the pictures tell apart
 REPORT = "report.json"
 # name of a cost, its heading, unit and divisor
 COSTS = (

@@ -3,21 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .report import COSTS, UNPATCHED
+from ..plotting.style import run_styles
+from .report import COSTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with colour vision deficiencies; markers and hatches tell them apart in grey.
-_STYLES = (
-    ("#000000", "o", ""),
-    ("#D55E00", "s", "//"),
-    ("#0072B2", "^", "\\\\"),
-    ("#009E73", "D", ".."),
-    ("#CC79A7", "v", "xx"),
-    ("#E69F00", "P", "--"),
-)
 _WIDTH = 7.2
 
 
@@ -65,7 +57,7 @@ def plot_costs(report: Mapping[str, Any]) -> "Figure | None":
     figure = Figure(figsize=(2.0 + 2.0 * len(panels), height), layout="constrained")
     columns = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (key, title, unit, divisor) in zip(columns, panels, strict=True):
-        for place, (run, (colour, _, hatch)) in enumerate(zip(runs, _STYLES, strict=False)):
+        for place, (run, (colour, _, hatch)) in enumerate(run_styles(runs).items()):
             values = [task["runs"][run]["costs"].get(key) for task in tasks.values()]
             y = [row + 0.8 * ((place + 0.5) / len(runs) - 0.5) for row in range(len(values))]
             found = [(at, value / divisor) for at, value in zip(y, values, strict=True) if value is not None]
@@ -73,7 +65,7 @@ def plot_costs(report: Mapping[str, Any]) -> "Figure | None":
                 [at for at, _ in found],
                 [value for _, value in found],
                 height=0.72 / len(runs),
-                color="0.45" if run == UNPATCHED else colour,
+                color=colour,
                 hatch=hatch,
                 edgecolor="white",
                 linewidth=0.5,
@@ -89,7 +81,7 @@ def plot_costs(report: Mapping[str, Any]) -> "Figure | None":
 
 
 def _draw_scores(axes: "Axes", report: Mapping[str, Any], names: Sequence[str]) -> None:
-    for place, (run, (colour, marker, _)) in enumerate(zip(report["runs"], _STYLES, strict=False)):
+    for place, (run, (colour, marker, _)) in enumerate(run_styles(list(report["runs"])).items()):
         tasks = [report["tasks"][name] for name in names]
         values = [task["runs"][run]["scores"][task["main_score"]] for task in tasks]
         found = [(value, row) for row, value in enumerate(values) if value is not None]

@@ -21,10 +21,11 @@ from torch import nn
 
 from ..checkpoint import load_patch
 from ..patching import active_chains, is_patched, patch_info, patch_model, unpatch_model, unpatched
+from ..plotting.style import MOST_RUNS
 from ..selection import base_model, evaluating
 from ..settings import Settings, option
 from .cost import cuda_devices
-from .report import MOST_RUNS, UNPATCHED, make_report, summary, write_report
+from .report import UNPATCHED, make_report, summary, write_report
 from .results import claim, model_identity
 from .task import EvalTask, Row
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..attention_maps import AttentionMap, ImageAttention, ReceivedAttention
 
 _LABELLED = 40  # tokens up to which each is written at its place
+_VEIL = 0.75  # of white over columns of few queries
 _GAMMA = 0.4  # of the colours of maps, so that small weights show beside sinks
 
 
@@ -22,6 +23,10 @@ def plot_attention_received(
     title: str = "Attention received by keys",
 ) -> "Figure":
     """Heat map of the attention that each key receives: a row per layer, or per head if there is one layer alone.
+
+    The attention of a key is its sum over the queries that see it, divided by their number. The last keys of a causal
+    model are seen by few, which look at what is near: columns that less than a quarter of the queries see are pale, and
+    do not count for the range of the colours.
 
     Attention sinks (`ReceivedAttention.sinks`) are marked; in the picture of several layers, where half of the heads or
     more have one.
@@ -48,7 +53,10 @@ def plot_attention_received(
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator
+
+    from ..attention_maps import SINK_SEEN
 
     if len(received) == 1:
         table, marked = 100 * received[0].share.numpy(), received[0].sinks().numpy()
@@ -60,14 +68,22 @@ def plot_attention_received(
     height = min(10.0, max(2.6, 1.6 + 0.26 * len(table) + (0.5 if tokens is not None else 0.0)))
     figure = Figure(figsize=(max(6.4, 0.085 * len(title) + 0.5), height), layout="constrained")
     axes = figure.subplots()
-    low, high = max(table.min(), table.max() / 1000), table.max()
+    many = np.stack([layer.seen.numpy() for layer in received]).min(0) >= SINK_SEEN
+    counted = table[:, many]
+    low, high = max(counted.min(), counted.max() / 1000), counted.max()
     image = axes.imshow(table, cmap=COLOURS, norm=LogNorm(low, high), aspect="auto")
+    veil = np.where(many, np.nan, 1.0)[None]
+    axes.imshow(veil, cmap="gray", vmin=0, vmax=1, alpha=_VEIL, aspect="auto", extent=image.get_extent())
     y, x = marked.nonzero()
     axes.plot(x, y, linestyle="none", marker="x", color=ORANGE, markersize=6, markeredgewidth=1.6)
     share = "attention sink" if len(received) == 1 else "attention sink in half of the heads or more"
     axes.set_title(title, fontsize=11)
     axes.plot([], [], linestyle="none", marker="x", color=ORANGE, markersize=6, markeredgewidth=1.6, label=share)
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    handles, _ = axes.get_legend_handles_labels()
+    if not many.all():
+        few = f"pale: seen by less than {100 * SINK_SEEN:.0f} % of the queries"
+        handles.append(Patch(facecolor="0.85", edgecolor="0.6", label=few))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     axes.set_ylabel(label)
     _label_steps(axes, "y", names)
     _label_tokens(axes, "x", tokens, range(length), "key, position in tokens")

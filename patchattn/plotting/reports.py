@@ -69,8 +69,10 @@ def pareto_points(
         if score is None:
             raise ValueError(f"The run {name!r} has no score of the task {task!r}: it is not a number.")
         points.append(ParetoPoint(name, score, values["costs"][cost] / divisor))
+    measured = about["main_score"].replace("_", " ")
+    named = measured if measured == task else f"{task}: {measured}"
     labels = {
-        "score": f"{task}: {about['main_score'].replace('_', ' ')}{', ' if about['unit'] else ''}{about['unit']}",
+        "score": f"{named}{', ' if about['unit'] else ''}{about['unit']}",
         "cost": f"{heading}, {unit}",
         "higher_is_better": about["higher_is_better"],
         "lower_cost_is_better": cost not in _MORE_IS_BETTER,

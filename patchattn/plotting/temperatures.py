@@ -1,4 +1,4 @@
-"""Picture of temperatures: their spread in every layer, and how spiky attention is without and with them."""
+"""Picture of temperatures: their spread in every layer, and how even attention is without and with them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,9 @@ _STREAM_STYLES = {"query": (BLUE, "o"), "key": (GREEN, "^"), "value": (ORANGE, "
 
 
 def plot_temperatures(statistics: "Sequence[LayerTemperatures]", *, title: str = "Temperatures") -> "Figure":
-    """Inverse temperatures of every layer, and how spiky attention is without and with them.
+    """Inverse temperatures of every layer, and how even attention is without and with them.
+
+    Evenness is SSA's measure of spikiness by what it grows with: 1 is uniform attention, and spikier is lower.
 
     Args:
         statistics: what `TemperatureStatistics.layers()` returns. Each variant, tower, and kind of
@@ -45,7 +47,7 @@ def plot_temperatures(statistics: "Sequence[LayerTemperatures]", *, title: str =
     figure.suptitle(title, fontsize=11)
     for row, (group, layers) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
         _draw_streams(row[0], layers)
-        _draw_spikiness(row[1], [layer for layer in layers if layer.spikiness_after is not None])
+        _draw_evenness(row[1], [layer for layer in layers if layer.spikiness_after is not None])
         indices = [layer.site.layer_index for layer in layers]
         for axes in row:
             axes.set_title(group, fontsize=9, pad=22)
@@ -82,7 +84,7 @@ def _draw_streams(axes: "Axes", layers: "Sequence[LayerTemperatures]") -> None:
     axes.set_ylabel("inverse temperature\n(mean and std, min to max)")
 
 
-def _draw_spikiness(axes: "Axes", layers: "Sequence[LayerTemperatures]") -> None:
+def _draw_evenness(axes: "Axes", layers: "Sequence[LayerTemperatures]") -> None:
     x = [layer.site.layer_index for layer in layers]
     before, after = ([getattr(layer, f"spikiness_{when}") for layer in layers] for when in ("before", "after"))
     if layers:
@@ -91,4 +93,4 @@ def _draw_spikiness(axes: "Axes", layers: "Sequence[LayerTemperatures]") -> None
         axes.set_ylim(0.0, 1.08 * max(*before, *after))
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="0.4")
-    axes.set_ylabel("spikiness of attention\n(1: uniform, lower: spikier)")
+    axes.set_ylabel("evenness of attention\n(1: uniform, towards 0: on one key)")
