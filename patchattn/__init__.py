@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .checking import check_patch as check_patch
     from .checkpoint import from_pretrained as from_pretrained
     from .checkpoint import load_patch as load_patch
-    from .checkpoint import patched_class as patched_class
     from .checkpoint import save_patch as save_patch
     from .compression import compress as compress
     from .compression import reset_usage as reset_usage
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
     from .variant import list_variants as list_variants
     from .variant import register_variant as register_variant
     from .variant import variant_info as variant_info
+    from .whole_model import patched_class as patched_class
 
 __version__ = "0.1.0"
 
@@ -76,7 +76,7 @@ _NAMES = {
     "calibration.scoring": ("head_importance",),
     "call": ("AttentionCall", "LayerContext", "Observation"),
     "checking": ("Check", "CheckReport", "check_patch"),
-    "checkpoint": ("from_pretrained", "load_patch", "patched_class", "save_patch"),
+    "checkpoint": ("from_pretrained", "load_patch", "save_patch"),
     "compression": ("compress", "reset_usage"),
     "hub": ("push_to_hub", "save_pretrained"),
     "images": ("ImageSpan", "image_spans", "image_token_mask"),
@@ -114,6 +114,7 @@ _NAMES = {
         "register_variant",
         "variant_info",
     ),
+    "whole_model": ("patched_class",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -7,32 +7,35 @@ Nothing read here is executed or unpickled, and everything is validated before a
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
+from .packing import CHILD
 from .patching import active_chains, applied_patches, apply_patches, is_patched
-from .plan import CONFIG_KEY, FORMAT_VERSION, Patch, plan_dict
-from .seam import CHILD
+from .plan import FORMAT_VERSION, Patch, plan_dict, renamed_config
+from .renaming import Renaming
 from .selection import base_model
 from .settings import nearest
 from .sites import find_sites
 from .surgery import surgeries
 from .variant import Variant
+from .whole_model import listed, patched_class, saved_plan
+from .whole_model import model_class as transformers_class
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 CONFIG_FILE = "patchattn_config.json"
 TENSORS_FILE = "patchattn_model.safetensors"
-CODE_MODULE = "modeling_patchattn"  # the Hub's custom-code entry, without its .py
 _MODEL_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 
@@ -69,9 +72,10 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
     if not chains:
         raise ValueError(f"{type(base).__name__} is not patched; there is nothing to save. Call patch_model first.")
     tensors = {
-        f"{name}.{CHILD}.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.{CHILD}.{kind}.{key}": tensor.detach().cpu().contiguous()
         for name, chain in chains.items()
-        for key, tensor in chain.state_dict().items()
+        for kind, variant in chain.named_children()
+        for key, tensor in variant.state_dict().items()
     }
     carried = [name for operation in surgeries(list(chains.values())) for name in operation.carried()]
     tensors |= {name: base.get_parameter(name).detach().cpu().contiguous() for name in carried}
@@ -137,6 +141,7 @@ def load_patch(
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}.") from error
+    saved, tensors = _as_named_in(base, saved, tensors)
     _refuse_other_base(base, saved)
     apply_patches(base, saved.patches, initialise=functools.partial(_fill, tensors=tensors, path=path))
     return model
@@ -153,6 +158,8 @@ def from_pretrained(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
+    subfolder: str | None = None,
+    model_class: type[nn.Module] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a base model and its patch in one call.
@@ -164,6 +171,8 @@ def from_pretrained(
         revision: of the Hub repository: a branch, tag or commit.
         token: for a private repository; holds for the base model, too.
         cache_dir: where downloads are kept, those of the base model, too.
+        subfolder: of `source`, where the files are.
+        model_class: class of the model where it is your own; by default the class of transformers that was saved.
         kwargs: for the `from_pretrained` of the model's class: `dtype`, `device_map`, `attn_implementation`, ...
 
     Returns:
@@ -171,18 +180,21 @@ def from_pretrained(
 
     Raises:
         ValueError: nothing there is a patch, a file is damaged, or as `load_patch`.
+        TypeError: `model_class` is no model class of transformers, nor derived from one.
     """
-    folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
+    if model_class is not None and not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise TypeError(f"model_class must be a class derived from transformers.PreTrainedModel, got {model_class!r}.")
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
-    config = read_json(folder / _MODEL_CONFIG) if (folder / _MODEL_CONFIG).is_file() else {}
-    if CONFIG_KEY in config:
-        read_plan(config[CONFIG_KEY], folder / _MODEL_CONFIG)  # fail before the weights are loaded
-        architectures = config.get("architectures") or [None]
-        kind = patched_class(architectures[0])
-        return kind.from_pretrained(source, revision=revision or "main", **where, **kwargs)
+    folder = _small_files(source, revision=revision, subfolder=subfolder, **where)
+    if (folder / _MODEL_CONFIG).is_file():
+        config = read_json(folder / _MODEL_CONFIG)
+        place = {"revision": revision or "main", **({"subfolder": subfolder} if subfolder else {}), **where}
+        if saved_plan(source, variant=kwargs.get("variant"), **place) is not None:
+            kind = patched_class(model_class or (config.get("architectures") or [None])[0])
+            return kind.from_pretrained(source, **place, **kwargs)
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
-            f"{str(source)!r} holds no patch: {CONFIG_FILE} is not there, nor {CONFIG_KEY!r} in a {_MODEL_CONFIG}."
+            f"{str(source)!r} holds no patch: {CONFIG_FILE} is not there, nor weights that were saved from variants."
         )
     saved = read_patch(folder)
     name, base_revision = saved.base.get("name_or_path"), saved.base.get("revision")
@@ -195,13 +207,13 @@ def from_pretrained(
             f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
             "call patchattn.load_patch(base_model, folder)."
         )
-    kind = model_class(saved.base.get("architecture"))
+    kind = model_class or transformers_class(saved.base.get("architecture"))
     base = load_patch(kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs), folder)
     if not has_adapter:
         return base
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(source), revision=revision, **where)
+    return PeftModel.from_pretrained(base, str(source), revision=revision, subfolder=subfolder, **where)
 
 
 def read_patch(folder: Path) -> SavedPatch:
@@ -251,95 +263,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_class(architecture: str | None) -> Any:
-    """The transformers model class of that name; ValueError if there is none. Code of other origin is never run."""
-    found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"The base model's class is given as {architecture!r}, which is no model class of transformers "
-            f"{transformers.__version__}. Load the base model yourself and call patchattn.load_patch."
-        )
-    return found
-
-
-@functools.cache
-def patched_class(architecture: str) -> Any:
-    """A stand-in for a transformers model class that loads patched models; for custom code on the Hub.
-
-    It patches itself when it is built, by the plan in its configuration, so that transformers' own loading finds a
-    place for every tensor, whatever it renames, shards, casts or maps to devices. The loaded model is of the original
-    class.
-
-    Raises:
-        ValueError: transformers has no such class; and, when loading, tensors of variants are missing, left over or of
-            another shape.
-    """
-    original: Any = model_class(architecture)
-
-    class Patched(original):
-        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, *args, **kwargs)
-            apply_patches(self, read_plan(getattr(config, CONFIG_KEY, None), "the model's configuration"))
-
-        @classmethod
-        def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-            wants_info = kwargs.pop("output_loading_info", False)
-            may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-            # Mismatches are tolerated there and refused here, by an error that says which.
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
-            try:
-                model, info = super().from_pretrained(source, *args, **kwargs)
-            except SafetensorError as error:
-                raise ValueError(f"{_damaged_file(source)} is damaged or no safetensors file: {error}.") from error
-            carried = [name for variant in surgeries(list(active_chains(model).values())) for name in variant.carried()]
-            _refuse_incomplete(source, info, may_mismatch, carried)
-            model.__class__ = original
-            # A copy saved from here has no code file beside it.
-            if CODE_MODULE in str(getattr(model.config, "auto_map", None)):
-                del model.config.auto_map
-            return (model, info) if wants_info else model
-
-    for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(Patched, attribute, getattr(original, attribute))
-    return Patched
-
-
-def _refuse_incomplete(source: Any, info: Mapping[str, Any], may_mismatch: bool, carried: Sequence[str]) -> None:
-    """Turn what transformers only reports into an error, where it concerns variants, what they carry, or shapes."""
-    mark = f".{CHILD}."
-    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-    problems = {
-        "missing": [key for key in info["missing_keys"] if mark in key or key in carried],
-        "left over": [key for key in info["unexpected_keys"] if mark in key],
-        "of another shape": [key for key in mismatched if mark in key or not may_mismatch],
-    }
-    if lines := [_listed(keys, what) for what, keys in problems.items() if keys]:
-        raise ValueError(f"The weights in {str(source)!r} do not fit the model: {'; '.join(lines)}.")
-
-
-def _damaged_file(folder: str | PathLike[str]) -> str:
-    """The first safetensors file that cannot be opened."""
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            return str(path)
-    return f"A file of {str(folder)!r}"
-
-
-def _small_files(source: str | PathLike[str], **where: Any) -> Path:
+def _small_files(source: str | PathLike[str], subfolder: str | None = None, **where: Any) -> Path:
     """The folder itself, or a Hub repository's files that tell what it holds."""
+    inside = Path(subfolder or "")
     if Path(source).is_dir():
-        return Path(source)
+        return Path(source) / inside
+    names = [str(inside / name) for name in (_MODEL_CONFIG, _ADAPTER_CONFIG, CONFIG_FILE, TENSORS_FILE)]
     try:
-        return Path(
-            snapshot_download(
-                str(source), allow_patterns=[_MODEL_CONFIG, _ADAPTER_CONFIG, CONFIG_FILE, TENSORS_FILE], **where
-            )
-        )
+        return Path(snapshot_download(str(source), allow_patterns=names, **where)) / inside
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(source)!r} is no folder, nor a Hub repository that can be read: {error}") from error
+
+
+def _as_named_in(
+    base: nn.Module, saved: SavedPatch, tensors: dict[str, torch.Tensor]
+) -> tuple[SavedPatch, dict[str, torch.Tensor]]:
+    """A patch by the names that its modules have in this model, where it was saved from a part of it, or around it."""
+    known, names = [site.name for site in find_sites(base)], list(saved.sites)
+    if not names or set(names) <= set(known):
+        return saved, tensors
+    fitting = set()
+    for other in known:
+        with suppress(ValueError):
+            renaming = Renaming.of(names[0], other)
+            if {renaming.get(name) for name in names} <= set(known):
+                fitting.add(renaming)
+    if len(fitting) != 1:
+        return saved, tensors  # to be refused, by the names it was saved with
+    (renaming,) = fitting
+    patches = tuple(
+        Patch(p.variant, renamed_config(p.config, renaming), tuple(map(renaming, p.sites))) for p in saved.patches
+    )
+    sites = {renaming(name): geometry for name, geometry in saved.sites.items()}
+    return replace(saved, patches=patches, sites=sites), {renaming(key): tensor for key, tensor in tensors.items()}
 
 
 def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
@@ -367,9 +323,9 @@ def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
 def _fill(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Copy tensors from a file into those of a patch, or raise ValueError and copy nothing."""
     if missing := [key for key in wanted if key not in tensors]:
-        raise ValueError(f"{path}: {_listed(missing, 'missing')}.")
+        raise ValueError(f"{path}: {listed(missing, 'missing')}.")
     if extra := [key for key in tensors if key not in wanted]:
-        raise ValueError(f"{path}: {_listed(extra, 'left over: nothing in this patch has them')}.")
+        raise ValueError(f"{path}: {listed(extra, 'left over: nothing in this patch has them')}.")
     for key, own in wanted.items():
         if own.shape != tensors[key].shape:
             raise ValueError(f"{path}: {key} has the shape {tuple(tensors[key].shape)}, expected {tuple(own.shape)}.")
@@ -377,9 +333,3 @@ def _fill(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor
             raise ValueError("The base model is on the meta device; load its weights before its patch.")
     for key, own in wanted.items():
         own.copy_(tensors[key])
-
-
-def _listed(keys: Sequence[str], what: str) -> str:
-    """`3 tensors missing (a, b, ...)`."""
-    shown = ", ".join(list(keys)[:2]) + (", ..." if len(keys) > 2 else "")
-    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} {what} ({shown})"

@@ -9,7 +9,6 @@ from torch import nn
 from .expander import checked_heads, heads_by_module
 from .hooks import remove_hooks
 from .patching import active_chains, applied_patches, is_ours
-from .plan import CONFIG_KEY, plan_dict
 from .selection import base_model
 from .sites import find_sites
 from .variants.shrp import SHRP
@@ -64,13 +63,11 @@ def compress(model: ModelT, *, heads: Mapping[Any, Sequence[int]] | Sequence[int
         variants[name] = chain.get_submodule("shrp")  # type: ignore[assignment]
     kept = _kept(variants, heads)
     cuts = {name: _cuts(base, variant, kept[name]) for name, variant in variants.items()}
-    patches = []
     for patch in applied_patches(base):
         own = {name: kept[name] for name in patch.sites if name in kept}
         config: Any = patch.config
         if own:
             config = replace(config, kept=own)
-        patches.append(replace(patch, config=config))
         for name in own:
             variants[name].make_static(config, cuts[name])
     for changes in cuts.values():
@@ -81,7 +78,6 @@ def compress(model: ModelT, *, heads: Mapping[Any, Sequence[int]] | Sequence[int
         chain.site = sites[name]
         chain.attach("shrp", variants[name])  # it no longer needs the layer's input
         remove_hooks(base.get_submodule(name), is_ours)
-    setattr(base.config, CONFIG_KEY, plan_dict(patches))
     return model
 
 

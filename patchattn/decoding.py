@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicLayer
 from .call import AttentionCall
 from .hooks import Hook, image_tokens_known
 from .masks import real_tokens
+from .renaming import Renaming
+from .sites import AttentionSite
 from .variant import Attend, AttentionOutput, Variant
 
 _local = threading.local()  # .token_ids, .step: of the forward that runs in this thread; .inside: it is a branch's own
@@ -77,6 +79,11 @@ class DecodingVariant(Variant):
 
     kind = "decoding"
     generator = ""  # module whose output holds the logits; set by `prepare`
+
+    def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
+        generator = renaming(self.generator)
+        super().rename(site, config, renaming)
+        self.generator = generator
 
     def prepare(self, model: nn.Module) -> None:
         """Read off the model what the hooks need to know; what it raises leaves the model as it was."""

@@ -11,11 +11,12 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
-from .checkpoint import CODE_MODULE, read_json, save_patch
+from .checkpoint import read_json, save_patch
 from .patching import applied_patches
 from .plan import Patch
 from .selection import base_model
 from .variant import variant_info
+from .whole_model import CODE_MODULE
 
 _CODE = '''"""Loads this model with its attention variants; needs `pip install patchattn`."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from .compatibility import name_branches
 from .decoding import DecodingVariant, refuse_second
 from .hooks import install_hooks, register_last, remove_hooks
-from .plan import CONFIG_KEY, Patch, plan_dict
+from .plan import Patch, gathered
 from .seam import (
     CHILD,
     VariantChain,
@@ -132,8 +132,9 @@ def apply_patches(
     # comes after it must find the new shapes.
     built: list[tuple[str, str, Variant]] = []
     done: list[SurgeryVariant] = []
+    first = 1 + max((v.number for chain in active_chains(model).values() for v in chain.children()), default=-1)
     try:
-        for patch in patches:
+        for number, patch in enumerate(patches, first):
             operations = []
             for name in patch.sites:
                 taken = _taken(model, name, built)
@@ -142,6 +143,7 @@ def apply_patches(
                 variant = _like(
                     variant_info(patch.variant).variant(patch.config, known[name]), model.get_submodule(name)
                 )
+                variant.number = number
                 if isinstance(variant, DecodingVariant):
                     variant.prepare(model)
                 if isinstance(variant, SurgeryVariant):
@@ -166,7 +168,6 @@ def apply_patches(
     for kind, name, variant in built:
         _attach(model.get_submodule(name), known[name], bases[name], kind, variant)
     _install(model, [model.get_submodule(name) for name in names])
-    _config(model).patchattn = plan_dict([*existing, *patches])
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -191,7 +192,6 @@ def unpatch_model(model: ModelT) -> ModelT:
         if module._modules.pop(CHILD, None) is not None:
             vars(module)["config"] = original_config(module)
         remove_hooks(module, is_ours)
-    vars(base.config).pop(CONFIG_KEY, None)
     release_bases()
     return model
 
@@ -222,7 +222,6 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
     """
     base = base_model(model)
     children = [(module, child) for module in base.modules() if (child := module._modules.get(CHILD)) is not None]
-    plan = getattr(base.config, CONFIG_KEY, None)
     unpatch_model(model)
     try:
         yield model
@@ -232,7 +231,6 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
         for operation in surgeries([active_chain(child) for _, child in children]):
             operation.exchange(base)
         _install(base, [module for module, _ in children])
-        _config(base).patchattn = plan
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -262,17 +260,24 @@ def patch_info(model: nn.Module) -> dict[str, Any]:
 
 
 def active_chains(model: nn.Module) -> dict[str, VariantChain]:
-    """Name of the attention module to the variants that compute there; `model` is a `base_model`."""
+    """Name of the attention module to the variants that compute there; `model` is a `base_model`.
+
+    The variants go by the names that modules have in it from here on, whichever object was patched.
+    """
     children = {name: module._modules.get(CHILD) for name, module in model.named_modules()}
-    return {name: active_chain(child) for name, child in children.items() if child is not None}
+    chains = {name: active_chain(child) for name, child in children.items() if child is not None}
+    for name, chain in chains.items():
+        chain.locate(name)
+    return chains
 
 
 def applied_patches(model: nn.Module) -> list[Patch]:
-    """The patches on a model, outermost first, as its configuration lists them."""
-    plan = getattr(model.config, CONFIG_KEY, None)
-    if plan is None or not is_patched(model):
-        return []
-    return [Patch.from_dict(entry) for entry in plan["patches"]]
+    """The patches on a model, outermost first, as its attention modules carry them."""
+    return gathered(
+        (variant.number, kind, variant.config, name)
+        for name, chain in active_chains(model).items()
+        for kind, variant in zip(chain.names(), chain.children(), strict=True)
+    )
 
 
 def _settings_per_variant(

@@ -1,13 +1,14 @@
 """What is patched onto a model, as plain data: the unit that is applied, saved and listed."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from .renaming import Renaming
 from .settings import nearest
 from .variant import VariantConfig, variant_info
 
-CONFIG_KEY = "patchattn"  # under which a patched model's configuration carries the plan
 FORMAT_VERSION = 1
 
 
@@ -48,5 +49,31 @@ class Patch:
 
 
 def plan_dict(patches: Sequence[Patch]) -> dict[str, Any]:
-    """The plan as a model's `config.json` carries it under `patchattn`."""
+    """The plan as a dictionary of JSON types."""
     return {"format_version": FORMAT_VERSION, "patches": [patch.to_dict() for patch in patches]}
+
+
+def gathered(entries: Iterable[tuple[int, str, VariantConfig, str]]) -> list[Patch]:
+    """The patches on a model, outermost first, from what its attention modules say each.
+
+    Args:
+        entries: number of the patch, name of the variant, its settings, name of the attention module.
+    """
+    found: dict[tuple[int, str, str], tuple[VariantConfig, list[str]]] = {}
+    for number, variant, config, site in entries:
+        key = (number, variant, json.dumps(config.to_dict(), sort_keys=True, default=repr))
+        found.setdefault(key, (config, []))[1].append(site)
+    ordered = sorted(found.items(), key=lambda item: item[0][0])  # stable: towers patched apart share numbers
+    return [Patch(variant, config, tuple(sites)) for (_, variant, _), (config, sites) in ordered]
+
+
+def renamed_config(config: VariantConfig, renaming: Renaming) -> VariantConfig:
+    """Settings whose values are given by module, with those modules' names from where the model is now seen."""
+    changed = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
+            names = {key: renaming.get(key) for key in value}
+            if any(name is not None for name in names.values()):
+                changed[item.name] = {name: value[key] for key, name in names.items() if name is not None}
+    return replace(config, **changed) if changed else config

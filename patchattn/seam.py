@@ -11,6 +11,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,11 +23,13 @@ from .call import AttentionCall, LayerContext
 from .capabilities import needed_capabilities
 from .hooks import refuse_later_hooks
 from .masks import is_flash
+from .packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
+from .plan import renamed_config
+from .renaming import Renaming
 from .sites import REGISTRY_NAME, AttentionSite, attention_forward
 from .storage import CacheTap, is_shared, tap_cache
 from .variant import ALL_CAPABILITIES, AttentionOutput, Variant, variant_info
 
-CHILD = "patchattn"  # the name under which a chain is attached to an attention module
 _PREFIX = "patchattn_"
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
 
@@ -60,6 +63,35 @@ class VariantChain(nn.Module):
     def names(self) -> list[str]:
         """Names of the variants, outermost first."""
         return list(self._modules)
+
+    def locate(self, name: str) -> None:
+        """Go by the name that the attention module has in the model at hand, which may hold, or be a part of, the one
+        that was patched; ValueError if a variant changed what is outside of it."""
+        if name != self.site.name:
+            renaming = Renaming.of(self.site.name, name)
+            for variant in map(self._variant, self.names()):
+                config = renamed_config(variant.config, renaming)
+                variant.rename(replace(variant.site, name=name), config, renaming)
+            self.site = replace(self.site, name=name)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The variants and their settings as bytes, for the state dict: whatever saves the tensors saves the patch."""
+        return self._settings_at(self.site.name)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """ValueError unless the tensors that come with it are of the same variants with the same settings."""
+        refuse_other_settings(self.site.name, state, self.get_extra_state())
+
+    def _settings_at(self, module: str) -> torch.Tensor:
+        variants = [
+            {"patch": variant.number, "variant": name, "config": variant.config.to_dict()}
+            for name, variant in zip(self.names(), map(self._variant, self.names()), strict=True)
+        ]
+        return packed_settings(module, self.site.name, variants)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + SETTINGS] = self._settings_at(prefix.split(f"{CHILD}.")[0].rstrip("."))
 
     def _variant(self, name: str) -> Variant:
         return cast(Variant, self._modules[name])

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from .call import AttentionCall
+from .renaming import Renaming
+from .sites import AttentionSite
 from .variant import Attend, AttentionOutput, Variant
 
 
@@ -45,6 +47,12 @@ class SurgeryVariant(Variant):
     def __init__(self, config: Any, site: Any) -> None:
         super().__init__(config, site)
         self.changes: list[Change] = []  # while attached: what was there before
+
+    def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
+        names = [renaming(change.module) for change in self.changes]
+        for change, name in zip(self.changes, names, strict=True):
+            change.module = name
+        super().rename(site, config, renaming)
 
     def plan(self, model: nn.Module) -> list[Change]:
         """What to exchange, worked out without touching the model.

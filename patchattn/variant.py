@@ -11,6 +11,7 @@ from torch import nn
 
 from .call import AttentionCall, LayerContext, Observation
 from .hooks import Hook
+from .renaming import Renaming
 from .settings import Settings, nearest
 from .sites import AttentionSite
 
@@ -71,6 +72,20 @@ class Variant(nn.Module):
         self.config = config
         self.site = site
         self.observers: list[Observer] = []
+        self.number = 0  # of the patch that attached it, among those of the model, outermost first
+
+    def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
+        """Take the names that modules have from another object, around or inside the one that was patched.
+
+        Args:
+            site: the attention module under its name there.
+            config: the settings, likewise.
+            renaming: for whatever else is kept by name.
+
+        Raises:
+            ValueError: something that this variant changed lies outside of that object. Nothing is renamed then.
+        """
+        self.site, self.config = site, config
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         """Compute attention.

@@ -87,7 +87,6 @@ def test_plain_loading_leaves_the_patch_out(tmp_path):
     assert not is_patched(plain)
     assert info["unexpected_keys"] == {key for key in model.state_dict() if ".patchattn." in key}
     assert not info["missing_keys"]
-    assert plain.config.patchattn == model.config.patchattn  # stale, and no hindrance:
     patched = run(model)
     unpatched = run(patchattn.unpatch_model(model))
     assert equal(run(plain), unpatched)
@@ -107,6 +106,18 @@ def edit_tensors(path, change):
     tensors = load_file(path)
     change(tensors, next(key for key in tensors if key.endswith("moh.routed_weight")))
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_settings(path, change):
+    """Change what the weights of a whole model say of the variants on its first attention module."""
+
+    def of_tensors(tensors, _):
+        key = next(key for key in sorted(tensors) if key.endswith("patchattn._extra_state"))
+        content = json.loads(bytes(tensors[key].tolist()))
+        change(content)
+        tensors[key] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+    edit_tensors(path, of_tensors)
 
 
 def truncate(path):
@@ -131,18 +142,27 @@ WHOLE_MODEL_DAMAGE = {
         "of another shape .*lm_head",
     ),
     "newer": (
-        lambda d: edit_json(d / "config.json", lambda c: c["patchattn"].update(format_version=2)),
-        "config.json has format version 2; this patchattn reads up to 1",
+        lambda d: edit_settings(d / "model.safetensors", lambda c: c.update(format_version=99)),
+        r"model\.safetensors: .*format version 99, where this patchattn reads",
     ),
     "plan": (
-        lambda d: edit_json(d / "config.json", lambda c: c["patchattn"]["patches"][0].update(variant="sssa")),
-        "did you mean 'ssa'",
+        lambda d: edit_settings(d / "model.safetensors", lambda c: c["variants"][0].update(variant="sssa")),
+        r"model\.safetensors: .*did you mean 'ssa'",
     ),
     "architecture": (
         lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=["os"])),
         "'os', which is no model class",
     ),
-    "no patch": (lambda d: edit_json(d / "config.json", lambda c: c.pop("patchattn")), "holds no patch"),
+    "no settings": (
+        lambda d: edit_settings(d / "model.safetensors", lambda c: c.clear()),
+        r"model\.safetensors: .*cannot be read",
+    ),
+    "no patch": (
+        lambda d: edit_tensors(
+            d / "model.safetensors", lambda t, _: [t.pop(key) for key in list(t) if ".patchattn." in key]
+        ),
+        "holds no patch",
+    ),
 }
 
 
@@ -164,11 +184,11 @@ def test_a_patch_alone_fits_a_fresh_base(name, tmp_path):
     patchattn.save_patch(model, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["patchattn_config.json", "patchattn_model.safetensors"]
     tensors = load_file(tmp_path / "patchattn_model.safetensors")
-    assert tensors.keys() == {key for key in model.state_dict() if ".patchattn." in key}
+    assert tensors.keys() == {key for key in dict(model.named_parameters()) if ".patchattn." in key}
     fresh = base(name)
     assert patchattn.load_patch(fresh, tmp_path) is fresh
     assert equal(run(fresh, name), run(model, name))
-    assert fresh.config.patchattn == model.config.patchattn
+    assert patchattn.patch_info(fresh) == patchattn.patch_info(model)
 
 
 def test_a_patch_without_tensors(tmp_path):

@@ -18,6 +18,8 @@ import patchattn
 from patchattn import FlapStatistics, cli, flap_statistics
 from patchattn.calibration.data import TextExample, make_batches
 from patchattn.feed_forward import channel_mask, masked_channels
+from patchattn.patching import applied_patches, apply_patches
+from patchattn.plan import Patch
 
 from .families import FAMILIES, outputs
 from .test_flap import CHANNELS, LAYER, config_of
@@ -55,7 +57,8 @@ def test_it_is_saved_whole_and_alone_and_undone(family: str, tmp_path: Path) -> 
 def test_what_is_loaded_before_its_biases_is_nan() -> None:
     model, inputs = FAMILIES["llama"].make(), FAMILIES["llama"].inputs()
     patchattn.patch_model(model, "flap", statistics=flap_statistics(model, [inputs]), sparsity=0.3)
-    empty = patchattn.patched_class("LlamaForCausalLM")(model.config).eval()
+    empty = FAMILIES["llama"].make()
+    apply_patches(empty, [Patch.from_dict(patch.to_dict()) for patch in applied_patches(model)])
     assert bool(outputs(empty, **inputs)[0].isnan().all())
 
 

@@ -19,17 +19,17 @@ def test_a_patched_model_is_scored_as_patched_and_left_as_it_was() -> None:
     before, names = model(**data[0]).logits, list(AttentionInterface._global_mapping)
     head_importance(model, data)
     assert torch.equal(model(**data[0]).logits, before)
-    assert not hasattr(model.config, "patchattn")
+    assert not patchattn.patch_info(model)["patches"]
     assert set(AttentionInterface._global_mapping) <= set(names)
     assert not any("patchattn" in name for name, _ in model.named_modules())
     patchattn.patch_model(model, ["ssa", "moh"], {"moh": {"active_ratio": 0.5}}, layers=[1])
-    plan, patched = model.config.patchattn, model(**data[0]).logits
+    plan, patched = patchattn.patch_info(model)["patches"], model(**data[0]).logits
     names = [name for name, _ in model.named_modules()]
     found = head_importance(model, data, "flap", metric="ifv", normalise=False)
     for name, projection in OUTPUTS["llama"].items():  # what MoH leaves of the heads
         variance = inputs_of(model, projection, data).var(0, ddof=1).reshape(HEADS, -1).mean(1)
         np.testing.assert_allclose(found.scores[name], variance, rtol=1e-6)
-    assert model.config.patchattn == plan
+    assert patchattn.patch_info(model)["patches"] == plan
     assert torch.equal(model(**data[0]).logits, patched)
     assert [name for name, _ in model.named_modules()] == names
     patchattn.unpatch_model(model)

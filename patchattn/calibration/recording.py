@@ -9,7 +9,7 @@ from torch import nn
 
 from ..call import AttentionCall
 from ..patching import apply_patches
-from ..plan import CONFIG_KEY, Patch
+from ..plan import Patch
 from ..seam import CHILD, VariantChain, original_config, release_bases
 from ..selection import base_model
 from ..sites import AttentionSite
@@ -69,7 +69,6 @@ def recording(model: nn.Module, sites: Sequence[AttentionSite], see: See, *, out
     modules = [base.get_submodule(site.name) for site in sites]
     for site, module in zip(sites, modules, strict=True):
         _refuse_innermost(site, module)
-    plan = vars(base.config).get(CONFIG_KEY)
     with temporarily_registered(_INFO) as name:
         apply_patches(base, [Patch(name, VariantConfig(), tuple(site.name for site in sites))])
         try:
@@ -79,9 +78,6 @@ def recording(model: nn.Module, sites: Sequence[AttentionSite], see: See, *, out
         finally:
             for module in modules:
                 _take_off(module, name)
-            vars(base.config).pop(CONFIG_KEY, None)
-            if plan is not None:
-                vars(base.config)[CONFIG_KEY] = plan
             release_bases()
 
 

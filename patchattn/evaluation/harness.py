@@ -11,12 +11,12 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..checkpoint import is_patch_alone, load_patch, patched_class, read_json, read_patch
+from ..checkpoint import is_patch_alone, load_patch, read_json, read_patch
 from ..patching import applied_patches, is_patched, patch_model
-from ..plan import CONFIG_KEY
 from ..selection import base_model
 from ..settings import nearest
 from ..variant import list_variants, variant_info
+from ..whole_model import patched_class, saved_plan
 
 # These load weights in ways of their own, after which nothing has been patched.
 _REFUSED = ("autogptq", "delta", "gptqmodel")
@@ -74,9 +74,8 @@ class PatchattnLM(HFLM):
         """Patch between loading the weights and putting an adapter on, which may hold a variant's parameters."""
         plain = self.AUTO_MODEL_CLASS
         architectures = getattr(self.config, "architectures", None) or [None]
-        self.AUTO_MODEL_CLASS = _Loading(
-            patched_class(architectures[0]) if hasattr(self.config, CONFIG_KEY) else plain, self._put_patch
-        )
+        was_patched = saved_plan(pretrained, revision=kwargs.get("revision") or "main") is not None
+        self.AUTO_MODEL_CLASS = _Loading(patched_class(architectures[0]) if was_patched else plain, self._put_patch)
         try:
             super()._create_model(pretrained, **kwargs)
         finally:

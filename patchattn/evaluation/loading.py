@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from ..checkpoint import from_pretrained, is_patch_alone, read_patch
 from ..demo.tasks import load_pretrained
-from ..plan import CONFIG_KEY
+from ..whole_model import saved_plan
 from .task import ModelKind
 
 _KINDS: dict[ModelKind, tuple[str, tuple[str, ...]]] = {
@@ -57,7 +57,7 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """What a folder or a Hub id holds, from its configuration alone.
+    """What a folder or a Hub id holds, before the model is loaded.
 
     Raises:
         ValueError: no configuration there, or that of a model that no task is for.
@@ -71,7 +71,7 @@ def find_source(name: str) -> Source:
         return Source(name, _kind(name, saved.base.get("architecture"), saved.base.get("model_type")), True, base)
     config = load_pretrained(AutoConfig, name)
     architecture = (config.architectures or [None])[0]
-    return Source(name, _kind(name, architecture, config.model_type), hasattr(config, CONFIG_KEY), name)
+    return Source(name, _kind(name, architecture, config.model_type), saved_plan(name) is not None, name)
 
 
 def _kind(name: str, architecture: str | None, model_type: str | None) -> ModelKind:

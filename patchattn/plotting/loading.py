@@ -28,8 +28,9 @@ class Source:
     def __init__(
         self, model: str, variant: str | None = None, settings: Sequence[str] | None = None, patch: Path | None = None
     ) -> None:
-        from ..checkpoint import model_class, read_patch
+        from ..checkpoint import read_patch
         from ..cli import quiet
+        from ..whole_model import model_class
 
         if variant is not None and patch is not None:
             raise ValueError("Give --variant or --patch, not both: a saved patch says what it is.")
@@ -110,14 +111,14 @@ def _find(model: str) -> tuple[str, str | None, bool]:
 
     from ..checkpoint import is_patch_alone, read_patch
     from ..demo.tasks import load_pretrained
-    from ..plan import CONFIG_KEY
+    from ..whole_model import saved_plan
 
     folder = Path(model)
     if is_patch_alone(folder):
         saved = read_patch(folder).base
         return saved.get("name_or_path") or model, saved.get("architecture"), True
     config = load_pretrained(AutoConfig, model)
-    return model, (config.architectures or [None])[0], hasattr(config, CONFIG_KEY)
+    return model, (config.architectures or [None])[0], saved_plan(model) is not None
 
 
 def one_text(prompt: str | None, text: Path | None) -> str:

@@ -23,6 +23,7 @@ from ..feed_forward import (
 )
 from ..projections import head_projections
 from ..pruning import KeptHeads, cut_heads, heads_by_module, parse_heads
+from ..renaming import Renaming
 from ..settings import option
 from ..sites import AttentionSite
 from ..surgery import Change, SurgeryVariant
@@ -180,6 +181,10 @@ class Flap(SurgeryVariant):
             bias = as_double(matrix)[:, removed.to(matrix.device)] @ mean
             bias = (bias if module.bias is None else bias + as_double(module.bias)).to(weight)
         return nn.Parameter(bias, requires_grad=weight.requires_grad)
+
+    def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
+        super().rename(site, config, renaming)
+        self.biases = [renaming(name) for name in self.biases]
 
     def carried(self) -> list[str]:
         return self.biases

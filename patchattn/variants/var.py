@@ -12,6 +12,7 @@ from patchattn_kernels import split_attention
 from ..call import AttentionCall
 from ..hooks import Hook, enclosing_layer, forget_tokens, note_token_ids, with_image_tokens, with_residual
 from ..images import ImageLayout, image_layout
+from ..renaming import Renaming
 from ..selection import base_model, evaluating
 from ..settings import option
 from ..sites import AttentionSite
@@ -89,6 +90,10 @@ class VAR(Variant):
                 f"VARConfig.sink_dims must lie between 0 and {site.input_size - 1}, the width of {site.name}, got "
                 f"{list(config.sink_dims)}."
             )
+
+    def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
+        super().rename(site, config, renaming)
+        self.layer = enclosing_layer(site.name)
 
     @classmethod
     def fit(
