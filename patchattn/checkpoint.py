@@ -159,7 +159,7 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
     subfolder: str | None = None,
-    model_class: type[nn.Module] | None = None,
+    model_class: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Load a base model and its patch in one call.

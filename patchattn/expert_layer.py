@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from .feed_forward import mlp_projections
 from .projections import layer_path, output_projection
-from .seam import CHILD
+from .packing import CHILD
 from .sites import AttentionSite, linear_shape
 from .surgery import Change
 

@@ -10,7 +10,8 @@ from torch import nn
 from ..call import AttentionCall
 from ..patching import apply_patches
 from ..plan import Patch
-from ..seam import CHILD, VariantChain, original_config, release_bases
+from ..packing import CHILD
+from ..seam import VariantChain, original_config, release_bases
 from ..selection import base_model
 from ..sites import AttentionSite
 from ..variant import (
