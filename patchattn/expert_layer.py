@@ -10,8 +10,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .feed_forward import mlp_projections
-from .projections import layer_path, output_projection
 from .packing import CHILD
+from .projections import layer_path, output_projection
 from .sites import AttentionSite, linear_shape
 from .surgery import Change
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..call import AttentionCall
+from ..packing import CHILD
 from ..patching import apply_patches
 from ..plan import Patch
-from ..packing import CHILD
 from ..seam import VariantChain, original_config, release_bases
 from ..selection import base_model
 from ..sites import AttentionSite
