@@ -207,7 +207,7 @@ def from_pretrained(
             f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
             "call patchattn.load_patch(base_model, folder)."
         )
-    kind = model_class or transformers_class(saved.base.get("architecture"))
+    kind: Any = model_class or transformers_class(saved.base.get("architecture"))
     base = load_patch(kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs), folder)
     if not has_adapter:
         return base

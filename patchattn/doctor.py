@@ -22,8 +22,8 @@ from transformers import AttentionInterface, BertConfig, BertModel, LlamaConfig,
 
 from .checking import check_patch
 from .checkpoint import from_pretrained, load_patch, save_patch
+from .packing import CHILD
 from .patching import patch_model, patched, unpatch_model
-from .seam import CHILD
 from .selection import base_model
 from .variant import list_variants, variant_info
 

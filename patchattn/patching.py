@@ -132,7 +132,9 @@ def apply_patches(
     # comes after it must find the new shapes.
     built: list[tuple[str, str, Variant]] = []
     done: list[SurgeryVariant] = []
-    first = 1 + max((v.number for chain in active_chains(model).values() for v in chain.children()), default=-1)
+    first = 1 + max(
+        (v.number for chain in active_chains(model).values() for v in chain.variants().values()), default=-1
+    )
     try:
         for number, patch in enumerate(patches, first):
             operations = []
@@ -276,7 +278,7 @@ def applied_patches(model: nn.Module) -> list[Patch]:
     return gathered(
         (variant.number, kind, variant.config, name)
         for name, chain in active_chains(model).items()
-        for kind, variant in zip(chain.names(), chain.children(), strict=True)
+        for kind, variant in chain.variants().items()
     )
 
 

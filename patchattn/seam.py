@@ -69,7 +69,7 @@ class VariantChain(nn.Module):
         that was patched; ValueError if a variant changed what is outside of it."""
         if name != self.site.name:
             renaming = Renaming.of(self.site.name, name)
-            for variant in map(self._variant, self.names()):
+            for variant in self.variants().values():
                 config = renamed_config(variant.config, renaming)
                 variant.rename(replace(variant.site, name=name), config, renaming)
             self.site = replace(self.site, name=name)
@@ -85,13 +85,17 @@ class VariantChain(nn.Module):
     def _settings_at(self, module: str) -> torch.Tensor:
         variants = [
             {"patch": variant.number, "variant": name, "config": variant.config.to_dict()}
-            for name, variant in zip(self.names(), map(self._variant, self.names()), strict=True)
+            for name, variant in self.variants().items()
         ]
         return packed_settings(module, self.site.name, variants)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + SETTINGS] = self._settings_at(prefix.split(f"{CHILD}.")[0].rstrip("."))
+
+    def variants(self) -> dict[str, Variant]:
+        """The variants by name, outermost first."""
+        return {name: self._variant(name) for name in self.names()}
 
     def _variant(self, name: str) -> Variant:
         return cast(Variant, self._modules[name])
