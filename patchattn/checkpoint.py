@@ -207,8 +207,8 @@ def from_pretrained(
             f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
             "call patchattn.load_patch(base_model, folder)."
         )
-    kind: Any = model_class or transformers_class(saved.base.get("architecture"))
-    base = load_patch(kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs), folder)
+    base_kind: Any = model_class or transformers_class(saved.base.get("architecture"))
+    base = load_patch(base_kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs), folder)
     if not has_adapter:
         return base
     from peft import PeftModel

@@ -11,9 +11,9 @@ from torch import nn
 from .compatibility import name_branches
 from .decoding import DecodingVariant, refuse_second
 from .hooks import install_hooks, register_last, remove_hooks
+from .packing import CHILD
 from .plan import Patch, gathered
 from .seam import (
-    CHILD,
     VariantChain,
     active_chain,
     base_function,
@@ -132,11 +132,9 @@ def apply_patches(
     # comes after it must find the new shapes.
     built: list[tuple[str, str, Variant]] = []
     done: list[SurgeryVariant] = []
-    first = 1 + max(
-        (v.number for chain in active_chains(model).values() for v in chain.variants().values()), default=-1
-    )
+    numbers = [variant.number for chain in active_chains(model).values() for variant in chain.variants().values()]
     try:
-        for number, patch in enumerate(patches, first):
+        for number, patch in enumerate(patches, 1 + max(numbers, default=-1)):
             operations = []
             for name in patch.sites:
                 taken = _taken(model, name, built)
