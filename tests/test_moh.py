@@ -98,10 +98,12 @@ def test_heads_equal_rows_are_told_apart() -> None:
         torch.testing.assert_close(four, outputs(model, input_ids=tokens[:, :5])[0][:, :4], rtol=1e-4, atol=1e-4)
 
 
-def test_straight_through_gradient_is_that_of_mask_times_score() -> None:
-    """The paper's estimator by its definition: forward 0 or 1, backward that of m_i p_i, built by hand beside it."""
+@pytest.mark.parametrize("form", ["all", "selected"])
+def test_straight_through_gradient_is_that_of_the_scores(form: str) -> None:
+    """Forward 0 or 1; backward that of p_i for every routed head, or of m_i p_i, built by hand beside it."""
     torch.manual_seed(1)
-    model = patchattn.patch_model(tiny_llama(), "moh", active_ratio=0.5, shared_ratio=0.25).train()
+    settings = {"active_ratio": 0.5, "shared_ratio": 0.25, "straight_through": form}
+    model = patchattn.patch_model(tiny_llama(), "moh", **settings).train()
     module = model.model.layers[0].self_attn
     heads_out: list[torch.Tensor] = []
     inputs: list[torch.Tensor] = []
@@ -131,14 +133,14 @@ def test_straight_through_gradient_is_that_of_mask_times_score() -> None:
     powers = (norms / std).exp()
     probability = powers / powers.sum(-1, keepdim=True)
     mask = torch.zeros_like(norms).scatter(-1, norms.argmax(-1, keepdim=True), 1.0)
-    (slope * mask * probability).sum().backward()
+    (slope * (mask if form == "selected" else 1.0) * probability).sum().backward()
     through_router = weight.grad
 
     # the rest of the gradient runs through the attention scores: it is all there is in evaluation mode
     model.zero_grad()
     model.eval()
     torch.manual_seed(1)
-    model = patchattn.patch_model(tiny_llama(), "moh", active_ratio=0.5, shared_ratio=0.25).eval()
+    model = patchattn.patch_model(tiny_llama(), "moh", **settings).eval()
     (model(TOKENS).logits * torch.randn(1, 7, 50, dtype=torch.float64)).sum().backward()
     through_attention = model.model.layers[0].self_attn.q_proj.weight.grad
     assert float(through_router.abs().max()) > 1e-3
@@ -242,13 +244,33 @@ def test_presets_have_the_published_share_of_heads(
     assert patchattn.patch_info(model)["patches"][0]["config"]["router"] == "query_norm"
 
 
-def test_the_diffusion_preset_of_uneven_layers_keeps_nine_tenths() -> None:
-    """9 layers of 8 heads, 10 of 16 and 9 of 24: the published share counts heads over all layers."""
-    settings = patchattn.variant_info("moh").presets["dit_xl_90"]
-    heads = [8] * 9 + [16] * 10 + [24] * 9
-    assert len(settings["active_heads"]) == len(settings["shared_heads"]) == len(heads) == 28
+@pytest.mark.parametrize(
+    ("preset", "stages", "share"),
+    [
+        ("dit_s_75", [(12, 6)], 0.75),
+        ("dit_s_90", [(12, 6)], 0.889),
+        ("dit_b_75", [(12, 12)], 0.75),
+        ("dit_b_90", [(12, 12)], 0.896),
+        ("dit_l_75", [(8, 8), (8, 16), (8, 24)], 0.75),
+        ("dit_l_90", [(8, 8), (8, 16), (8, 24)], 0.896),
+        ("dit_xl_75", [(9, 8), (10, 16), (9, 24)], 0.75),
+        ("dit_xl_90", [(9, 8), (10, 16), (9, 24)], 0.900),
+        ("vit_s_75", [(5, 3), (5, 6), (22, 12), (5, 24)], 0.753),
+        ("vit_s_80", [(5, 3), (5, 6), (22, 12), (5, 24)], 0.800),
+        ("vit_b_50", [(5, 4), (5, 8), (23, 16), (5, 32)], 0.5),
+        ("vit_b_75", [(5, 4), (5, 8), (23, 16), (5, 32)], 0.75),
+    ],
+)
+def test_published_budgets_keep_the_share_in_their_name(
+    preset: str, stages: list[tuple[int, int]], share: float
+) -> None:
+    """Stages are layers and their heads; the published share counts heads over all layers."""
+    settings = patchattn.variant_info("moh").presets[preset]
+    heads = [count for layers, count in stages for _ in range(layers)]
+    assert len(settings["active_heads"]) == len(settings["shared_heads"]) == len(heads)
     assert all(shared <= on <= of for shared, on, of in zip(*(settings[k] for k in ORDER), heads, strict=True))
-    assert sum(settings["active_heads"]) / sum(heads) == pytest.approx(0.9, abs=0.005)
+    assert sum(settings["active_heads"]) / sum(heads) == pytest.approx(share, abs=5e-4)
+    assert abs(share - int(preset[-2:]) / 100) < 0.012
 
 
 @pytest.mark.parametrize(

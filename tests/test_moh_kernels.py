@@ -89,10 +89,7 @@ def test_long_sequences_of_an_encoder(
 
 def test_gradients_of_a_long_sequence(computed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Through attention, and through the straight-through gates; without attention dropout."""
-    model = patchattn.patch_model(tiny_bert(), "moh", active_ratio=0.5, shared_ratio=0.25).double().train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(straight_through="selected")
     given = inputs(100)
     upstream = torch.randn(2, LENGTH, 32, dtype=torch.float64) * given["attention_mask"][..., None]
 
@@ -105,6 +102,54 @@ def test_gradients_of_a_long_sequence(computed: list[bool], monkeypatch: pytest.
     assert computed == [False, False, True, True]
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def without_dropout(**how: Any) -> nn.Module:
+    model = patchattn.patch_model(tiny_bert(), "moh", active_ratio=0.5, shared_ratio=0.25, **how).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_all_heads_are_computed_where_the_gradient_of_dropped_ones_counts(computed: list[bool]) -> None:
+    """Against a gate that is moved: the loss is linear in the gates of the last layer, its slope there the gradient."""
+    model, given = without_dropout(straight_through="all"), inputs()
+    layer = model.encoder.layer[-1].attention.self
+    variant = layer.patchattn.moh
+    upstream = torch.randn(2, LENGTH, 32, dtype=torch.float64)
+    gates: list[torch.Tensor] = []
+    norm_gate, moved = variant.norm_gate, torch.zeros(2, LENGTH, HEADS, dtype=torch.float64)
+
+    def noted(call: Any) -> Any:
+        gate, routing = norm_gate(call)
+        gate = gate + moved
+        if gate.requires_grad:
+            gate.retain_grad()
+        gates.append(gate)
+        return gate, routing
+
+    seen: list[torch.Tensor] = []
+    hook = model.encoder.layer[-1].attention.output.dense.register_forward_hook(
+        lambda _, __, output: seen.append(output)
+    )
+    variant.norm_gate = noted
+    model(**given)
+    (seen[0] * upstream).sum().backward()
+    assert computed == []  # neither layer asks for the selected heads alone
+    slope = gates[0].grad
+    assert slope is not None
+    choices = [(0, 5, 1), (0, 700, 2), (1, 3, 3), (1, 799, 1), (1, 200, 2)]
+    assert any(float(gates[0].detach()[place]) == 0.0 for place in choices)
+    before = (seen[0].detach() * upstream).sum()
+    with torch.no_grad():
+        for place in choices:
+            seen.clear()
+            moved.zero_()[place] = 0.5
+            model(**given)
+            change = (seen[0] * upstream).sum() - before
+            torch.testing.assert_close(change / 0.5, slope[place], rtol=1e-6, atol=1e-8)
+    hook.remove()
 
 
 def test_rows_of_dropped_heads_are_not_attended(monkeypatch: pytest.MonkeyPatch) -> None:

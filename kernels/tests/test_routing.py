@@ -103,6 +103,13 @@ def test_select_top_k_keeps_k_of_equal_scores() -> None:
 @few
 @given(tokens=sizes, heads=st.integers(2, 8), seed=seeds)
 def test_straight_through_has_the_mask_s_value_and_the_scores_gradient(tokens: int, heads: int, seed: int) -> None:
+    open_gate = torch.zeros(1, tokens, heads).requires_grad_()
+    closed = select_top_k(random(1, tokens, heads, seed=seed), heads // 2)
+    gate = straight_through(closed, open_gate, through_closed=True)
+    gate.backward(random(1, tokens, heads, seed=seed + 1))
+    assert torch.equal(gate, closed)
+    assert torch.equal(open_gate.grad, random(1, tokens, heads, seed=seed + 1))
+
     scores = random(1, tokens, heads, seed=seed).softmax(-1)
     mask = select_top_k(scores, heads // 2)
     upstream = random(1, tokens, heads, seed=seed + 1)
@@ -153,6 +160,24 @@ def test_closed_gate_hides_what_is_not_finite(bad: float) -> None:
     assert gate.grad.isfinite().all()
     assert torch.equal(output.grad[0, 0, 1], torch.zeros(3))
     assert torch.equal(gate.grad, torch.tensor([[[3.0, 0.0], [3.0, 3.0]]]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 5.0])
+def test_closed_gate_gets_the_gradient_of_what_it_removes(bad: float) -> None:
+    output = random(1, 2, 2, 3, seed=0, dtype=torch.float64)
+    output[0, 0, 1, 1] = bad
+    output.requires_grad_()
+    gate = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    upstream = random(1, 2, 2, 3, seed=1, dtype=torch.float64)
+    gated = apply_head_gate(output, gate, through_closed=True)
+    assert torch.equal(gated[:, :, 1], torch.zeros(1, 2, 3, dtype=torch.float64))
+    gated.backward(upstream)
+    for t in range(2):
+        for h in range(2):
+            pairs = zip(upstream[0, t, h].tolist(), output[0, t, h].tolist(), strict=True)
+            expected = sum(up * x for up, x in pairs if math.isfinite(x))
+            assert gate.grad[0, t, h].item() == pytest.approx(expected)
+            assert output.grad[0, t, h].tolist() == pytest.approx((upstream[0, t, h] * gate[0, t, h]).tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -20,10 +20,12 @@ from ..settings import option
 from ..sites import AttentionSite
 from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
 
-# Heads that are on in each layer of the published diffusion transformers: shared ones plus chosen ones.
-DIT_S = [3, 3, *4 * [4], *4 * [5], 6, 6]
-DIT_B = [6, 6, *8 * [9], 12, 12]
-DIT_XL = [*9 * [8], *10 * [16], *9 * [19]]
+
+def published(*stages: tuple[int, int, int]) -> dict[str, Any]:
+    """Settings of a model trained from scratch: per stage its layers, shared heads, and heads chosen of the others."""
+    shared = [shared for layers, shared, _ in stages for _ in range(layers)]
+    active = [shared + chosen for layers, shared, chosen in stages for _ in range(layers)]
+    return {"router": "learned", "shared_heads": shared, "active_heads": active}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class MoHConfig(VariantConfig):
         None,
         help="Share of the query heads each token keeps, shared ones included; at least one head. A list has one entry "
         "per layer. None: 0.75, unless active_heads is given.",
-        source="paper, App. B.4: 24 of 32 heads for LLaMA3-8B",
+        source="paper, Sec. 4.4 and Table 4: 24 of 32 heads for LLaMA3-8B",
         minimum=0.0,
         maximum=1.0,
     )
@@ -42,32 +44,40 @@ class MoHConfig(VariantConfig):
         None,
         help="Share of the query heads that every token keeps: the first ones. A list has one entry per layer. None: "
         "two thirds of the active ones, unless shared_heads is given.",
-        source="paper, App. B.4: the first 16 of 32 heads, of 24 active",
+        source="paper, Sec. 4.4: the first 16 of 32 heads, of 24 active",
         minimum=0.0,
         maximum=1.0,
     )
     active_heads: int | tuple[int, ...] | None = option(
         None,
-        help="active_ratio as a number of heads, or a list of one per layer.",
+        help="In place of active_ratio: the number of query heads each token keeps, shared ones included, or a list of "
+        "one per layer.",
         source="ours; the released code counts heads per layer",
         minimum=1,
     )
     shared_heads: int | tuple[int, ...] | None = option(
         None,
-        help="shared_ratio as a number of heads, or a list of one per layer.",
+        help="In place of shared_ratio: the number of query heads that every token keeps, or a list of one per layer.",
         source="ours; the released code counts heads per layer",
         minimum=0,
     )
     router: Literal["query_norm", "learned"] = option(
         "query_norm",
-        help="query_norm: the norm of each head's query, no parameters, heads kept or dropped. learned: the two-stage "
-        "router, which also weighs the heads.",
-        source="paper, App. B.4 (query_norm, pretrained models) and Sec. 3.2 (learned, from scratch)",
+        help="What chooses heads for a token. query_norm: the norm of each head's query, no parameters, heads kept or "
+        "dropped. learned: the two-stage router, which also weighs the heads.",
+        source="paper, Sec. 4.4 (query_norm, pretrained models) and Sec. 3.2 (learned, from scratch)",
+    )
+    straight_through: Literal["all", "selected"] = option(
+        "all",
+        help="With the query_norm router, whose gates are 0 or 1: which gates hand their gradient to the router's "
+        "scores while training, those of all routed heads, or of the selected ones alone, so that attention need not "
+        "compute the others.",
+        source="paper, Sec. 4.4, Eq. 9 and 10, read literally (all)",
     )
     router_std: float = option(
         0.02,
         help="Standard deviation of the learned router's initial weights; 0 gives uniform gates.",
-        source="ours; the released code uses its framework's default",
+        source="released code of MoH-ViT",
         minimum=0.0,
     )
 
@@ -165,22 +175,30 @@ class MoH(Variant):
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         gate, routing = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
         self.report(call, gate=gate, **routing)
-        if call.stands_alone:
+        through_closed = self._passes_all(gate)
+        if call.stands_alone and not through_closed:
             routed = routed_attention_if_faster(call.query, call.key, call.value, gate, call.rule())
             if routed is not None:
                 return routed.transpose(1, 2), None
         output, weights = inner(call)
-        return apply_head_gate(output, gate), weights
+        return apply_head_gate(output, gate, through_closed), weights
+
+    def _passes_all(self, gate: torch.Tensor) -> bool:
+        """Whether the gradient of closed gates counts, for which dropped heads must be computed."""
+        if self.config.router == "learned" or self.config.straight_through == "selected":
+            return False
+        return self.training and torch.is_grad_enabled() and gate.requires_grad
 
     def norm_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`(B, Tq, H)` of 0 and 1; while training with the straight-through gradient of the chosen heads' scores."""
+        """`(B, Tq, H)` of 0 and 1; while training with the straight-through gradient of scores."""
         norms = head_norms(call.raw_query()[:, self.shared :])
         choice = mask = select_top_k(norms.detach(), self.routed)
         routing = {}
         if self.budget and (self.training or self.observers):
             scores = normalized_scores(norms)
             routing = {"router_probability": scores, "router_choice": choice}
-            mask = straight_through(choice, scores)
+            if self.training:
+                mask = straight_through(choice, scores, self.config.straight_through == "all")
         return torch.cat([mask.new_ones(*mask.shape[:2], self.shared), mask], dim=-1), routing
 
     def learned_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -220,11 +238,19 @@ register_variant(
         extra_parameters="none (query_norm); about heads + 2 vectors of the layer's width per layer (learned)",
         needs_training=True,
         presets={
-            # shared and active heads of layer 1, 2, ...; the first three were trained from scratch
-            "dit_s_75": {"router": "learned", "shared_heads": [2, 2, *8 * [3], 6, 6], "active_heads": DIT_S},
-            "dit_b_75": {"router": "learned", "shared_heads": [4, 4, *8 * [6], 12, 12], "active_heads": DIT_B},
-            "dit_xl_90": {"router": "learned", "shared_heads": [*9 * [8], *19 * [16]], "active_heads": DIT_XL},
             "llama3_8b_75": {"router": "query_norm", "shared_ratio": 0.5, "active_ratio": 0.75},
+            "dit_s_75": published((2, 2, 1), (4, 3, 1), (4, 3, 2), (2, 6, 0)),
+            "dit_s_90": published((8, 3, 2), (4, 6, 0)),
+            "dit_b_75": published((2, 4, 2), (8, 6, 3), (2, 12, 0)),
+            "dit_b_90": published((5, 6, 4), (5, 7, 4), (2, 12, 0)),
+            "dit_l_75": published((8, 8, 0), (8, 8, 4), (8, 12, 4)),
+            "dit_l_90": published((8, 8, 0), (8, 16, 0), (8, 16, 3)),
+            "dit_xl_75": published((9, 8, 0), (10, 10, 2), (9, 14, 2)),
+            "dit_xl_90": published((9, 8, 0), (10, 16, 0), (9, 16, 3)),
+            "vit_s_75": published((5, 3, 0), (5, 6, 0), (22, 3, 6), (5, 4, 12)),
+            "vit_s_80": published((5, 3, 0), (5, 6, 0), (22, 3, 6), (5, 8, 12)),
+            "vit_b_50": published((5, 2, 2), (5, 2, 4), (23, 2, 6), (5, 4, 8)),
+            "vit_b_75": published((5, 4, 0), (5, 8, 0), (23, 4, 8), (5, 5, 16)),
         },
         examples=(
             {},

@@ -45,18 +45,25 @@ def select_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
 
 
-def straight_through(mask: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """The value of `mask` with the gradient of `mask * scores` (straight-through estimator)."""
-    soft = mask * scores
+def straight_through(mask: torch.Tensor, scores: torch.Tensor, through_closed: bool = False) -> torch.Tensor:
+    """The value of `mask` with the gradient of scores (straight-through estimator).
+
+    Args:
+        mask: 0 and 1.
+        scores: of the shape of `mask`.
+        through_closed: pass on the gradient of all `scores`, else of those alone that `mask` keeps.
+    """
+    soft = scores if through_closed else mask * scores
     return mask + (soft - soft.detach())
 
 
-def apply_head_gate(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def apply_head_gate(output: torch.Tensor, gate: torch.Tensor, through_closed: bool = False) -> torch.Tensor:
     """Scale every head's output per token, before the output projection.
 
     Args:
         output: `(B, T, H, D)` attention output.
         gate: `(B, T, H)`; 0 removes a head for a token.
+        through_closed: give the gradient of what it removes to a closed gate; else that is zero.
 
     Returns:
         `(B, T, H, D)` in the dtype of `output`. A closed gate gives exact zeros, and finite gradients, also where
@@ -64,4 +71,5 @@ def apply_head_gate(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """
     gate = gate.to(output.dtype).unsqueeze(-1)
     # cleared before the product: NaN times an upstream gradient of zero would reach the gate's gradient
-    return output.masked_fill(gate == 0, 0.0) * gate
+    hidden = (gate == 0) & ~output.isfinite() if through_closed else gate == 0
+    return output.masked_fill(hidden, 0.0) * gate
