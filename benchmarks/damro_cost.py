@@ -20,6 +20,7 @@ from torch import nn
 
 import patchattn
 from patchattn.decoding import BranchTokens
+from patchattn.kv_caches import find_cache
 
 IMAGE, VOCABULARY, PATCHES, TEXT = 31999, 32000, 576, 40
 
@@ -72,7 +73,7 @@ def times(model: Any, tokens: int) -> tuple[float, float]:
 def cache_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of keys and values after the prompt: the model's own, and the branch's."""
     with torch.inference_mode():
-        layers = model(**one_picture(), use_cache=True).past_key_values.layers
+        layers = find_cache(model(**one_picture(), use_cache=True).values()).layers
     border = next(index for index, layer in enumerate(layers) if isinstance(layer, BranchTokens))
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
     return sum(sizes[:border]), sum(sizes[border:])

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 
 # A neutral patch is dispatched through the seam and computes nothing of its own. The others show what their
 # computation costs on these small models, in plain torch.
@@ -53,7 +54,7 @@ def decode(model: nn.Module) -> Callable[[], None]:
     def run() -> None:
         cache, tokens = DynamicCache(config=model.config), prompt
         for _ in range(TOKENS):
-            tokens = model(tokens, past_key_values=cache).logits[:, -1:].argmax(-1)
+            tokens = model(tokens, **cache_argument(model, cache)).logits[:, -1:].argmax(-1)
 
     return run
 

@@ -20,6 +20,7 @@ class SequenceState:
             sums over the rows so far.
         tensors: by name, `(B, ...)`.
         per_key: by name, `(B, ..., Tk)`, one entry per key of the last call.
+        earlier: by name, `(B, ..., n)`, those of keys before them that the layer still holds, to take tokens back.
     """
 
     def __init__(self, owner: str, rewinds: bool) -> None:
@@ -27,6 +28,7 @@ class SequenceState:
         self.rewinds = rewinds
         self.tensors: dict[str, torch.Tensor] = {}
         self.per_key: dict[str, torch.Tensor] = {}
+        self.earlier: dict[str, torch.Tensor] = {}
 
     def write(self, name: str, tensor: torch.Tensor, *, per_key: bool = False) -> None:
         """Remember `(B, ...)`, or `(B, ..., Tk)` aligned with the keys of the call; without its gradient, and no
@@ -42,33 +44,46 @@ class SequenceState:
         """
         if in_slots(layer):
             return
+        needed, held = keys - rows, getattr(layer, "keys", None)
+        spare = 0 if held is None else max(0, held.shape[-2] - keys)
         for name, tensor in self.per_key.items():
-            past = tensor[..., : layer.get_seq_length() - rows]  # without the slots not filled then
-            needed = keys - rows
+            past = self._known(name, tensor)[..., : layer.get_seq_length() - rows]  # no slots that were not filled then
             if past.shape[-1] < needed:
                 raise ValueError(
                     f"{self.owner} was to continue {needed} cached tokens but knows of {past.shape[-1]}: the cache "
                     "was filled without it."
                 )
-            past = past[..., past.shape[-1] - needed :]
+            before, past = past.tensor_split([past.shape[-1] - needed], dim=-1)
+            if spare:
+                self.earlier[name] = before[..., -spare:]
             self.per_key[name] = torch.cat([past, past.new_zeros(*past.shape[:-1], rows)], dim=-1)
 
     def select(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order."""
-        for place in (self.tensors, self.per_key):
+        for place in (self.tensors, self.per_key, self.earlier):
             for name, tensor in place.items():
                 place[name] = tensor[indices.to(tensor.device)]
 
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence."""
-        for place in (self.tensors, self.per_key):
+        for place in (self.tensors, self.per_key, self.earlier):
             for name, tensor in place.items():
                 place[name] = tensor.repeat_interleave(repeats, dim=0)
 
-    def crop(self, removed: int) -> None:
-        """Forget the last `removed` keys."""
+    def crop(self, layer: Any, removed: int) -> None:
+        """Forget the last `removed` keys, which `layer` has just done."""
         for name, tensor in self.per_key.items():
-            self.per_key[name] = tensor[..., : tensor.shape[-1] - removed]
+            if in_slots(layer):
+                is_filled = torch.arange(tensor.shape[-1], device=tensor.device) < layer.get_seq_length()
+                self.per_key[name] = tensor.masked_fill(~is_filled, 0)
+            else:
+                known = self._known(name, tensor)
+                self.per_key[name] = known[..., : known.shape[-1] - removed]
+
+    def _known(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The entries of the last call's keys, behind those of earlier ones, which are no longer kept apart."""
+        before = self.earlier.pop(name, None)
+        return tensor if before is None else torch.cat([before, tensor], dim=-1)
 
 
 def in_slots(layer: Any) -> bool:
@@ -146,9 +161,14 @@ def _stateful(plain: Any) -> type:
                         f"{state.owner} keeps sums over all tokens so far and cannot take back the last {removed} of "
                         "them: no cropped cache, and so no assisted decoding, under this variant."
                     )
+                if removed and getattr(self, "is_compileable", False) and not in_slots(self):
+                    raise NotImplementedError(
+                        f"{state.owner} cannot take back the last {removed} tokens of a static sliding cache that is "
+                        "full: what they have pushed out of its window is lost. Use a dynamic one."
+                    )
             super().crop(tokens_to_remove)
             for state in self.sequence_states.values():
-                state.crop(removed)
+                state.crop(self, removed)
 
         def reset(self) -> None:
             super().reset()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .kv_caches import cache_argument, find_cache
 from .patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from .plan import Patch
 from .selection import base_model, evaluating
@@ -229,8 +230,8 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     half, parts = tokens.shape[1] // 2, []
     for chunk in tokens.split([half, tokens.shape[1] - half - 1, 1], dim=1):
         with torch.no_grad():
-            result = model(**given, **{name: chunk}, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+            result = model(**given, **{name: chunk}, **cache_argument(model, cache), use_cache=True)
+        cache = find_cache(result.values())
         if paired:
             given = {"encoder_outputs": (result.encoder_last_hidden_state,)}
         parts.append(result.logits if "logits" in result else result.last_hidden_state)

@@ -6,6 +6,7 @@ and before beam search normalises them. The branch's cache lives in the model's 
 follows it through beam reordering, cropping and a second turn.
 """
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,16 @@ from transformers.cache_utils import DynamicLayer
 
 from .call import AttentionCall
 from .hooks import Hook, image_tokens_known
+from .images import is_replaced
+from .kv_caches import cache_argument, find_cache
 from .masks import real_tokens
 from .renaming import Renaming
 from .sites import AttentionSite
 from .variant import Attend, AttentionOutput, Variant
 
-_local = threading.local()  # .token_ids, .step: of the forward that runs in this thread; .inside: it is a branch's own
+# .token_ids, .step, .unfilled: of the forward that runs in this thread, and the layers of its new cache as they were
+# given; .inside: it is a branch's own.
+_local = threading.local()
 
 
 @dataclass(eq=False)
@@ -36,17 +41,23 @@ class Step:
         embeddings: `(B, T, E)` those tokens, image tokens in place.
         real: `(B, T)` bool: which are no padding.
         is_first: nothing precedes them.
+        embedding: what the model embeds ids with.
     """
 
     token_ids: torch.Tensor
     embeddings: torch.Tensor
     real: torch.Tensor
     is_first: bool
+    embedding: nn.Module
 
     def where(self, token_id: int) -> torch.Tensor:
-        """`(B, T)` bool: the tokens of that id."""
+        """`(B, T)` bool: the tokens of that id; behind a prompt, without those that the model wrote itself."""
         found = self.token_ids == token_id
-        return found.repeat_interleave(len(self.embeddings) // len(found), dim=0).to(self.embeddings.device)
+        found = found.repeat_interleave(len(self.embeddings) // len(found), dim=0).to(self.embeddings.device)
+        if self.is_first or not bool(found.any()):
+            return found
+        with _inside_branch():
+            return found & is_replaced(self.embeddings, token_id, self.embedding)
 
 
 @dataclass(eq=False)
@@ -133,11 +144,12 @@ class DecodingVariant(Variant):
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.is_active:
             return
-        cache, embeddings = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache, embeddings = find_cache([*args, *kwargs.values()]), kwargs.get("inputs_embeds")
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError(f"{type(self).__name__} does not support static kv caches; use a dynamic one.")
+        embedding = module.get_input_embeddings()  # type: ignore[operator]
         if embeddings is None:
-            embeddings = module.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
+            embeddings = embedding(kwargs["input_ids"])
         ids, (rows, length) = getattr(_local, "token_ids", None), embeddings.shape[:2]
         if ids is None or ids.shape[1] != length or rows % max(len(ids), 1):
             raise NotImplementedError(
@@ -146,7 +158,8 @@ class DecodingVariant(Variant):
         past = 0 if cache is None else int(cache.get_seq_length())
         where = {"q_length": length, "kv_length": past + length, "is_cross": False, "device": embeddings.device}
         real = real_tokens(kwargs.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
-        _local.step = Step(ids, embeddings, real, past == 0)
+        _local.step = Step(ids, embeddings, real, past == 0, embedding)
+        _local.unfilled = None if cache is None or past else copy.deepcopy(cache.layers)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Let go of what this forward has noted, also where it failed."""
@@ -158,8 +171,8 @@ class DecodingVariant(Variant):
             return None
         step: Step = vars(_local).pop("step")
         values = list(output) if isinstance(output, tuple) else list(output.values())
-        cache = next((value for value in values if isinstance(value, Cache)), None)
-        branch = None if cache is None else _branch_of(cache, module, step)
+        cache, unfilled = find_cache(values), vars(_local).pop("unfilled")
+        branch = None if cache is None else _branch_of(cache, module, step, unfilled)
         inputs = self.branch(step)
         keep = kwargs.get("logits_to_keep", 0)
         logits = values[0]  # without labels there is no loss before them
@@ -177,19 +190,25 @@ class DecodingVariant(Variant):
         return output
 
 
-def _branch_of(cache: Cache, module: nn.Module, step: Step) -> tuple[BranchTokens, Cache]:
-    """The branch's part of a cache, made when the cache is new."""
+def _branch_of(cache: Cache, module: nn.Module, step: Step, unfilled: list[Any] | None) -> tuple[BranchTokens, Cache]:
+    """The branch's part of a cache, made when the cache is new, of layers like those that the model was `unfilled`
+    given: of the same kind, and with what was asked of them, such as to keep what assisted decoding may take back."""
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, BranchTokens):
             step.is_first = layer.get_seq_length() == 0
             return layer, Cache(layers=cache.layers[index + 1 :])
     if not step.is_first:
         raise ValueError(
-            "This kv cache was filled before the model was patched: it lacks the second branch. Start with a new one."
+            "This kv cache was filled before the model was patched, or by prefix tuning: it lacks the second branch. "
+            "Start with a new one, without a prefix."
         )
-    tokens, own = BranchTokens(), DynamicCache(config=module.config)
-    cache.layers += [tokens, *own.layers]
-    return tokens, own
+    if unfilled is None:  # the model has made its cache itself
+        unfilled = DynamicCache(config=module.config).layers
+    elif not unfilled:  # a cache that makes its layers when they are filled
+        unfilled = [type(layer)() for layer in cache.layers]
+    tokens = BranchTokens()
+    cache.layers += [tokens, *unfilled]
+    return tokens, Cache(layers=unfilled)
 
 
 def _run_branch(
@@ -207,7 +226,7 @@ def _run_branch(
             inputs_embeds=inputs.embeddings,
             attention_mask=real.long(),
             position_ids=positions,
-            past_key_values=cache,
+            **cache_argument(module, cache),
             use_cache=cache is not None,
             logits_to_keep=min(keep, inputs.real.shape[1]),
             return_dict=True,

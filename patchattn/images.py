@@ -114,6 +114,15 @@ def image_token_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def is_replaced(embeddings: torch.Tensor, token_id: int, embedding: nn.Module) -> torch.Tensor:
+    """`(B, T)` bool: which embeddings `(B, T, E)` are not those of that id. A placeholder's are replaced by an image's;
+    one that the model wrote itself is text."""
+    if token_id >= len(embedding.weight):  # type: ignore[arg-type]  # the model cannot write it
+        return torch.ones(embeddings.shape[:-1], dtype=torch.bool, device=embeddings.device)
+    own = embedding(torch.tensor([token_id], device=embeddings.device)).to(embeddings.device)
+    return (embeddings != own).any(dim=-1)
+
+
 def image_spans(
     model: nn.Module,
     input_ids: torch.Tensor,

@@ -308,13 +308,17 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class LogitsTrainer(PatchedTrainer):
-    """A trainer that evaluates on logits alone; a LLaVA gives its cache and the image features too."""
+    """A trainer that evaluates on logits alone; a LLaVA gives its kv cache and what its vision encoder says too."""
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss, logits and labels of a batch."""
-        return super().prediction_step(model, inputs, prediction_loss_only, ["past_key_values", "image_hidden_states"])
+        """The loss; and, if outputs are asked for, the logits."""
+        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not return_outputs:
+            return computed
+        loss, outputs = computed
+        return loss, {"logits": outputs["logits"]}
 
 
 def run(settings: TinyVLMSettings) -> dict[str, Any]:

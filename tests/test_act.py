@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 import patchattn
 from patchattn.calibration.heads import HeadList
+from patchattn.kv_caches import cache_argument
 from patchattn.variants.act import ACTConfig
 
 from .families import FAMILIES, outputs
@@ -179,7 +180,9 @@ def test_decoding_uses_all_rows_so_far(family: str, kind: str, chunks: list[int]
     assert float((wanted - expected(model, [12])).abs().max()) > 1e-3
     patchattn.patch_model(model, "act", alpha=1.0)
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=15)
-    parts = [outputs(model, input_ids=chunk, past_key_values=cache)[0] for chunk in tokens().split(chunks, dim=1)]
+    parts = [
+        outputs(model, input_ids=chunk, **cache_argument(model, cache))[0] for chunk in tokens().split(chunks, dim=1)
+    ]
     close(torch.cat(parts, dim=1), wanted)
 
 
@@ -195,7 +198,7 @@ def test_padding_is_in_no_sum(side: str, kind: str) -> None:
     given: dict[str, Any] = {"use_cache": False}
     if kind != "none":
         cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=15)
-        given = {"past_key_values": cache}
+        given = cache_argument(model, cache)
     together = outputs(model, input_ids=text, attention_mask=mask, position_ids=positions, **given)[0]
     patchattn.unpatch_model(model)
     close(together[:1], expected(model, [12], inputs={"input_ids": text[:1]}))
@@ -425,6 +428,6 @@ def test_what_it_refuses() -> None:
     with pytest.raises(NotImplementedError, match="dropout"):
         model(tokens())
     cache = DynamicCache(config=model.config)
-    model.eval()(tokens(), past_key_values=cache)
+    model.eval()(tokens(), **cache_argument(model, cache))
     with pytest.raises(NotImplementedError, match="assisted decoding"):
         cache.crop(-1)

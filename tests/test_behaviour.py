@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument, find_cache
 
 from .behaviour import Case, assert_same, cases, neutral_cases, snapshot, variant_parameters
 from .families import FAMILIES, LENGTH, VOCABULARY, of_kind, outputs
@@ -39,7 +40,7 @@ def decoded(model: torch.nn.Module, tokens: torch.Tensor, sizes: list[int], kind
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=16)
     parts = tokens.split(sizes, dim=1)
     return torch.cat(
-        [outputs(model, input_ids=part, past_key_values=cache, use_cache=True)[0] for part in parts], dim=1
+        [outputs(model, input_ids=part, **cache_argument(model, cache), use_cache=True)[0] for part in parts], dim=1
     )
 
 
@@ -139,7 +140,7 @@ def test_left_padded_cached_decoding_equals_unpadded(family: str, case: Case) ->
                 input_ids=tokens[:, chunk],
                 attention_mask=mask[:, :done],
                 position_ids=positions(mask)[:, chunk],
-                past_key_values=cache,
+                **cache_argument(model, cache),
             )[0]
         )
     together = torch.cat(parts, dim=1)
@@ -162,8 +163,8 @@ def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, c
     for chunk in decoder.split([2, 1, 2, 1], dim=1):
         with torch.no_grad():
             given = inputs if encoded is None else {"encoder_outputs": (encoded,)}
-            step = model(**given, decoder_input_ids=chunk, past_key_values=past, use_cache=True)
-        past, encoded = step.past_key_values, step.encoder_last_hidden_state
+            step = model(**given, decoder_input_ids=chunk, **cache_argument(model, past), use_cache=True)
+        past, encoded = find_cache(step.values()), step.encoder_last_hidden_state
         parts.append(step.logits)
     close(torch.cat(parts, dim=1), full)
 
@@ -336,8 +337,8 @@ def test_a_compiled_model_is_patched_decodes_and_is_unpatched(family: str, case:
     expected = outputs(model, input_ids=tokens)[0]
     torch.testing.assert_close(outputs(compiled, input_ids=tokens)[0], expected, rtol=1e-5, atol=1e-5)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    outputs(model, input_ids=tokens[:, :-1], past_key_values=cache)
-    step = outputs(compiled, input_ids=tokens[:, -1:], past_key_values=cache)[0]
+    outputs(model, input_ids=tokens[:, :-1], **cache_argument(model, cache))
+    step = outputs(compiled, input_ids=tokens[:, -1:], **cache_argument(compiled, cache))[0]
     if looks_ahead(case):
         expected = decoded(model, tokens, [LENGTH - 1, 1])
     torch.testing.assert_close(step, expected[:, -1:], rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import patchattn
 from patchattn.caching import SequenceState, sequence_state
+from patchattn.kv_caches import cache_argument
 from patchattn.variant import temporarily_registered
 
 from .families import FAMILIES, outputs
@@ -75,7 +76,7 @@ def test_stamps_stay_at_their_keys(family: str, kind: str, chunks: list[int]) ->
     model = model_of(family)
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=12)
     for chunk in tokens().split(chunks, dim=1):
-        outputs(model, input_ids=chunk, past_key_values=cache)
+        outputs(model, input_ids=chunk, **cache_argument(model, cache))
     window = 3 if family == "mistral" else 9 - chunks[-1]
     assert SEEN[-1] == min(window, 9 - chunks[-1]) or family == "gemma3_text"
 
@@ -99,7 +100,7 @@ def test_stamps_follow_beams_and_a_second_generation(family: str, implementation
 
 def filled(model: Any, length: int = 6) -> Any:
     cache = DynamicCache(config=model.config)
-    outputs(model, input_ids=tokens()[:, :length], past_key_values=cache)
+    outputs(model, input_ids=tokens()[:, :length], **cache_argument(model, cache))
     return cache
 
 
@@ -111,12 +112,12 @@ def test_stamps_follow_selection_repetition_and_reordering() -> None:
     cache.batch_select_indices(torch.tensor([0, 3, 1]))
     expected = tokens()[[1, 1, 0], :6]  # rows 0 0 1 1, then 1 0 0 1, then 1 1 0
     fresh = DynamicCache(config=model.config)
-    outputs(model, input_ids=expected, past_key_values=fresh)
+    outputs(model, input_ids=expected, **cache_argument(model, fresh))
     for left, right in zip(cache.layers, fresh.layers, strict=True):
         (mine,), (other,) = left.sequence_states.values(), right.sequence_states.values()
         torch.testing.assert_close(mine.per_key["stamp"], other.per_key["stamp"])
         torch.testing.assert_close(mine.tensors["first"], other.tensors["first"])
-    outputs(model, input_ids=tokens(3, 1), past_key_values=cache)
+    outputs(model, input_ids=tokens(3, 1), **cache_argument(model, cache))
 
 
 def test_cropped_keys_are_forgotten_and_others_come() -> None:
@@ -125,7 +126,7 @@ def test_cropped_keys_are_forgotten_and_others_come() -> None:
     cache.crop(-2)
     assert [state.per_key["stamp"].shape[-1] for state in layer_of(cache).sequence_states.values()] == [4]
     SEEN.clear()
-    outputs(model, input_ids=tokens(2, 3), past_key_values=cache)
+    outputs(model, input_ids=tokens(2, 3), **cache_argument(model, cache))
     assert SEEN == [4, 4]
 
 
@@ -141,11 +142,11 @@ def test_a_sum_over_rows_refuses_to_be_cropped() -> None:
 def test_a_reset_cache_starts_anew(kind: str) -> None:
     model = model_of("llama")
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=12)
-    outputs(model, input_ids=tokens(), past_key_values=cache)
+    outputs(model, input_ids=tokens(), **cache_argument(model, cache))
     cache.reset()
     assert not layer_of(cache).sequence_states
     if kind == "static" or cache.get_seq_length() == 0:  # older versions of transformers keep a dynamic one's length
-        outputs(model, input_ids=tokens(3, 4)[:2], past_key_values=cache)
+        outputs(model, input_ids=tokens(3, 4)[:2], **cache_argument(model, cache))
         assert len(layer_of(cache).sequence_states) == 1
 
 
@@ -153,7 +154,7 @@ def test_copies_of_a_cache_are_independent() -> None:
     model = model_of("llama")
     cache = filled(model)
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        outputs(model, input_ids=tokens(2, 2), past_key_values=twin)
+        outputs(model, input_ids=tokens(2, 2), **cache_argument(model, twin))
         assert twin.get_seq_length() == 8
         assert [state.per_key["stamp"].shape[-1] for state in layer_of(cache).sequence_states.values()] == [6]
         assert isinstance(layer_of(twin), type(DynamicCache(config=model.config).layers[0]))
@@ -163,19 +164,19 @@ def test_copies_of_a_cache_are_independent() -> None:
 def test_a_cache_filled_without_the_variant_is_refused(kind: str) -> None:
     model = FAMILIES["llama"].make_exact()
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=12)
-    outputs(model, input_ids=tokens(), past_key_values=cache)
+    outputs(model, input_ids=tokens(), **cache_argument(model, cache))
     patchattn.patch_model(model, "stamp")
     with pytest.raises(ValueError, match="9 cached tokens but knows of none"):
-        outputs(model, input_ids=tokens(2, 1), past_key_values=cache)
+        outputs(model, input_ids=tokens(2, 1), **cache_argument(model, cache))
 
 
 def test_a_cache_continued_without_the_variant_is_refused() -> None:
     model = model_of("llama")
     cache = filled(model)
-    outputs(patchattn.unpatch_model(model), input_ids=tokens(2, 2), past_key_values=cache)
+    outputs(patchattn.unpatch_model(model), input_ids=tokens(2, 2), **cache_argument(model, cache))
     patchattn.patch_model(model, "stamp")
     with pytest.raises(ValueError, match="8 cached tokens but knows of 6"):
-        outputs(model, input_ids=tokens(2, 1), past_key_values=cache)
+        outputs(model, input_ids=tokens(2, 1), **cache_argument(model, cache))
 
 
 def test_cross_attention_finds_its_keys_again() -> None:
@@ -184,7 +185,7 @@ def test_cross_attention_finds_its_keys_again() -> None:
     decoder = inputs.pop("decoder_input_ids")
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     for chunk in decoder.split([2, 1, 3], dim=1):
-        outputs(model, **inputs, decoder_input_ids=chunk, past_key_values=cache)
+        outputs(model, **inputs, decoder_input_ids=chunk, **cache_argument(model, cache))
     states = cache.cross_attention_cache.layers[0].sequence_states
     assert [state.per_key["stamp"].shape[-1] for state in states.values()] == [inputs["input_ids"].shape[1]]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import patchattn
+from patchattn.kv_caches import cache_argument, find_cache
 
 from .families import FAMILIES
 
@@ -49,9 +50,9 @@ def test_a_missing_capability_is_refused_at_the_call(toy, family, extra, request
 @lacking("kv_cache", "dropout")
 def test_caches_and_dropout_are_refused_at_the_call(toy) -> None:
     llama, tokens = patchattn.patch_model(FAMILIES["llama"].make(), toy), FAMILIES["llama"].inputs()["input_ids"]
-    past = llama(tokens[:, :4], use_cache=True).past_key_values
+    past = find_cache(llama(tokens[:, :4], use_cache=True).values())
     with pytest.raises(NotImplementedError, match="does not support kv_cache"):
-        llama(tokens[:, 4:], past_key_values=past)
+        llama(tokens[:, 4:], **cache_argument(llama, past))
     for layer in llama.model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(NotImplementedError, match="does not support dropout"):

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 import patchattn
 from patchattn.decoding import BranchTokens
+from patchattn.kv_caches import cache_argument, find_cache
 from patchattn.patching import is_patched
 
 from . import vlms
@@ -238,7 +239,7 @@ def test_what_is_refused(case: Case, name: str) -> None:
         model(**given, labels=given["input_ids"])
     if name != "instructblip":
         with pytest.raises(NotImplementedError, match="static"):
-            model(**given, past_key_values=StaticCache(config=model.config, max_cache_len=200))
+            model(**given, **cache_argument(model, StaticCache(config=model.config, max_cache_len=200)))
 
 
 @pytest.mark.parametrize("case", cases("decoding"), ids=str)
@@ -255,17 +256,19 @@ def test_a_failed_patch_leaves_the_model_as_it_was(case: Case) -> None:
 def test_a_second_turn_and_a_cache_from_before(case: Case) -> None:
     model, given = vlms.make("llava", dtype=torch.float64), vlms.inputs("llava", rows=1, dtype=torch.float64)
     with torch.no_grad():
-        old = model(**given, use_cache=True).past_key_values
+        old = find_cache(model(**given, use_cache=True).values())
     case.patch(model)
     first = model.generate(**given, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    assert any(isinstance(layer, BranchTokens) for layer in first.past_key_values.layers)
+    cache = find_cache(first.values())
+    assert cache is not None
+    assert any(isinstance(layer, BranchTokens) for layer in cache.layers)
     more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
     asked = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    second = model.generate(**asked, past_key_values=first.past_key_values, max_new_tokens=2, do_sample=False)
+    second = model.generate(**asked, **cache_argument(model, cache), max_new_tokens=2, do_sample=False)
     whole = model.generate(**{**given, **asked}, max_new_tokens=2, do_sample=False)
     assert torch.equal(second, whole)
     with pytest.raises(ValueError, match="filled before the model was patched"):
-        model(input_ids=more[:, -1:], past_key_values=old)
+        model(input_ids=more[:, -1:], **cache_argument(model, old))
 
 
 @pytest.mark.parametrize("case", cases("decoding")[:1], ids=str)

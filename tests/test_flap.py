@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import patchattn
 from patchattn import flap_statistics
 from patchattn.calibration.structures import Units, lowest_units
+from patchattn.kv_caches import cache_argument
 
 from .families import FAMILIES, outputs
 from .test_importance import examples, inputs_of, padded
@@ -207,7 +208,7 @@ def test_whole_kv_groups_go_and_the_cache_shrinks() -> None:
     assert sum(map(len, heads.values())) == 4
     assert all(set(own) in ({0, 1}, {2, 3}) for own in heads.values())
     cache = DynamicCache(config=model.config)
-    outputs(model, **inputs, past_key_values=cache)
+    outputs(model, **inputs, **cache_argument(model, cache))
     assert [layer.keys.shape[1] for layer in cache.layers] == [1, 1]
 
 

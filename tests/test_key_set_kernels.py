@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 from patchattn_kernels import column_mass_triton, split_attention_triton
 
 from . import vlms
@@ -76,7 +77,11 @@ def test_act_in_a_padded_batch_with_a_cache_and_its_gradient(monkeypatch: pytest
         cache, parts = DynamicCache(config=model.config), []
         for start, end in ((0, 6), (6, 7)):
             part = slice(start, end)
-            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, part], "past_key_values": cache}
+            given = {
+                "attention_mask": mask[:, :end],
+                "position_ids": positions[:, part],
+                **cache_argument(model, cache),
+            }
             parts.append(model(text[:, part], **given).logits)
         logits = torch.cat(parts, dim=1)[mask.bool()]
         gradients = torch.autograd.grad(logits.square().sum(), [p for p in model.parameters() if p.requires_grad])

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 
 from .families import FAMILIES, outputs
 from .saving import base as small_llama
@@ -95,7 +96,7 @@ def test_any_heads_of_a_grouped_model(removed: list[set[int]], implementation: s
 def test_the_kv_cache_shrinks_with_whole_groups_only() -> None:
     model = patchattn.patch_model(FAMILIES["llama"].make(), "prune", heads={0: [0, 1], 1: [0]})
     cache = DynamicCache(config=model.config)
-    outputs(model, **FAMILIES["llama"].inputs(), past_key_values=cache)
+    outputs(model, **FAMILIES["llama"].inputs(), **cache_argument(model, cache))
     assert [layer.keys.shape[1] for layer in cache.layers] == [1, 2]
 
 

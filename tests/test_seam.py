@@ -9,6 +9,7 @@ from transformers.integrations import flash_attention
 from transformers.masking_utils import flash_attention_mask
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 
 from .behaviour import Case, cases
 from .families import FAMILIES, outputs
@@ -62,7 +63,8 @@ def test_flash_attention_stays_the_base(family: str, case: Case, monkeypatch: py
         if family != "bert":
             cache = DynamicCache(config=model.config)
             parts += [
-                outputs(model, input_ids=chunk, past_key_values=cache)[0] for chunk in tokens.split([4, 3, 2], dim=1)
+                outputs(model, input_ids=chunk, **cache_argument(model, cache))[0]
+                for chunk in tokens.split([4, 3, 2], dim=1)
             ]
         results.append(parts)
         patchattn.unpatch_model(model)

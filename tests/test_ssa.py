@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 
 from .behaviour import randomise, variant_parameters
 from .families import FAMILIES, outputs
@@ -93,7 +94,7 @@ def test_every_combination_decodes_pads_and_packs_like_one_forward(settings: dic
         assert float((outputs(model, input_ids=TOKENS)[0] - full).abs().max()) > 1e-4
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=10)):
         chunks = TOKENS.split([3, 1, 2, 1], dim=1)
-        parts = [outputs(model, input_ids=chunk, past_key_values=cache)[0] for chunk in chunks]
+        parts = [outputs(model, input_ids=chunk, **cache_argument(model, cache))[0] for chunk in chunks]
         torch.testing.assert_close(torch.cat(parts, dim=1), full)
 
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), TOKENS], dim=1)
@@ -108,7 +109,7 @@ def test_every_combination_decodes_pads_and_packs_like_one_forward(settings: dic
             input_ids=padded[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=numbers[:, start:end],
-            past_key_values=cache,
+            **cache_argument(model, cache),
         )[0]
         for start, end in ((0, 5), (5, 6), (6, 10))
     ]
@@ -186,9 +187,9 @@ def test_what_the_cache_holds_is_scaled_once() -> None:
     model = patchattn.patch_model(tiny_llama(), "ssa", query=False, token_aware=False, initial_alpha=0.0)
     plain, scaled = DynamicCache(config=model.config), DynamicCache(config=model.config)
     for start in range(0, 7, 2):
-        outputs(model, input_ids=TOKENS[:, start : start + 2], past_key_values=scaled)
+        outputs(model, input_ids=TOKENS[:, start : start + 2], **cache_argument(model, scaled))
     with patchattn.unpatched(model):
-        outputs(model, input_ids=TOKENS, past_key_values=plain)
+        outputs(model, input_ids=TOKENS, **cache_argument(model, plain))
     factor = 1 + 0.5 * torch.arange(1, 8).double().log()
     torch.testing.assert_close(scaled.layers[0].values, plain.layers[0].values * factor[:, None])
     torch.testing.assert_close(scaled.layers[0].keys, plain.layers[0].keys)

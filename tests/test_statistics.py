@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 from patchattn.statistics import position_coefficients, temperature_statistics
 
 from .behaviour import randomise
@@ -122,7 +123,7 @@ def test_several_forwards_and_a_cache_add_up_to_one() -> None:
         for row in ROWS:
             cache = DynamicCache(config=model.config)
             for chunk in row.split(2, dim=1):
-                outputs(model, input_ids=chunk, past_key_values=cache)
+                outputs(model, input_ids=chunk, **cache_argument(model, cache))
     (one,), (other,) = whole.layers(), parts.layers()
     for stream, spread in one.streams.items():
         np.testing.assert_allclose(list(vars(spread).values()), list(vars(other.streams[stream]).values()))
@@ -137,7 +138,7 @@ def test_a_padded_row_decodes_with_a_cache() -> None:
     with temperature_statistics(model) as statistics:
         for start, end in ((0, 4), (4, 7)):
             given = {name: value[:, start:end] for name, value in PADDED.items()} | {"attention_mask": MASK[:, :end]}
-            outputs(model, **given, past_key_values=cache)
+            outputs(model, **given, **cache_argument(model, cache))
     with temperature_statistics(model) as whole:
         outputs(model, **PADDED)
     (layer,), (want,) = statistics.layers(), whole.layers()

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 import patchattn
 from patchattn.call import AttentionCall, LayerContext
 from patchattn.hooks import IMAGE_TOKENS, RESIDUAL
+from patchattn.kv_caches import cache_argument
 from patchattn.variants.var import VAR, VARConfig
 
 from . import vlms
@@ -111,7 +112,7 @@ def test_a_prompt_in_chunks(chunks: list[int], kind: str) -> None:
     parts = []
     for part in given["input_ids"].split(chunks, dim=1):
         pixels = {"pixel_values": given["pixel_values"]} if bool((part == vlms.IMAGE).any()) else {}
-        parts.append(logits_of(model, {"input_ids": part, **pixels}, past_key_values=cache))
+        parts.append(logits_of(model, {"input_ids": part, **pixels}, **cache_argument(model, cache)))
     torch.testing.assert_close(torch.cat(parts, dim=1), wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -136,9 +137,11 @@ def test_a_cropped_cache_goes_on() -> None:
     patchattn.patch_model(model, "var", **LOW)
     cache = DynamicCache(config=model.config.get_text_config())
     other = extended({**given, "input_ids": given["input_ids"][:, :-2]}, torch.tensor([[30, 31, 32]]))
-    logits_of(model, {"input_ids": other["input_ids"], "pixel_values": given["pixel_values"]}, past_key_values=cache)
+    logits_of(
+        model, {"input_ids": other["input_ids"], "pixel_values": given["pixel_values"]}, **cache_argument(model, cache)
+    )
     cache.crop(-3)
-    got = logits_of(model, {"input_ids": given["input_ids"][:, -2:]}, past_key_values=cache)
+    got = logits_of(model, {"input_ids": given["input_ids"][:, -2:]}, **cache_argument(model, cache))
     torch.testing.assert_close(got, wanted[:, -2:], rtol=1e-9, atol=1e-9)
 
 

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import patchattn
 from patchattn.hooks import IMAGE_TOKENS, RESIDUAL, enclosing_layer
+from patchattn.kv_caches import cache_argument, find_cache
 
 from . import vlms
 from .var_reference import (
@@ -98,11 +99,11 @@ def test_compiled() -> None:
     wanted = logits_of(model, given, use_cache=False)
     cache = StaticCache(model.config.get_text_config(), max_cache_len=30)
     start = {"input_ids": given["input_ids"][:, :-1], "pixel_values": given["pixel_values"]}
-    logits_of(model, start, past_key_values=cache)
+    logits_of(model, start, **cache_argument(model, cache))
     torch._dynamo.reset()
     model.model.language_model.compile(fullgraph=True, backend="aot_eager")
     close(logits_of(model, given, use_cache=False), wanted)
-    close(logits_of(model, {"input_ids": given["input_ids"][:, -1:]}, past_key_values=cache), wanted[:, -1:])
+    close(logits_of(model, {"input_ids": given["input_ids"][:, -1:]}, **cache_argument(model, cache)), wanted[:, -1:])
     torch._dynamo.reset()
 
 
@@ -274,7 +275,7 @@ class TestErrors:
     def test_a_cache_filled_without_it(self) -> None:
         model = vlms.make("llava")
         given = vlms.single(vlms.inputs("llava"), 0)
-        past = model(**given, use_cache=True).past_key_values
+        past = find_cache(model(**given, use_cache=True).values())
         patchattn.patch_model(model, "var", **LOW)
         with pytest.raises(ValueError, match="the cache was filled without it"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=past)
+            model(input_ids=torch.tensor([[5]]), **cache_argument(model, past))

@@ -33,10 +33,8 @@ _VISION = {
 
 
 def _llava(**extra: Any) -> nn.Module:
-    vision = extra.pop("vision_config", None) or tf.CLIPVisionConfig(**_VISION)
-    config = tf.LlavaConfig(
-        text_config=tf.LlamaConfig(**_TEXT), vision_config=vision, image_token_id=IMAGE, image_seq_length=16, **extra
-    )
+    parts = {"text_config": tf.LlamaConfig(**_TEXT), "vision_config": tf.CLIPVisionConfig(**_VISION), **extra}
+    config = tf.LlavaConfig(**parts, image_token_id=IMAGE, image_seq_length=16)
     return tf.LlavaForConditionalGeneration(config)
 
 
@@ -84,6 +82,8 @@ _BUILDERS = {
     "qwen2_5_vl": FAMILIES["qwen2_5_vl"].build,
 }
 VLMS = list(_BUILDERS)
+# Its window ends within the image.
+_BUILDERS["llava_sliding"] = lambda: _llava(text_config=tf.MistralConfig(**_TEXT, sliding_window=8))
 
 
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -23,7 +23,9 @@ from ..variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, 
 _DEFAULTS = {"instructblip": (4, {"pope": 0.5, "chair": 1.5})}
 _LLAVA_DEFAULTS = (10, {"pope": 2.0, "chair": 0.5})
 
-_seen = threading.local()  # .scores, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
+_seen = (
+    threading.local()
+)  # .scores, .states, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,8 @@ class DAMRO(DecodingVariant):
             found.append(Hook(model.get_submodule(layout.merger), "after", self.after_merger))
         if layout.query_former is not None:
             found.append(Hook(model.get_submodule(layout.query_former), "after", self.after_query_former))
+        if layout.merger is None and layout.query_former is None:
+            found.append(Hook(model.get_submodule(layout.tower), "after", self.after_tower))
         return [*super().hooks(model), *found]
 
     @property
@@ -144,13 +148,6 @@ class DAMRO(DecodingVariant):
         least = logits.amax(dim=-1, keepdim=True) + math.log(self.config.beta)
         return contrast.masked_fill(logits < least, -math.inf)
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().before_model(module, args, kwargs)
-        if self.is_active and kwargs.get("vision_feature_layer") is not None:
-            raise NotImplementedError(
-                "DAMRO reads the layer that the model's configuration names: set vision_feature_layer there and patch."
-            )
-
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         super().after_model(module, args, kwargs, output)
         if self.is_active and output is None:  # pictures may be passed on to later forwards, of one that succeeded
@@ -161,6 +158,10 @@ class DAMRO(DecodingVariant):
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         vars(_seen).clear()
         _seen.scores = []
+
+    def after_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        states = getattr(output, "hidden_states", None)
+        _seen.states = None if states is None else states[self.layout.feature_layer + 1]
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         lengths = call.kwargs.get("cu_seq_lens_q")  # flash attention gets packed pictures as one row
@@ -203,10 +204,22 @@ class DAMRO(DecodingVariant):
                 for row, own, merged in zip(scores, *tokens, strict=True)
             ]
         else:
-            scores = [row[1:] for row in scores] if layout.skips_first else scores
-            _seen.pictures = [
-                Picture(tokens, highest(row, self.top_k)) for tokens, row in zip(output.detach(), scores, strict=True)
+            self._check_layer(args[0])
+            _seen.pictures = [  # a call may ask for the encoder's first token to be kept or left out
+                Picture(tokens, highest(row[len(row) - len(tokens) :], self.top_k))
+                for tokens, row in zip(output.detach(), scores, strict=True)
             ]
+
+    def _check_layer(self, states: torch.Tensor) -> None:
+        """Refuse image tokens made of other hidden states `(B, P, C)` than scores are taken for."""
+        known = _seen.states  # none where the call asks the encoder for another layer
+        made_here = known is not None and torch.equal(known[:, known.shape[1] - states.shape[1] :], states)
+        if self.config.vision_layer is None and not made_here:
+            raise NotImplementedError(
+                f"DAMRO takes its scores from the layer of {self.layout.tower} that the model's configuration names, "
+                "of which the image tokens of this call are not made: set vision_feature_layer there before patching, "
+                "or give vision_layer."
+            )
 
     def after_query_former(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """The queries of InstructBLIP once more, with the outliers as all there is to see."""

@@ -10,8 +10,16 @@ from torch import nn
 from patchattn_kernels import split_attention
 
 from ..call import AttentionCall
-from ..hooks import Hook, enclosing_layer, forget_tokens, note_token_ids, with_image_tokens, with_residual
-from ..images import ImageLayout, image_layout
+from ..hooks import (
+    IMAGE_TOKENS,
+    Hook,
+    enclosing_layer,
+    forget_tokens,
+    note_token_ids,
+    with_image_tokens,
+    with_residual,
+)
+from ..images import ImageLayout, image_layout, is_replaced
 from ..renaming import Renaming
 from ..selection import base_model, evaluating
 from ..settings import option
@@ -148,7 +156,13 @@ class VAR(Variant):
         note_token_ids(args, kwargs)
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_image_tokens("VAR", self.placeholders, args, kwargs)
+        args, kwargs = with_image_tokens("VAR", self.placeholders, args, kwargs)
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            embedding = module.get_input_embeddings()  # type: ignore[operator]
+            for placeholder in self.placeholders:
+                kwargs[IMAGE_TOKENS] = kwargs[IMAGE_TOKENS] & is_replaced(embeddings, placeholder, embedding)
+        return args, kwargs
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_residual(args, kwargs)

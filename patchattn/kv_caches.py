@@ -1,0 +1,41 @@
+"""kv caches among what models take and give: told by their type, since releases of transformers rename them."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .selection import base_model
+
+_TYPE = re.compile(r"\b(EncoderDecoder)?Cache\b")
+# What this release of transformers calls them.
+_NAME = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast) if _TYPE.search(str(field.type)))
+
+
+def find_cache(values: Iterable[Any]) -> Cache | None:
+    """The kv cache among the arguments of a call, or among the values that a model gives."""
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """A kv cache as the keyword argument that a model takes it by.
+
+    Args:
+        model: a transformers model, or a wrapper around one.
+        cache: `None` for none yet.
+
+    Raises:
+        NotImplementedError: the model takes none.
+    """
+    base = base_model(model)
+    parameters = inspect.signature(base.forward).parameters
+    names = [_NAME, *(name for name, each in parameters.items() if _TYPE.search(str(each.annotation)))]
+    found = next((name for name in names if name in parameters), None)
+    if found is None:
+        raise NotImplementedError(f"{type(base).__name__} takes no kv cache.")
+    return {found: cache}
