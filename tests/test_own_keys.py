@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import patchattn
+from patchattn.kv_caches import cache_argument
 from patchattn.variant import temporarily_registered
 from patchattn_kernels import block_sparse_attention, sink_and_recent
 
@@ -59,7 +60,7 @@ def test_windows_end_at_the_own_key(tapped: bool, kind: str, padding: int, imple
         for rows in (LENGTH - 3, 2, 1):
             done += rows
             how = {"attention_mask": shown[:, :done]} if padding or kind == "static" else {}
-            model(TOKENS[:, done - rows : done], past_key_values=cache, **how)
+            model(TOKENS[:, done - rows : done], **cache_argument(model, cache), **how)
             call = calls[-1]
             got = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
             want = by_loops(call, real, done - rows)
