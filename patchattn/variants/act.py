@@ -29,8 +29,12 @@ class ACTConfig(VariantConfig):
         "N the length of the sequence (mean), or more than a threshold (fixed).",
         source="paper, second-hand (mean); released code (fixed)",
     )
-    alpha: float = option(5.0, help="Of the mean rule.", source="paper, second-hand", minimum=0.0)
-    threshold: float = option(0.1, help="Of the fixed rule.", source="released code", minimum=0.0, maximum=1.0)
+    alpha: float = option(
+        5.0, help="With sink_rule=mean: a key is a sink above alpha / N.", source="paper, second-hand", minimum=0.0
+    )
+    threshold: float = option(
+        0.1, help="With sink_rule=fixed: a key is a sink above this.", source="released code", minimum=0.0, maximum=1.0
+    )
     beta: float = option(
         0.4,
         help="Share of its attention that a sink keeps; 1 changes nothing.",

@@ -63,8 +63,8 @@ class DAMROConfig(VariantConfig):
     )
     attention: Literal["heads", "one_wide_head"] = option(
         "heads",
-        help="heads: the encoder's own attention, mean over heads. one_wide_head: logits summed over heads and scaled "
-        "by the whole width before one softmax.",
+        help="How the vision encoder's attention is taken. heads: its own, mean over heads. one_wide_head: logits "
+        "summed over heads and scaled by the whole width before one softmax.",
         source="released code for InstructBLIP (heads), for LLaVA (one_wide_head)",
     )
     vision_layer: int | None = option(

@@ -43,7 +43,9 @@ class SHRPConfig(VariantConfig):
         source="ours; it gives the published parameter count",
         minimum=1,
     )
-    activation: str | None = option(None, help="Of the expander, as transformers names it. None: the layer's own.")
+    activation: str | None = option(
+        None, help="Activation of the expander, as transformers names it. None: the layer's own."
+    )
     importance: Any = option(  # noqa: RUF009 - a field, not a shared default
         None,
         help="Weights of the heads where the expander starts from the mean of their output projections: a file that "

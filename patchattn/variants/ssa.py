@@ -30,7 +30,7 @@ class SSAConfig(VariantConfig):
         source="paper",
     )
     position_aware: bool = option(
-        True, help="Let it grow with log n, n the number of keys the token sees.", source="paper"
+        True, help="Let the temperature grow with log n, n the number of keys the token sees.", source="paper"
     )
     features: Literal["input", "projection"] = option(
         "input",

@@ -18,7 +18,9 @@ from ..variant import Attend, AttentionOutput, Variant, VariantConfig, VariantIn
 class SSMaxConfig(VariantConfig):
     """Settings of SSMax; every field is described by `patchattn info ssmax`."""
 
-    initial_scale: float = option(0.0, help="Start of s, learned per query head.", source="ours: the identity")
+    initial_scale: float = option(
+        0.0, help="Start of s, the factor of log n that is learned per query head.", source="ours: the identity"
+    )
     bias: bool = option(
         True,
         help="Add a learned b per query head, started at 1: logits times s log n + b.",

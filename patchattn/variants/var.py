@@ -34,7 +34,7 @@ class VARConfig(VariantConfig):
     move_fraction: float = option(
         0.4,
         help="Share of the sinks' attention that moves to the other image tokens; 0 changes nothing.",
-        source="released code, which keeps p = 0.6",
+        source="released code, which keeps p = 0.6 of it; the paper moves 0.6 (preset=paper)",
         minimum=0.0,
         maximum=1.0,
     )
@@ -42,7 +42,7 @@ class VARConfig(VariantConfig):
         None,
         help="Dimensions of the hidden state whose massive activations make a token a sink. None: found when the model "
         "is patched, and kept with the patch.",
-        source="ours; the released code knows those of two models",
+        source="ours; the released code knows those of two models, the paper those of four",
         minimum=0,
     )
     sink_threshold: float = option(
@@ -54,15 +54,15 @@ class VARConfig(VariantConfig):
     )
     max_sink_share: float = option(
         0.5,
-        help="A head moves attention in rows in which visual sinks have at most this share of the image's attention "
-        "(rho).",
-        source="released code",
+        help="A head moves attention in rows in which visual sinks have at most this share of the image's attention; "
+        "1 - rho in the paper, rho in the released code.",
+        source="released code; the paper's rho of 0.8, 0.5 and 0.9 is 0.2, 0.5 and 0.1 here (presets)",
         minimum=0.0,
         maximum=1.0,
     )
     min_image_share: float = option(
         0.2,
-        help="... and in which the image has at least this share of all attention (summ).",
+        help="A head moves attention in rows in which the image has at least this share of all attention (summ).",
         source="released code",
         minimum=0.0,
         maximum=1.0,
@@ -275,6 +275,9 @@ register_variant(
         innermost=True,
         capabilities=ALL_CAPABILITIES - {"bidirectional", "cross", "dropout", "without_images"},
         presets={
+            "paper": {"move_fraction": 0.6, "max_sink_share": 0.2},
+            "paper_hallucination": {"move_fraction": 0.6, "max_sink_share": 0.5},
+            "paper_vision_centric": {"move_fraction": 0.6, "max_sink_share": 0.1},
             "llava_1_5_7b": {"sink_dims": [1415, 2533]},
             "llava_1_5_13b": {"sink_dims": [2100, 4743]},
         },
