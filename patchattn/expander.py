@@ -66,15 +66,20 @@ def head_weights(given: Any, model: nn.Module, sites: Sequence[AttentionSite]) -
         importance = HeadImportance.load(given)
         importance.check(model)
         given = importance.scores
+    for site in sites:
+        check_weights(given, site)
+    return {site.name: [float(weight) for weight in given[site.name]] for site in sites}
+
+
+def check_weights(given: Any, site: AttentionSite) -> None:
+    """Raise TypeError or ValueError if the weights of a module's heads are no distribution over them."""
     if not isinstance(given, Mapping):
         raise TypeError(f"importance must be a file or a mapping from attention modules to weights, got {given!r}.")
-    for site in sites:
-        weights = given.get(site.name)
-        if weights is None or len(weights) != site.query_heads or min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(
-                f"importance must give {site.name} {site.query_heads} numbers of at least 0, not all 0; got {weights}."
-            )
-    return {site.name: [float(weight) for weight in given[site.name]] for site in sites}
+    weights = given.get(site.name)
+    if weights is None or len(weights) != site.query_heads or min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(
+            f"importance must give {site.name} {site.query_heads} numbers of at least 0, not all 0; got {weights}."
+        )
 
 
 def dropped_layers(given: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[str]]:

@@ -20,11 +20,24 @@ class Patch:
         variant: registered name.
         config: settings.
         sites: names of the attention modules, relative to the model.
+
+    Raises:
+        ValueError: the settings speak of a module that is none of these.
     """
 
     variant: str
     config: VariantConfig
     sites: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for field in self.config.by_module:
+            given = getattr(self.config, field)
+            for name in given if isinstance(given, Mapping) else ():
+                if name not in self.sites:
+                    raise ValueError(
+                        f"{self.variant!r} has {field} for {name!r}, which is none of the attention modules it is on"
+                        f"{nearest(str(name), list(self.sites))}"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON and YAML types."""

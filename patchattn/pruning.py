@@ -43,12 +43,17 @@ def heads_by_module(heads: Mapping[str, Any], model: nn.Module, sites: Sequence[
     for name, numbers in chosen.items():
         if name not in known:
             raise ValueError(f"There is no attention module {name!r} to prune{nearest(name, list(known))}")
-        count = known[name].query_heads or 0
-        if numbers and numbers[-1] >= count:
-            raise ValueError(f"{name} has {count} query heads, counted from 0; there is no head {numbers[-1]}.")
-        if numbers and len(numbers) == count:
-            raise ValueError(f"All {count} query heads of {name} would be taken out; a layer must keep at least one.")
+        check_heads(known[name], numbers)
     return {name: numbers for name, numbers in chosen.items() if numbers}
+
+
+def check_heads(site: AttentionSite, pruned: Sequence[int]) -> None:
+    """ValueError if these heads, sorted, cannot be taken out of an attention module."""
+    count = site.query_heads or 0
+    if pruned and pruned[-1] >= count:
+        raise ValueError(f"{site.name} has {count} query heads, counted from 0; there is no head {pruned[-1]}.")
+    if pruned and len(pruned) == count:
+        raise ValueError(f"All {count} query heads of {site.name} would be taken out; a layer must keep at least one.")
 
 
 def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> list[Change]:
@@ -108,7 +113,8 @@ class KeptHeads:
 
     @classmethod
     def without(cls, site: AttentionSite, pruned: Sequence[int]) -> "KeptHeads":
-        """All but these."""
+        """All but these; ValueError if they are not there, or all there are."""
+        check_heads(site, pruned)
         return cls.of(site, [head for head in range(site.query_heads or 0) if head not in pruned])
 
     def renumbered(self, call: AttentionCall) -> AttentionCall:

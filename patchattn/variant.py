@@ -43,10 +43,15 @@ ALL_CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
 class VariantConfig(Settings):
     """Settings of a variant. Subclass it as a frozen dataclass whose fields are made by `option`.
 
+    Attributes:
+        by_module: names of the fields that, once fitted, are dictionaries by the name of the attention module.
+
     Raises:
         TypeError: a value has the wrong type.
         ValueError: a value is out of range, or (in `from_dict`) a field is unknown.
     """
+
+    by_module: ClassVar[tuple[str, ...]] = ()
 
 
 class Variant(nn.Module):

@@ -34,6 +34,8 @@ from ..variant import Attend, AttentionOutput, VariantConfig, VariantInfo, regis
 class FlapConfig(VariantConfig):
     """Settings of FLAP; every field is described by `patchattn info flap`."""
 
+    by_module = ("heads", "kept_channels")
+
     statistics: Any = option(  # noqa: RUF009 - a field, not a shared default
         None,
         help="A file that `patchattn calibrate flap` wrote, or what patchattn.flap_statistics returned. A saved patch "
@@ -113,9 +115,9 @@ class Flap(SurgeryVariant):
         super().__init__(config, site)
         self.pruned = tuple((config.heads or {}).get(site.name, ()))
         self.heads = KeptHeads.without(site, self.pruned)
-        if self.pruned and self.pruned[-1] >= (site.query_heads or 0):
-            raise ValueError(f"{site.name} has {site.query_heads} query heads, there is no head {self.pruned[-1]}.")
         self.kept_channels: str | None = (config.kept_channels or {}).get(site.name)
+        if self.is_identity and (config.heads or config.kept_channels):
+            raise ValueError(f"'flap' is on {site.name}, but its settings name nothing to take out of {site.name}.")
         self.biases: list[str] = []
 
     @classmethod

@@ -24,6 +24,8 @@ _DATA_FREE = ("magnitude", "random")
 class PruneConfig(VariantConfig):
     """Settings of head pruning; every field is described by `patchattn info prune`."""
 
+    by_module = ("heads",)
+
     heads: Any = option(  # noqa: RUF009 - a field, not a shared default
         None,
         help="Query heads to take out: a mapping from layers, or from names of attention modules, to heads; pairs of "
@@ -85,6 +87,8 @@ class Prune(SurgeryVariant):
 
     def __init__(self, config: PruneConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
+        if config.heads is not None and site.name not in config.heads:
+            raise ValueError(f"'prune' is on {site.name}, but its settings do not name the heads of {site.name}.")
         self.pruned = tuple((config.heads or {}).get(site.name, ()))
         self.heads = KeptHeads.without(site, self.pruned)
 
@@ -143,6 +147,8 @@ def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[Atte
         raise ValueError(f"There are no scores of {missing[0]}: choose modules that have with modules=...")
     chosen = replace(importance, sites={name: importance.sites[name] for name in wanted})
     heads = chosen.lowest(sparsity=config.sparsity, scope=config.scope, groups=config.groups == "kv")
+    if not heads:
+        raise ValueError(f"sparsity={config.sparsity} is less than a single head: nothing would be taken out.")
     return {name: list(numbers) for name, numbers in heads.items()}
 
 

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from patchattn_kernels import apply_head_gate, select_top_k
 
 from ..call import AttentionCall
-from ..expander import checked_heads, dropped_layers, head_weights, heads_by_module, initial_expander
+from ..expander import check_weights, checked_heads, dropped_layers, head_weights, heads_by_module, initial_expander
 from ..expert_layer import drop_layers, host_layer
 from ..pruning import KeptHeads, cut_heads
 from ..settings import option
@@ -25,6 +25,8 @@ _UNIT = 2**20  # of sums of gates, kept as integers: casting a model to half pre
 @dataclass(frozen=True, kw_only=True)
 class SHRPConfig(VariantConfig):
     """Settings of SHRP, a reconstruction; every field is described by `patchattn info shrp`."""
+
+    by_module = ("importance", "layers_dropped", "kept")
 
     heads: int = option(
         1,
@@ -96,7 +98,11 @@ class SHRP(SurgeryVariant):
         heads, width, size = site.query_heads, site.input_size, config.expander_size
         if heads is None or width is None or site.head_dim is None or size is None or config.activation is None:
             raise NotImplementedError(f"SHRP cannot tell the geometry of {site.name}.")
+        if config.importance is not None:
+            check_weights(config.importance, site)
         if config.kept is not None:
+            if site.name not in config.kept:
+                raise ValueError(f"'shrp' is on {site.name}, but kept names no heads of {site.name}.")
             self._keep(config)
         if max(config.heads, 1 + max(self.kept or (0,))) > heads:
             got = f"heads={config.heads}" if self.kept is None else f"kept={list(self.kept)}"
