@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .plan import FORMAT_VERSION, Patch, gathered, renamed_config
+from .plan import FORMAT_VERSION, Patch, gathered, narrowed, renamed_config
 from .renaming import Renaming
 from .variant import VariantConfig, variant_info
 
@@ -87,8 +87,8 @@ def refuse_other_settings(site: str, saved: torch.Tensor, own: torch.Tensor) -> 
         renaming = Renaming.of(theirs.site, ours.site)
     except ValueError:
         renaming = Renaming()
-    expected = [(name, config) for _, name, config in ours.variants]
-    given = [(name, renamed_config(config, renaming)) for _, name, config in theirs.variants]
+    expected = [(name, narrowed(config, [ours.site])) for _, name, config in ours.variants]
+    given = [(name, narrowed(renamed_config(config, renaming), [ours.site])) for _, name, config in theirs.variants]
     if [(name, config.to_dict()) for name, config in given] != [(name, c.to_dict()) for name, c in expected]:
         raise ValueError(
             f"These weights were trained under another patch. {site} is patched with {_shown(expected)}, "

@@ -1,7 +1,7 @@
 """What is patched onto a model, as plain data: the unit that is applied, saved and listed."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -77,16 +77,35 @@ def gathered(entries: Iterable[tuple[int, str, VariantConfig, str]]) -> list[Pat
         key = (number, variant, json.dumps(config.to_dict(), sort_keys=True, default=repr))
         found.setdefault(key, (config, []))[1].append(site)
     ordered = sorted(found.items(), key=lambda item: item[0][0])  # stable: towers patched apart share numbers
-    return [Patch(variant, config, tuple(sites)) for (_, variant, _), (config, sites) in ordered]
+    return [Patch(variant, narrowed(config, sites), tuple(sites)) for (_, variant, _), (config, sites) in ordered]
+
+
+def narrowed(config: VariantConfig, sites: Sequence[str]) -> VariantConfig:
+    """Settings with what they hold for these attention modules alone."""
+    return _by_module(config, lambda given: {name: value for name, value in given.items() if name in sites})
 
 
 def renamed_config(config: VariantConfig, renaming: Renaming) -> VariantConfig:
-    """Settings whose values are given by module, with those modules' names from where the model is now seen."""
-    changed = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
-            names = {key: renaming.get(key) for key in value}
-            if any(name is not None for name in names.values()):
-                changed[item.name] = {name: value[key] for key, name in names.items() if name is not None}
+    """Settings by module, with those modules' names from where the model is now seen; without those not seen there."""
+
+    def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+        names = {old: renaming.get(old) for old in given}
+        return {name: _renamed_paths(given[old], renaming) for old, name in names.items() if name is not None}
+
+    return _by_module(config, renamed)
+
+
+def _by_module(config: VariantConfig, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> VariantConfig:
+    """Settings whose dictionaries by module are changed; one that becomes empty is as if it had not been given."""
+    default = {item.name: item.default for item in fields(config)}
+    given = {name: getattr(config, name) for name in config.by_module}
+    given = {name: value for name, value in given.items() if isinstance(value, Mapping) and value}
+    changed = {name: change(value) or default[name] for name, value in given.items()}
     return replace(config, **changed) if changed else config
+
+
+def _renamed_paths(value: Any, renaming: Renaming) -> Any:
+    """A list of modules' paths by their new names; any other value as it is."""
+    if isinstance(value, list) and value and all(isinstance(path, str) for path in value):
+        return [name for path in value if (name := renaming.get(path)) is not None]
+    return value

@@ -149,10 +149,13 @@ class AlignmentHeads(Change):
     kept: tuple[int, ...]
 
     def exchange(self, model: nn.Module) -> None:
-        settings: Any = model.generation_config
+        settings: Any = model.get_submodule(self.module.rpartition(".")[0]).generation_config
         before = settings.alignment_heads
         settings.alignment_heads = self._renumbered(before) if self.value is None else self.value
         self.value = before
+
+    def check_undo(self, model: nn.Module, variant: str) -> None:
+        """The list was kept; nothing can be missing."""
 
     def _renumbered(self, heads: Sequence[Sequence[int]]) -> list[list[int]]:
         places = {head: place for place, head in enumerate(self.kept)}
@@ -174,10 +177,14 @@ class AlignmentHeads(Change):
 def _alignment(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> list[Change]:
     """The change of the heads that word timestamps are read from, where the module has any; it comes first: it may
     refuse, and nothing of the module is then exchanged."""
-    heads = getattr(getattr(model, "generation_config", None), "alignment_heads", None)
-    if not site.is_cross or not heads or site.layer_index not in [layer for layer, _ in heads]:
-        return []
-    return [AlignmentHeads("", "alignment_heads", None, site, tuple(kept))]
+    names = site.name.split(".")
+    for owner in (".".join(names[:depth]) for depth in range(len(names) if site.is_cross else 0)):
+        settings = getattr(model.get_submodule(owner), "generation_config", None)
+        heads = getattr(settings, "alignment_heads", None) or []
+        if site.layer_index in [layer for layer, _ in heads]:
+            path = f"{owner}.generation_config".lstrip(".")
+            return [AlignmentHeads(path, "alignment_heads", None, site, tuple(kept))]
+    return []
 
 
 def _group(site: AttentionSite) -> int:

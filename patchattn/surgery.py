@@ -33,6 +33,22 @@ class Change:
         place = next((p for p in (owner._parameters, owner._modules) if self.name in p), vars(owner))
         place[self.name], self.value = self.value, place[self.name]
 
+    def check_undo(self, model: nn.Module, variant: str) -> None:
+        """ValueError if what was there before the variant came cannot be put back."""
+        if _is_meta(self.value):
+            raise ValueError(
+                f"{self.module}.{self.name} was loaded without what {variant} took out: it was not saved. Load the "
+                "base model instead of unpatching this one."
+            )
+        owner = model.get_submodule(self.module)
+        if hasattr(owner, "_hf_hook"):
+            raise ValueError(
+                f"{self.module} is offloaded or dispatched by accelerate, which holds its weights: call "
+                "accelerate.hooks.remove_hook_from_submodules(model) first."
+            )
+        if hasattr(owner, "base_layer"):
+            raise ValueError(f"{self.module} carries a PEFT adapter: unload() or merge_and_unload() it first.")
+
 
 class SurgeryVariant(Variant):
     """A variant that exchanges parts of the model it is attached to.
@@ -77,19 +93,7 @@ class SurgeryVariant(Variant):
     def check_undo(self, model: nn.Module) -> None:
         """ValueError if what was there before cannot be put back."""
         for change in self.changes:
-            where = f"{change.module}.{change.name}"
-            if _is_meta(change.value):
-                raise ValueError(
-                    f"{where} was loaded without what {type(self).__name__} took out: it was not saved. Load the base "
-                    "model instead of unpatching this one."
-                )
-            if hasattr(model.get_submodule(change.module), "_hf_hook"):
-                raise ValueError(
-                    f"{change.module} is offloaded or dispatched by accelerate, which holds its weights: call "
-                    "accelerate.hooks.remove_hook_from_submodules(model) first."
-                )
-            if hasattr(model.get_submodule(change.module), "base_layer"):
-                raise ValueError(f"{change.module} carries a PEFT adapter: unload() or merge_and_unload() it first.")
+            change.check_undo(model, type(self).__name__)
 
     def train(self, mode: bool = True) -> Self:
         for change in self.changes:

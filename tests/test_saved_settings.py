@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import patchattn
@@ -107,3 +108,45 @@ def test_what_is_not_damaged_is_loaded(family_and_settings: tuple[str, str, dict
 def test_a_share_of_less_than_one_head_says_so() -> None:
     with pytest.raises(ValueError, match=r"sparsity=0.05 is less than a single head"):
         patchattn.patch_model(FAMILIES["llama"].make(), "prune", sparsity=0.05, importance="magnitude")
+
+
+def _encoder() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 40}
+    return tf.BertForMaskedLM(tf.BertConfig(num_hidden_layers=3, num_attention_heads=4, **sizes)).eval()
+
+
+@pytest.mark.parametrize("how", ["whole", "patch"])
+def test_paths_among_the_settings_are_those_of_the_whole_model(how: str, tmp_path: Path) -> None:
+    model, ids = _encoder(), torch.arange(3, 13)[None]
+    patchattn.patch_model(model.bert, "shrp", layers=[0, 2], layers_dropped=[1])
+    expected = model(ids).logits
+    if how == "whole":
+        model.save_pretrained(tmp_path)
+        again = patchattn.from_pretrained(tmp_path)
+    else:
+        patchattn.save_patch(model, tmp_path)
+        again = patchattn.load_patch(_encoder(), tmp_path)
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(again(ids).logits, expected)
+
+
+def test_layers_taken_away_after_patching_take_their_settings_along(tmp_path: Path) -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "prune", heads={0: [0], 1: [1]})
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    (patch,) = patchattn.patch_info(model)["patches"]
+    assert patch["sites"] == [FIRST]
+    assert patch["config"]["heads"] == {FIRST: [0]}
+    model.save_pretrained(tmp_path)
+    inputs = FAMILIES["llama"].inputs()
+    found = outputs(patchattn.from_pretrained(tmp_path), **inputs)
+    assert all(torch.equal(left, right) for left, right in zip(found, outputs(model, **inputs), strict=True))
+
+
+def test_a_field_of_which_nothing_is_left_is_as_if_not_given() -> None:
+    settings = {"heads": {SECOND: [0]}, "kept_channels": {FIRST: "f" * 11 + "e"}, "compensate": False}
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "flap", settings)
+    model.model.layers = model.model.layers[:1]
+    (patch,) = patchattn.patch_info(model.model)["patches"]
+    assert patch["config"]["heads"] is None
+    assert list(patch["config"]["kept_channels"]) == [FIRST.removeprefix("model.")]

@@ -117,3 +117,23 @@ def test_masked_heads_and_self_attention_leave_the_list_alone() -> None:
     torch.testing.assert_close(timestamps(model), timestamps(silenced(whisper())), rtol=0.0, atol=1e-9)
     model = patchattn.patch_model(whisper(), "prune", heads={"model.decoder.layers.0.self_attn": [0]})
     assert model.generation_config.alignment_heads == ALIGNMENT
+
+
+class Wrapper(nn.Module):
+    """An object around a model, as libraries have them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+
+def test_through_an_object_around_the_model_and_a_part_of_it() -> None:
+    expected = timestamps(silenced(whisper()))
+    model = patchattn.patch_model(Wrapper(whisper()), "prune", heads={f"inner.{k}": v for k, v in PRUNED.items()}).inner
+    torch.testing.assert_close(timestamps(model), expected, rtol=0.0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"generation_config.*give the whole model"):
+        patchattn.unpatch_model(model.model)
+    torch.testing.assert_close(timestamps(model), expected, rtol=0.0, atol=1e-9)
+    patchattn.unpatch_model(Wrapper(model))
+    assert model.generation_config.alignment_heads == ALIGNMENT
+    assert torch.equal(timestamps(model), timestamps(whisper()))

@@ -165,7 +165,7 @@ class SHRP(SurgeryVariant):
         with torch.no_grad():
             for name, value in initial_expander(model, host, self.site, self.expander_in_bias.numel(), weights).items():
                 getattr(self, name).copy_(value)
-        dropped = drop_layers(model, self.config.layers_dropped.get(self.site.name, ()))
+        dropped = drop_layers(model, dict(self.config.layers_dropped).get(self.site.name, ()))
         return [*host.changes, *dropped, *(self.cuts(model, self.kept) if self.kept else ())]
 
     def cuts(self, model: nn.Module, kept: Sequence[int]) -> list[Change]:
