@@ -1,7 +1,8 @@
 """Attention sites: where a model attends, and with what geometry.
 
-A site is an attention module whose `forward` looks its attention function up in transformers' registry. That is
-read off the compiled code of `forward`, and geometry off tensors and configuration, so no model family is named here.
+A site is a module that makes queries of its input and whose `forward` looks its attention function up in transformers'
+registry. That is read off tensors and the compiled code of `forward`, and geometry off tensors and configuration, so no
+model family is named here.
 """
 
 import inspect
@@ -106,9 +107,24 @@ def dispatches(module: nn.Module) -> bool:
     return "get_interface" in code.co_names or "getattr" not in code.co_names
 
 
+def projects(module: nn.Module) -> bool:
+    """Whether queries can be made of the module's input: it has a matrix for that, or gets them ready-made.
+
+    A module that has parameters but no projection attends with learned queries, such as one that mixes the outputs of
+    earlier layers: its axes are not those of tokens and heads.
+    """
+    own = list(module.parameters())
+    head_dim = next(_integers(module, _HEAD_DIM), 1)
+    return (
+        not own
+        or any(linear_shape(child) is not None for child in module.modules() if child is not module)
+        or any(p.dim() > 1 and sorted(p.shape)[-2] >= max(head_dim, 2) for p in own)
+    )
+
+
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """All attention sites of a model, in the order of its modules."""
-    found = [(name, module) for name, module in model.named_modules() if dispatches(module)]
+    found = [(name, module) for name, module in model.named_modules() if dispatches(module) and projects(module)]
     layers = _layers([name for name, _ in found])
     sites = [_describe(name, module, *layers[name]) for name, module in found]
     kinds: dict[tuple[str, str], set[bool]] = {}

@@ -1,0 +1,66 @@
+"""What is an attention site, and what only looks like one."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+import patchattn
+from patchattn.coverage.tiny import SCALES, model_classes, tiny_config, tiny_model
+
+from .behaviour import randomise
+from .families import FAMILIES, outputs
+
+
+class LearnedQueries(nn.Module):
+    """Mixes outputs of earlier layers `(B, T, n, E)` by attention of learned queries; T is where heads would be."""
+
+    def __init__(self, config: tf.LlamaConfig, queries: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_key_value_groups, self.is_causal = 1, False
+        shape = (config.hidden_size,) if queries == 1 else (queries, config.hidden_size)
+        self.query = nn.Parameter(torch.randn(shape))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        query = self.query.view(-1, states.shape[-1]).expand(*states.shape[:2], -1, -1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, states, states, None, scaling=states.shape[-1] ** -0.5)
+        return output.transpose(1, 2)[:, :, 0]
+
+
+class MixingLlama(tf.LlamaForCausalLM):
+    def __init__(self, config: tf.LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mix = LearnedQueries(config, queries=layer.self_attn.layer_idx + 1)
+
+
+def test_learned_queries_are_no_site() -> None:
+    model = MixingLlama(FAMILIES["llama"].make().config)
+    assert [site.name for site in patchattn.find_sites(model)] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    states = torch.randn(2, 4, 3, 32)  # as many tokens as the model has heads
+    expected = [layer.mix(states) for layer in model.model.layers]
+    patchattn.patch_model(model, ["ssa", "moh"])
+    randomise(model)
+    assert all(torch.equal(layer.mix(states), e) for layer, e in zip(model.model.layers, expected, strict=True))
+
+
+@pytest.mark.parametrize("model_type", ["inkling2_text", "inkling2_loop_text"])
+def test_a_model_with_learned_queries_between_its_layers_runs_patched(model_type: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("not in the installed transformers")
+    torch.manual_seed(0)
+    model = tiny_model(model_classes(model_type)[0], tiny_config(model_type, SCALES[0])).eval()
+    assert all(
+        "Attention" in (kind := site.module_class) and "Residual" not in kind for site in patchattn.find_sites(model)
+    )
+    tokens = torch.randint(3, 60, (2, 4))
+    base = outputs(model, input_ids=tokens)[0]
+    patchattn.patch_model(model, "moh", active_ratio=0.5, shared_ratio=0.0)
+    assert not torch.equal(outputs(model, input_ids=tokens)[0], base)
+    patchattn.unpatch_model(model)
+    assert torch.equal(outputs(model, input_ids=tokens)[0], base)
