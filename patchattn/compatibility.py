@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .seam import seam_name
-
+_PREFIX = "patchattn_"
 _QUESTION = re.compile(
     r"""_attn_implementation\s*(==|!=|not\s+in|in)\s*(\([^()]*\)|\[[^\[\]]*\]|"[^"]*"|'[^']*')""", re.VERBOSE
 )
@@ -22,6 +21,11 @@ _HARMLESS: dict[str, Any] = {
     "GPT2Attention": lambda module: not module.reorder_and_upcast_attn,
     "DecisionTransformerGPT2Attention": lambda module: not module.reorder_and_upcast_attn,
 }
+
+
+def seam_name(base: str) -> str:
+    """The name registered for a base implementation: no "/" or "@", which transformers takes for a Hub kernel."""
+    return _PREFIX + re.sub(r"[^0-9a-zA-Z]+", "_", base)
 
 
 def name_branches(modules: Iterable[nn.Module], base: str) -> list[str]:

@@ -8,23 +8,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .compatibility import name_branches
+from .bases import base_function, original_config, release_bases, seam_config
+from .batching import allow_batching, forbid_batching
+from .compatibility import name_branches, seam_name
+from .context import close_context, note_raw_query, open_context
 from .decoding import DecodingVariant, refuse_second
 from .hooks import install_hooks, register_last, remove_hooks
 from .packing import CHILD
 from .plan import Patch, gathered
-from .seam import (
-    VariantChain,
-    active_chain,
-    base_function,
-    close_context,
-    note_raw_query,
-    open_context,
-    original_config,
-    release_bases,
-    seam_config,
-    seam_name,
-)
+from .seam import VariantChain, active_chain, recall, retire
 from .selection import base_model, select_sites
 from .settings import nearest
 from .sites import AttentionSite, find_sites
@@ -189,9 +181,11 @@ def unpatch_model(model: ModelT) -> ModelT:
     for operation in reversed(operations):
         operation.exchange(base)
     for module in base.modules():
-        if module._modules.pop(CHILD, None) is not None:
+        if (child := module._modules.pop(CHILD, None)) is not None:
             vars(module)["config"] = original_config(module)
+            retire(child)
         remove_hooks(module, is_ours)
+        allow_batching(module)
     release_bases()
     return model
 
@@ -384,8 +378,10 @@ def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, varian
 
 def _install(model: nn.Module, modules: list[nn.Module]) -> None:
     """Point configurations at the seam and place the hooks that the attached variants need."""
+    forbid_batching(model)
     for module in modules:
         chain: Any = module._modules[CHILD]
+        recall(chain)
         if _config(module)._attn_implementation != seam_name(chain.base):
             vars(module)["config"] = seam_config(module.config, chain.base)
         if chain.needs_context and open_context not in module._forward_pre_hooks.values():

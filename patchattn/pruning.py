@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bases import own_config
 from .calibration.heads import HeadList
 from .call import AttentionCall
 from .projections import head_projections, kept_index, selected, sliced, unrecognised
-from .seam import own_config
 from .settings import nearest
 from .sites import AttentionSite, attention_forward
 from .surgery import Change

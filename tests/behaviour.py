@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import patchattn
-from patchattn.seam import CHILD
+from patchattn.packing import CHILD
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import patchattn
-from patchattn import decoding, hooks, seam
+from patchattn import context, decoding, hooks
 from patchattn.kv_caches import cache_argument
 from patchattn.variants import damro
 
@@ -170,7 +170,7 @@ def test_a_failure_within_attention_leaves_nothing_behind(variant, no_collector)
     patchattn.unpatch_model(model)
     del model
     assert found[2]() is None
-    for module in (seam, hooks):
+    for module in (context, hooks):
         assert not any(vars(module._local).values())
 
 

@@ -13,7 +13,8 @@ import transformers as tf
 from torch import nn
 
 import patchattn
-from patchattn.seam import _live_chains, seam_name
+from patchattn.bases import live_chains
+from patchattn.compatibility import seam_name
 
 from .behaviour import assert_same, implementations, randomise, registered, snapshot
 from .families import FAMILIES, outputs
@@ -177,16 +178,6 @@ def test_cross_attention_is_a_site_of_its_own() -> None:
     assert all(site["is_cross"] for site in sites)
 
 
-def test_setting_the_implementation_of_a_patched_model_is_noticed(llama, tokens) -> None:
-    patchattn.patch_model(llama, "moh")
-    llama.set_attn_implementation("eager")
-    with pytest.raises(RuntimeError, match="'eager' was set since"):
-        llama(tokens)
-    patchattn.unpatch_model(llama)
-    assert llama.config._attn_implementation == "eager"
-    llama(tokens)
-
-
 def test_gemma4_branches_on_the_name_outside_its_attention() -> None:
     """Its text model asks for the implementation by name; it is still shown the base's."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -245,7 +236,7 @@ def test_the_registry_is_left_clean(llama) -> None:
     gc.collect()  # of what earlier tests left behind
     patchattn.unpatch_model(patchattn.patch_model(llama, "moh"))
     if any(name.startswith("patchattn_") for name in registered()):
-        assert {chain.base for chain in _live_chains}, "registered for no model at all"
+        assert {chain.base for chain in live_chains}, "registered for no model at all"
 
 
 @pytest.mark.parametrize("family", ["DebertaV2", "Falcon", "Bloom", "GPTJ", "Mpt", "GPTNeo", "XGLM"])

@@ -141,9 +141,3 @@ def test_towers_keep_their_own_bases() -> None:
     patchattn.unpatch_model(model)
     assert model.config.text_config._attn_implementation == "eager"
     assert model.config.vision_config._attn_implementation == "sdpa"
-
-
-def test_continuous_batching_is_refused() -> None:
-    model = patchattn.patch_model(FAMILIES["llama"].make(), "moh")
-    with pytest.raises(NotImplementedError, match="Continuous batching"):
-        model(FAMILIES["llama"].inputs()["input_ids"], cache=object())

@@ -7,11 +7,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..bases import original_config, release_bases
 from ..call import AttentionCall
 from ..packing import CHILD
 from ..patching import apply_patches
 from ..plan import Patch
-from ..seam import VariantChain, original_config, release_bases
+from ..seam import VariantChain
 from ..selection import base_model
 from ..sites import AttentionSite
 from ..variant import (
