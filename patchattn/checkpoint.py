@@ -1,29 +1,29 @@
 """A patch on disk, and back: `save_patch`, `load_patch`, `from_pretrained`.
 
-A saved patch is two files: `patchattn_config.json` (format version, plan, base model, geometry of the patched sites)
-and `patchattn_model.safetensors` (the variants' tensors by their names in the base model's state dict, possibly none).
 Nothing read here is executed or unpickled, and everything is validated before a model is touched.
 """
 
 import functools
-import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .documents import concerning, naming, quoted, read_json_object
+from .folders import replacing, settled
 from .packing import CHILD
+from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, is_finite, read_patch, read_tensors, write_patch
 from .patching import active_chains, applied_patches, apply_patches, is_patched
-from .plan import FORMAT_VERSION, Patch, plan_dict, renamed_config
+from .plan import Patch, plan_dict, renamed_config
+from .pretrained import readable
 from .renaming import Renaming
 from .selection import base_model
 from .settings import nearest
@@ -34,39 +34,31 @@ from .whole_model import listed, patched_class, saved_plan
 from .whole_model import model_class as transformers_class
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-CONFIG_FILE = "patchattn_config.json"
-TENSORS_FILE = "patchattn_model.safetensors"
 _MODEL_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class SavedPatch:
-    """What `patchattn_config.json` says.
-
-    Attributes:
-        patches: outermost first.
-        base: `name_or_path`, `revision`, `model_type` and `architecture` of the base model.
-        sites: name of each patched attention module to its `AttentionSite.geometry()`.
-    """
-
-    patches: tuple[Patch, ...]
-    base: Mapping[str, Any]
-    sites: Mapping[str, Mapping[str, Any]]
 
 
 def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Write a model's patch, without the base model: `patchattn_config.json` and `patchattn_model.safetensors`.
 
-    Of a PeftModel whose variants are in `modules_to_save`, the active adapter's copy is written.
+    Of a PeftModel whose variants are in `modules_to_save`, the active adapter's copy is written. Both files take the
+    place of older ones together: a process that is killed while it saves leaves the older save or the new one.
 
     Args:
         model: a patched model, or a PeftModel around one.
         directory: is made if it does not exist.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or a variant's tensor holds what is no finite number.
         TypeError: `model` is not a transformers model.
+        OSError: the folder cannot be written; what it held is then as it was.
     """
+    content, tensors = patch_content(model)
+    with replacing(directory) as folder:
+        write_patch(folder, content, tensors)
+
+
+def patch_content(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `patch_files.write_patch` writes of a patched model; raises as `save_patch`."""
     base = base_model(model)
     chains = active_chains(base)
     if not chains:
@@ -94,10 +86,7 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
         # before any surgery, as the base model has them
         "sites": {name: cast(Variant, next(chain.children())).site.geometry() for name, chain in chains.items()},
     }
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content, tensors
 
 
 def load_patch(
@@ -133,17 +122,23 @@ def load_patch(
     if is_patched(base):
         raise ValueError("load_patch expects an unpatched model; this one is patched. Call unpatch_model first.")
     folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
-    saved = read_patch(folder)
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        raise ValueError(f"There is no {TENSORS_FILE} beside {folder / CONFIG_FILE}.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}.") from error
+
+    def read() -> tuple[SavedPatch, dict[str, torch.Tensor]]:
+        found = read_patch(folder)
+        return found, read_tensors(found)
+
+    saved, tensors = settled(folder, read)
     saved, tensors = _as_named_in(base, saved, tensors)
     _refuse_other_base(base, saved)
-    apply_patches(base, saved.patches, initialise=functools.partial(_fill, tensors=tensors, path=path))
+    try:
+        initialise = functools.partial(_fill, tensors=tensors, path=folder / TENSORS_FILE)
+        apply_patches(base, saved.patches, initialise=initialise)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged file makes a variant raise is of any kind
+        if not isinstance(error, ValueError | TypeError | NotImplementedError):
+            raise ValueError(f"{folder}: this patch cannot be put on ({type(error).__name__}: {error}).") from error
+        raise naming(folder, error) from error
     return model
 
 
@@ -186,12 +181,26 @@ def from_pretrained(
         raise TypeError(f"model_class must be a class derived from transformers.PreTrainedModel, got {model_class!r}.")
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
     folder = _small_files(source, revision=revision, subfolder=subfolder, **where)
-    if (folder / _MODEL_CONFIG).is_file():
-        config = read_json(folder / _MODEL_CONFIG)
-        place = {"revision": revision or "main", **({"subfolder": subfolder} if subfolder else {}), **where}
-        if saved_plan(source, variant=kwargs.get("variant"), **place) is not None:
-            kind = patched_class(model_class or (config.get("architectures") or [None])[0])
-            return kind.from_pretrained(source, **place, **kwargs)
+    place = {"revision": revision or "main", **({"subfolder": subfolder} if subfolder else {}), **where}
+
+    def read() -> Any:
+        if (folder / _MODEL_CONFIG).is_file():
+            config = read_json_object(folder / _MODEL_CONFIG)
+            if saved_plan(source, variant=kwargs.get("variant"), **place) is not None:
+                named = config.get("architectures")
+                first = named[0] if isinstance(named, list) and named else named
+                with concerning(folder / _MODEL_CONFIG):
+                    kind = patched_class(model_class or (first if isinstance(first, str) else None))
+                return kind.from_pretrained(source, **place, **kwargs)
+        return _base_and_patch(source, folder, place, model_class, kwargs)
+
+    return settled(folder, read)
+
+
+def _base_and_patch(
+    source: str | PathLike[str], folder: Path, place: Mapping[str, Any], model_class: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    """The base model of a patch alone, with it, and with the adapter beside it."""
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
             f"{str(source)!r} holds no patch: {CONFIG_FILE} is not there, nor weights that were saved from variants."
@@ -200,79 +209,41 @@ def from_pretrained(
     name, base_revision = saved.base.get("name_or_path"), saved.base.get("revision")
     has_adapter = (folder / _ADAPTER_CONFIG).is_file()
     if has_adapter:
-        adapter = read_json(folder / _ADAPTER_CONFIG)
+        adapter = read_json_object(folder / _ADAPTER_CONFIG)
         name, base_revision = adapter.get("base_model_name_or_path") or name, adapter.get("revision") or base_revision
+        if not isinstance(name, str | None) or not isinstance(base_revision, str | None):
+            raise ValueError(f"{folder / _ADAPTER_CONFIG}: base_model_name_or_path and revision must be texts or null.")
     if not name:
         raise ValueError(
             f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
             "call patchattn.load_patch(base_model, folder)."
         )
-    base_kind: Any = model_class or transformers_class(saved.base.get("architecture"))
-    base = load_patch(base_kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs), folder)
+    with concerning(saved.path):
+        base_kind: Any = model_class or transformers_class(saved.base.get("architecture"))
+    where = {key: place[key] for key in ("token", "cache_dir")}
+    with readable(name):
+        unpatched = base_kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs)
+    base = load_patch(unpatched, folder)
     if not has_adapter:
         return base
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(source), revision=revision, subfolder=subfolder, **where)
-
-
-def read_patch(folder: Path) -> SavedPatch:
-    """Read and validate `patchattn_config.json`; ValueError on whatever is wrong with it."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"There is no {CONFIG_FILE} in {folder}. A whole model written by save_pretrained is loaded by "
-            "patchattn.from_pretrained."
-        )
-    content = read_json(path)
-    patches = read_plan(content, path)
-    base, sites = content.get("base_model"), content.get("sites")
-    if not (isinstance(base, dict) and isinstance(sites, dict) and all(isinstance(s, dict) for s in sites.values())):
-        raise ValueError(f"{path}: base_model, sites and each of the sites must be dictionaries.")
-    if unknown := sorted({name for patch in patches for name in patch.sites} - set(sites)):
-        raise ValueError(f"{path}: sites says nothing of {unknown[0]!r}, which is patched.")
-    return SavedPatch(tuple(patches), base, sites)
-
-
-def read_plan(content: Any, path: Path | str) -> list[Patch]:
-    """The patches of a plan (see `plan.plan_dict`); ValueError, naming `path`, on whatever is wrong with it."""
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{path}: format_version must be a positive integer, got {version!r}.")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}; this patchattn reads up to {FORMAT_VERSION}. Upgrade patchattn."
-        )
-    entries = content.get("patches")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: patches must be a list of at least one patch, got {entries!r}.")
-    try:
-        return [Patch.from_dict(entry) for entry in entries]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a dictionary; ValueError if it is damaged or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the decoder of JSON or of UTF-8
-        raise ValueError(f"{path} is damaged or no JSON file: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}.")
-    return content
+    with readable(source):
+        return PeftModel.from_pretrained(base, str(source), **place)
 
 
 def _small_files(source: str | PathLike[str], subfolder: str | None = None, **where: Any) -> Path:
     """The folder itself, or a Hub repository's files that tell what it holds."""
     inside = Path(subfolder or "")
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # Path.is_dir raises OSError on a name that is too long
         return Path(source) / inside
     names = [str(inside / name) for name in (_MODEL_CONFIG, _ADAPTER_CONFIG, CONFIG_FILE, TENSORS_FILE)]
     try:
         return Path(snapshot_download(str(source), allow_patterns=names, **where)) / inside
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(source)!r} is no folder, nor a Hub repository that can be read: {error}") from error
+        raise ValueError(
+            f"{quoted(str(source))} is no folder, nor a Hub repository that can be read: {str(error)[:500]}"
+        ) from error
 
 
 def _as_named_in(
@@ -301,7 +272,8 @@ def _as_named_in(
 def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
     """Say which property of the base model differs from that of the model the patch was made on."""
     config: Any = base.config
-    made_on = f"This patch was made on {saved.base.get('architecture')} ({saved.base.get('name_or_path') or 'unnamed'})"
+    name = saved.base.get("name_or_path") or "unnamed"
+    made_on = f"{saved.path}: this patch was made on {saved.base.get('architecture')} ({name})"
     if config.model_type != saved.base.get("model_type"):
         raise ValueError(
             f"{made_on}, of model type {saved.base.get('model_type')!r}; got {type(base).__name__}, of model type "
@@ -316,7 +288,7 @@ def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
         for key, here in sites[name].items():
             if geometry.get(key) != here:
                 raise ValueError(
-                    f"{made_on}, where {name} has {key} = {geometry.get(key)}; in the model given it is {here}."
+                    f"{made_on}, where {name} has {key} = {quoted(geometry.get(key))}; in the model given it is {here}."
                 )
 
 
@@ -329,7 +301,11 @@ def _fill(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor
     for key, own in wanted.items():
         if own.shape != tensors[key].shape:
             raise ValueError(f"{path}: {key} has the shape {tuple(tensors[key].shape)}, expected {tuple(own.shape)}.")
+        if own.is_floating_point() != tensors[key].is_floating_point():
+            raise ValueError(f"{path}: {key} is of {tensors[key].dtype}, expected {own.dtype}.")
         if own.is_meta:
             raise ValueError("The base model is on the meta device; load its weights before its patch.")
+        if not is_finite(tensors[key].to(own.dtype)):
+            raise ValueError(f"{path}: {key} holds values that are no finite numbers in {own.dtype}.")
     for key, own in wanted.items():
         own.copy_(tensors[key])

@@ -131,7 +131,7 @@ def check(
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from .checking import check_patch
-    from .demo.tasks import load_pretrained
+    from .pretrained import load_pretrained
     from .variant import variant_info
 
     config = variant_info(variant).configure(parse_settings(settings or []))
@@ -239,9 +239,9 @@ def calibrate_act(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .calibration.search import find_heads
-    from .demo.tasks import load_pretrained
     from .devices import choose_device
     from .evaluation.likelihood import read_choices
+    from .pretrained import load_pretrained
 
     examples, given, chosen = read_choices(data), parse_settings(settings or []), choose_device(device)
     quiet()
@@ -309,17 +309,14 @@ def quiet() -> None:
 
 def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
-    import yaml
+    from .documents import parse_yaml
 
     settings = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
             raise ValueError(f"{option} expects name=value, got {pair!r}.")
-        try:
-            settings[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{option} {pair}: the value is no YAML: {error}") from error
+        settings[key.strip()] = parse_yaml(value, f"{option} {pair}", has_lines=False)
     return settings
 
 

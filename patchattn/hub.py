@@ -11,7 +11,10 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
-from .checkpoint import read_json, save_patch
+from .checkpoint import patch_content
+from .documents import read_json_object
+from .folders import replacing
+from .patch_files import write_patch
 from .patching import applied_patches
 from .plan import Patch
 from .selection import base_model
@@ -35,9 +38,10 @@ def save_pretrained(
 ) -> None:
     """Write everything a patched model needs into one folder, for `patchattn.from_pretrained`.
 
-    That is what the model's own `save_pretrained` writes (weights, and `config.json` with the plan under `patchattn`),
+    That is what the model's own `save_pretrained` writes (weights, and the patch among them, and `config.json`),
     the patch alone as `save_patch` writes it, and a model card. Of a PeftModel, its adapter takes the place of the
-    model's weights.
+    model's weights. All files take the place of older ones together, so that there must be room for both: a process
+    that is killed while it saves leaves the older save or the new one.
 
     Args:
         model: a patched model, or a PeftModel around one.
@@ -50,6 +54,7 @@ def save_pretrained(
         ValueError: the model is not patched, carries adapters without being a PeftModel, or cannot have custom code:
             a PeftModel, or a class that no Auto class of transformers knows; or the report has no run with this patch.
         TypeError: `model` is not a transformers model.
+        OSError: the folder cannot be written; what it held is then as it was.
     """
     base: Any = base_model(model)
     is_peft = hasattr(base, "peft_config")
@@ -60,15 +65,22 @@ def save_pretrained(
         raise ValueError("custom_code needs a whole model, got a PeftModel: merge_and_unload() first.")
     auto_map = _auto_map(base) if custom_code else {}
     card = _card(base, report)
-    save_patch(model, directory)
-    saved.save_pretrained(directory)
-    folder = Path(directory)
-    card.save(folder / "README.md")
-    if custom_code:
-        config = {**read_json(folder / "config.json"), "auto_map": auto_map}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        code = _CODE.format(architecture=type(base).__name__)
-        (folder / f"{CODE_MODULE}.py").write_text(code, encoding="utf-8")
+    content, tensors = patch_content(model)
+    with replacing(directory, outdated=lambda name: not is_peft and _is_weights(name)) as folder:
+        write_patch(folder, content, tensors)
+        saved.save_pretrained(folder)
+        card.save(folder / "README.md")
+        if custom_code:
+            config = {**read_json_object(folder / "config.json"), "auto_map": auto_map}
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
+            code = _CODE.format(architecture=type(base).__name__)
+            (folder / f"{CODE_MODULE}.py").write_text(code, encoding="utf-8")
+
+
+def _is_weights(name: str) -> bool:
+    """Whether transformers would take a file of that name for a model's weights, or a shard of them."""
+    return re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) is not None
 
 
 def push_to_hub(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .documents import parse_json
 from .plan import FORMAT_VERSION, Patch, gathered, narrowed, renamed_config
 from .renaming import Renaming
 from .variant import VariantConfig, variant_info
@@ -45,7 +46,7 @@ def unpacked_settings(tensor: torch.Tensor, where: str) -> Packed:
         ValueError: it is damaged, of a newer format, or names what is not known; the message begins with `where`.
     """
     try:
-        content = json.loads(bytes(tensor.tolist()))
+        content = parse_json(bytes(tensor.tolist()).decode(), where)
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version!r}, where this patchattn reads {FORMAT_VERSION}")
@@ -54,7 +55,7 @@ def unpacked_settings(tensor: torch.Tensor, where: str) -> Packed:
             info = variant_info(entry["variant"])
             variants.append((int(entry["patch"]), info.name, info.variant.config_class.from_dict(entry["config"])))
         return Packed(str(content["module"]), str(content["site"]), variants)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{where}: the settings of its variants cannot be read ({reason}).") from error
 

@@ -14,9 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import safe_open
 
+from .documents import quoted, read_json_object
 from .packing import CHILD, SETTINGS, packed_plan
+from .patch_files import is_finite
 from .patching import active_chains, apply_patches
 from .plan import Patch
+from .pretrained import readable
 from .surgery import surgeries
 
 CODE_MODULE = "modeling_patchattn"  # the Hub's custom-code entry, without its .py
@@ -37,15 +40,13 @@ def saved_plan(
     Raises:
         ValueError: a file is damaged, or its settings cannot be read.
     """
-    from .checkpoint import read_json
-
     middle = "" if variant is None else f".{variant}"
     index = _file(source, f"model.safetensors.index{middle}.json", subfolder, where)
     single = f"model{middle}.safetensors"
     if index is None:
         shards = {single: None}
     else:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: weight_map must be a dictionary, got {type(weight_map).__name__}.")
         shards = dict.fromkeys(str(shard) for key, shard in weight_map.items() if _is_settings(key))
@@ -84,14 +85,14 @@ def model_class(architecture: str | None) -> Any:
     found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
-            f"The model's class is given as {architecture!r}, which is no model class of transformers "
+            f"The model's class is given as {quoted(architecture)}, which is no model class of transformers "
             f"{transformers.__version__}. If it is yours, say so: patchattn.from_pretrained(..., model_class=...)."
         )
     return found
 
 
 @functools.cache
-def patched_class(architecture: str | type) -> Any:
+def patched_class(architecture: str | type | None) -> Any:
     """A stand-in for a transformers model class that loads patched models; for custom code on the Hub.
 
     It patches itself when it is built, by the plan in the weights, so that transformers' own loading finds a place for
@@ -126,13 +127,20 @@ def patched_class(architecture: str | type) -> Any:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
             token = _building.set(plan)
             try:
-                model, info = super().from_pretrained(source, *args, **kwargs)
-            except SafetensorError as error:
-                raise ValueError(f"{_damaged_file(source)} is damaged or no safetensors file: {error}.") from error
+                with readable(source):
+                    model, info = super().from_pretrained(source, *args, **kwargs)
+            except ValueError as error:
+                if isinstance(error.__cause__, SafetensorError):
+                    what = f"is damaged or no safetensors file: {error.__cause__}"
+                    raise ValueError(f"{_damaged_file(source)} {what}.") from error
+                raise
             finally:
                 _building.reset(token)
             carried = [name for variant in surgeries(list(active_chains(model).values())) for name in variant.carried()]
             _refuse_incomplete(source, info, may_mismatch, carried)
+            for name, tensor in model.state_dict().items():
+                if f".{CHILD}." in name and not is_finite(tensor):
+                    raise ValueError(f"{str(source)!r}: {name} holds values that are no finite numbers.")
             model.__class__ = original
             # A copy saved from here has no code file beside it.
             if CODE_MODULE in str(getattr(model.config, "auto_map", None)):

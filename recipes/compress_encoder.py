@@ -6,7 +6,6 @@ The configuration and local files are checked whole before a model is loaded. Ev
 `output`: started again after a kill, the recipe leaves finished stages alone and goes on in the one that was running.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,12 @@ import torch
 import transformers
 import typer
 from finetune_glue import GlueTraining, Task, is_first_process, say
-from recipe_checkpoints import write_json
 from recipe_common import METRICS_FILE, PatchedTrainer, begin, finished, train
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
 
 import patchattn
 from patchattn import Settings, option, variant_info
+from patchattn.documents import as_json, read_json_object, write_json
 from patchattn.evaluation.glue import glue_task, read_glue
 from patchattn.training import RoutingCallback, distillation_loss, specialise_loss
 
@@ -282,10 +281,10 @@ def run(settings: CompressSettings) -> dict[str, Any]:
     """
     stages = dict(zip(STAGES, settings.trainings(), strict=True))
     done: dict[str, Any] = {name: finished(stage) for name, stage in stages.items()}
-    path, given = Path(settings.output) / METRICS_FILE, json.loads(json.dumps(settings.to_dict()))
+    path, given = Path(settings.output) / METRICS_FILE, as_json(settings.to_dict())
     if all(done.values()) and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["settings"] == given:
+        before = read_json_object(path)
+        if before.get("settings") == given:
             return before
     task = Task(stages["teacher"], AutoTokenizer.from_pretrained(settings.model))
     makers = first_models(settings, task)

@@ -23,7 +23,6 @@ import datasets
 import torch
 import transformers
 import typer
-from recipe_checkpoints import write_json
 from recipe_common import (
     EFFECT,
     METRICS_FILE,
@@ -45,6 +44,7 @@ from transformers import (
 )
 
 from patchattn import Observation, Settings, find_sites, observe, option
+from patchattn.documents import write_json
 from patchattn.evaluation.glue import glue_task, load_glue, read_glue
 from patchattn.evaluation.metrics.glue import Glue
 

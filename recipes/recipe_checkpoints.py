@@ -1,22 +1,15 @@
-"""Checkpoints that survive a kill: which of them are complete, and files that are written whole or not at all."""
+"""Checkpoints that survive a kill: which of them are complete."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from patchattn.documents import read_json_object, write_json
+
 FILES = "files.json"  # the last file of a checkpoint: what the others are, and how long
 TRAINER_STATE = "trainer_state.json"  # the Trainer's name for it
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def last_checkpoint(output: str | Path) -> str | None:
@@ -34,12 +27,11 @@ def last_checkpoint(output: str | Path) -> str | None:
 
 def _can_go_on(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / FILES).read_text(encoding="utf-8"))
-        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        sizes, state = read_json_object(folder / FILES), read_json_object(folder / TRAINER_STATE)
         is_complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        return is_complete and state["global_step"] < state["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return is_complete and state["global_step"] < state["max_steps"]
 
 
 class CompleteCheckpoints(TrainerCallback):

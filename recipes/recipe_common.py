@@ -16,7 +16,6 @@ and defines `run(settings)`:
         command(MySettings, run)
 """
 
-import json
 import os
 import platform
 import time
@@ -31,13 +30,14 @@ import torch
 import transformers
 import typer
 from peft import LoraConfig, get_peft_model
-from recipe_checkpoints import CompleteCheckpoints, last_checkpoint, write_json
+from recipe_checkpoints import CompleteCheckpoints, last_checkpoint
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import patchattn
 from patchattn import Settings, Variant, option, variant_info
+from patchattn.documents import as_json, quoted, read_json_object, write_json
 from patchattn.training import ActiveRatioCallback, PatchedTrainerMixin, RoutingCallback
 
 SETTINGS_FILE = "settings.json"  # written when a run begins
@@ -161,13 +161,13 @@ def finished(settings: TrainingSettings) -> dict[str, Any] | None:
         return None  # whatever was begun here, nothing of it would be continued
     if not (folder / SETTINGS_FILE).is_file():
         raise ValueError(f"{folder} holds a run without {SETTINGS_FILE}; choose another output folder.")
-    before, now = _flat(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))), _flat(_identity(settings))
+    before, now = _flat(read_json_object(folder / SETTINGS_FILE)), _flat(_identity(settings))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
-        changes = "; ".join(f"{key}: {before.get(key)!r} became {now.get(key)!r}" for key in keys)
+        changes = "; ".join(f"{key}: {quoted(before.get(key))} became {quoted(now.get(key))}" for key in keys)
         raise ValueError(f"{folder} holds a run with other settings ({changes}). Choose another output folder.")
     metrics = folder / METRICS_FILE
-    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+    return read_json_object(metrics) if metrics.is_file() else None
 
 
 def begin(settings: TrainingSettings, **more: Any) -> TrainingArguments:
@@ -184,6 +184,7 @@ def begin(settings: TrainingSettings, **more: Any) -> TrainingArguments:
             "accelerator, set ACCELERATE_USE_CPU=1."
         )
     if arguments.process_index == 0:
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
         write_json(Path(settings.output) / SETTINGS_FILE, _identity(settings))
     set_seed(settings.seed)
     return arguments
@@ -199,7 +200,7 @@ def _identity(settings: TrainingSettings) -> dict[str, Any]:
     values = {**settings.to_dict(), "processes": _processes()}
     del values["output"]
     order = list(values["variants"])  # a comparison of dictionaries would not see it
-    return json.loads(json.dumps({**values, "order": order}))
+    return as_json({**values, "order": order})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

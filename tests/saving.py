@@ -1,5 +1,8 @@
 """What the tests of saving share."""
 
+import hashlib
+import json
+
 import torch
 
 import patchattn
@@ -31,3 +34,10 @@ def run(model, name="llama"):
 def equal(left, right):
     """Equal but for what the layout of loaded tensors in memory does: gpt-oss differs by 2e-7 without any patch."""
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(left, right, strict=True))
+
+
+def sign(folder):
+    """Write the digest of a patch's tensors into its configuration, as if they had been saved like this."""
+    path = folder / "patchattn_config.json"
+    digest = hashlib.sha256((folder / "patchattn_model.safetensors").read_bytes()).hexdigest()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tensors_sha256": digest}))

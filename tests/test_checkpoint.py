@@ -13,7 +13,7 @@ import patchattn
 from patchattn.patching import is_patched
 
 from .families import FAMILIES
-from .saving import SETTINGS, base, equal, patch, run
+from .saving import SETTINGS, base, equal, patch, run, sign
 
 # --- settings as plain dictionaries
 
@@ -217,7 +217,19 @@ def of_config(change):
 
 
 def of_tensors(change):
-    return lambda folder: edit_tensors(folder / "patchattn_model.safetensors", change)
+    """Another file of tensors, and its digest in the configuration: damage that a digest does not show."""
+
+    def damage(folder):
+        edit_tensors(folder / "patchattn_model.safetensors", change)
+        sign(folder)
+
+    return damage
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
 
 
 def settings_of_moh(content):
@@ -227,13 +239,47 @@ def settings_of_moh(content):
 DAMAGE = {
     "truncated": (lambda d: truncate(d / "patchattn_model.safetensors"), r"model\.safetensors is damaged"),
     "no tensors": (lambda d: (d / "patchattn_model.safetensors").unlink(), "no patchattn_model.safetensors beside"),
-    "garbage": (lambda d: (d / "patchattn_model.safetensors").write_bytes(b"\x80pickle" * 9), "damaged or no safetens"),
+    "garbage": (
+        lambda d: (d / "patchattn_model.safetensors").write_bytes(b"\x80pickle" * 9),
+        "is damaged, or of another",
+    ),
+    "a bit": (lambda d: flip_a_bit(d / "patchattn_model.safetensors"), r"model\.safetensors is damaged, or of another"),
+    "no digest": (of_config(lambda c: c.pop("tensors_sha256")), "tensors_sha256 must be the SHA-256 of .*, got None"),
+    "integers": (
+        of_tensors(lambda t, k: t.update({k: t[k].long()})),
+        "routed_weight is of torch.int64, expected torch.f",
+    ),
+    "booleans": (
+        of_tensors(lambda t, k: t.update({k: t[k] > 0})),
+        "routed_weight is of torch.bool, expected torch.float",
+    ),
+    "no number": (of_tensors(lambda t, k: t.update({k: t[k] * torch.nan})), r"model\.safetensors: .*no finite numbers"),
+    "beyond the dtype": (
+        of_tensors(lambda t, k: t.update({k: t[k].double() * 1e300})),
+        "no finite numbers in torch.float",
+    ),
+    "a key twice": (
+        lambda d: (d / "patchattn_config.json").write_text('{"patches": [], "patches": []}'),
+        r"config\.json: the key 'patches' is there twice",
+    ),
+    "deep": (
+        lambda d: (d / "patchattn_config.json").write_text("[" * 10**5),
+        r"config\.json: nested more than 64 deep",
+    ),
+    "digits": (
+        of_config(lambda c: c.update(format_version=10**400)),
+        r"config\.json: an integer of more than 308 digits",
+    ),
+    "name": (
+        of_config(lambda c: c["base_model"].update(name_or_path=[1])),
+        r"config\.json: name_or_path of base_model",
+    ),
     "missing": (of_tensors(lambda t, k: t.pop(k)), "1 tensor missing .*routed_weight"),
     "left over": (of_tensors(lambda t, k: t.update(more=torch.ones(2))), r"1 tensor left over.*\(more\)"),
     "shape": (of_tensors(lambda t, k: t.update({k: torch.ones(5, 32)})), r"routed_weight has .* \(5, 32\), expected"),
     "no config": (lambda d: (d / "patchattn_config.json").unlink(), "There is no patchattn_config.json"),
-    "json": (lambda d: truncate(d / "patchattn_config.json"), r"config\.json is damaged or no JSON"),
-    "bytes": (lambda d: (d / "patchattn_config.json").write_bytes(b"\xff\xfe"), r"config\.json is damaged or no JSON"),
+    "json": (lambda d: truncate(d / "patchattn_config.json"), r"config\.json, line 58: no JSON: Expecting"),
+    "bytes": (lambda d: (d / "patchattn_config.json").write_bytes(b"\xff\xfe"), r"config\.json, line 1: no UTF-8"),
     "list": (lambda d: (d / "patchattn_config.json").write_text("[]"), "must hold a dictionary, got list"),
     "newer": (of_config(lambda c: c.update(format_version=2)), "version 2; this patchattn reads up to 1. Upgrade"),
     "no version": (of_config(lambda c: c.pop("format_version")), "format_version must be a positive integer"),
@@ -245,10 +291,13 @@ DAMAGE = {
     "field": (of_config(lambda c: settings_of_moh(c).update(activ_ratio=1.0)), "did you mean 'active_ratio'"),
     "value": (of_config(lambda c: settings_of_moh(c).update(active_ratio=7)), "active_ratio must lie between 0"),
     "type": (of_config(lambda c: settings_of_moh(c).update(active_ratio="x")), "config.json: .*active_ratio must be"),
-    "other type": (of_config(lambda c: c["base_model"].update(model_type="bert")), "'bert'; got LlamaForCausalLM"),
+    "other type": (
+        of_config(lambda c: c["base_model"].update(model_type="bert")),
+        r"config\.json: this patch was made .*'bert'; got LlamaForCausalLM",
+    ),
     "geometry": (
         of_config(lambda c: c["sites"]["model.layers.1.self_attn"].update(query_heads=8)),
-        "where model.layers.1.self_attn has query_heads = 8; in the model given it is 4",
+        r"config\.json: .*where model.layers.1.self_attn has query_heads = 8; in the model given it is 4",
     ),
     "site": (
         of_config(lambda c: c["sites"].update({"model.layers.7.self_attn": {}})),

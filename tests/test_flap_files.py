@@ -22,6 +22,7 @@ from patchattn.patching import applied_patches, apply_patches
 from patchattn.plan import Patch
 
 from .families import FAMILIES, outputs
+from .saving import sign
 from .test_flap import CHANNELS, LAYER, config_of
 from .test_importance_cli import tokenizer
 
@@ -70,6 +71,7 @@ def test_files_without_a_bias_are_refused(tmp_path: Path) -> None:
         tensors = load_file(tmp_path / name)
         assert bool(tensors.pop("model.layers.1.mlp.down_proj.bias").isfinite().all())
         save_file(tensors, tmp_path / name, metadata={"format": "pt"})
+    sign(tmp_path)
     with pytest.raises(ValueError, match=r"1 tensor missing \(model\.layers\.1\.mlp\.down_proj\.bias\)"):
         patchattn.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"1 tensor missing \(model\.layers\.1\.mlp\.down_proj\.bias\)"):

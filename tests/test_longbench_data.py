@@ -114,7 +114,7 @@ def changed(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "line 1: no JSON"),
+        ("", "line 1: no samples"),
         (f"{changed()}\n{{", "line 2: no JSON"),
         (f"{changed()}\n\n{changed()}", "line 2: no JSON"),
         ("[3]", "line 1: expected an object, got [3]"),

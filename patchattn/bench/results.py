@@ -2,18 +2,17 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 
+from ..documents import read_json, write_json
 from .cases import Case
 from .ceilings import Ceilings
 
@@ -98,7 +97,7 @@ class Report:
         Raises:
             ValueError: it was written by another version of the format.
         """
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else None
             raise ValueError(f"{path} holds results of schema {found}; this version reads schema {SCHEMA}.")
@@ -112,11 +111,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """To a JSON file, all at once: a run that is killed leaves the last whole one."""
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=1)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        write_json(path, self.to_dict())
 
 
 def machine(device: torch.device, command: str) -> dict[str, str]:

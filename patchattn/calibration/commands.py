@@ -194,7 +194,7 @@ class _Loading:
         from transformers import AutoConfig
 
         from ..cli import quiet
-        from ..demo.tasks import load_pretrained
+        from ..pretrained import load_pretrained
         from .data import read_texts, task_of
 
         if self.wanted.needs_data != (data is not None):
@@ -220,7 +220,7 @@ class _Loading:
         """Batches from files, with labels where the task has classes and they are wanted."""
         from transformers import AutoTokenizer
 
-        from ..demo.tasks import load_pretrained
+        from ..pretrained import load_pretrained
         from .data import class_numbers, make_batches, read_texts
 
         examples = read_texts(path)
@@ -231,8 +231,8 @@ class _Loading:
 
     def load(self, device: str | None) -> Any:
         """The model, in evaluation mode."""
-        from ..demo.tasks import load_pretrained
         from ..devices import choose_device
+        from ..pretrained import load_pretrained
         from .data import auto_class
 
         chosen = choose_device(device)

@@ -1,6 +1,5 @@
 """Texts that heads are scored on, from files, as batches for a model."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
+
+from ..documents import json_lines, quoted, read_text
 
 Task = Literal["causal", "masked", "classify", "none"]
 Batch = dict[str, torch.Tensor]
@@ -54,10 +55,7 @@ def read_texts(path: str | Path) -> list[TextExample]:
 def _read(path: Path) -> list[TextExample]:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: expected a file of the kinds {', '.join(_SUFFIXES)}.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+    content = read_text(path, encoding="utf-8-sig")
     if path.suffix == ".txt":
         found = [TextExample(content)] if content.strip() else []
     else:
@@ -69,12 +67,7 @@ def _read(path: Path) -> list[TextExample]:
 
 
 def _json_records(path: Path, content: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    yield from json_lines(content, path, skip_empty=True)
 
 
 def _tsv_records(path: Path, content: str) -> Iterator[tuple[int, Any]]:
@@ -93,9 +86,9 @@ def _example(path: Path, number: int, record: Any) -> TextExample:
     text, second = next((known[name] for name in _FIRST if name in known), None), known.get(_SECOND)
     label = known.get("label")
     if not isinstance(text, str) or not isinstance(second, str | None):
-        raise ValueError(f"{path}, line {number} must have a text named {' or '.join(_FIRST)}, got {record!r}.")
+        raise ValueError(f"{path}, line {number} must have a text named {' or '.join(_FIRST)}, got {quoted(record)}.")
     if isinstance(label, bool) or not isinstance(label, int | str | None):
-        raise ValueError(f"{path}, line {number}: a label is a class by number or name, got {label!r}.")
+        raise ValueError(f"{path}, line {number}: a label is a class by number or name, got {quoted(label)}.")
     return TextExample(text, second, int(label) if isinstance(label, str) and label.isdecimal() else label)
 
 

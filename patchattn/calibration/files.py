@@ -1,11 +1,13 @@
 """Files that a calibration writes, and what tells one model's from another's."""
 
 import hashlib
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 
@@ -17,8 +19,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a killed process leaves the file of before."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all: a killed process leaves the file of before.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    part = Path(path).with_name(f"{Path(path).name}.part")
+    try:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, part, metadata=dict(about))
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}.") from error
     os.replace(part, path)

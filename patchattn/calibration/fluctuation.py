@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ..documents import parse_json, quoted
 from ..feed_forward import mlp_projections
 from ..projections import output_projection
 from ..selection import base_model
 from ..settings import nearest
 from ..sites import AttentionSite, find_sites, linear_shape
 from .channels import ChannelStatistics, channel_statistics
+from .files import write_tensors
 from .heads import BaseFacts, parse_facts
 from .scoring import head_importance
 
@@ -68,24 +69,24 @@ class FlapStatistics:
         tensors = {f"{name}.{_HEADS}": scores.clone() for name, scores in self.head_norms.items()}
         for name, known in self.channels.items():
             tensors |= {f"{name}.{key}": torch.as_tensor(value).clone() for key, value in vars(known).items()}
-        part = Path(path).with_name(Path(path).name + ".part")
-        save_file(tensors, part, metadata={"format": _FORMAT, "base": json.dumps(vars(self.base))})
-        os.replace(part, path)
+        write_tensors(path, tensors, {"format": _FORMAT, "base": json.dumps(vars(self.base))})
 
     @classmethod
     def load(cls, path: str | Path) -> "FlapStatistics":
         """Read what `save` wrote; ValueError if there is no such file, it is damaged or holds something else."""
-        if not Path(path).is_file():
-            raise ValueError(f"There is no file {str(path)!r} with statistics; `patchattn calibrate flap` writes one.")
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"There is no file {quoted(str(path))} with statistics; `patchattn calibrate flap` writes one."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 about, names = file.metadata() or {}, list(file.keys())
                 if about.get("format") != _FORMAT:
                     raise ValueError("it holds no statistics of channels")
-                base = parse_facts(json.loads(about.get("base", "null")))
+                base = parse_facts(parse_json(about.get("base", "null"), "base"))
                 tensors = {name: file.get_tensor(name) for name in names}
             return cls(base, *_parse(tensors))
-        except (SafetensorError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged or no file of `patchattn calibrate flap`: {error}.") from error
 
 
@@ -156,6 +157,8 @@ def _parse(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, ChannelStatis
         name, _, kind = key.rpartition(".")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{key} is not finite")
+        if kind != "tokens" and not (tensor.is_floating_point() and tensor.dim() == 1):
+            raise ValueError(f"{key} is of {tensor.dtype} and {tensor.dim()} dimensions, expected a list of floats")
         if kind == _HEADS:
             norms[name] = tensor
         else:
@@ -165,7 +168,7 @@ def _parse(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, ChannelStatis
         if set(values) != set(_FIELDS):
             raise ValueError(f"{name} has {', '.join(sorted(values))}, expected {', '.join(_FIELDS)}")
         tokens = int(values.pop("tokens"))
-        if tokens < 2 or len({tuple(value.shape) for value in values.values()}) > 1 or values["mean"].dim() != 1:
+        if tokens < 2 or len({tuple(value.shape) for value in values.values()}) > 1:
             raise ValueError(f"the statistics of {name} do not fit together")
         channels[name] = ChannelStatistics(tokens, **values)
     return channels, norms

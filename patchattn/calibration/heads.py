@@ -1,6 +1,6 @@
 """Lists of query heads, as a calibration finds and saves them: plain JSON, and for which model they are."""
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..documents import naming, quoted, read_json
 from ..sites import AttentionSite
 
 
@@ -62,23 +63,20 @@ class HeadList:
             return cls._read(Path(given))
         if isinstance(given, Mapping) and "heads" in given:
             if unknown := [key for key in given if key not in ("heads", "base", "calibration")]:
-                raise ValueError(f"A head list has the fields heads, base and calibration, got {unknown}.")
+                raise ValueError(f"A head list has the fields heads, base and calibration, got {quoted(unknown)}.")
             base = given.get("base")
             return cls(_by_layer(given["heads"]), None if base is None else parse_facts(base))
         return cls(_by_layer(given))
 
     @classmethod
     def _read(cls, path: Path) -> "HeadList":
-        if not path.is_file():
-            raise ValueError(f"There is no head list {str(path)!r}.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of the text or its encoding
-            raise ValueError(f"{path} is no JSON: {error}") from error
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no head list {quoted(str(path))}.")
+        content = read_json(path)
         try:
             return cls.parse(content if isinstance(content, Mapping) else {"heads": content})
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise naming(path, error) from error
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON types, which `parse` takes."""
@@ -125,15 +123,17 @@ def _by_layer(given: Any) -> dict[int, tuple[int, ...]]:
     if isinstance(given, Mapping):
         for layer, heads in given.items():
             if not isinstance(heads, Sequence) or isinstance(heads, str):
-                raise TypeError(f"Layer {layer} must have a list of heads, got {heads!r}.")
+                raise TypeError(f"Layer {layer} must have a list of heads, got {quoted(heads)}.")
             pairs += [(layer, head) for head in heads]
     elif isinstance(given, Sequence) and not isinstance(given, str):
         for pair in given:
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise TypeError(f"A head is a pair (layer, head), got {pair!r}.")
+                raise TypeError(f"A head is a pair (layer, head), got {quoted(pair)}.")
             pairs.append((pair[0], pair[1]))
     else:
-        raise TypeError(f"Heads are a file, a mapping from layers to heads or pairs of (layer, head), got {given!r}.")
+        raise TypeError(
+            f"Heads are a file, a mapping from layers to heads or pairs of (layer, head), got {quoted(given)}."
+        )
     if not pairs:
         raise ValueError("The head list is empty: name at least one head, or leave it out for the default ones.")
     found: dict[int, set[int]] = {}
@@ -149,9 +149,9 @@ def _index(value: Any) -> int:
     if isinstance(value, str) and value.isdecimal():  # the keys of a JSON object are strings
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Layers and heads are integers, got {value!r}.")
+        raise TypeError(f"Layers and heads are integers, got {quoted(value)}.")
     if value < 0:
-        raise ValueError(f"Layers and heads are counted from 0, got {value}.")
+        raise ValueError(f"Layers and heads are counted from 0, got {quoted(value)}.")
     return value
 
 
@@ -159,7 +159,7 @@ def parse_facts(given: Any) -> BaseFacts:
     """A model's facts from the JSON that a calibration wrote; ValueError or TypeError on anything else."""
     kinds = {"model_type": str, "layers": int, "heads": int, "name": str | None}
     if not isinstance(given, Mapping) or not {"model_type", "layers", "heads"} <= set(given) <= set(kinds):
-        raise ValueError(f"A head list's base has model_type, layers, heads and name, got {given!r}.")
+        raise ValueError(f"A head list's base has model_type, layers, heads and name, got {quoted(given)}.")
     if wrong := [key for key, value in given.items() if not isinstance(value, kinds[key])]:
-        raise TypeError(f"A head list's base has {wrong[0]}={given[wrong[0]]!r}.")
+        raise TypeError(f"A head list's base has {wrong[0]}={quoted(given[wrong[0]])}.")
     return BaseFacts(**given)

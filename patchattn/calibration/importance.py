@@ -1,7 +1,7 @@
 """How important every query head of a model is, as a calibration finds it, saves it, and ranks by it."""
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +9,9 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
+from ..documents import naming, quoted, read_json, write_json
 from ..settings import nearest
 from ..sites import find_sites
-from .files import write_json
 from .heads import BaseFacts, parse_facts
 
 Scope = Literal["global", "layer"]
@@ -178,17 +178,12 @@ class HeadImportance:
         Raises:
             ValueError: no such file, no JSON, or not what `save` writes; the message says what is wrong.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"There is no importance file {str(path)!r}.")
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no importance file {quoted(os.fspath(path))}.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of the text or its encoding
-            raise ValueError(f"{path} is no JSON: {error}") from error
-        try:
-            return cls._parse(content)
+            return cls._parse(read_json(path))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(str(naming(path, error))) from error
 
     @classmethod
     def _parse(cls, content: Any) -> Self:
@@ -200,7 +195,7 @@ class HeadImportance:
         for entry in content["sites"]:
             _check_fields("a site", entry, {"name": str, "layer": int, "kv_heads": int, "scores": list})
             if wrong := [s for s in entry["scores"] if isinstance(s, bool) or not isinstance(s, int | float)]:
-                raise ValueError(f"{entry['name']} has the score {wrong[0]!r}; expected numbers.")
+                raise ValueError(f"{entry['name']} has the score {quoted(wrong[0])}; expected numbers.")
             if entry["name"] in sites:
                 raise ValueError(f"{entry['name']} is there twice.")
             sites[entry["name"]] = SiteScores(entry["layer"], entry["kv_heads"], tuple(map(float, entry["scores"])))
@@ -210,7 +205,7 @@ class HeadImportance:
 def _check_fields(what: str, given: Any, kinds: Mapping[str, type]) -> None:
     if not isinstance(given, Mapping) or set(given) != set(kinds):
         got = sorted(given) if isinstance(given, Mapping) else given
-        raise ValueError(f"{what} has the fields {', '.join(kinds)}, got {got!r}.")
+        raise ValueError(f"{what} has the fields {', '.join(kinds)}, got {quoted(got)}.")
     for name, kind in kinds.items():
         if not isinstance(given[name], kind) or isinstance(given[name], bool):
-            raise ValueError(f"{name} of {what} must be {kind.__name__}, got {given[name]!r}.")
+            raise ValueError(f"{name} of {what} must be {kind.__name__}, got {quoted(given[name])}.")

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..selection import base_model, select_sites
 from ..settings import nearest
 from ..sites import AttentionSite
 from .channels import Metric, on_device
-from .files import fingerprint
+from .files import fingerprint, write_tensors
 from .heads import BaseFacts
 from .importance import HeadImportance, SiteScores
 from .methods import METHODS, Loss, Method, Per, options
@@ -188,11 +186,17 @@ class _Notes:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             same = about["about"] == self.about
             self.done, self.expected = int(about["batches"]), about["data"]
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path} holds no state of a calibration; delete it to start anew.") from error
         if not same:
             raise ValueError(f"{self.path} is of another method, setting or model; delete it to start anew.")
-        scorer.load(state)
+        wanted = {name: tensor.dtype for name, tensor in scorer.state().items()}
+        try:
+            if {name: tensor.dtype for name, tensor in state.items()} != wanted:
+                raise ValueError("it holds other sums")
+            scorer.load(state)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}); delete it to start anew.") from error
         return self.done
 
     def passed(self, batch: Mapping[str, Any], number: int) -> None:
@@ -213,7 +217,5 @@ class _Notes:
         """Whole or not at all: a killed process leaves the file of before."""
         if self.path is None:
             return
-        part = self.path.with_name(self.path.name + ".part")
         about = {"about": self.about, "batches": str(done), "data": self.digest.hexdigest()}
-        save_file({name: tensor.clone() for name, tensor in scorer.state().items()}, part, metadata=about)
-        os.replace(part, self.path)
+        write_tensors(self.path, scorer.state(), about)

@@ -12,7 +12,7 @@ A head is kept if calibrating it alone scores higher than calibrating none, by m
 """
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from ..documents import as_json, read_json_object, write_json
 from ..evaluation.likelihood import ChoiceBatch, ChoiceExample, Normalise, prepare_choices, score_batch
 from ..patching import is_patched, patched
 from ..selection import base_model, select_sites
 from ..sites import AttentionSite
 from ..variant import variant_info
-from .files import fingerprint, write_json
+from .files import fingerprint
 from .heads import BaseFacts, HeadList
 from .replay import Replay
 
@@ -228,11 +229,13 @@ class _Notes:
         if path is None or not path.exists():
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            same = found["search"] == json.loads(json.dumps(search)) and isinstance(found["scores"], dict)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no state of a search; delete it to start anew.") from error
-        if not same:
+            found = read_json_object(path)
+            scores = found["scores"]
+            if not isinstance(scores, dict) or not all(map(_is_score, scores.values())):
+                raise ValueError("scores must be numbers by name")
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} holds no state of a search ({error}); delete it to start anew.") from error
+        if found.get("search") != as_json(search):
             raise ValueError(f"{path} is of a search with other data, settings or model; delete it to start anew.")
         self.content = found
 
@@ -249,3 +252,7 @@ class _Notes:
             if self.path is not None:
                 write_json(self.path, self.content)
         return scores[name]
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ..evaluation.glue import download_glue, read_glue
+from ..pretrained import load_pretrained
 from ..settings import nearest
 
 Batch = dict[str, torch.Tensor]
@@ -239,22 +239,3 @@ def load_sst2(folder: Path | None) -> tuple[list[Example], list[Example]]:
     except ImportError as error:
         raise ValueError(f"{error}; or give --data, a folder with train.tsv and dev.tsv.") from error
     return [(text, int(label)) for text, _, label in train], [(text, int(label)) for text, _, label in test]
-
-
-def load_pretrained(auto_class: Any, model: str, **kwargs: Any) -> Any:
-    """`from_pretrained` with a readable error.
-
-    Raises:
-        ValueError: nothing can be loaded from there.
-    """
-    try:
-        return auto_class.from_pretrained(model, **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"Cannot load {model!r}: expected the folder of a transformers model or its id on the Hub "
-            f"({_first_line(error)})."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,12 +1,12 @@
 """What a report says of one patch, for a model card: a table, and the scores as the Hub reads them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..documents import as_json
 from .report import UNPATCHED, facts, markdown_table, read_report, table
 
 _HUB_TASKS = {
@@ -64,7 +64,7 @@ def card_section(path: str | PathLike[str], patches: Sequence[Mapping[str, Any]]
 
 
 def _run(report: Mapping[str, Any], patches: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> str:
-    plan = json.loads(json.dumps(list(patches)))
+    plan = as_json(list(patches))
     for name, run in report["runs"].items():
         if name != UNPATCHED and run["patches"] == plan:
             return name

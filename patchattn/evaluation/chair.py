@@ -1,11 +1,10 @@
 """CHAIR (arXiv 1809.02156): captions from a vision-language model, and the objects that their images really show."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from ..documents import quoted, read_json
 from .metrics.chair import Chair, SynonymTable
 from .vlm import GenerationSettings, Request, answer, files_in
 
@@ -23,12 +22,12 @@ def read_objects(path: str | os.PathLike[str], pattern: str = "COCO_val2014_{:01
     Raises:
         ValueError: no such file, no JSON, or another content; the message names the file and the line or the image id.
     """
-    content = _load(path)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, got a {type(content).__name__}.")
     for number, names in content.items():
         if not number.isdecimal() or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path}, {number!r}: expected an image id and a list of names, got {names!r}.")
+            raise ValueError(f"{path}, {number!r}: expected an image id and a list of names, got {quoted(names)}.")
     return {pattern.format(int(number)): names for number, names in content.items()}
 
 
@@ -110,17 +109,8 @@ def run_chair(
 
 
 def _annotations(path: str | os.PathLike[str], *more: str) -> dict[str, Any]:
-    content = _load(path)
+    content = read_json(path)
     keys = ("images", "annotations", *more)
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         raise ValueError(f"{path} must hold an object with lists under {', '.join(keys)}, as COCO's annotations do.")
     return content
-
-
-def _load(path: str | os.PathLike[str]) -> Any:
-    if not Path(path).is_file():
-        raise ValueError(f"There is no file {str(path)!r}.")
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}.") from error

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
+from ..documents import quoted, read_yaml
 from ..settings import Settings, option
 
 
@@ -190,15 +190,7 @@ def _file(path: Path | None) -> dict[str, Any]:
     """What a YAML file holds, to be checked together with the options."""
     if path is None:
         return {}
-    if not path.is_file():
-        raise ValueError(f"There is no configuration {str(path)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise TypeError(f"{path} must hold a mapping, got {type(content).__name__}.")
-    return content
+    return read_yaml(path)
 
 
 def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[str]) -> dict[str, Any]:
@@ -228,14 +220,16 @@ def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[s
 
 def _check_run(run: Any) -> None:
     """What can be said of a run without a model."""
-    from ..checkpoint import read_patch
+    from ..patch_files import read_patch
     from ..variant import variant_info
 
     if isinstance(run, str):
         if Path(run).is_dir():
             read_patch(Path(run))
     elif not isinstance(run, dict) or not run:
-        raise TypeError(f"A run is a mapping of variants to settings, or the folder of a saved patch, got {run!r}.")
+        raise TypeError(
+            f"A run is a mapping of variants to settings, or the folder of a saved patch, got {quoted(run)}."
+        )
     else:
         for name, settings in run.items():
             variant_info(name).configure(settings)

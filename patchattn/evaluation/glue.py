@@ -1,11 +1,11 @@
 """The tasks of GLUE (arXiv 1804.07461): training and validation rows, from the Hub or from files."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..documents import parse_json, quoted, read_text
 from ..settings import nearest
 
 Row = tuple[str, str | None, int | float]
@@ -220,16 +220,13 @@ def _read(path: Path, task: GlueTask) -> list[Row]:
     if not path.is_file():
         files = ", ".join((*task.train, *task.validation))
         raise ValueError(f"There is no file {path}. The folder of {task.name} must hold: {files}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+    text = read_text(path, encoding="utf-8-sig")
     rows: list[Row] = []
     for where, record in _json_records(path, text) if path.suffix == ".json" else _tsv_records(path, text, task):
         values: list[Any] = [record.get(name) for name in (*task.texts, task.label)]
         if not all(isinstance(value, str) for value in values):
             expected = ", ".join((*task.texts, task.label))
-            raise ValueError(f"{path}, {where}: expected texts named {expected}, got {record}.")
+            raise ValueError(f"{path}, {where}: expected texts named {expected}, got {quoted(record)}.")
         try:
             rows.append((values[0], values[1] if task.texts[1:] else None, task.number(values[-1])))
         except ValueError as error:
@@ -240,10 +237,7 @@ def _read(path: Path, task: GlueTask) -> list[Row]:
 
 
 def _json_records(path: Path, text: str) -> Iterator[Record]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: expected JSON ({error.msg}); is the file cut off?") from error
+    content = parse_json(text, path)
     if not isinstance(content, dict) or not all(isinstance(record, dict) for record in content.values()):
         raise ValueError(f"{path} must hold a mapping of ids to rows.")
     for key, record in content.items():

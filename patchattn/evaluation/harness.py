@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..checkpoint import is_patch_alone, load_patch, read_json, read_patch
+from ..checkpoint import is_patch_alone, load_patch
+from ..documents import parse_yaml, read_json_object
+from ..patch_files import read_patch
 from ..patching import applied_patches, is_patched, patch_model
 from ..selection import base_model
 from ..settings import nearest
@@ -143,12 +144,12 @@ def _sorted_arguments(
         if key in hflm:
             arguments[key] = value
         elif len(owners) == 1:
-            settings[owners[0]][rest] = _value(value)
+            settings[owners[0]][rest] = _value(key, value)
         elif owners:
             spelt = " or ".join(f"{name}.{rest}" for name in owners)
             raise ValueError(f"{key!r} is a setting of {' and '.join(owners)}: write {spelt}.")
         elif names and key in ("layers", "modules"):
-            where[key] = _value(value)
+            where[key] = _value(key, value)
         else:
             known = {*_OWN, *hflm, *(field for name in names for field in fields[name])}
             if key in _OWN:
@@ -159,8 +160,8 @@ def _sorted_arguments(
     return settings, where, arguments
 
 
-def _value(value: Any) -> Any:
-    return yaml.safe_load(value) if isinstance(value, str) else value
+def _value(key: str, value: Any) -> Any:
+    return parse_yaml(value, f"{key}={value}", has_lines=False) if isinstance(value, str) else value
 
 
 def _sources(pretrained: str, patch: str | None) -> tuple[str, str | None, str | None]:
@@ -169,7 +170,7 @@ def _sources(pretrained: str, patch: str | None) -> tuple[str, str | None, str |
     if not is_patch_alone(folder):
         return pretrained, patch, None
     has_adapter = (folder / "adapter_config.json").is_file()
-    adapter = read_json(folder / "adapter_config.json") if has_adapter else {}
+    adapter = read_json_object(folder / "adapter_config.json") if has_adapter else {}
     base = adapter.get("base_model_name_or_path") or read_patch(folder).base.get("name_or_path")
     if not base:
         raise ValueError(f"{folder} does not say where its base model came from: give pretrained=MODEL,patch={folder}.")

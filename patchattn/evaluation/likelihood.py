@@ -1,7 +1,6 @@
 """Multiple choice and classification by the likelihood that a causal language model gives to each answer."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+
+from ..documents import json_lines, quoted, read_text
 
 Normalise = Literal["none", "tokens", "characters"]
 
@@ -53,24 +54,16 @@ def read_choices(path: str | Path) -> list[ChoiceExample]:
     Raises:
         ValueError: no file, no example, or a line that is none; the message says which.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"There is no file {str(path)!r}: expected JSON lines of prompt, choices and label.")
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    for number, row in json_lines(read_text(path), path, skip_empty=True):
         if not isinstance(row, dict) or not {"prompt", "choices", "label"} <= set(row):
-            raise ValueError(f"{path}, line {number} must have prompt, choices and label, got {line[:80]!r}.")
+            raise ValueError(f"{path}, line {number} must have prompt, choices and label, got {quoted(row)}.")
         prompt, choices, label = row["prompt"], row["choices"], row["label"]
         texts = [prompt, *choices] if isinstance(choices, list) else []
         if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path}, line {number}: prompt must be a text and choices a list of two or more.")
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-            raise ValueError(f"{path}, line {number}: label must be 0 to {len(choices) - 1}, got {label!r}.")
+            raise ValueError(f"{path}, line {number}: label must be 0 to {len(choices) - 1}, got {quoted(label)}.")
         found.append(ChoiceExample(prompt, tuple(choices), label))
     if not found:
         raise ValueError(f"{path} holds no example.")

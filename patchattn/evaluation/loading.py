@@ -7,8 +7,9 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from ..checkpoint import from_pretrained, is_patch_alone, read_patch
-from ..demo.tasks import load_pretrained
+from ..checkpoint import from_pretrained, is_patch_alone
+from ..patch_files import read_patch
+from ..pretrained import load_pretrained
 from ..whole_model import saved_plan
 from .task import ModelKind
 

@@ -1,6 +1,5 @@
 """The tasks of LongBench (arXiv 2308.14508): samples from official files, MiniLongBench's, or the Hub."""
 
-import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,13 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
+from ..documents import json_lines, parse_json, quoted, read_json
 from ..settings import nearest
 
 HUB_ID = "THUDM/LongBench"
 
 # the official prompts and output lengths; licence and origin lie beside the file
-_OFFICIAL = json.loads(Path(__file__).with_name("longbench_tasks.json").read_text(encoding="utf-8"))
+_OFFICIAL = read_json(Path(__file__).with_name("longbench_tasks.json"))
 _CHINESE = frozenset({"multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"})
 _CLASSES = frozenset({"trec", "lsht"})
 _WITHOUT_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})
@@ -164,7 +164,7 @@ def _official(where: str, text: str, task: LongBenchTask) -> list[LongBenchSampl
         place = f"{where}, line {number}"
         for key in ("input", "context"):
             if not isinstance(row.get(key), str):
-                raise ValueError(f"{place}: {key} must be a text, got {row.get(key)!r}.")
+                raise ValueError(f"{place}: {key} must be a text, got {quoted(row.get(key))}.")
         if row.get("dataset", task.name) != task.name:
             raise ValueError(f"{place}: a sample of {row['dataset']!r}, not of {task.name}.")
         prompt = task.prompt.format(context=row["context"], input=row["input"])
@@ -173,22 +173,15 @@ def _official(where: str, text: str, task: LongBenchTask) -> list[LongBenchSampl
 
 
 def _lines(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # texts hold what splitlines() breaks at
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}, line {number}: no JSON: {error.msg}.") from error
+    for number, row in json_lines(text, where):
         if not isinstance(row, dict):
-            raise ValueError(f"{where}, line {number}: expected an object, got {line[:80]}.")
+            raise ValueError(f"{where}, line {number}: expected an object, got {quoted(row)}.")
         yield number, row
 
 
 def _mini(where: str, text: str, task: LongBenchTask) -> list[LongBenchSample]:
     """`{"0": {"origin_prompt": ..., "gold": answers, or answers and all_classes}}`; other keys are a model's output."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}, line {error.lineno}: no JSON: {error.msg}.") from error
+    content = parse_json(text, where)
     if not isinstance(content, dict):
         raise ValueError(f"{where}, line 1: expected an object of samples, got a {type(content).__name__}.")
     samples = []
@@ -206,11 +199,11 @@ def _mini(where: str, text: str, task: LongBenchTask) -> list[LongBenchSample]:
 def _sample(place: str, number: str, prompt: str, row: dict[str, Any], task: LongBenchTask) -> LongBenchSample:
     answers, classes = row.get("answers"), row.get("all_classes") or []
     if not _is_texts(answers) or not answers:
-        raise ValueError(f"{place}: answers must be a list of texts, at least one, got {answers!r}.")
+        raise ValueError(f"{place}: answers must be a list of texts, at least one, got {quoted(answers)}.")
     if not _is_texts(classes):
-        raise ValueError(f"{place}: all_classes must be a list of texts or null, got {classes!r}.")
+        raise ValueError(f"{place}: all_classes must be a list of texts or null, got {quoted(classes)}.")
     if task.has_classes and (unknown := [answer for answer in answers if answer not in classes]):
-        raise ValueError(f"{place}: the answer {unknown[0]!r} is none of all_classes, {classes}.")
+        raise ValueError(f"{place}: the answer {quoted(unknown[0])} is none of all_classes, {quoted(classes)}.")
     return LongBenchSample(number, prompt, tuple(answers), tuple(classes))
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..documents import json_lines, parse_json, quoted, read_text
 from .metrics.pope import Pope
 from .vlm import GenerationSettings, Request, answer, files_in
 
@@ -97,16 +98,9 @@ def pope_requests(questions: Sequence[PopeQuestion], images: str | os.PathLike[s
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """The JSON values of a file with one per line, or of a list, and the lines they start at."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {number}: no UTF-8 text.") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}.") from error
+        values = parse_json(text, path)
         decoder, place = json.JSONDecoder(), text.index("[") + 1
         number = text.count("\n", 0, place) + 1
         for value in values:
@@ -117,19 +111,15 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             end = decoder.raw_decode(text, place)[1]
             number, place = number + text.count("\n", place, end), end
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON: {error.msg}.") from error
+    yield from json_lines(text, path)
 
 
 def _question(where: str, record: Any) -> PopeQuestion:
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object, got {record!r}.")
+        raise ValueError(f"{where}: expected an object, got {quoted(record)}.")
     for key, kind in (("question_id", int), ("image", str), ("text", str), ("label", str)):
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
-            raise ValueError(f"{where}: {key} must be {kind.__name__}, got {record.get(key)!r}.")
+            raise ValueError(f"{where}: {key} must be {kind.__name__}, got {quoted(record.get(key))}.")
     if record["label"] not in ("yes", "no"):
-        raise ValueError(f"{where}: label must be 'yes' or 'no', got {record['label']!r}.")
+        raise ValueError(f"{where}: label must be 'yes' or 'no', got {quoted(record['label'])}.")
     return PopeQuestion(record["question_id"], record["image"], record["text"], record["label"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..documents import quoted, read_json
 from ..selection import base_model
 from .cost import cuda_devices, memory_kind
 from .task import EvalTask, Row
@@ -153,13 +154,10 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / REPORT if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"There is no report {str(file)!r}: expected the output folder of `patchattn eval`.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    content = read_json(file)
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found != SCHEMA_VERSION:
-        raise ValueError(f"{file} has the schema version {found!r}; this patchattn reads {SCHEMA_VERSION}.")
+        raise ValueError(f"{file} has the schema version {quoted(found)}; this patchattn reads {SCHEMA_VERSION}.")
     return content
 
 

@@ -1,12 +1,11 @@
 """Results files, one JSON object per line, that a killed run continues and a different run does not."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_json
+from ..documents import as_json, decoded, parse_json, quoted, read_json_object, write_json
 from ..patching import patch_info
 
 
@@ -34,7 +33,7 @@ def claim(path: Path, made_with: Mapping[str, Any], *, write: bool = True) -> No
     Raises:
         ValueError: the file holds another run, the message names what differs; or the note is missing.
     """
-    now = json.loads(json.dumps(made_with))
+    now = as_json(made_with)
     beside = path.with_name(f"{path.name}.settings.json")
     if not beside.is_file():
         if path.exists():
@@ -42,13 +41,11 @@ def claim(path: Path, made_with: Mapping[str, Any], *, write: bool = True) -> No
         if not write:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = beside.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(beside)
+        write_json(beside, now)
         return
-    before = read_json(beside)
+    before = read_json_object(beside)
     if keys := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        changes = "; ".join(f"{key}: {before.get(key)!r} became {now.get(key)!r}" for key in keys)
+        changes = "; ".join(f"{key}: {quoted(before.get(key))} became {quoted(now.get(key))}" for key in keys)
         raise ValueError(f"{path} holds a run with other settings ({changes}). Choose another output.")
 
 
@@ -69,19 +66,16 @@ def read_done(path: Path, requests: Sequence[Mapping[str, Any]], key: str) -> li
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    lines = whole.decode("utf-8").split("\n")[:-1]  # answers may hold breaks that splitlines() takes for ends of lines
+    lines = decoded(whole, path).split("\n")[:-1]  # answers may hold breaks that splitlines() takes for ends of lines
     if len(lines) > len(requests):
         raise ValueError(f"{path} holds {len(lines)} answers to {len(requests)} requests; choose another output.")
     done: list[dict[str, Any]] = []
     for number, (line, request) in enumerate(zip(lines, requests, strict=False), 1):
-        try:
-            row = json.loads(line)
-            known = {name: row[name] for name in request if name in row}
-            if key not in row:
-                raise KeyError(key)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not an answer of such a run. Choose another output.") from error
-        if known != json.loads(json.dumps(dict(request))):
+        row = parse_json(line, path, line=number)
+        if not isinstance(row, dict) or key not in row:
+            raise ValueError(f"{path}, line {number}: not an answer of such a run. Choose another output.")
+        wanted = as_json(dict(request))
+        if {name: row[name] for name in wanted if name in row} != wanted:
             raise ValueError(f"{path}, line {number}: the answer to another request. Choose another output.")
         done.append(row)
     return done

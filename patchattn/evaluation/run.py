@@ -20,6 +20,7 @@ from rich.progress import track
 from torch import nn
 
 from ..checkpoint import load_patch
+from ..documents import decoded, json_lines
 from ..patching import active_chains, is_patched, patch_info, patch_model, unpatch_model, unpatched
 from ..plotting.style import MOST_RUNS
 from ..selection import base_model, evaluating
@@ -340,15 +341,10 @@ def _done(folder: Path, batches: Sequence[range]) -> dict[int, list[Row]]:
     for path in sorted(folder.glob("process_*.jsonl")):
         content = path.read_bytes()
         found: dict[int, Row] = {}
-        # answers may hold breaks that splitlines() takes for ends of lines
-        for number, line in enumerate(content[: content.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-                found[row["index"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not an answer of such a run. Choose another output."
-                ) from error
+        for number, row in json_lines(decoded(content[: content.rfind(b"\n") + 1], path), path):
+            if not isinstance(row, dict) or not isinstance(row.get("index"), int):
+                raise ValueError(f"{path}, line {number}: not an answer of such a run. Choose another output.")
+            found[row["index"]] = row
         for number, batch in enumerate(batches):
             if all(index in found for index in batch):
                 done.setdefault(number, [found[index] for index in batch])

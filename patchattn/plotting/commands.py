@@ -210,7 +210,7 @@ def image(
     from transformers import AutoProcessor
 
     from ..attention_maps import image_attention
-    from ..demo.tasks import load_pretrained
+    from ..pretrained import load_pretrained
     from . import plot_image_attention
 
     check_output(output)

@@ -28,8 +28,8 @@ class Source:
     def __init__(
         self, model: str, variant: str | None = None, settings: Sequence[str] | None = None, patch: Path | None = None
     ) -> None:
-        from ..checkpoint import read_patch
         from ..cli import quiet
+        from ..patch_files import read_patch
         from ..whole_model import model_class
 
         if variant is not None and patch is not None:
@@ -50,9 +50,9 @@ class Source:
     def load(self, device: str | None) -> Any:
         """The model, in evaluation mode."""
         from ..checkpoint import from_pretrained, load_patch
-        from ..demo.tasks import load_pretrained
         from ..devices import choose_device
         from ..patching import patch_model
+        from ..pretrained import load_pretrained
 
         chosen = choose_device(device)
         if self.is_patched:
@@ -70,7 +70,7 @@ class Source:
         """Of the base model."""
         from transformers import AutoTokenizer
 
-        from ..demo.tasks import load_pretrained
+        from ..pretrained import load_pretrained
 
         return load_pretrained(AutoTokenizer, self.base)
 
@@ -109,8 +109,9 @@ def _find(model: str) -> tuple[str, str | None, bool]:
     """Base model, architecture, and whether it was saved patched."""
     from transformers import AutoConfig
 
-    from ..checkpoint import is_patch_alone, read_patch
-    from ..demo.tasks import load_pretrained
+    from ..checkpoint import is_patch_alone
+    from ..patch_files import read_patch
+    from ..pretrained import load_pretrained
     from ..whole_model import saved_plan
 
     folder = Path(model)

@@ -1,10 +1,10 @@
 """What pictures take from the reports of `patchattn eval`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..documents import decoded, json_lines
 from ..evaluation.report import COSTS, read_report
 from ..evaluation.run import folder_name
 from ..settings import nearest
@@ -31,7 +31,13 @@ def task_rows(folder: Path, run: str, task: str) -> list[dict[str, Any]]:
         ValueError: there are none.
     """
     files = sorted((folder / folder_name(run) / task).glob("process_*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    rows = []
+    for file in files:
+        content = file.read_bytes()  # a run that was killed has cut off the last line
+        for number, row in json_lines(decoded(content[: content.rfind(b"\n") + 1], file), file):
+            if not isinstance(row, dict) or not isinstance(row.get("index"), int):
+                raise ValueError(f"{file}, line {number}: not an answer of `patchattn eval`.")
+            rows.append(row)
     if not rows:
         raise ValueError(f"{folder} holds no answers of the task {task!r} of the run {run!r}.")
     return [row for _, row in sorted({row["index"]: row for row in rows}.items())]
