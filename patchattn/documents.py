@@ -8,6 +8,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,17 @@ def naming(path: str | os.PathLike[str], error: Exception) -> Exception:
     kind = next((k for k in (NotImplementedError, TypeError) if isinstance(error, k)), ValueError)
     name = os.fspath(path)
     return kind(str(error) if name in str(error) else f"{name}: {error}")
+
+
+@contextmanager
+def concerning(path: Any) -> Iterator[None]:
+    """Name this file first in whatever user's mistake the `with` block raises; do nothing for what is no path."""
+    try:
+        yield
+    except (NotImplementedError, TypeError, ValueError) as error:
+        if not isinstance(path, str | os.PathLike):
+            raise
+        raise naming(path, error) from error
 
 
 class _Quote(reprlib.Repr):

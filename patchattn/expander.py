@@ -1,5 +1,6 @@
 """What SHRP's settings mean on a model: which heads, which layers, and the weights that its expander starts from."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from .calibration.importance import HeadImportance
+from .documents import concerning, quoted
 from .expert_layer import HostLayer
 from .projections import layer_path
 from .settings import nearest
@@ -25,7 +27,7 @@ def checked_heads(given: Any, count: int) -> Any:
 
 def _checked(heads: Any, count: int) -> list[int]:
     if not isinstance(heads, list | tuple) or not all(type(head) is int for head in heads):
-        raise TypeError(f"Heads to keep are a list of integers, got {heads!r}.")
+        raise TypeError(f"Heads to keep are a list of integers, got {quoted(heads)}.")
     if len(heads) != count or len(set(heads)) != count or min(heads, default=0) < 0:
         raise ValueError(f"Expected {count} different heads, counted from 0, as heads={count} says; got {list(heads)}.")
     return sorted(heads)
@@ -61,10 +63,11 @@ def head_weights(given: Any, model: nn.Module, sites: Sequence[AttentionSite]) -
     if given is None:
         return None
     if isinstance(given, str | Path):
-        if not Path(given).is_file():
-            raise ValueError(f"There is no file {str(given)!r} with the importance of heads.")
+        if not os.path.isfile(given):
+            raise ValueError(f"There is no file {quoted(str(given))} with the importance of heads.")
         importance = HeadImportance.load(given)
-        importance.check(model)
+        with concerning(given):
+            importance.check(model)
         given = importance.scores
     for site in sites:
         check_weights(given, site)
@@ -74,11 +77,15 @@ def head_weights(given: Any, model: nn.Module, sites: Sequence[AttentionSite]) -
 def check_weights(given: Any, site: AttentionSite) -> None:
     """Raise TypeError or ValueError if the weights of a module's heads are no distribution over them."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"importance must be a file or a mapping from attention modules to weights, got {given!r}.")
+        raise TypeError(
+            f"importance must be a file or a mapping from attention modules to weights, got {quoted(given)}."
+        )
     weights = given.get(site.name)
-    if weights is None or len(weights) != site.query_heads or min(weights) < 0 or not sum(weights) > 0:
+    is_list = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
+    if not is_list or len(weights) != site.query_heads or min(weights) < 0 or not 0 < sum(weights) < 1e30:
         raise ValueError(
-            f"importance must give {site.name} {site.query_heads} numbers of at least 0, not all 0; got {weights}."
+            f"importance must give {site.name} {site.query_heads} numbers of at least 0, not all 0, with a sum below "
+            f"1e30; got {quoted(weights)}."
         )
 
 
@@ -90,7 +97,7 @@ def dropped_layers(given: Any, model: nn.Module, sites: Sequence[AttentionSite])
         ValueError: there is no such layer, or it is to be converted.
     """
     if not isinstance(given, tuple) or not all(type(index) is int for index in given):
-        raise TypeError(f"layers_dropped must be a list of layer indices, got {given!r}.")
+        raise TypeError(f"layers_dropped must be a list of layer indices, got {quoted(given)}.")
     dropped: dict[str, list[str]] = {}
     everywhere = find_sites(model)
     for index in given:

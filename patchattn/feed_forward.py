@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .documents import quoted
 from .projections import check_linear, head_projections_paths, layer_path, sliced
 from .settings import nearest
 from .sites import AttentionSite, attention_forward, find_sites, linear_shape
@@ -97,7 +98,7 @@ def check_masks(masks: Any) -> None:
     """TypeError or ValueError if these are no masks of channels by the names of attention modules."""
     if not isinstance(masks, Mapping) or not all(isinstance(text, str) for pair in masks.items() for text in pair):
         raise TypeError(
-            f"kept_channels is a mapping from names of attention modules to hexadecimal text, got {masks!r}."
+            f"kept_channels is a mapping from names of attention modules to hexadecimal text, got {quoted(masks)}."
         )
     if not masks:
         raise ValueError("kept_channels is empty: name at least one attention module, or leave it out.")

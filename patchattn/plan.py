@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from .documents import concerning, quoted
 from .renaming import Renaming
 from .settings import nearest
 from .variant import VariantConfig, variant_info
@@ -51,14 +52,16 @@ class Patch:
         expected = ["variant", "config", "sites"]
         for key in values:
             if key not in expected:
-                raise ValueError(f"A patch has no field {key!r}{nearest(str(key), expected)}")
+                raise ValueError(f"A patch has no field {quoted(key)}{nearest(str(key), expected)}")
         if missing := [key for key in expected if key not in values]:
             raise ValueError(f"A patch needs the fields {', '.join(expected)}; {', '.join(missing)} is missing.")
         sites = values["sites"]
         if not isinstance(sites, list | tuple) or not all(isinstance(site, str) for site in sites):
-            raise TypeError(f"sites must be a list of module names, got {sites!r}.")
+            raise TypeError(f"sites must be a list of module names, got {quoted(sites)}.")
         info = variant_info(values["variant"])
-        return cls(info.name, info.variant.config_class.from_dict(values["config"]), tuple(sites))
+        with concerning(info.name):
+            config = info.variant.config_class.from_dict(values["config"])
+        return cls(info.name, config, tuple(sites))
 
 
 def plan_dict(patches: Sequence[Patch]) -> dict[str, Any]:

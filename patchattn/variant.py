@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .call import AttentionCall, LayerContext, Observation
+from .documents import concerning, quoted
 from .hooks import Hook
 from .renaming import Renaming
 from .settings import Settings, nearest
@@ -253,12 +254,16 @@ class VariantInfo:
                 raise TypeError(f"{self.name!r} is configured by {wanted.__name__}, got {type(settings).__name__}.")
             return settings
         if not isinstance(settings, Mapping) or "preset" not in settings:
-            return wanted.from_dict({} if settings is None else settings)
+            return self._made({} if settings is None else settings)
         preset = settings["preset"]
-        if preset not in self.presets:
-            raise ValueError(f"{self.name!r} has no preset {preset!r}{nearest(str(preset), list(self.presets))}")
+        if not isinstance(preset, str) or preset not in self.presets:
+            raise ValueError(f"{self.name!r} has no preset {quoted(preset)}{nearest(str(preset), list(self.presets))}")
         given = {name: value for name, value in settings.items() if name != "preset"}
-        return wanted.from_dict({**self.presets[preset], **given})
+        return self._made({**self.presets[preset], **given})
+
+    def _made(self, settings: Mapping[str, Any]) -> VariantConfig:
+        with concerning(self.name):
+            return self.variant.config_class.from_dict(settings)
 
     @property
     def config_fields(self) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from patchattn import option
+from patchattn.documents import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class CausalLMSettings(TrainingSettings):
 
 def packed(path: str, tokenizer: Any, block: int, rows: int | None = None) -> list[dict[str, torch.Tensor]]:
     """The text as rows of `block` tokens, one after the other, without padding; a shorter rest is left out."""
-    tokens = tokenizer(Path(path).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
+    tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False).input_ids[0]
     whole = tokens[: len(tokens) // block * block].view(-1, block)[:rows]
     if not len(whole):
         raise ValueError(f"{path} holds {len(tokens)} tokens, fewer than one block of {block}.")

@@ -61,7 +61,7 @@ def test_info_says_what_a_setting_takes(run):
     assert "router = query_norm   (query_norm or learned)" in out
     assert "active_heads = None   (at least 1, or several or None)" in out
     assert "train_length = None tokens   (at least 2 or None)" in run("info", "logn")[1]
-    assert "router_std = 0.02   (at least 0)" in out
+    assert "router_std = 0.02   (0 to 10)" in out
 
 
 def test_info_shows_presets(run):

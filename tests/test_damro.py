@@ -329,5 +329,5 @@ class TestErrors:
 
     @pytest.mark.parametrize(("setting", "value"), [("alpha", -1.0), ("beta", 1.5), ("top_k", 0), ("task", "vqa")])
     def test_settings_out_of_range(self, setting: str, value: Any) -> None:
-        with pytest.raises((ValueError, TypeError), match=f"DAMROConfig.{setting}"):
+        with pytest.raises((ValueError, TypeError), match=f"damro: {setting}"):
             patchattn.patch_model(vlms.make("llava"), "damro", **{setting: value})

@@ -61,10 +61,10 @@ MOH = ("--variant", "moh", "--set", "active_ratio=0.5")
         ((*MOH, "--tasks", "longbench/lcc"), "holds neither"),
         ((*MOH, "--tasks", "speed"), "speed reads no data"),
         ((*MOH, "--tasks", "glue/sst2", "--batch", "0"), "batch"),
-        ((*MOH, "--tasks", "glue/sst2", "--task-set", "glue.max_length=9"), "no field 'max_length'"),
+        ((*MOH, "--tasks", "glue/sst2", "--task-set", "glue.max_length=9"), "no setting 'max_length'"),
         ((*MOH, "--tasks", "glue/sst2", "--task-set", "needle.lengths=[9]"), "'needle', which is not asked for"),
         ((*MOH, "--tasks", "glue/sst2", "--task-set", "max_length=9"), "expects task.name=value"),
-        ((*MOH,), "EvalSettings needs tasks"),
+        ((*MOH,), "tasks must be given"),
         (("--tasks", "glue/sst2"), "give --variant or --patch"),
         (("--variant", "mho", "--tasks", "glue/sst2"), "did you mean 'moh'?"),
         (("--variant", "moh", "--set", "active_ratio=2", "--tasks", "glue/sst2"), "active_ratio"),
@@ -135,7 +135,7 @@ def test_a_run_from_a_file(call: Any, folder: Path) -> None:
     assert "must map names of tasks to settings" in err
     (folder / "eval.yaml").write_text("taskss: [glue]\n")
     code, _, err = call("--config", str(folder / "eval.yaml"), *MOH)
-    assert "no field 'taskss'; did you mean 'tasks'?" in err
+    assert "no setting 'taskss'; did you mean 'tasks'?" in err
 
 
 def test_an_output_that_is_no_folder(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

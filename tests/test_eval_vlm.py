@@ -92,7 +92,7 @@ def test_mistakes(settings: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     def make(task: str, **changes: Any) -> None:
         make_tasks([task], "vision_language", settings={task: {**settings[task], **changes}})
 
-    with pytest.raises(ValueError, match="PopeSettings needs questions, images"):
+    with pytest.raises(ValueError, match="questions, images must be given"):
         make_tasks(["pope"], "vision_language")
     with pytest.raises(ValueError, match="batch is no setting of pope"):
         make("pope", batch=2)

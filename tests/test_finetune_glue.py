@@ -209,7 +209,7 @@ def change(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"taks": []}, r"recipe\.yaml: GlueSettings has no field 'taks'; did you mean 'tasks'"),
+        ({"taks": []}, r"recipe\.yaml: There is no setting 'taks'; did you mean 'tasks'"),
         ({"tasks": ["sst-2"]}, "GLUE has no task 'sst-2'; did you mean 'sst2'"),
         ({"tasks": []}, "tasks must be one or more different ones"),
         ({"tasks": "sst2"}, "tasks must be tuple"),
@@ -221,7 +221,7 @@ def change(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         ({"runs": {"MoH": {"moh": {"active_ratio": 2.0}}}}, "active_ratio must lie between"),
         ({"runs": {"unpatched": {"moh": {}}}}, "'unpatched' has variants"),
         ({"runs": {"MoH 5": {"moh": {}}, "MoH: 5": {"ssa": {}}}}, "'MoH 5' and 'MoH: 5' would share a folder"),
-        ({"training": {"stepz": 3}}, "no field 'stepz'; did you mean 'steps'"),
+        ({"training": {"stepz": 3}}, "no setting 'stepz'; did you mean 'steps'"),
         ({"training": {"steps": None}}, "either steps or epochs"),
         ({"training": {"max_length": 1}}, "max_length must lie between 4"),
         ({"training": {"seed": 1}}, "training holds seed; give seeds instead"),
@@ -230,7 +230,7 @@ def change(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         ({"training": {"balance_weight": 0.1}, "runs": {"SSA": {"ssa": {}}}}, "training.balance_weight has no effect"),
         ({"task_training": {"rte": {}}}, "task_training is for 'rte', but tasks are sst2"),
         ({"task_training": {"sst2": 3}}, "must map 'sst2' to settings"),
-        ({"task_training": {"sst2": {"step": 3}}}, "no field 'step'; did you mean 'steps'"),
+        ({"task_training": {"sst2": {"step": 3}}}, "no setting 'step'; did you mean 'steps'"),
         ({"data": "nowhere"}, r"There is no file nowhere/SST-2/train\.tsv"),
     ],
 )

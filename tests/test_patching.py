@@ -55,7 +55,7 @@ def test_the_first_of_several_variants_is_outermost(llama, tokens, toy) -> None:
         (([],), TypeError, "variant must be a name or a list"),
         ((["moh", "moh"],), ValueError, "same variant twice"),
         (("moh", {"active_ratoi": 0.5}), ValueError, "did you mean 'active_ratio'"),
-        (("moh", 0.5), TypeError, "built from a dictionary"),
+        (("moh", 0.5), TypeError, "Settings are a dictionary"),
         ((["ssa", "moh"], {"mho": {}}), ValueError, "did you mean 'moh'"),
         ((["ssa", "moh"], 3), TypeError, "map names to settings"),
     ],

@@ -38,7 +38,7 @@ def read(settings: dict[str, Any], folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stepz": 3}, r"recipe\.yaml: .* no field 'stepz'; did you mean 'steps'"),
+        ({"stepz": 3}, r"recipe\.yaml: .* no setting 'stepz'; did you mean 'steps'"),
         ({"steps": "many"}, "steps must be .*int.*, got 'many'"),
         ({"steps": 0}, "steps must lie between 1"),
         ({"steps": None}, "either steps or epochs, got steps=None and epochs=None"),
@@ -69,7 +69,11 @@ def test_bad_files_are_refused_in_one_line(settings: dict[str, Any], tmp_path: P
     with pytest.raises(ValueError, match="There is no configuration"):
         recipe("finetune_causal_lm").CausalLMSettings.from_yaml(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
-    for text, message in (("a: [", "is no YAML"), ("- a", "must hold a mapping"), ("steps: 3", "needs output, model")):
+    for text, message in (
+        ("a: [", "no YAML that is read here"),
+        ("- a", "must hold a mapping"),
+        ("steps: 3", "needs output, model"),
+    ):
         path.write_text(text)
         with pytest.raises((TypeError, ValueError), match=message):
             recipe("finetune_causal_lm").CausalLMSettings.from_yaml(path)

@@ -273,7 +273,7 @@ def test_shared_features_need_a_projection_of_the_input(build: Any, module: str)
         ({"query": False, "value": False}, "scales nothing"),
         ({"token_aware": False, "position_aware": False}, "no temperature left"),
         ({"query": 1}, "query must be bool"),
-        ({"initial_alpha": float("nan")}, "initial_alpha must lie between"),
+        ({"initial_alpha": float("nan")}, "initial_alpha must be a number that float32 holds"),
         ({"squash": "exp_neg_exp", "initial_alpha": 6.0}, "start at most at 4"),
         ({"squash": "exp"}, "squash must be"),
         ({"features": "projections"}, "features must be"),

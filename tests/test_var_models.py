@@ -232,14 +232,14 @@ class TestErrors:
         [
             ("sink_dims", [], "is empty"),
             ("sink_dims", [32], "must lie between 0 and 31"),
-            ("sink_dims", [-1], "VARConfig.sink_dims"),
-            ("sink_dims", 3, "VARConfig.sink_dims"),
-            ("sink_dims", [1.5], "VARConfig.sink_dims"),
-            ("move_fraction", 1.1, "VARConfig.move_fraction"),
-            ("max_sink_share", -0.1, "VARConfig.max_sink_share"),
-            ("min_image_share", "0.2", "VARConfig.min_image_share"),
-            ("first_layer", -1, "VARConfig.first_layer"),
-            ("except_last", 1, "VARConfig.except_last"),
+            ("sink_dims", [-1], "sink_dims"),
+            ("sink_dims", 3, "sink_dims"),
+            ("sink_dims", [1.5], "sink_dims"),
+            ("move_fraction", 1.1, "move_fraction"),
+            ("max_sink_share", -0.1, "max_sink_share"),
+            ("min_image_share", "0.2", "min_image_share"),
+            ("first_layer", -1, "first_layer"),
+            ("except_last", 1, "except_last"),
         ],
     )
     def test_settings(self, setting: str, value: Any, error: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..documents import quoted, read_yaml
+from ..documents import concerning, quoted, read_yaml
 from ..settings import Settings, option
 
 
@@ -100,7 +100,9 @@ def evaluate_model(
         if not isinstance(settings_of, dict) or not isinstance(settings_of.setdefault(task, {}), dict):
             raise TypeError(f"{config}: task_settings must map names of tasks to settings by name.")
         settings_of[task][key] = value
-    run_eval(EvalSettings.from_dict(values))
+    with concerning(config):
+        made = EvalSettings.from_dict(values)
+    run_eval(made)
 
 
 def run_eval(settings: EvalSettings) -> dict[str, Any]:

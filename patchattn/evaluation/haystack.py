@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..documents import read_text
+
 ChatTemplate = Literal["auto", "always", "never"]
 
 _CONTENT = "[content-of-the-prompt]"  # stands in a chat template for what comes there
@@ -62,10 +64,7 @@ def read_texts(data: str) -> str:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not path.exists() or not files:
         raise ValueError(f"There is no text in {data!r}: expected a text file, or a folder with .txt files.")
-    try:
-        text = "\n\n".join(file.read_text(encoding="utf-8-sig") for file in files)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{data} holds text that is not UTF-8: {error}.") from error
+    text = "\n\n".join(read_text(file, encoding="utf-8-sig") for file in files)
     if not text.strip():
         raise ValueError(f"{data} holds no text.")
     return text

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
-from ..documents import json_lines, parse_json, quoted, read_json
+from ..documents import decoded, json_lines, parse_json, quoted, read_json, read_text
 from ..settings import nearest
 
 HUB_ID = "THUDM/LongBench"
@@ -120,13 +120,7 @@ def read_longbench(path: str | Path, task: str) -> list[LongBenchSample]:
         ValueError: no such task or file, or a file not in its layout; the message names the line.
     """
     path, asked = Path(path), longbench_task(task)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file {path} with samples of {task}.") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: no UTF-8 text.") from error
+    text = read_text(path)
     return _mini(str(path), text, asked) if path.suffix == ".json" else _official(str(path), text, asked)
 
 
@@ -154,7 +148,8 @@ def _download(tasks: Sequence[LongBenchTask]) -> dict[str, list[LongBenchSample]
             name = f"{task.name}.jsonl"
             if name not in members:
                 raise ValueError(f"{path} holds no {name}; give the folder of a local copy instead.")
-            found[task.name] = _official(f"{path}/{members[name]}", archive.read(members[name]).decode("utf-8"), task)
+            place = f"{path}/{members[name]}"
+            found[task.name] = _official(place, decoded(archive.read(members[name]), place), task)
     return found
 
 

@@ -30,7 +30,11 @@ class ACTConfig(VariantConfig):
         source="paper, second-hand (mean); released code (fixed)",
     )
     alpha: float = option(
-        5.0, help="With sink_rule=mean: a key is a sink above alpha / N.", source="paper, second-hand", minimum=0.0
+        5.0,
+        help="With sink_rule=mean: a key is a sink above alpha / N.",
+        source="paper, second-hand",
+        minimum=0.0,
+        maximum=1e6,
     )
     threshold: float = option(
         0.1, help="With sink_rule=fixed: a key is a sink above this.", source="released code", minimum=0.0, maximum=1.0

@@ -37,6 +37,7 @@ class DAMROConfig(VariantConfig):
         help="Strength of the contrast: (1 + alpha) logits - alpha negative logits. None: by model and task.",
         source="paper and released code: LLaVA 2 and 0.5, InstructBLIP 0.5 and 1.5 (pope, chair)",
         minimum=0.0,
+        maximum=1000.0,
     )
     beta: float = option(
         0.1,

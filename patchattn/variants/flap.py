@@ -12,6 +12,7 @@ from ..calibration.channels import as_double
 from ..calibration.fluctuation import FlapStatistics
 from ..calibration.structures import lowest_units, score_units, share_of_modules
 from ..call import AttentionCall
+from ..documents import concerning
 from ..feed_forward import (
     channel_count,
     channel_mask,
@@ -130,7 +131,8 @@ class Flap(SurgeryVariant):
         if isinstance(known, str | Path):
             known = FlapStatistics.load(known)
         if known is not None:
-            known.check(model)
+            with concerning(config.statistics):
+                known.check(model)
         if config.heads is not None or config.kept_channels is not None:
             heads = heads_by_module(config.heads or {}, model, sites)
             masks = masks_by_module(config.kept_channels or {}, model, sites)

@@ -79,6 +79,7 @@ class MoHConfig(VariantConfig):
         help="Standard deviation of the learned router's initial weights; 0 gives uniform gates.",
         source="released code of MoH-ViT",
         minimum=0.0,
+        maximum=10.0,
     )
 
 

@@ -1,5 +1,6 @@
 """Head pruning: chosen query heads are taken out of the model, or masked. After arXiv 1905.10650."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from ..calibration.importance import HeadImportance
 from ..calibration.scoring import head_importance
 from ..call import AttentionCall
+from ..documents import concerning, quoted
 from ..pruning import KeptHeads, cut_heads, heads_by_module, parse_heads
 from ..settings import option
 from ..sites import AttentionSite
@@ -61,7 +63,9 @@ class PruneConfig(VariantConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.importance, str | Path | HeadImportance | None):
-            raise TypeError(f"importance must be a file, a score's name or a HeadImportance, got {self.importance!r}.")
+            raise TypeError(
+                f"importance must be a file, a score's name or a HeadImportance, got {quoted(self.importance)}."
+            )
         if self.heads is not None:
             object.__setattr__(self, "heads", parse_heads(self.heads))
             if self.sparsity is not None or self.importance is not None:
@@ -134,14 +138,15 @@ def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[Atte
         importance = given
     elif given in _DATA_FREE:
         importance = head_importance(model, [], method=given, sites=sites)
-    elif Path(given).is_file():
+    elif os.path.isfile(given):
         importance = HeadImportance.load(given)
     else:
         raise ValueError(
-            f"importance={str(given)!r} is neither a file nor one of {', '.join(_DATA_FREE)}. Scores that need "
+            f"importance={quoted(str(given))} is neither a file nor one of {', '.join(_DATA_FREE)}. Scores that need "
             "data are made by `patchattn calibrate heads` or patchattn.head_importance(model, batches)."
         )
-    importance.check(model)
+    with concerning(given):
+        importance.check(model)
     wanted = [site.name for site in sites]
     if missing := [name for name in wanted if name not in importance.sites]:
         raise ValueError(f"There are no scores of {missing[0]}: choose modules that have with modules=...")

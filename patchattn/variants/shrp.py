@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from patchattn_kernels import apply_head_gate, select_top_k
 
 from ..call import AttentionCall
+from ..documents import quoted
 from ..expander import check_weights, checked_heads, dropped_layers, head_weights, heads_by_module, initial_expander
 from ..expert_layer import drop_layers, host_layer
 from ..pruning import KeptHeads, cut_heads
@@ -38,7 +39,9 @@ class SHRPConfig(VariantConfig):
     router: Literal["token", "first", "mean"] = option(
         "token", help="What heads are chosen by: each token, or for a whole sequence its first token or its mean."
     )
-    router_std: float = option(0.02, help="Standard deviation of the router's initial weights.", minimum=0.0)
+    router_std: float = option(
+        0.02, help="Standard deviation of the router's initial weights.", minimum=0.0, maximum=10.0
+    )
     expander_size: int | None = option(
         None,
         help="Channels of the expander. None: those of the layer's feed-forward part; fewer start from its strongest.",
@@ -67,10 +70,13 @@ class SHRPConfig(VariantConfig):
         object.__setattr__(self, "kept", checked_heads(self.kept, self.heads))
         if self.activation is not None and self.activation not in ACT2FN:
             raise ValueError(f"activation must be one of transformers' names, such as 'gelu', got {self.activation!r}.")
-        if isinstance(self.layers_dropped, range):
-            object.__setattr__(self, "layers_dropped", tuple(self.layers_dropped))
         if not isinstance(self.layers_dropped, tuple | dict):
-            raise TypeError(f"layers_dropped must be a list of layer indices, got {self.layers_dropped!r}.")
+            raise TypeError(f"layers_dropped must be a list of layer indices, got {quoted(self.layers_dropped)}.")
+        if not isinstance(self.importance, str | dict | None):
+            raise TypeError(
+                "importance must be a file or a mapping from attention modules to weights, got "
+                f"{quoted(self.importance)}."
+            )
         if not self.heads and self.layers_dropped:
             raise ValueError("heads=0 leaves every layer as it is: leave out layers_dropped.")
 

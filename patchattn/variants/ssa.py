@@ -48,7 +48,7 @@ class SSAConfig(VariantConfig):
         help="Start of alpha. None: -7, 2 or 1e-5, by squash; each is close to the identity.",
         source="ours (-7), for pretrained models, the paper's start was not found; released code (2 and 1e-5)",
         minimum=-1000.0,
-        maximum=1000.0,
+        maximum=20.0,
     )
 
 

@@ -19,7 +19,11 @@ class SSMaxConfig(VariantConfig):
     """Settings of SSMax; every field is described by `patchattn info ssmax`."""
 
     initial_scale: float = option(
-        0.0, help="Start of s, the factor of log n that is learned per query head.", source="ours: the identity"
+        0.0,
+        help="Start of s, the factor of log n that is learned per query head.",
+        source="ours: the identity",
+        minimum=-100.0,
+        maximum=100.0,
     )
     bias: bool = option(
         True,

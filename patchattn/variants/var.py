@@ -51,6 +51,7 @@ class VARConfig(VariantConfig):
         "root mean square (tau).",
         source="released code",
         minimum=0.0,
+        maximum=1e6,
     )
     max_sink_share: float = option(
         0.5,
@@ -77,7 +78,7 @@ class VARConfig(VariantConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sink_dims == ():
-            raise ValueError("VARConfig.sink_dims is empty: name dimensions, or leave it out to have them found.")
+            raise ValueError("sink_dims is empty: name dimensions, or leave it out to have them found.")
 
 
 class VAR(Variant):
@@ -95,7 +96,7 @@ class VAR(Variant):
         self.layer = enclosing_layer(site.name)
         if site.input_size is not None and config.sink_dims and max(config.sink_dims) >= site.input_size:
             raise ValueError(
-                f"VARConfig.sink_dims must lie between 0 and {site.input_size - 1}, the width of {site.name}, got "
+                f"sink_dims must lie between 0 and {site.input_size - 1}, the width of {site.name}, got "
                 f"{list(config.sink_dims)}."
             )
 

@@ -53,7 +53,11 @@ class SynonymTable:
             raise ValueError(f"There is no synonym table {str(path)!r}.")
         self.path = str(path)
         self.objects: dict[Phrase, str] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: no UTF-8 text.") from error
+        for number, line in enumerate(lines, 1):
             phrases = [tuple(synonym.split()) for synonym in line.lower().split(",") if synonym.strip()]
             for phrase in phrases:
                 name = " ".join(phrases[0])
