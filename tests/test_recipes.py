@@ -72,7 +72,7 @@ def test_bad_files_are_refused_in_one_line(settings: dict[str, Any], tmp_path: P
     for text, message in (
         ("a: [", "no YAML that is read here"),
         ("- a", "must hold a mapping"),
-        ("steps: 3", "needs output, model"),
+        ("steps: 3", "output, model.* must be given"),
     ):
         path.write_text(text)
         with pytest.raises((TypeError, ValueError), match=message):
