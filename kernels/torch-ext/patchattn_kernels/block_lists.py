@@ -96,7 +96,8 @@ def lists_from_mask(blocks: torch.Tensor, block_q: int, block_k: int, *, most: i
     number = torch.arange(1, (total if most is None else min(most, total)) + 1, dtype=torch.int32, device=blocks.device)
     number = number.expand(*blocks.shape[:-1], -1).contiguous()
     # the n-th true entry is where the running sum first reaches n
-    return BlockLists(torch.searchsorted(running, number, out_int32=True), running[..., -1], block_q, block_k)
+    indices = torch.searchsorted(running, number, out_int32=True)
+    return BlockLists(indices, blocks.sum(dim=-1, dtype=torch.int32), block_q, block_k)
 
 
 def mask_from_lists(lists: BlockLists, key_blocks: int) -> torch.Tensor:
@@ -150,6 +151,8 @@ def seen_blocks(
         device: where to.
         window: sinks and recent keys of every head, which then bound the blocks too.
     """
+    if queries == 0 or keys == 0:
+        return torch.zeros(1, 1, -(-queries // block_q), -(-keys // block_k), dtype=torch.bool, device=device)
     order = key_order(rule, queries, keys, device)
     first, last, own_first, own_last = _ends(rule, queries, keys, block_q, block_k, device)
 
@@ -192,7 +195,7 @@ def block_means(tensor: torch.Tensor, block: int, real: torch.Tensor | None = No
     counts = wide.new_ones(1, length) if real is None else real.to(wide.dtype)
     padding = total * block - length
     sums = F.pad(wide * counts[:, None, :, None], (0, 0, 0, padding)).view(batch, heads, total, block, dim).sum(dim=3)
-    numbers = F.pad(counts, (0, padding)).view(-1, total, block).sum(dim=-1)
+    numbers = F.pad(counts, (0, padding)).view(len(counts), total, block).sum(dim=-1)
     return sums / numbers.clamp(min=1)[:, None, :, None]
 
 

@@ -10,7 +10,17 @@ from .block_lists import BlockLists, SinkAndRecent
 from .block_sparse_attention_cpu import gathered, gathered_backward, selected
 from .key_mask import unsupported
 from .namespace import add_op_namespace_prefix
-from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+from .rows import (
+    AttentionRule,
+    blocks,
+    empty_attention,
+    empty_weights,
+    full_precision,
+    is_empty,
+    log_sum_exp,
+    row_logits,
+    weights_of,
+)
 
 
 @overload
@@ -71,7 +81,11 @@ def block_sparse_attention(
     """
     _check(query, key, value, keep, rule)
     lacking = unsupported(rule)
-    if lacking is not None:
+    if is_empty(query, key):
+        with torch.autocast(query.device.type, enabled=False):
+            weights, lse = empty_weights(query, key, rule)
+            output = empty_attention(weights, value).transpose(1, 2).contiguous().transpose(1, 2)
+    elif lacking is not None:
         triton_runs(query, lacking=lacking)  # refuses where the kernel is insisted on
         output, lse = _reference(query, key, value, keep, rule)
     else:
@@ -103,7 +117,7 @@ def _check(
                 f"{tuple(keep.recent.shape)}. Make them with sink_and_recent(..., heads={heads})."
             )
         offset = keys - rows if rule.offset is None else rule.offset
-        if offset < 0 or offset + rows > keys:
+        if not is_empty(query, key) and (offset < 0 or offset + rows > keys):
             raise ValueError(
                 f"Recent keys are counted back from the queries' own keys {offset} to {offset + rows - 1}, which must "
                 f"be among the {keys} keys. Set AttentionRule.offset to the first query's."

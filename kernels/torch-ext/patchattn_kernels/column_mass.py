@@ -7,7 +7,16 @@ import torch
 from .backend import triton_runs
 from .column_mass_ops import column_mass_op, key_counts_op
 from .key_mask import key_mask, unsupported
-from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+from .rows import (
+    AttentionRule,
+    blocks,
+    empty_weights,
+    full_precision,
+    is_empty,
+    log_sum_exp,
+    row_logits,
+    weights_of,
+)
 from .split_attention import kernels_lack, same_dtype
 from .split_attention_ops import log_sum_exp as log_sum_exp_op
 
@@ -49,6 +58,9 @@ def column_mass(
         The sums `(B, H, Tk)` and the log-sum-exp `(B, H, Tq)`, in float32 at least.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if is_empty(query, key):
+            weights, lse = empty_weights(query, key, rule, lse)
+            return weights.sum(dim=2), lse
         if triton_runs(query, lacking=kernels_lack(rule, query, key)):
             query, key = same_dtype(query, key)
             mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
@@ -81,11 +93,17 @@ def key_counts(
         real: `(B or 1, Tq)` bool: the queries that count.
     """
     key = torch.arange(keys, device=device)
+    sizes = [tensor.shape[:1] for tensor in (rule.mask, real) if tensor is not None]
+    batch = torch.broadcast_shapes(*sizes, (1,))[0]
+    if 0 in (batch, queries, keys):
+        mask = rule.mask
+        heads = mask.shape[1:2] if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else ()
+        none = torch.zeros(batch, *heads, keys, dtype=torch.long, device=device)
+        return KeyCounts(none, none.clone(), none.bool())
     if triton_runs(key, lacking=unsupported(rule)):
         rows, longest, first = key_counts_op(key, queries, keys, real, *key_mask(rule, queries, keys, device))
         return KeyCounts(rows.long(), longest.long(), first)
     seen = longest = earlier = torch.zeros(1, keys, dtype=torch.long, device=device)
-    batch = max(rule.mask.shape[0] if rule.mask is not None else 1, real.shape[0] if real is not None else 1)
     for part in blocks(queries, batch * keys):
         visible = rule.visible(part, (queries, keys), device)
         if real is not None:

@@ -9,7 +9,17 @@ from .key_mask import KeyMask, key_mask, unsupported
 from .namespace import add_op_namespace_prefix
 from .routed_attention_cpu import routed_on_cpu
 from .routing import apply_head_gate
-from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of
+from .rows import (
+    AttentionRule,
+    blocks,
+    empty_attention,
+    empty_weights,
+    full_precision,
+    is_empty,
+    log_sum_exp,
+    row_logits,
+    weights_of,
+)
 
 
 def routed_attention(
@@ -17,7 +27,8 @@ def routed_attention(
 ) -> torch.Tensor:
     """`gate * softmax(q k^T * scaling) v` for every token and query head whose gate is not zero; zeros elsewhere.
 
-    A row that sees no key gives zeros. Triton's kernels compute in the dtype of `value`, with sums in float32.
+    A row that sees no key gives zeros, and an empty batch or sequence an empty result. Triton's kernels compute in the
+    dtype of `value`, with sums in float32.
 
     Args:
         query: `(B, H, Tq, D)`.
@@ -50,6 +61,10 @@ def routed_attention_if_faster(
     Raises:
         NotImplementedError: PATCHATTN_KERNELS is `triton`, and the kernels cannot compute the call.
     """
+    if is_empty(query, key):
+        with torch.autocast(query.device.type, enabled=False):
+            output = empty_attention(empty_weights(query, key, rule)[0], value).to(value.dtype)
+            return apply_head_gate(output.transpose(1, 2).contiguous(), gate).transpose(1, 2)
     if triton_runs(query, lacking=_lacking(query, value, rule)):
         mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
         query, key = query.to(value.dtype), key.to(value.dtype)

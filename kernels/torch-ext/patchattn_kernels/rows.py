@@ -127,6 +127,39 @@ def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows
     return logits.masked_fill(~visible, float("-inf"))
 
 
+def is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether there is no batch, query or key: no weight, so that there is nothing to launch or to go through."""
+    return 0 in (query.shape[0], query.shape[2], key.shape[2])
+
+
+def empty_weights(
+    query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, lse: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `(B, H, Tq, Tk)` without elements, where `is_empty`, and log-sum-exp of the rows; in the graph of both.
+
+    What is computed from them has the shapes, and its operands the gradients, that the formula says: zeros, where there
+    are any.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        key: `(B, G, Tk, D)`.
+        rule: scaling and visibility.
+        lse: `(B, H, Tq)` where it is known.
+    """
+    query, key = full_precision(query), full_precision(key)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query @ key.mT
+    for term in rule.added(slice(0, query.shape[2]), key.shape[2]):
+        logits = logits + term
+    lse = log_sum_exp(logits, rule) if lse is None else lse
+    return weights_of(logits, lse), lse
+
+
+def empty_attention(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`(B, H, Tq, Dv)` zeros: the product of `empty_weights` with values `(B, G, Tk, Dv)`."""
+    return weights @ full_precision(value).repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+
+
 def log_sum_exp(logits: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
     """Of rows of logits `(B, H, C, Tk)`, sinks included: `(B, H, C)`; -inf where a query sees nothing."""
     lse = torch.logsumexp(logits, dim=-1)

@@ -6,7 +6,18 @@ import torch
 
 from .backend import triton_runs
 from .key_mask import key_mask, unsupported
-from .rows import AttentionRule, blocks, full_precision, log_sum_exp, row_logits, weights_of, with_heads
+from .rows import (
+    AttentionRule,
+    blocks,
+    empty_attention,
+    empty_weights,
+    full_precision,
+    is_empty,
+    log_sum_exp,
+    row_logits,
+    weights_of,
+    with_heads,
+)
 from .split_attention_ops import attention, compact, key_set_part
 from .split_attention_ops import log_sum_exp as log_sum_exp_op
 
@@ -42,6 +53,9 @@ def attention_with_lse(
         `(B, H, Tq, Dv)`, zeros where a row sees nothing, and `(B, H, Tq)`, -inf there; float32 at least.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if is_empty(query, key):
+            weights, lse = empty_weights(query, key, rule)
+            return empty_attention(weights, value), lse
         if triton_runs(query, lacking=kernels_lack(rule, query, value)):
             query, key, value = same_dtype(query, key, value)
             mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
@@ -81,6 +95,11 @@ def split_attention(
         output: `(B, H, Tq, Dv)` attention over all keys, where it is known in full precision.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if is_empty(query, key):
+            weights, lse = empty_weights(query, key, rule, lse)
+            part = empty_attention(weights, value)
+            whole = part if output is None else full_precision(output)
+            return SplitAttention(whole, part, weights.sum(dim=-1), lse)
         if triton_runs(query, lacking=kernels_lack(rule, query, value)):
             return _by_kernels(query, key, value, key_set, rule, lse, output)
         query, key, value = full_precision(query), full_precision(key), full_precision(value)
