@@ -20,31 +20,40 @@ class RouterLoss:
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self._has_grad = torch.is_grad_enabled()
-        self._routing: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._routing: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._without_grad: set[str] = set()  # attention modules that ran without gradients in a block that has them
 
     def note(self, seen: Observation) -> None:
         """Keep what one layer reports. Nothing is computed here: under activation checkpointing this runs inside the
         part that is run again without it, and both must do the same."""
         if "router_probability" not in seen.values:
             return
+        name, values = seen.site.name, seen.values
         if self._has_grad and not torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"{seen.site.name} runs without gradients inside a forward that has them: re-entrant activation "
-                "checkpointing cannot train a loss on routers. Pass gradient_checkpointing_kwargs="
-                '{"use_reentrant": False}, or leave frozen towers out of the patch with modules=...'
-            )
-        values = seen.values
-        self._routing.append((values["router_probability"], values["router_choice"], seen.real_tokens()))
+            self._without_grad.add(name)
+            return
+        self._routing.append((name, values["router_probability"], values["router_choice"], seen.real_tokens()))
 
     def __call__(self) -> torch.Tensor:
         """The weighted loss, a scalar with gradients: mean over layers, and over forwards if the block held several.
 
+        Forwards under `torch.no_grad`, such as those that a trainer runs for its metrics, do not count in a block that
+        began with gradients.
+
         Raises:
             ValueError: no forward ran in the block.
+            NotImplementedError: a router ran without gradients alone, as under re-entrant activation checkpointing.
         """
+        if never := self._without_grad - {name for name, *_ in self._routing}:
+            raise NotImplementedError(
+                f"The router of {min(never)} ran, but not with gradients, so that no loss on it can train anything. "
+                "Re-entrant activation checkpointing does that: pass gradient_checkpointing_kwargs="
+                '{"use_reentrant": False}. So does a forward under torch.no_grad(): leave frozen towers out of the '
+                "patch with modules=..."
+            )
         if not self._routing:
             raise ValueError("No router ran: call the model inside the `with` block of this loss.")
-        losses = [self._of_layer(*routing) for routing in self._routing]
+        losses = [self._of_layer(*routing) for _, *routing in self._routing]
         return self.weight * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     def _of_layer(self, probability: torch.Tensor, choice: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -100,7 +109,7 @@ def balance_loss(model: nn.Module, weight: float = 0.01, definition: Definition 
 
     Raises:
         ValueError: no variant of the model routes, or an argument is out of range.
-        NotImplementedError: in the forward, under re-entrant activation checkpointing.
+        NotImplementedError: when called, under re-entrant activation checkpointing.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

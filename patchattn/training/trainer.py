@@ -54,9 +54,9 @@ class PatchedTrainerMixin(Base):
         if not (self.balance_weight and model.training):
             return compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         with balance_loss(model, self.balance_weight, self.balance_definition) as balance:
-            loss, outputs = compute(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        loss = loss + balance() / self._divisor(num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+            result = compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        share = balance() / self._divisor(num_items_in_batch)
+        return (result[0] + share, result[1]) if return_outputs else result + share
 
     def _divisor(self, num_items_in_batch: Any) -> int:
         """Over how many batches the Trainer does not average after `compute_loss`, because their loss is a share of
