@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .documents import concerning, naming, quoted, read_json_object
 from .folders import replacing, settled
+from .notices import note_patched
 from .packing import CHILD
 from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, is_finite, read_patch, read_tensors, write_patch
 from .patching import active_chains, applied_patches, apply_patches, is_patched
@@ -139,6 +140,7 @@ def load_patch(
         if not isinstance(error, ValueError | TypeError | NotImplementedError):
             raise ValueError(f"{folder}: this patch cannot be put on ({type(error).__name__}: {error}).") from error
         raise naming(folder, error) from error
+    note_patched(base, saved.patches)
     return model
 
 

@@ -151,7 +151,8 @@ def doctor() -> None:
     import torch
     from rich.table import Table
 
-    from .doctor import releases, self_test
+    from .doctor import self_test
+    from .tested_releases import releases
 
     quiet()
     console, table = Console(highlight=False), Table("package", "at hand", "tested from", "to", "")

@@ -1,22 +1,17 @@
 """`patchattn doctor`: do the releases at hand carry a patch? What to run after upgrading anything.
 
-Releases are compared with those that the tests ran on (`releases/oldest.txt` and `newest.txt`). Then every variant is
-put on a tiny random decoder or encoder: it must change the outputs, be neutral where it says so, be undone to the last
-bit, leave real tokens alone where padding is added, agree with itself when decoding from a cache, and come back from
-disk. One patch is held against attention that nothing of patchattn has touched.
+Every variant is put on a tiny random decoder or encoder: it must change the outputs, be neutral where it says so, be
+undone to the last bit, leave real tokens alone where padding is added, agree with itself when decoding from a cache,
+and come back from disk. One patch is held against attention that nothing of patchattn has touched.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from packaging.requirements import Requirement
-from packaging.version import Version
 from torch import nn
 from transformers import AttentionInterface, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -27,28 +22,7 @@ from .patching import patch_model, patched, unpatch_model
 from .selection import base_model
 from .variant import list_variants, variant_info
 
-Verdict = Literal["tested", "newer than tested", "too old", "too new", "not installed"]
-_FOLDER = Path(__file__).with_name("releases")
 _REFERENCE = "patchattn_doctor"
-
-
-@dataclass(frozen=True)
-class Release:
-    """A package that patchattn is built on.
-
-    Attributes:
-        name: of the package.
-        installed: the release at hand; None without one.
-        oldest: release that the tests ran on.
-        newest: the other end of what they ran on.
-        verdict: on the release at hand; `too old` and `too new` are outside what patchattn asks for.
-    """
-
-    name: str
-    installed: str | None
-    oldest: str
-    newest: str
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -62,23 +36,6 @@ class Finding:
 
     what: str
     problem: str | None
-
-
-def pinned(name: Literal["oldest", "newest"]) -> dict[str, str]:
-    """Package to release of one end of what the tests ran on."""
-    lines = (_FOLDER / f"{name}.txt").read_text(encoding="utf-8").split()
-    return dict(line.split("==") for line in lines)
-
-
-def releases() -> list[Release]:
-    """What is at hand of the packages that patchattn is built on, beside what the tests ran on."""
-    newest = pinned("newest")
-    return [
-        Release(
-            name, installed := _installed(name), oldest, newest[name], _verdict(name, installed, oldest, newest[name])
-        )
-        for name, oldest in pinned("oldest").items()
-    ]
 
 
 def self_test(device: str = "cpu") -> Iterator[Finding]:
@@ -95,32 +52,6 @@ def self_test(device: str = "cpu") -> Iterator[Finding]:
             info = variant_info(name)
             if info.kind != "decoding" and {*needed, "without_images"} <= info.capabilities:
                 yield Finding(f"{name}, {kind}", _reason(partial(_try_variant, name, make, device)))
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _verdict(name: str, installed: str | None, oldest: str, newest: str) -> Verdict:
-    if installed is None:
-        return "not installed"
-    if Version(installed) < Version(oldest):
-        return "too old"
-    if not all(asked.contains(installed, prereleases=True) for asked in _asked(name)):
-        return "too new"
-    return "newer than tested" if Version(Version(installed).public) > Version(newest) else "tested"
-
-
-def _asked(name: str) -> list[Any]:
-    """What patchattn's own metadata asks of a package; nothing in a checkout that is not installed."""
-    try:
-        lines = requires("patchattn") or []
-    except PackageNotFoundError:
-        return []
-    return [asked.specifier for asked in map(Requirement, lines) if asked.name == name]
 
 
 def _reason(run: Callable[[], str | None]) -> str | None:

@@ -14,6 +14,7 @@ from .compatibility import name_branches, seam_name
 from .context import close_context, note_raw_query, open_context
 from .decoding import DecodingVariant, refuse_second
 from .hooks import install_hooks, register_last, remove_hooks
+from .notices import note_patched, note_releases, note_unpatched
 from .packing import CHILD
 from .plan import Patch, gathered
 from .seam import VariantChain, active_chain, recall, retire
@@ -88,6 +89,7 @@ def patch_model(
         configured, own = info.variant.fit(info.configure(given), base, offered)
         patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
     apply_patches(base, patches)
+    note_patched(base, patches)
     return model
 
 
@@ -104,6 +106,7 @@ def apply_patches(
         initialise: called with the tensors whose values a patch is saved with, by their names in the model's state
             dict, to fill them in; what it raises leaves the model as it was.
     """
+    note_releases()
     known = {site.name: site for site in find_sites(model)}
     names = list(dict.fromkeys(name for patch in patches for name in patch.sites))
     for name in names:
@@ -187,6 +190,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         remove_hooks(module, is_ours)
         allow_batching(module)
     release_bases()
+    note_unpatched(base)
     return model
 
 

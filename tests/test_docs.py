@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import patchattn
 import patchattn_kernels
 from patchattn import variant as registry
-from patchattn.doctor import pinned
+from patchattn.tested_releases import pinned
 
 from . import vlms
 from .families import FAMILIES

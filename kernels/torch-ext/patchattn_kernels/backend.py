@@ -1,12 +1,15 @@
 """Which implementation of an operation runs: Triton's kernels, or plain torch."""
 
+import functools
 import importlib.util
+import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 SETTING = "PATCHATTN_KERNELS"
+_LOGGER = logging.getLogger("patchattn.kernels")
 
 
 @torch.compiler.assume_constant_result
@@ -42,6 +45,8 @@ def triton_runs(tensor: torch.Tensor, *, lacking: str | None = None) -> bool:
         raise NotImplementedError(
             f"{SETTING} is triton, but the kernel cannot compute this call: {reason}. Set it to auto or reference."
         )
+    if reason is not None:
+        _note_plain_torch(reason, tensor.is_cuda)
     return reason is None and (backend == "triton" or tensor.is_cuda)
 
 
@@ -53,6 +58,18 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
 def rowwise(tensor: torch.Tensor) -> torch.Tensor:
     """With vectors whose numbers lie side by side, as kernels read them."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+@torch.compiler.assume_constant_result  # not traced, and a compiled model tells it, too
+def _note_plain_torch(reason: str, is_cuda: bool) -> bool:
+    return _note_once(reason, is_cuda)
+
+
+@functools.cache
+def _note_once(reason: str, is_cuda: bool) -> bool:
+    """Say why Triton's kernels do not run: on a GPU that is news."""
+    _LOGGER.log(logging.INFO if is_cuda else logging.DEBUG, "Plain torch computes in place of Triton: %s", reason)
+    return True
 
 
 @torch.compiler.assume_constant_result
