@@ -70,7 +70,6 @@ def patch_model(
         >>> model = patch_model(model, "moh", active_ratio=0.75)
         >>> [patch["variant"] for patch in patch_info(model)["patches"]]
         ['moh']
-        >>> model = unpatch_model(model)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model expects a model, got {type(model).__name__}.")

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,13 @@ def test_docstring_examples(name: str) -> None:
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks(ROOT / "README.md"):
-        exec(compile(block, "README.md", "exec"), namespace)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for block in blocks(ROOT / "README.md"):
+            exec(compile(block, "README.md", "exec"), namespace)
+    # PEFT asks a model for an attribute that transformers renamed: not our call
+    ours = [one for one in warned if issubclass(one.category, FutureWarning) and "peft" not in Path(one.filename).parts]
+    assert not [str(one.message) for one in ours]
     inputs = namespace["inputs"]
     again, same = (namespace[name].eval()(**inputs).logits for name in ("again", "same"))
     assert torch.equal(again, same)
