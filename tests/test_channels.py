@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchattn.calibration.channels import RunningMoments, channel_statistics
@@ -45,6 +45,7 @@ def test_mistakes_with_channels() -> None:
         channel_statistics(model.train(), [], [])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.sampled_from([0.0, 1e6, -1e8]))
 def test_moments_in_parts_are_those_of_the_whole(sizes: list[int], offset: float) -> None:
     if sum(sizes) < 2:
