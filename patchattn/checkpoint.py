@@ -30,12 +30,13 @@ from .selection import base_model
 from .settings import nearest
 from .sites import find_sites
 from .surgery import surgeries
+from .untrusted import ADAPTER_CONFIG, refuse_code, refuse_pickled_adapter
 from .variant import Variant
 from .whole_model import listed, patched_class, saved_plan
 from .whole_model import model_class as transformers_class
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_MODEL_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_MODEL_CONFIG = "config.json"
 
 
 def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
@@ -209,12 +210,12 @@ def _base_and_patch(
         )
     saved = read_patch(folder)
     name, base_revision = saved.base.get("name_or_path"), saved.base.get("revision")
-    has_adapter = (folder / _ADAPTER_CONFIG).is_file()
+    has_adapter = (folder / ADAPTER_CONFIG).is_file()
     if has_adapter:
-        adapter = read_json_object(folder / _ADAPTER_CONFIG)
+        adapter = read_json_object(folder / ADAPTER_CONFIG)
         name, base_revision = adapter.get("base_model_name_or_path") or name, adapter.get("revision") or base_revision
         if not isinstance(name, str | None) or not isinstance(base_revision, str | None):
-            raise ValueError(f"{folder / _ADAPTER_CONFIG}: base_model_name_or_path and revision must be texts or null.")
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path and revision must be texts or null.")
     if not name:
         raise ValueError(
             f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
@@ -222,9 +223,12 @@ def _base_and_patch(
         )
     with concerning(saved.path):
         base_kind: Any = model_class or transformers_class(saved.base.get("architecture"))
-    where = {key: place[key] for key in ("token", "cache_dir")}
+    if has_adapter:
+        refuse_pickled_adapter(source, **place)
+    where = {"revision": base_revision or "main", "token": place["token"], "cache_dir": place["cache_dir"]}
     with readable(name):
-        unpatched = base_kind.from_pretrained(name, revision=base_revision or "main", **where, **kwargs)
+        refuse_code(base_kind, name, kwargs, **where)
+        unpatched = base_kind.from_pretrained(name, **where, **{"use_safetensors": True, **kwargs})
     base = load_patch(unpatched, folder)
     if not has_adapter:
         return base
@@ -239,7 +243,7 @@ def _small_files(source: str | PathLike[str], subfolder: str | None = None, **wh
     inside = Path(subfolder or "")
     if os.path.isdir(source):  # Path.is_dir raises OSError on a name that is too long
         return Path(source) / inside
-    names = [str(inside / name) for name in (_MODEL_CONFIG, _ADAPTER_CONFIG, CONFIG_FILE, TENSORS_FILE)]
+    names = [str(inside / name) for name in (_MODEL_CONFIG, ADAPTER_CONFIG, CONFIG_FILE, TENSORS_FILE)]
     try:
         return Path(snapshot_download(str(source), allow_patterns=names, **where)) / inside
     except (OSError, ValueError) as error:

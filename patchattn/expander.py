@@ -80,7 +80,7 @@ def check_weights(given: Any, site: AttentionSite) -> None:
         raise TypeError(
             f"importance must be a file or a mapping from attention modules to weights, got {quoted(given)}."
         )
-    weights = given.get(site.name)
+    weights: Any = given.get(site.name)
     is_list = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
     if not is_list or len(weights) != site.query_heads or min(weights) < 0 or not 0 < sum(weights) < 1e30:
         raise ValueError(

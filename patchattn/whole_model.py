@@ -1,7 +1,6 @@
 """Whole models that were saved patched: their weights say how, and are loaded into a model patched in that way."""
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from os import PathLike
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import safe_open
 
@@ -21,6 +18,7 @@ from .patching import active_chains, apply_patches
 from .plan import Patch
 from .pretrained import readable
 from .surgery import surgeries
+from .untrusted import found_file, refuse_code
 
 CODE_MODULE = "modeling_patchattn"  # the Hub's custom-code entry, without its .py
 _building: ContextVar[list[Patch] | None] = ContextVar("patchattn_building", default=None)
@@ -41,7 +39,7 @@ def saved_plan(
         ValueError: a file is damaged, or its settings cannot be read.
     """
     middle = "" if variant is None else f".{variant}"
-    index = _file(source, f"model.safetensors.index{middle}.json", subfolder, where)
+    index = found_file(source, f"model.safetensors.index{middle}.json", subfolder=subfolder, **where)
     single = f"model{middle}.safetensors"
     if index is None:
         shards = {single: None}
@@ -52,7 +50,7 @@ def saved_plan(
         shards = dict.fromkeys(str(shard) for key, shard in weight_map.items() if _is_settings(key))
     found = []
     for shard in shards:
-        path = _file(source, shard, subfolder, where)
+        path = found_file(source, shard, subfolder=subfolder, **where)
         if path is None:
             continue
         try:
@@ -65,19 +63,6 @@ def saved_plan(
 
 def _is_settings(key: str) -> bool:
     return key.endswith(f".{CHILD}.{SETTINGS}")
-
-
-def _file(source: str | PathLike[str], name: str, subfolder: str | None, where: Mapping[str, Any]) -> Path | None:
-    """One file of a folder or a Hub repository, `None` where it is not there."""
-    if os.path.isdir(source):
-        path = Path(source) / (subfolder or "") / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **where))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(source)!r} is no folder, nor a Hub repository that can be read: {error}") from error
 
 
 def model_class(architecture: str | None) -> Any:
@@ -118,9 +103,13 @@ def patched_class(architecture: str | type | None) -> Any:
         @classmethod
         def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
             names = ("subfolder", "variant", "revision", "token", "cache_dir")
-            plan = saved_plan(source, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
+            place = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            plan = saved_plan(source, **place)
             if plan is None:
                 raise ValueError(f"{str(source)!r} holds no patch: nothing in its weights was saved from a variant.")
+            place.pop("variant", None)
+            with readable(source):
+                refuse_code(original, source, kwargs, **place)
             wants_info = kwargs.pop("output_loading_info", False)
             may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
             # Mismatches are tolerated there and refused here, by an error that says which.
