@@ -7,6 +7,7 @@ model's own configuration names.
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,22 @@ _lookups: dict[type[nn.Module], tuple[dict[str, Any], str | None]] = {}
 live_chains: "weakref.WeakSet[Any]" = weakref.WeakSet()  # chains of variants that are on a module, each with a `base`
 
 
+@dataclass(eq=False)
+class ModuleCall:
+    """What an attention module calls its function with.
+
+    One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
+    would move the attention module itself, whose weights may lie on disk.
+    """
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+
 def register_base(base: str) -> str:
     """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
     name = seam_name(base)
@@ -49,7 +66,7 @@ def register_base(base: str) -> str:
         attend = base_function(type(module), base_in_force(module, base))
         chain = module._modules.get(CHILD)
         if chain is not None and chain.active:
-            return chain(attend, module, query, key, value, attention_mask, kwargs)
+            return chain(attend, ModuleCall(module, query, key, value, attention_mask, kwargs))
         return attend(shown(module, base) if shown else module, query, key, value, attention_mask, **kwargs)
 
     _base_names[name] = base

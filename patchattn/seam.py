@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .bases import as_base_sees, live_chains, register_base
+from .bases import ModuleCall, as_base_sees, live_chains, register_base
 from .batching import refuse_paged
 from .call import AttentionCall, LayerContext
 from .capabilities import needed_capabilities
@@ -107,18 +107,12 @@ class VariantChain(nn.Module):
         register_base(self.base)
         live_chains.add(self)
 
-    def forward(
-        self,
-        base: Callable[..., Any],
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> AttentionOutput:
+    def forward(self, base: Callable[..., Any], given: ModuleCall) -> AttentionOutput:
+        module, query = given.module, given.query
         context = current_context(module) if self.needs_context else None
-        call = AttentionCall(query, key, value, mask, kwargs, module, self.site, self.base, context)
+        call = AttentionCall(
+            query, given.key, given.value, given.mask, given.kwargs, module, self.site, self.base, context
+        )
         self._refuse(call)
         if self.storing and context is not None:
             call = self._store(call, context)

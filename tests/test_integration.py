@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import Trainer, TrainingArguments
 
@@ -76,3 +76,28 @@ def test_offloaded_models(case: Case, patched_first: bool) -> None:
         remove_hook_from_submodules(model)
     patchattn.unpatch_model(model)
     assert torch.equal(outputs(model, **inputs)[0], base)
+
+
+@pytest.mark.parametrize("how", ["patched, then dispatched", "dispatched, then patched", "loaded, then patched"])
+@EVERY_CASE
+def test_models_with_layers_on_disk(case: Case, how: str, tmp_path: Path) -> None:
+    inputs = FAMILIES["qwen3"].inputs()
+    expected = outputs(case.patch(FAMILIES["qwen3"].make()), **inputs)[0]
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = FAMILIES["qwen3"].make()
+    if how.startswith("patched"):
+        case.patch(model)
+    if how.startswith("loaded"):
+        model.save_pretrained(tmp_path / "model")
+        model = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path).eval()
+    else:
+        dispatch_model(model, places, offload_dir=tmp_path, main_device="cpu")
+    if not how.startswith("patched"):
+        if patchattn.variant_info(case.variant).kind == "surgery":
+            with pytest.raises(NotImplementedError, match="offloaded or dispatched by accelerate: prune before that"):
+                case.patch(model)
+            return
+        case.patch(model)
+    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    assert torch.equal(outputs(model, **inputs)[0], expected)
