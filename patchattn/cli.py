@@ -247,6 +247,8 @@ def calibrate_act(
     examples, given, chosen = read_choices(data), parse_settings(settings or []), choose_device(device)
     quiet()
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(chosen)
+    if type(loaded).__name__ not in (saved := loaded.config.architectures or []):  # its head would be random
+        raise ValueError(f"calibrate act needs a causal language model, such as {type(loaded).__name__}; got {saved}.")
     tokenizer = load_pretrained(AutoTokenizer, model)
     console, state = Console(highlight=False), output.with_name(output.name + ".state")
     if state.exists():

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import patchattn
 from patchattn import cli
@@ -246,3 +255,22 @@ def test_the_command_writes_a_list_that_patch_model_reads(
     assert active == set(HeadList.parse(str(output)).heads) <= {2, 3}
     with pytest.raises(ValueError, match="for stories260K, llama of 5 layers with 8 heads"):
         patchattn.patch_model(llama(), "act", heads=str(output))
+
+
+@pytest.mark.parametrize(
+    "model_class", [BertModel, BertForMaskedLM, BertForSequenceClassification], ids=lambda c: c.__name__
+)
+def test_a_model_without_a_causal_head_is_refused(
+    model_class: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`AutoModelForCausalLM` would load it, with a head made up or for another task."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model_class(BertConfig(**sizes, vocab_size=64)).save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "label": 0}))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["calibrate", "act", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl")])
+    assert ended.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"calibrate act needs a causal language model, such as BertLMHeadModel; got ['{model_class.__name__}']" in (
+        message
+    )
