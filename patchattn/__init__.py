@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .routing import LayerRouting as LayerRouting
     from .routing import RoutingStatistics as RoutingStatistics
     from .routing import routing_statistics as routing_statistics
+    from .sentences import load_sentence_transformer as load_sentence_transformer
     from .settings import Settings as Settings
     from .settings import option as option
     from .sites import AttentionSite as AttentionSite
@@ -83,6 +84,7 @@ _NAMES = {
     "observation": ("observe",),
     "patching": ("patch_info", "patch_model", "patched", "unpatch_model", "unpatched"),
     "routing": ("LayerRouting", "RoutingStatistics", "routing_statistics"),
+    "sentences": ("load_sentence_transformer",),
     "settings": ("Settings", "option"),
     "sites": ("AttentionSite", "find_sites"),
     "statistics": (
