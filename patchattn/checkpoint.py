@@ -172,6 +172,8 @@ def from_pretrained(
         subfolder: of `source`, where the files are.
         model_class: class of the model where it is your own; by default the class of transformers that was saved.
         kwargs: for the `from_pretrained` of the model's class: `dtype`, `device_map`, `attn_implementation`, ...
+            A base model's weights are unpickled only with `use_safetensors=False`; an attention kernel of the Hub is
+            fetched only where `attn_implementation` names it here.
 
     Returns:
         The patched model, in evaluation mode; a PeftModel if there is an adapter.
