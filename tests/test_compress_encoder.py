@@ -172,7 +172,7 @@ def test_what_a_stage_adds_to_the_loss(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"taks": "sst2"}, "no field 'taks'; did you mean 'task'"),
+        ({"taks": "sst2"}, "no setting 'taks'; did you mean 'task'"),
         ({"task": "sst-2"}, "did you mean 'sst2'"),
         ({"data": "nowhere"}, r"There is no file nowhere/SST-2/train\.tsv"),
         ({"shrp": {"head": 1}}, "did you mean 'heads'"),

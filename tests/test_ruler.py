@@ -180,7 +180,7 @@ def test_stories260k_can_be_asked(data_dir: Path, kind: Any) -> None:
     ("kind", "wrong", "error", "message"),
     [
         (NiahSingle, {"keys": "names"}, TypeError, "keys"),
-        (NiahSingle, {"needles": 4}, ValueError, "no field 'needles'"),
+        (NiahSingle, {"needles": 4}, ValueError, "no setting 'needles'"),
         (NiahMultikey, {"needles": 1}, ValueError, "needles must lie between 2"),
         (NiahMultikey, {"haystack": "hay"}, TypeError, "haystack"),
         (NiahMultivalue, {"samples": 0}, ValueError, "samples must lie between 1"),
