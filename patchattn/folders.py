@@ -110,7 +110,7 @@ def _finish(folder: Path, complete: Path) -> None:
     nothing of a later save.
     """
     removed, files = complete / _REMOVED, complete / _FILES
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, FileExistsError):  # the folder is being removed by who finished first
         names = json.loads((complete / _OUTDATED).read_text(encoding="utf-8"))
         removed.mkdir(exist_ok=True)
         for name in names:
