@@ -142,7 +142,7 @@ def test_another_run_is_not_continued(vlm: tuple[Any, Any], requests: list[Reque
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: the answer to another request"):
         answer(model, processor, requests, path, settings)
     path.write_text("nonsense\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not an answer"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no JSON"):
         answer(model, processor, requests, path, settings)
     path.write_text('{"id": 0, "answer": ""}\n' * 8)
     with pytest.raises(ValueError, match="holds 8 answers to 7 requests"):
