@@ -2,7 +2,8 @@
 
 Attention is computed anew from the queries and keys that the base implementation gets, whichever it is, in a patched
 model and in an unpatched one: after variants that change queries, keys or the mask, and before what they do to the
-output. One head's queries x keys are held at a time.
+output. One head's queries x keys are held at a time. Of a variant that computes attention weights itself (`act`, `var`)
+the weights that it returns are taken, which it does under eager attention alone; all heads of a layer are then held.
 """
 
 import re
@@ -20,8 +21,10 @@ from .calibration.recording import recording
 from .call import AttentionCall
 from .images import ImageSpan, image_layout, image_spans
 from .masks import of_all_heads
+from .patching import active_chains
 from .selection import base_model, evaluating, select_sites
 from .sites import AttentionSite
+from .variant import variant_info
 
 SINK_FACTOR = 5.0  # ACT's alpha (arXiv 2406.15765): a sink gets that many times what it would if all got the same
 SINK_SEEN = 0.25  # and is seen by that share of the queries or more
@@ -114,13 +117,16 @@ def attention_received(
     Raises:
         ValueError: no such layer or module; or a module attended more than once, or not at all.
         NotImplementedError: the model cannot be patched, or carries a variant that computes attention weights itself
-            (`act`, `var`).
+            (`act`, `var`) on another base implementation than eager.
     """
     found: dict[str, ReceivedAttention] = {}
 
-    def see(call: AttentionCall) -> None:
+    def see(call: AttentionCall, own: torch.Tensor | None) -> None:
         rule, real = call.rule(), call.real_tokens()
-        mass, _ = column_mass(call.query, call.key, rule, real=real)
+        if own is None:
+            mass, _ = column_mass(call.query, call.key, rule, real=real)
+        else:
+            mass = (own.double() * real[:, None, :, None]).sum(dim=2)
         counts = key_counts(rule, call.query.shape[2], call.key.shape[2], call.key.device, real)
         if counts.rows.dim() == 3:
             of_all_heads(call.visibility())  # or it refuses
@@ -165,7 +171,7 @@ def attention_maps(
         raise ValueError(f"resolution must be at least 1, got {resolution}.")
     found: list[AttentionMap] = []
 
-    def see(call: AttentionCall) -> None:
+    def see(call: AttentionCall, own: torch.Tensor | None) -> None:
         visible, rows = _of_row(call, row)
         columns = visible[rows].any(0).nonzero().flatten()
         mean, queries = _pooling(rows, resolution)
@@ -173,7 +179,7 @@ def attention_maps(
         some = mean @ visible[rows][:, columns].cpu().double() @ total.mT > 0
         mean = mean / mean.sum(-1, keepdim=True)
         for head in _chosen_heads(call, heads):
-            weights = call.probabilities(head, visible[None])[row][rows][:, columns].cpu().double()
+            weights = _weights(call, own, head, row, visible)[rows][:, columns].cpu().double()
             found.append(AttentionMap(call.site, head, mean @ weights @ total.mT, some, queries, keys))
 
     _look(model, inputs, sites, see)
@@ -223,12 +229,12 @@ def image_attention(
     totals: list[float] = []
     seen: set[str] = set()
 
-    def see(call: AttentionCall) -> None:
+    def see(call: AttentionCall, own: torch.Tensor | None) -> None:
         visible, rows = _of_row(call, row)
         asking = _asking(rows, ids[row], span, queries, layout.image_token_id)
         seen.add(call.site.name)
         for head in _chosen_heads(call, heads):
-            weights = call.probabilities(head, visible[None])[row][asking].mean(0).cpu().double()
+            weights = _weights(call, own, head, row, visible)[asking].mean(0).cpu().double()
             grids.append(weights[first : first + grid[0] * grid[1]].view(grid))
             totals.append(float(weights[span.start : span.stop].sum()))
 
@@ -239,25 +245,38 @@ def image_attention(
 
 @torch.no_grad()
 def _look(
-    model: nn.Module, inputs: Mapping[str, Any], sites: Sequence[AttentionSite], see: Callable[[AttentionCall], None]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sites: Sequence[AttentionSite],
+    see: Callable[[AttentionCall, torch.Tensor | None], None],
 ) -> None:
-    """Run the model once and show every call of these attention modules."""
+    """Run the model once and show every call of these attention modules, with the weights of a variant's own."""
+    computing = {name for name, chain in active_chains(base_model(model)).items() if _is_own(chain.names())}
     base, calls = base_model(model), Counter[str]()
 
-    def seen(call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
+    def seen(call: AttentionCall, output: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         calls[call.site.name] += 1
         if calls[call.site.name] > 1:
             raise ValueError(
                 f"{call.site.name} attends several times in one forward, so that there is no one attention to show. "
                 "Leave it out with modules=..."
             )
-        see(call)
+        see(call, weights if call.site.name in computing else None)
         return output
 
-    with evaluating(base), recording(base, sites, seen, outermost=False):
+    with evaluating(base), recording(base, sites, seen, outermost=False, weights=True):
         base(**inputs)
     if missing := [site.name for site in sites if site.name not in calls]:
         raise ValueError(f"{missing[0]} was not run on these inputs. Leave it out with modules=...")
+
+
+def _is_own(names: Sequence[str]) -> bool:
+    return any(variant_info(name).innermost for name in names)
+
+
+def _weights(call: AttentionCall, own: torch.Tensor | None, head: int, row: int, visible: torch.Tensor) -> torch.Tensor:
+    """`(Tq, Tk)` attention of a head in one sequence: a variant's own, or what queries and keys give."""
+    return call.probabilities(head, visible[None])[row] if own is None else own[row, head]
 
 
 def _received(site: AttentionSite, mass: torch.Tensor, rows: torch.Tensor, longest: torch.Tensor) -> ReceivedAttention:

@@ -157,7 +157,49 @@ def test_images_that_cannot_be_drawn_are_refused():
         image_attention(model, inputs, queries=1)
 
 
-def test_a_variant_that_computes_attention_itself_is_refused():
+def own_weights(model, inputs):
+    """`(B, H, T, T)` of each layer, as a patched model under eager attention returns them to whoever asks."""
+    with torch.no_grad():
+        return model(**inputs, output_attentions=True).attentions
+
+
+def test_a_variant_that_computes_attention_itself_is_looked_at_by_its_weights():
+    """Of four heads ACT calibrates two, in the second of two layers; the first is as it was."""
+    model, inputs = model_of("llama"), padded("left")
+    model.set_attn_implementation("eager")
+    plain = attention_received(model, inputs)
+    patchattn.patch_model(model, "act", alpha=1.0, keep_first=False, heads=[[1, 0], [1, 3]])
+    wanted = own_weights(model, inputs)
+    first, second = attention_received(model, inputs)
+    close(first.share, plain[0].share)
+    assert (second.share - plain[1].share).abs().max() > 0.01
+    real = [row.nonzero().flatten() for row in inputs["attention_mask"]]
+    for layer, whole in zip((first, second), wanted, strict=True):
+        for position in range(6):
+            shares = [whole[row][:, places[position:], places[position]].mean(-1) for row, places in enumerate(real)]
+            close(layer.share[:, position], torch.stack(shares).mean(0).double())
+    found = attention_maps(model, inputs, layers=1, heads=[0, 2], row=1)
+    for one, head in zip(found, (0, 2), strict=True):
+        close(one.weights, wanted[1][1, head][3:, 3:].double())
+    again = own_weights(model, inputs)
+    assert all(torch.equal(left, right) for left, right in zip(again, wanted, strict=True))
+
+
+def test_var_is_looked_at_by_its_weights():
+    model, inputs = vlms.make("llava"), vlms.inputs("llava")
+    model.set_attn_implementation("eager")
+    before = image_attention(model, inputs, row=1)
+    patchattn.patch_model(model, "var", patchattn.variant_info("var").examples[0])
+    after = image_attention(model, inputs, row=1)
+    assert float((after.grid - before.grid).abs().max()) > 1e-4
+    ids, real = inputs["input_ids"][1], inputs["attention_mask"][1].bool()
+    image, last = (ids == vlms.IMAGE).nonzero().flatten(), int(real.nonzero().max())
+    weights = torch.stack([layer[1][:, last] for layer in own_weights(model, inputs)[-2:]]).flatten(0, 1).mean(0)
+    assert after.total == pytest.approx(float(weights[image].sum()), abs=1e-4)
+
+
+def test_a_variant_that_computes_attention_itself_needs_eager_attention():
     model = patchattn.patch_model(model_of("llama"), "act", alpha=1.0)
-    with pytest.raises(NotImplementedError, match="computes attention weights itself"):
+    with pytest.raises(NotImplementedError, match='attn_implementation="eager"'):
         attention_received(model, FAMILIES["llama"].inputs())
+    assert patchattn.patch_info(model)["patches"][0]["variant"] == "act"

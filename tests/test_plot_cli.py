@@ -68,6 +68,8 @@ def run(capsys, monkeypatch, folder, tmp_path):
         "temperatures FOLDER --text FOLDER/text.txt --variant ssa+moh --set moh.active_ratio=0.5",
         "importance FOLDER/importance.json",
         "received FOLDER --text FOLDER/text.txt --layer 1",
+        "received FOLDER --text FOLDER/text.txt --variant act --set alpha=1.0",
+        "grid FOLDER --text FOLDER/text.txt --variant ssa+act --set act.alpha=1.0",
         "map FOLDER --layer 1 --head 2 --prompt w1",
         "grid FOLDER --text FOLDER/text.txt --variant ssa --resolution 4",
         "pareto FOLDER/report --output pareto.svg",

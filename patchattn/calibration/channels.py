@@ -174,7 +174,7 @@ def channel_statistics(
     moments = {name: RunningMoments() for name in names}
     real: list[torch.Tensor] = []  # (B, T) of the self-attention that ran last
 
-    def see(call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
+    def see(call: AttentionCall, output: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         real[:] = [call.real_tokens().expand(call.query.shape[0], call.query.shape[2])]
         return output
 

@@ -46,7 +46,7 @@ class Method(ABC):
         self.sites = {site.name: site for site in sites}
         self.tokens = dict.fromkeys(self.sites, 0)
 
-    def see(self, call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
+    def see(self, call: AttentionCall, output: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Look at the output of heads `(B, Tq, H, D)` of one call; what is returned goes on."""
         batch, rows = output.shape[:2]
         real = call.real_tokens().expand(batch, rows)

@@ -30,18 +30,23 @@ class Source:
     ) -> None:
         from ..cli import quiet
         from ..patch_files import read_patch
+        from ..variant import variant_info
         from ..whole_model import model_class
 
         if variant is not None and patch is not None:
             raise ValueError("Give --variant or --patch, not both: a saved patch says what it is.")
         self.model, self.patch, self.plan = model, patch, _plan(variant, settings or [])
+        named = list(self.plan)
         if patch is not None:
             refuse_variant(patch)
-            read_patch(patch)
+            named = [part.variant for part in read_patch(patch).patches]
         quiet()
-        self.base, self.architecture, self.is_patched = _find(model)
+        self.base, self.architecture, saved = _find(model)
+        self.is_patched = bool(saved)
         if self.is_patched and (variant or patch):
             raise ValueError(f"{model} was saved patched: leave out --variant and --patch, or give its base model.")
+        # of those that compute attention weights themselves, weights are to be had under eager attention alone
+        self.needs_eager = any(variant_info(name).innermost for name in [*named, *saved])
         self.has_patch = self.is_patched or bool(self.plan) or patch is not None
         self.kind = model_class(self.architecture)
         self.decodes = self.kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
@@ -55,10 +60,11 @@ class Source:
         from ..pretrained import load_pretrained
 
         chosen = choose_device(device)
+        how = {"dtype": "auto", **({"attn_implementation": "eager"} if self.needs_eager else {})}
         if self.is_patched:
-            loaded = from_pretrained(self.model, dtype="auto")
+            loaded = from_pretrained(self.model, **how)
         else:
-            loaded = load_pretrained(self.kind, self.model, dtype="auto")
+            loaded = load_pretrained(self.kind, self.model, **how)
         if self.patch is not None:
             load_patch(loaded, self.patch)
         if self.plan:
@@ -105,8 +111,8 @@ def _plan(variant: str | None, settings: Sequence[str]) -> dict[str, dict[str, A
     return plan
 
 
-def _find(model: str) -> tuple[str, str | None, bool]:
-    """Base model, architecture, and whether it was saved patched."""
+def _find(model: str) -> tuple[str, str | None, list[str]]:
+    """Base model, architecture, and the variants that it was saved with."""
     from transformers import AutoConfig
 
     from ..checkpoint import is_patch_alone
@@ -116,10 +122,11 @@ def _find(model: str) -> tuple[str, str | None, bool]:
 
     folder = Path(model)
     if is_patch_alone(folder):
-        saved = read_patch(folder).base
-        return saved.get("name_or_path") or model, saved.get("architecture"), True
+        saved = read_patch(folder)
+        named = [part.variant for part in saved.patches]
+        return saved.base.get("name_or_path") or model, saved.base.get("architecture"), named
     config = load_pretrained(AutoConfig, model)
-    return model, (config.architectures or [None])[0], saved_plan(model) is not None
+    return model, (config.architectures or [None])[0], [part.variant for part in saved_plan(model) or ()]
 
 
 def one_text(prompt: str | None, text: Path | None) -> str:
