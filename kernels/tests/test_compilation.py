@@ -3,9 +3,12 @@
 To add a kernel, add it to QUICK, in a shape that compiles within a few seconds, and its launch settings to ALL.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -190,11 +193,13 @@ def _all_block_sparse() -> list[Kernel]:
 
 
 SMALL = Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2)
-QUICK = {"routed_attention": [routed("prefill", 32, SMALL), routed("keys", 32, SMALL, mask="all")]}
+QUICK = {"routed_attention": [routed(part, 32, SMALL, mask="rows") for part in ("prefill", "queries", "decode")]}
+QUICK["routed_attention"] += [routed("prefill", 32, SMALL), routed("keys", 32, SMALL, mask="all")]
 QUICK["routed_attention"] += routed_without_products()
 QUICK["split_attention"] = [
     key_set(name, 32, SMALL, LISTED=True) for name in ("attention_kernel", "key_gradient_kernel")
 ]
+QUICK["split_attention"].append(key_set("column_mass_kernel", 32, SMALL, mask="rows"))
 QUICK["block_sparse_attention"] = [
     block_sparse(name, 32, SMALL, listed=listed)
     for name, listed in [("attend", False), ("attend", True), ("query_gradients", True), ("key_gradients", False)]
@@ -206,12 +211,33 @@ ALL = {
 }
 
 
+MASKS = ("none", "all", "window", "keys", "rows")
+DEFAULTS = {
+    "routed_attention": [
+        routed(part, dim, routed_pairs_triton.launches(part, dim, torch.bfloat16)[0], mask=mask)
+        for part in ("prefill", "queries")
+        for dim in (64, 80, 128, 256)
+        for mask in MASKS
+    ],
+    "block_sparse_attention": [
+        block_sparse(
+            "query_gradients", dim, block_sparse_attention_backward_triton.launches(dim, torch.bfloat16)[0],
+            mask=mask, listed=listed,
+        )
+        for dim in (64, 80, 128, 256)
+        for mask in MASKS
+        for listed in (False, True)
+    ],
+}  # fmt: skip
+
+
 def compiled(kernels: list[Kernel]) -> list[dict[str, Any]]:
-    """Shared memory in bytes, and whether the products are on tensor cores, of each; compiled in a fresh process.
+    """What `_compile` says of each, in a fresh process.
 
     Where Triton interprets, it can no longer compile in the same process.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     done = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps([asdict(kernel) for kernel in kernels]),
@@ -228,6 +254,13 @@ def check(kernels: list[Kernel]) -> None:
     for kernel, found in zip(kernels, compiled(kernels), strict=True):
         assert found["shared"] <= SHARED[kernel.capability], kernel.id
         assert found["tensor_cores"] == (kernel.products and kernel.types["query"] != "*fp32"), kernel.id
+        assert not found["narrow"], (kernel.id, found["narrow"])
+
+
+def check_products(kernels: list[Kernel]) -> None:
+    """None waits for the one before it, as ptxas has it where it cannot tell an accumulator's registers apart."""
+    for kernel, found in zip(kernels, compiled(kernels), strict=True):
+        assert not found["serialized"], (kernel.id, kernel.constants)
 
 
 @pytest.mark.parametrize("operation", QUICK)
@@ -242,7 +275,34 @@ def test_all_launch_settings_compile(operation: str) -> None:
     check(ALL[operation])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("operation", DEFAULTS)
+def test_products_of_the_default_settings_overlap(operation: str) -> None:
+    check_products(DEFAULTS[operation])
+
+
+def narrow_strides(code: str) -> list[str]:
+    """Strides that Triton's code multiplies by something in 32 bits; those of bounds and lists stay small."""
+    found = []
+    arguments = re.search(r"tt\.func public @\w+\((.*)", code)
+    assert arguments is not None
+    for name in re.findall(r"%(\w+_(?:batch|head|row|token|column)): i32", arguments[1]):
+        if name.startswith(("bound", "list", "order")):
+            continue
+        same = {f"%{name}"}
+        for result, operation, operands in re.findall(r"(%\S+) = (tt\.splat|tt\.broadcast|arith\.muli) (.*)", code):
+            if same.isdisjoint(re.findall(r"%[\w#]+", operands)):
+                continue
+            if operation != "arith.muli":
+                same.add(result)
+            elif re.search(r"i32>? ", operands):
+                found.append(name)
+    return found
+
+
 def _compile(launch: dict[str, Any], name: str, **kernel: Any) -> dict[str, Any]:
+    """Shared memory in bytes, whether products are on tensor cores and wait for each other, and `narrow_strides`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -257,13 +317,20 @@ def _compile(launch: dict[str, Any], name: str, **kernel: Any) -> dict[str, Any]
         signature[argument] = kind
         if kind.startswith("*") or (kind != "constexpr" and argument in kernel["multiples"]):
             attributes[(number,)] = [["tt.divisibility", 16]]
-    result = triton.compile(
-        ASTSource(fn=source, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", kernel["capability"], 32),
-        options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
-    )
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        result = triton.compile(
+            ASTSource(fn=source, signature=signature, constexprs=constants, attrs=attributes),
+            target=GPUTarget("cuda", kernel["capability"], 32),
+            options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
+        )
+    assert "registers" in log.getvalue(), "ptxas has no log to read"
     code = result.asm["ptx"]
-    return {"shared": result.metadata.shared, "tensor_cores": "wgmma.mma_async" in code or "mma.sync" in code}
+    return {
+        "shared": result.metadata.shared,
+        "tensor_cores": "wgmma.mma_async" in code or "mma.sync" in code,
+        "serialized": "serialized" in log.getvalue(),
+        "narrow": narrow_strides(result.asm["ttir"]),
+    }
 
 
 if __name__ == "__main__":

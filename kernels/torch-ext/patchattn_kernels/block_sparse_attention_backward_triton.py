@@ -23,6 +23,7 @@ from .block_sparse_attention_triton import (
     key_tiles,
     list_numbers,
     list_row,
+    place_of,
     rows_of,
     seen_pairs,
     shape_of,
@@ -41,9 +42,9 @@ def deltas(
     VDIM: tl.constexpr, VPAD: tl.constexpr, BLOCK_M: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """What a softmax takes off its weights' gradients, and the log-sum-exp in base 2; inf of rows that see nothing."""
-    line = tl.program_id(1)
+    tile, line, _ = place_of(tl.cdiv(queries, BLOCK_M))
     batch, head = (line // heads).to(tl.int64), (line % heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     given = rows_of(gradient + batch * g_batch + head * g_head, rows, g_row, queries, VDIM, VPAD)
     result = rows_of(output + batch * o_batch + head * o_head, rows, o_row, queries, VDIM, VPAD)
     sums = tl.sum(given.to(tl.float32) * result.to(tl.float32), axis=1)
@@ -66,8 +67,8 @@ def query_gradients(
 ):  # fmt: skip
     """Of a tile of queries of one head; the same sequence of key tiles as in the forward kernel."""
     ROWS: tl.constexpr = BLOCK_M if BLOCK_Q == 0 or BLOCK_Q > BLOCK_M else BLOCK_Q
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    line = tl.program_id(1)
+    tile, line, _ = place_of(tl.cdiv(queries, ROWS))
+    tile = tl.cdiv(queries, ROWS) - 1 - tile
     batch, head = line // heads, line % heads
     inner = tl.arange(0, BLOCK_M)
     rows = tl.where(inner < ROWS, tile * ROWS + inner, queries)
@@ -92,6 +93,11 @@ def query_gradients(
             low, high, order, places, sinks, recent, keys, BLOCK_N, CAUSAL, PADDED
         )
         tiles += sink_tiles
+    result += batch.to(tl.int64) * r_batch + head.to(tl.int64) * r_head
+    if tiles <= 0:
+        store_rows(result, tl.zeros([BLOCK_M, PAD], tl.float32), rows, r_row, queries, DIM, PAD)
+        return
+    tl.assume(tiles > 0)  # a loop that may be skipped makes the products wait for each other
 
     some = rows_of(query, rows, q_row, queries, DIM, PAD)
     outer = rows_of(gradient, rows, g_row, queries, VDIM, VPAD)
@@ -121,7 +127,6 @@ def query_gradients(
         product = tl.dot(outer, tl.trans(values_of), input_precision="ieee")
         change = (weights * (product - taken[:, None])).to(keys_of.dtype)
         acc = tl.dot(change, keys_of, acc, input_precision="ieee")
-    result += batch.to(tl.int64) * r_batch + head.to(tl.int64) * r_head
     store_rows(result, acc * scaling, rows, r_row, queries, DIM, PAD)
 
 
@@ -165,7 +170,7 @@ def key_gradients(
     """
     STEP: tl.constexpr = BLOCK_M if BLOCK_Q == 0 or BLOCK_Q > BLOCK_M else BLOCK_Q
     PER: tl.constexpr = 1 if BLOCK_Q == 0 else BLOCK_Q // STEP
-    tile, line = tl.program_id(0), tl.program_id(1)
+    tile, line, lines = place_of(tl.cdiv(most if SINKS else keys, BLOCK_N))
     groups = heads // group
     batch, kv_head = line // groups, line % groups
     order += batch.to(tl.int64) * order_batch
@@ -183,7 +188,7 @@ def key_gradients(
     values_of = rows_of(value, columns, v_row, keys, VDIM, VPAD)
     key_sum = tl.zeros([BLOCK_N, PAD], tl.float32)
     value_sum = tl.zeros([BLOCK_N, VPAD], tl.float32)
-    split, splits = tl.program_id(2), tl.num_programs(2)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     inner = tl.arange(0, BLOCK_M)
     for member in range(group):
         head = kv_head * group + member
@@ -239,7 +244,7 @@ def key_gradients(
             change = (weights * (product - taken[None, :])).to(some.dtype)
             key_sum = tl.dot(change, some, key_sum, input_precision="ieee")
     if SINKS:
-        part = (split.to(tl.int64) * tl.num_programs(1) + line) * most
+        part = (split.to(tl.int64) * lines + line) * most
         store_rows(key_part + part * DIM, key_sum, numbers, DIM, most, DIM, PAD)
         store_rows(value_part + part * VDIM, value_sum, numbers, VDIM, most, VDIM, VPAD)
     else:
@@ -300,7 +305,7 @@ def backward(
         arguments = fitted(launch, constants)
         step = min(arguments["BLOCK_M"], constants["BLOCK_Q"] or arguments["BLOCK_M"])
         strides = dict(zip(("r_batch", "r_head", "r_row"), results[0].stride(), strict=False))
-        query_gradients[(triton.cdiv(rows, step), batch * heads)](
+        query_gradients[(triton.cdiv(rows, step) * batch * heads,)](
             *operands, results[0], **numbers, **strides, **constants, **arguments
         )
 
@@ -318,18 +323,18 @@ def backward(
             splits = shares(query.device, tiles * lines, triton.cdiv(rows, arguments["BLOCK_M"]))
             sizes = (splits, batch, groups, most)
             parts = [query.new_empty(*sizes, size, dtype=torch.float32) for size in (dim, width)]
-            key_gradients[(tiles, lines, splits)](
+            key_gradients[(tiles * lines, splits)](
                 *operands, results[1], results[2], *parts, most=most, SINKS=True, ADDED=False,
                 **others, **constants, **arguments,
             )  # fmt: skip
             parts = [part.sum(dim=0) for part in parts]
-        key_gradients[(triton.cdiv(keys, arguments["BLOCK_N"]), lines, 1)](
+        key_gradients[(triton.cdiv(keys, arguments["BLOCK_N"]) * lines, 1)](
             *operands, results[1], results[2], *parts, most=most, SINKS=False, ADDED=most > 0,
             **others, **constants, **arguments,
         )  # fmt: skip
 
     with on_device(query):
-        deltas[(triton.cdiv(rows, 32), batch * heads)](
+        deltas[(triton.cdiv(rows, 32) * batch * heads,)](
             gradient, output, lse, lse if lse_gradient is None else lse_gradient.contiguous(), delta, power, heads,
             rows, *gradient.stride()[:3], *output.stride()[:3], VDIM=width, VPAD=tile_width(width), BLOCK_M=32,
             SUMMED=lse_gradient is not None,

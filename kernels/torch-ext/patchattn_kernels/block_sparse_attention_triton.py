@@ -114,6 +114,12 @@ def seen_pairs(
 
 
 @triton.jit
+def place_of(tiles):
+    """Which tile, which line (batch and head), and how many lines; all on the first axis: others end at 65,535."""
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.num_programs(0) // tiles
+
+
+@triton.jit
 def attend(
     query, key, value, output, lse, first, second, order, places, mask, scale, heads, group, queries, keys, offset,
     window, width, list_batch, list_head, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -128,8 +134,9 @@ def attend(
     lists and their counts, else the sinks and the recent keys of every head.
     """
     ROWS: tl.constexpr = BLOCK_M if BLOCK_Q == 0 or BLOCK_Q > BLOCK_M else BLOCK_Q
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # with the most keys first, where it is causal
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    tile, head_line, lines = place_of(tl.cdiv(queries, ROWS))
+    tile = tl.cdiv(queries, ROWS) - 1 - tile  # with the most keys first, where it is causal
+    batch, head = head_line // heads, head_line % heads
     inner = tl.arange(0, BLOCK_M)
     rows = tl.where(inner < ROWS, tile * ROWS + inner, queries)
     low = tile * ROWS + offset
@@ -152,7 +159,7 @@ def attend(
             low, high, order, places, sinks, recent, keys, BLOCK_N, CAUSAL, PADDED
         )
         tiles += sink_tiles
-    split, splits = tl.program_id(2), tl.num_programs(2)
+    split, splits = tl.program_id(1), tl.num_programs(1)
 
     some = rows_of(query, rows, q_row, queries, DIM, PAD)
     acc = tl.zeros([BLOCK_M, VPAD], tl.float32)
@@ -188,7 +195,7 @@ def attend(
     sums = tl.where(some_seen, (top + tl.log2(tl.where(some_seen, total, 1.0))) / LOG2E, float("-inf"))
     output += split.to(tl.int64) * o_split + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
     store_rows(output, acc, rows, o_row, queries, VDIM, VPAD)
-    line = split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    line = split.to(tl.int64) * lines + head_line
     tl.store(lse + line * queries + rows, sums, mask=rows < queries)
 
 
@@ -198,15 +205,15 @@ def merge(
     VDIM: tl.constexpr, VPAD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One row's parts into one by their log-sum-exp: `(splits, B, H, Tq, Dv)` and `(splits, B, H, Tq)`."""
-    row, line = tl.program_id(0), tl.program_id(1)
+    row, line, lines = place_of(queries)
     batch, head = line // heads, line % heads
     index = tl.arange(0, SPLITS)
-    places = (index.to(tl.int64) * tl.num_programs(1) + line) * queries + row
+    places = (index.to(tl.int64) * lines + line) * queries + row
     parts = tl.load(sums + places, mask=index < splits, other=float("-inf"))
     peak = tl.max(parts, axis=0)
     weights = tl.exp2((parts - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2E)
     total = tl.sum(weights, axis=0)
-    parts_of = rows_of(outputs, places, VDIM, splits.to(tl.int64) * tl.num_programs(1) * queries, VDIM, VPAD)
+    parts_of = rows_of(outputs, places, VDIM, splits.to(tl.int64) * lines * queries, VDIM, VPAD)
     merged = tl.sum(parts_of * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     dims = tl.arange(0, VPAD)
     output += batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head + row.to(tl.int64) * o_row
@@ -316,7 +323,7 @@ def forward(
         if splits > 1:
             parts = query.new_empty(splits, batch, heads, rows, width, dtype=torch.float32)
             sums = query.new_empty(splits, batch, heads, rows, dtype=torch.float32)
-        attend[(tiles, lines, splits)](
+        attend[(tiles * lines, splits)](
             query, key, value, parts, sums, scale=rule.scaling * LOG2E.value, heads=heads, group=heads // key.shape[1],
             queries=rows, keys=keys, **dict(zip(("q_batch", "q_head", "q_row"), query.stride(), strict=False)),
             **dict(zip(("k_batch", "k_head", "k_row"), key.stride(), strict=False)),
@@ -326,7 +333,7 @@ def forward(
             **numbers, **constants, **arguments,
         )  # fmt: skip
         if splits > 1:
-            merge[(rows, lines)](
+            merge[(rows * lines,)](
                 parts, sums, output, lse, splits, heads, rows, *output.stride()[:3], VDIM=width, VPAD=tile_width(width),
                 SPLITS=triton.next_power_of_2(splits),
             )  # fmt: skip

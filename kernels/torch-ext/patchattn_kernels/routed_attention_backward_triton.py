@@ -43,7 +43,7 @@ def _query_tiles(
             )
             logits = tl.where(seen, logits, float("-inf"))
         elif MASKED:
-            real = tl.load(mask + columns * mask_column) != 0
+            real = tl.load(mask + columns.to(tl.int64) * mask_column) != 0
             logits = tl.where(real[None, :], logits, float("-inf"))
         weights = tl.exp2(logits * scale - sums[:, None])
         values = load_rows(value, begin, value_row, keys, BLOCK_N, VDIM, VPAD, CHECKED)
@@ -83,14 +83,16 @@ def _queries(
     tl.store(delta + place, sum_of, mask=live)
     factor = tl.load(gate + place, mask=live, other=0.0)
     sums = tl.load(lse + place, mask=live, other=float("inf"))
-    key += batch * key_batch + group * key_head
-    value += batch * value_batch + group * value_head
+    key += batch * key_batch + group.to(tl.int64) * key_head
+    value += batch * value_batch + group.to(tl.int64) * value_head
 
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     gate_acc = tl.zeros([BLOCK_M], tl.float32)
     low, high = key_range(rows, live, keys, first, last, bound_row, offset, window, CAUSAL, WINDOWED, MASKED)
-    low = tl.minimum(low, keys) // BLOCK_N * BLOCK_N
+    low = tl.minimum(low, keys - 1) // BLOCK_N * BLOCK_N
     if MASKED and PER_ROW:
+        high = tl.maximum(high, low + 1)  # as in the forward
+        tl.assume(high > low)
         end = low
     else:
         begin, end = interior(rows, live, keys, low, high, offset, window, CAUSAL, WINDOWED, BLOCK_N)
@@ -187,10 +189,10 @@ def _keys(
     group = program % groups
     columns = begin + tl.arange(0, BLOCK_N)
     inside = columns < keys
-    key_tile = load_rows(key + batch * key_batch + group * key_head, begin, key_row, keys, BLOCK_N, DIM, PAD, True)
-    value_tile = load_rows(
-        value + batch * value_batch + group * value_head, begin, value_row, keys, BLOCK_N, VDIM, VPAD, True
-    )
+    key += batch * key_batch + group.to(tl.int64) * key_head
+    value += batch * value_batch + group.to(tl.int64) * value_head
+    key_tile = load_rows(key, begin, key_row, keys, BLOCK_N, DIM, PAD, True)
+    value_tile = load_rows(value, begin, value_row, keys, BLOCK_N, VDIM, VPAD, True)
     end = tl.minimum(begin + BLOCK_N, keys)
 
     # rows that see any of the keys, and among them those that see all
@@ -211,7 +213,7 @@ def _keys(
             )
             full_low = high
         else:
-            real = tl.load(mask + columns * mask_column, mask=inside, other=0) != 0
+            real = tl.load(mask + columns.to(tl.int64) * mask_column, mask=inside, other=0) != 0
             inside = inside & real
             high = tl.where(tl.max(real.to(tl.int32), axis=0) > 0, high, low)
     high = tl.maximum(tl.minimum(high, queries), 0)

@@ -42,7 +42,7 @@ def _tiles(
             )
             logits = tl.where(seen, logits, float("-inf"))
         elif MASKED:
-            real = tl.load(mask + columns * mask_column) != 0
+            real = tl.load(mask + columns.to(tl.int64) * mask_column) != 0
             logits = tl.where(real[None, :], logits, float("-inf"))
         peak = tl.maximum(top, tl.max(logits, axis=1) * scale)
         shift = tl.where(peak == float("-inf"), 0.0, peak)  # nothing seen so far: -inf less -inf would be NaN
@@ -71,11 +71,15 @@ def _attend(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     low, high = key_range(rows, live, keys, first, last, bound_row, offset, window, CAUSAL, WINDOWED, MASKED)
-    low = tl.minimum(tl.maximum(low, from_key), to_key) // BLOCK_N * BLOCK_N
     high = tl.minimum(high, to_key)
     if MASKED and PER_ROW:
+        # one tile at least, of which nothing is seen: a loop that may be skipped makes the products wait for each other
+        low = tl.minimum(tl.maximum(low, from_key), to_key - 1) // BLOCK_N * BLOCK_N
+        high = tl.maximum(high, low + 1)
+        tl.assume(high > low)
         end = low
     else:
+        low = tl.minimum(tl.maximum(low, from_key), to_key) // BLOCK_N * BLOCK_N
         begin, end = interior(rows, live, keys, low, high, offset, window, CAUSAL, WINDOWED, BLOCK_N)
         if WINDOWED:
             acc, top, total = _tiles(
@@ -117,8 +121,10 @@ def _prefill(
         mask += batch * mask_batch
         first += batch * bound_batch
         last += batch * bound_batch
+    own_keys = key + batch * key_batch + group.to(tl.int64) * key_head
+    own_values = value + batch * value_batch + group.to(tl.int64) * value_head
     acc, sums = _attend(
-        query, key + batch * key_batch + group * key_head, value + batch * value_batch + group * value_head, rows, live,
+        query, own_keys, own_values, rows, live,
         0, keys, scale, keys, key_row, value_row, mask, mask_row, mask_column, first, last, bound_row, offset, window,
         DIM, PAD, VDIM, VPAD, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
     )  # fmt: skip
@@ -155,8 +161,10 @@ def _decode(
         mask += batch * mask_batch
         first += batch * bound_batch
         last += batch * bound_batch
+    own_keys = key + batch * key_batch + group.to(tl.int64) * key_head
+    own_values = value + batch * value_batch + group.to(tl.int64) * value_head
     acc, part = _attend(
-        query, key + batch * key_batch + group * key_head, value + batch * value_batch + group * value_head, rows, live,
+        query, own_keys, own_values, rows, live,
         split * chunk, (split + 1) * chunk, scale, keys, key_row, value_row, mask, mask_row, mask_column, first, last,
         bound_row, offset, window,
         DIM, PAD, VDIM, VPAD, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,

@@ -48,7 +48,7 @@ def load_rows(
     """(SIZE, PAD) consecutive vectors of length DIM; zeros beyond that and, where CHECKED, beyond `count` vectors."""
     rows = tl.arange(0, SIZE)
     dims = tl.arange(0, PAD)
-    place = base + tl.cast(begin, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    place = base + (begin + rows).to(tl.int64)[:, None] * stride + dims[None, :]
     if CHECKED:
         tile = tl.load(place, mask=(begin + rows < count)[:, None] & (dims < DIM)[None, :], other=0.0)
     elif DIM != PAD:

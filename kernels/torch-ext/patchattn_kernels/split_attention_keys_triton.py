@@ -169,7 +169,7 @@ def key_gradient_kernel(
         members = columns < keys
         stop = end
         if LISTED:  # a block without a key of the set has nothing to go through
-            place_of = chosen + batch * chosen_batch + head * chosen_head + columns * chosen_token
+            place_of = chosen + batch * chosen_batch + head * chosen_head + columns.to(tl.int64) * chosen_token
             members = tl.load(place_of, mask=members, other=0) != 0
             stop = tl.where(tl.max(members.to(tl.int32), axis=0) > 0, end, start)
         if CAUSAL or WINDOWED or MASKED:

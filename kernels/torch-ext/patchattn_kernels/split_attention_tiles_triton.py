@@ -37,10 +37,11 @@ def seen(
         inside = inside & (distance < window) & (distance > -window)
     if MASKED:
         if PER_ROW:
-            place = rows.to(tl.int64) * mask_row + columns * mask_column
+            place = rows.to(tl.int64) * mask_row + columns.to(tl.int64) * mask_column
             inside = inside & (tl.load(mask + place, mask=inside, other=0) != 0)
         else:
-            inside = inside & (tl.load(mask + columns * mask_column, mask=columns < keys, other=0) != 0)
+            place = columns.to(tl.int64) * mask_column
+            inside = inside & (tl.load(mask + place, mask=columns < keys, other=0) != 0)
     return inside
 
 

@@ -34,10 +34,10 @@ def visible(
         seen = seen & (distance < window) & (distance > -window)
     if MASKED:
         if PER_ROW:
-            place = rows.to(tl.int64)[:, None] * mask_row + columns[None, :] * mask_column
+            place = rows.to(tl.int64)[:, None] * mask_row + columns.to(tl.int64)[None, :] * mask_column
             seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
         else:
-            seen = seen & (tl.load(mask + columns * mask_column, mask=inside, other=0) != 0)[None, :]
+            seen = seen & (tl.load(mask + columns.to(tl.int64) * mask_column, mask=inside, other=0) != 0)[None, :]
     return seen
 
 
