@@ -46,6 +46,10 @@ class ModuleCall:
     mask: Any
     kwargs: dict[str, Any]
 
+    def __len__(self) -> int:
+        """Rows of the batch: PEFT, asked for another adapter per row, counts them before it refuses."""
+        return len(self.query)
+
 
 def register_base(base: str) -> str:
     """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
@@ -66,7 +70,7 @@ def register_base(base: str) -> str:
         attend = base_function(type(module), base_in_force(module, base))
         chain = module._modules.get(CHILD)
         if chain is not None and chain.active:
-            return chain(attend, ModuleCall(module, query, key, value, attention_mask, kwargs))
+            return chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend)
         return attend(shown(module, base) if shown else module, query, key, value, attention_mask, **kwargs)
 
     _base_names[name] = base

@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .call import AttentionCall
-from .hooks import Hook, image_tokens_known
+from .hooks import Hook, image_tokens_known, unknown_ids
 from .images import is_replaced
 from .kv_caches import cache_argument, find_cache
 from .masks import real_tokens
@@ -152,9 +152,7 @@ class DecodingVariant(Variant):
             embeddings = embedding(kwargs["input_ids"])
         ids, (rows, length) = getattr(_local, "token_ids", None), embeddings.shape[:2]
         if ids is None or ids.shape[1] != length or rows % max(len(ids), 1):
-            raise NotImplementedError(
-                f"{type(self).__name__} needs input_ids to tell image tokens from text; got inputs_embeds alone."
-            )
+            raise unknown_ids(type(self).__name__, embedding, self.before_embedding)
         past = 0 if cache is None else int(cache.get_seq_length())
         where = {"q_length": length, "kv_length": past + length, "is_cross": False, "device": embeddings.device}
         real = real_tokens(kwargs.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)

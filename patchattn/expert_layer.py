@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from .feed_forward import mlp_projections
 from .packing import CHILD
 from .projections import layer_path, output_projection
-from .sites import AttentionSite, linear_shape
+from .sites import AttentionSite, linear_shape, plain_weight
 from .surgery import Change
 
 
@@ -185,8 +185,7 @@ def _activation(holder: nn.Module, config: Any, site: AttentionSite) -> str:
 
 
 def _check_plain(path: str, module: nn.Module, site: AttentionSite) -> None:
-    weight = getattr(module, "weight", None)
-    if type(module) is not nn.Linear or weight is None or not weight.is_floating_point() or hasattr(module, "_hf_hook"):
+    if type(module) is not nn.Linear or plain_weight(module) is None or hasattr(module, "_hf_hook"):
         raise refusal(
             site,
             f"{path} ({type(module).__name__}) is no plain linear layer; adapters, quantisation and offloading come "

@@ -150,6 +150,24 @@ def note_token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _local.token_ids = ids
 
 
+def unknown_ids(owner: str, embedding: nn.Module, hook: Callable[..., Any]) -> NotImplementedError:
+    """The refusal where nobody knows the ids of what the language model is called with.
+
+    Args:
+        owner: variant, for the message.
+        embedding: what the model now embeds ids with.
+        hook: the variant's, on the module that did so when the model was patched.
+    """
+    reason = "got inputs_embeds alone."
+    if not any(_function(each) is _function(hook) for each in embedding._forward_pre_hooks.values()):
+        reason = (
+            f"it saw none. {type(embedding).__name__} has taken the place of the input embedding since the model was "
+            "patched, as trainable_token_indices of an adapter do it: call patchattn.unpatch_model(model), then patch "
+            "it again. (inputs_embeds alone would not do either.)"
+        )
+    return NotImplementedError(f"{owner} needs input_ids to tell image tokens from text; {reason}")
+
+
 def forget_tokens() -> None:
     """Let go of what the forward that ends here has noted; for a `finally` hook of the whole model."""
     vars(_local).pop("token_ids", None)
@@ -166,18 +184,18 @@ def image_tokens_known(image_tokens: torch.Tensor) -> Iterator[None]:
 
 
 def with_image_tokens(
-    owner: str, placeholders: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    unknown: Callable[[], Exception], placeholders: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a language model is called with, and `AttentionCall.image_tokens` for its attention.
 
     Args:
-        owner: variant, for messages.
+        unknown: makes what is raised where nobody knows the ids of its input.
         placeholders: ids that image tokens take the place of.
         args: what the language model is called with by position.
         kwargs: what it is called with by name.
 
     Raises:
-        NotImplementedError: nobody knows the ids of its input.
+        NotImplementedError: nobody knows the ids of its input (`unknown_ids`).
     """
     noted, marks = getattr(_local, "token_ids", None), getattr(_local, "image_tokens", None)
     _local.token_ids = None
@@ -186,9 +204,7 @@ def with_image_tokens(
     if marks is None:
         ids = noted if ids is None else ids
         if ids is None or (embeddings is not None and _misfit(ids, embeddings)):
-            raise NotImplementedError(
-                f"{owner} needs input_ids to tell image tokens from text; got inputs_embeds alone."
-            )
+            raise unknown()
         marks = torch.zeros_like(ids, dtype=torch.bool)
         for placeholder in placeholders:
             marks = marks | (ids == placeholder)

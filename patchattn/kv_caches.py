@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .selection import base_model
+from .sites import AttentionSite
 
 _TYPE = re.compile(r"\b(EncoderDecoder)?Cache\b")
 # What this release of transformers calls them.
@@ -20,6 +22,16 @@ _NAME = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast) 
 def find_cache(values: Iterable[Any]) -> Cache | None:
     """The kv cache among the arguments of a call, or among the values that a model gives."""
     return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def stored_heads(cache: Cache, site: AttentionSite) -> int | None:
+    """How many kv heads the layer of a cache holds that an attention module writes to; `None` where it is empty."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if site.is_cross else cache.self_attention_cache
+    if site.layer_index >= len(cache.layers):
+        return None
+    keys = getattr(cache.layers[site.layer_index], "keys", None)
+    return keys.shape[1] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None
 
 
 def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .hooks import enclosing_layer
-from .sites import AttentionSite, attention_forward, linear_shape
+from .sites import AttentionSite, attention_forward, linear_shape, plain_weight
 
 # How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
 _IN_BLOCKS = re.compile(r"c_attn|qkv_proj|w?qkv|in_proj", re.I)  # all queries, then all keys, then all values
@@ -166,8 +166,7 @@ def check_linear(path: str, module: nn.Module) -> None:
         raise ValueError(f"{path} carries a PEFT adapter: prune before adding adapters, or merge_and_unload() first.")
     if hasattr(module, "_hf_hook"):
         raise NotImplementedError(f"{path} is offloaded or dispatched by accelerate: prune before that.")
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+    if plain_weight(module) is None:
         raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
 
 

@@ -10,10 +10,12 @@ from torch import nn
 from .bases import own_config
 from .calibration.heads import HeadList
 from .call import AttentionCall
+from .hooks import Hook
+from .kv_caches import find_cache, stored_heads
 from .projections import head_projections, kept_index, selected, sliced, unrecognised
 from .settings import nearest
 from .sites import AttentionSite, attention_forward
-from .surgery import Change
+from .surgery import Change, SurgeryVariant
 
 # Attributes of attention modules, and fields of configurations, that say how many heads there are, or how wide.
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
@@ -132,6 +134,30 @@ class KeptHeads:
             index = torch.tensor(self.kv_index, device=call.key.device)
             changes |= {"key": call.key.index_select(1, index), "value": call.value.index_select(1, index)}
         return call.replace(kwargs=kwargs, **changes)
+
+
+class HeadSurgery(SurgeryVariant):
+    """Surgery that may take out heads: those that are left are its `heads`."""
+
+    heads: KeptHeads
+
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        left = len(kept_kv_heads(self.site, self.heads.kept))
+        if not self.changes or left == self.site.kv_heads:
+            return []
+        return [Hook(model.get_submodule(self.site.name), "before", self.before_module)]
+
+    def before_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """ValueError if the kv cache was filled by who does not know that kv heads were taken out."""
+        cache = find_cache([*args, *kwargs.values()])
+        held = None if cache is None else stored_heads(cache, self.site)
+        left = len(kept_kv_heads(self.site, self.heads.kept))
+        if held not in (None, left):
+            raise ValueError(
+                f"{self.site.name} has {left} kv heads left, but its kv cache holds {held}: it was filled before heads "
+                "were taken out, or by prefix tuning, which fills every layer alike. Start with a new cache, take "
+                "another adapter, such as LoRA, or leave a query head of every kv head."
+            )
 
 
 @dataclass(eq=False)

@@ -107,7 +107,7 @@ class VariantChain(nn.Module):
         register_base(self.base)
         live_chains.add(self)
 
-    def forward(self, base: Callable[..., Any], given: ModuleCall) -> AttentionOutput:
+    def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
         module, query = given.module, given.query
         context = current_context(module) if self.needs_context else None
         call = AttentionCall(

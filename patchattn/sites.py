@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 # The name of the registry that a dispatching `forward` refers to; unchanged since transformers 4.48.
@@ -166,6 +167,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if weight is not None and weight.dim() == 2 and hasattr(base, "nf"):  # transformers' Conv1D stores (in, out)
         return int(weight.shape[0]), int(weight.shape[1])
     return None
+
+
+def plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """`(rows, columns)` of a linear projection, if its numbers are stored as such: not of a quantised one, whose tensor
+    may claim to be floating-point, nor of a shard."""
+    weight: Any = getattr(module, "weight", None)
+    is_plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
+    return weight if is_plain else None
 
 
 def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) -> AttentionSite:

@@ -10,7 +10,7 @@ from torch import nn
 from ..call import AttentionCall
 from ..selection import base_model
 from ..settings import nearest
-from ..sites import find_sites, linear_shape
+from ..sites import find_sites, linear_shape, plain_weight
 from .recording import recording
 
 Metric = Literal["wifv", "ifv", "wifn"]
@@ -112,8 +112,8 @@ def projection_weight(model: nn.Module, path: str, inputs: int | None = None) ->
     module: Any = model.get_submodule(path)
     if hasattr(module, "base_layer"):
         raise ValueError(f"{path} carries a PEFT adapter, whose weight is not in it: merge_and_unload() first.")
-    weight, shape = getattr(module, "weight", None), linear_shape(module)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or shape is None or weight.dim() != 2:
+    weight, shape = plain_weight(module), linear_shape(module)
+    if weight is None or shape is None:
         raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
     if inputs is not None and shape[0] != inputs:
         raise NotImplementedError(f"{path} reads {shape[0]} channels, but heads of {inputs} channels come before it.")

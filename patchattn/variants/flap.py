@@ -23,11 +23,11 @@ from ..feed_forward import (
     mlp_projections,
 )
 from ..projections import head_projections
-from ..pruning import KeptHeads, cut_heads, heads_by_module, parse_heads
+from ..pruning import HeadSurgery, KeptHeads, cut_heads, heads_by_module, parse_heads
 from ..renaming import Renaming
 from ..settings import option
 from ..sites import AttentionSite
-from ..surgery import Change, SurgeryVariant
+from ..surgery import Change
 from ..variant import Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
 
 
@@ -102,7 +102,7 @@ class FlapConfig(VariantConfig):
         return {**super().to_dict(), "statistics": given}
 
 
-class Flap(SurgeryVariant):
+class Flap(HeadSurgery):
     """Attention, and the MLP of its layer, without some of their heads and channels.
 
     The bias of a projection that reads them becomes `b + W[:, removed] @ mean[removed]`. Its values are known when the

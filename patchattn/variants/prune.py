@@ -13,10 +13,10 @@ from ..calibration.importance import HeadImportance
 from ..calibration.scoring import head_importance
 from ..call import AttentionCall
 from ..documents import concerning, quoted
-from ..pruning import KeptHeads, cut_heads, heads_by_module, parse_heads
+from ..pruning import HeadSurgery, KeptHeads, cut_heads, heads_by_module, parse_heads
 from ..settings import option
 from ..sites import AttentionSite
-from ..surgery import Change, SurgeryVariant
+from ..surgery import Change
 from ..variant import Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
 
 _DATA_FREE = ("magnitude", "random")
@@ -79,7 +79,7 @@ class PruneConfig(VariantConfig):
             )
 
 
-class Prune(SurgeryVariant):
+class Prune(HeadSurgery):
     """Attention without some of its query heads.
 
     A kv head goes with the last of its query heads. Where a kv head keeps fewer query heads than another, keys and

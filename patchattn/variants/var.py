@@ -1,5 +1,6 @@
 """VAR, Visual Attention Redistribution: heads that look at the image look less at sinks. arXiv 2503.03321."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ..hooks import (
     enclosing_layer,
     forget_tokens,
     note_token_ids,
+    unknown_ids,
     with_image_tokens,
     with_residual,
 )
@@ -157,10 +159,11 @@ class VAR(Variant):
         note_token_ids(args, kwargs)
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = with_image_tokens("VAR", self.placeholders, args, kwargs)
+        embedding = module.get_input_embeddings()  # type: ignore[operator]
+        unknown = functools.partial(unknown_ids, "VAR", embedding, self.before_embedding)
+        args, kwargs = with_image_tokens(unknown, self.placeholders, args, kwargs)
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is not None:
-            embedding = module.get_input_embeddings()  # type: ignore[operator]
             for placeholder in self.placeholders:
                 kwargs[IMAGE_TOKENS] = kwargs[IMAGE_TOKENS] & is_replaced(embeddings, placeholder, embedding)
         return args, kwargs
