@@ -184,6 +184,22 @@ def concerning(path: Any) -> Iterator[None]:
         raise naming(path, error) from error
 
 
+@contextmanager
+def laid_out(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file where the `with` block finds that its content is not laid out as expected.
+
+    Raises:
+        ValueError: instead of what Python raises for an entry that is missing or of another type.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{os.fspath(path)} is damaged: its content is not laid out as expected ({reason})."
+        ) from error
+
+
 class _Quote(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

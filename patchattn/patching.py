@@ -85,7 +85,7 @@ def patch_model(
     patches = []
     for info, given in chosen:
         offered = find_sites(base) if issubclass(info.variant, DecodingVariant) else sites
-        configured, own = info.variant.fit(info.configure(given), base, offered)
+        configured, own = info.fitted(given, base, offered)
         patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
     apply_patches(base, patches)
     note_patched(base, patches)

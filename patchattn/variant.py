@@ -1,6 +1,7 @@
 """The contract of a variant: its configuration, its module, and the registry that knows it."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -260,6 +261,16 @@ class VariantInfo:
             raise ValueError(f"{self.name!r} has no preset {quoted(preset)}{nearest(str(preset), list(self.presets))}")
         given = {name: value for name, value in settings.items() if name != "preset"}
         return self._made({**self.presets[preset], **given})
+
+    def fitted(
+        self, settings: VariantConfig | Mapping[str, Any] | None, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[VariantConfig, Sequence[AttentionSite]]:
+        """`configure`, then `Variant.fit`; what does not fit the model names the file that the settings name."""
+        config = self.configure(settings)
+        given = settings.values() if isinstance(settings, Mapping) else ()
+        files = [value for value in given if isinstance(value, str | os.PathLike) and os.path.isfile(value)]
+        with concerning(files[0] if len(files) == 1 else None):
+            return self.variant.fit(config, model, sites)
 
     def _made(self, settings: Mapping[str, Any]) -> VariantConfig:
         with concerning(self.name):

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from ..documents import read_json, write_json
+from ..documents import laid_out, read_json, write_json
 from .cases import Case
 from .ceilings import Ceilings
 
@@ -102,12 +102,13 @@ class Report:
             found = content.get("schema") if isinstance(content, dict) else None
             raise ValueError(f"{path} holds results of schema {found}; this version reads schema {SCHEMA}.")
         results = []
-        for row in content["results"]:
-            given = {key: value for key, value in row.items() if key not in ("useful_tflops", "share_of_ceiling")}
-            case = {key: value for key, value in given.pop("case").items() if key != "name"}
-            results.append(Result(case=Case(**case), **given))
-        ceilings = content["ceilings"]
-        return cls(content["machine"], None if ceilings is None else Ceilings(**ceilings), results)
+        with laid_out(path):
+            for row in content["results"]:
+                given = {key: value for key, value in row.items() if key not in ("useful_tflops", "share_of_ceiling")}
+                case = {key: value for key, value in given.pop("case").items() if key != "name"}
+                results.append(Result(case=Case(**case), **given))
+            ceilings = content["ceilings"]
+            return cls(content["machine"], None if ceilings is None else Ceilings(**ceilings), results)
 
     def write(self, path: Path) -> None:
         """To a JSON file, all at once: a run that is killed leaves the last whole one."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..documents import as_json
+from ..documents import as_json, laid_out
 from .report import UNPATCHED, facts, markdown_table, read_report, table
 
 _HUB_TASKS = {
@@ -27,20 +27,21 @@ def eval_results(path: str | PathLike[str], patches: Sequence[Mapping[str, Any]]
         ValueError: no report, or none of its runs has these patches.
     """
     report = read_report(path)
-    run = _run(report, patches, path)
-    return [
-        EvalResult(
-            task_type=_HUB_TASKS[task["kind"]],
-            dataset_type=name.split("/")[0],
-            dataset_name=name,
-            dataset_config=name.partition("/")[2] or None,
-            metric_type=score,
-            metric_value=value,
-        )
-        for name, task in report["tasks"].items()
-        for score, value in task["runs"][run]["scores"].items()
-        if value is not None
-    ]
+    with laid_out(path):
+        run = _run(report, patches, path)
+        return [
+            EvalResult(
+                task_type=_HUB_TASKS[task["kind"]],
+                dataset_type=name.split("/")[0],
+                dataset_name=name,
+                dataset_config=name.partition("/")[2] or None,
+                metric_type=score,
+                metric_value=value,
+            )
+            for name, task in report["tasks"].items()
+            for score, value in task["runs"][run]["scores"].items()
+            if value is not None
+        ]
 
 
 def card_section(path: str | PathLike[str], patches: Sequence[Mapping[str, Any]]) -> str:
@@ -49,7 +50,11 @@ def card_section(path: str | PathLike[str], patches: Sequence[Mapping[str, Any]]
     Takes and raises what `eval_results` does.
     """
     report = read_report(path)
-    run = _run(report, patches, path)
+    with laid_out(path):
+        return _section(report, _run(report, patches, path))
+
+
+def _section(report: Mapping[str, Any], run: str) -> str:
     two = {**report, "runs": {name: report["runs"][name] for name in (UNPATCHED, run)}}
     two["tasks"] = {
         name: {**task, "runs": {key: task["runs"][key] for key in (UNPATCHED, run)}}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..documents import decoded, json_lines
+from ..documents import decoded, json_lines, laid_out
 from ..evaluation.report import COSTS, read_report
 from ..evaluation.run import folder_name
 from ..settings import nearest
@@ -51,7 +51,13 @@ def pareto_points(
     Raises:
         ValueError: no such report, task or cost; or a run without.
     """
-    runs = list(named_runs(reports))
+    with laid_out(reports[0] if len(reports) == 1 else "one of the reports"):
+        return _pareto_points(list(named_runs(reports)), task, cost)
+
+
+def _pareto_points(
+    runs: list[tuple[str, Path, str, dict[str, Any]]], task: str | None, cost: str | None
+) -> tuple[list[ParetoPoint], dict[str, Any]]:
     tasks = list(dict.fromkeys(name for *_, report in runs for name in report["tasks"]))
     if task is None and len(tasks) > 1:
         raise ValueError(f"There are several tasks, choose one with --task: {', '.join(tasks)}.")
