@@ -48,6 +48,7 @@ def replacing(folder: str | os.PathLike[str], outdated: Callable[[str], bool] = 
     try:
         files = staging / _FILES
         files.mkdir()
+        (staging / _REMOVED).mkdir()
         yield files
         names = {path.name for path in folder.iterdir() if path.is_file() and outdated(path.name)}
         names -= {path.name for path in files.iterdir()}
@@ -110,9 +111,8 @@ def _finish(folder: Path, complete: Path) -> None:
     nothing of a later save.
     """
     removed, files = complete / _REMOVED, complete / _FILES
-    with suppress(FileNotFoundError, FileExistsError):  # the folder is being removed by who finished first
+    with suppress(FileNotFoundError):
         names = json.loads((complete / _OUTDATED).read_text(encoding="utf-8"))
-        removed.mkdir(exist_ok=True)
         for name in names:
             with suppress(FileNotFoundError):
                 os.replace(folder / name, removed / name)

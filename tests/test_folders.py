@@ -166,3 +166,14 @@ def test_two_writers_at_once_are_told(tmp_path):
     with pytest.raises(OSError, match=r"Another process saved into .* at the same time"):
         both()
     assert content(tmp_path) == dict.fromkeys(("a.json", "b.safetensors", "sub/c"), "second")
+
+
+def test_a_file_in_the_way_of_a_folder_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "inner").write_text("in the way")
+    with pytest.raises(ValueError, match="interrupted and cannot be finished"), replacing(tmp_path) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a.json").write_text("1")
+    (tmp_path / "inner").unlink()
+    settle(tmp_path)
+    assert (tmp_path / "inner" / "a.json").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
