@@ -66,10 +66,9 @@ def patch_content(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Ten
     if not chains:
         raise ValueError(f"{type(base).__name__} is not patched; there is nothing to save. Call patch_model first.")
     tensors = {
-        f"{name}.{CHILD}.{kind}.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.{CHILD}.{key}": tensor.detach().cpu().contiguous()
         for name, chain in chains.items()
-        for kind, variant in chain.named_children()
-        for key, tensor in variant.state_dict().items()
+        for key, tensor in chain.tensors().items()
     }
     carried = [name for operation in surgeries(list(chains.values())) for name in operation.carried()]
     tensors |= {name: base.get_parameter(name).detach().cpu().contiguous() for name in carried}
@@ -191,12 +190,13 @@ def from_pretrained(
     def read() -> Any:
         if (folder / _MODEL_CONFIG).is_file():
             config = read_json_object(folder / _MODEL_CONFIG)
-            if saved_plan(source, variant=kwargs.get("variant"), **place) is not None:
+            plan = saved_plan(source, variant=kwargs.get("variant"), **place)
+            if plan is not None:
                 named = config.get("architectures")
                 first = named[0] if isinstance(named, list) and named else named
                 with concerning(folder / _MODEL_CONFIG):
                     kind = patched_class(model_class or (first if isinstance(first, str) else None))
-                return kind.from_pretrained(source, **place, **kwargs)
+                return kind.from_plan(plan, source, **place, **kwargs)
         return _base_and_patch(source, folder, place, model_class, kwargs)
 
     return settled(folder, read)

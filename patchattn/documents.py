@@ -9,6 +9,7 @@ import os
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,13 @@ class _Quote(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 8, 12, 12
         self.maxstring = self.maxother = _MAX_QUOTE
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In its own order, where reprlib sorts: what names a thing is written before its details."""
+        if not x or level <= 0:
+            return super().repr_dict(x, level)
+        pairs = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
+        return f"{{{', '.join([*pairs, *([self.fillvalue] if len(x) > self.maxdict else [])])}}}"
 
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write integers of more than 4300 digits

@@ -83,6 +83,14 @@ class VariantChain(nn.Module):
         """The variants by name, outermost first."""
         return {name: self._variant(name) for name in self.names()}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the variants have learnt or counted, by names in this module: its state dict without their settings."""
+        return {
+            f"{kind}.{name}": tensor
+            for kind, variant in self.variants().items()
+            for name, tensor in variant.state_dict().items()
+        }
+
     def _variant(self, name: str) -> Variant:
         return cast(Variant, self._modules[name])
 

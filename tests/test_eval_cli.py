@@ -111,7 +111,7 @@ def test_a_run_from_its_options(call: Any, folder: Path) -> None:
     assert call(*usual, *more)[0] == 0  # finished, and done again in no time
     code, _, err = call(*usual, *more[:2], "--set", "moh.active_ratio=0.75", *more[4:])
     assert code == 2
-    assert "holds a run with" in err
+    assert "holds a run with other settings (patches:" in err
 
 
 def test_a_run_from_a_file(call: Any, folder: Path) -> None:

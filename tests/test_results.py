@@ -29,7 +29,7 @@ def test_a_line_that_was_cut_off_is_cut_off_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{\n", "line 1: no JSON"),
+        ("{\n", "line 1: not an answer"),
         ("3\n", "line 1: not an answer"),
         ('{"id": 0}\n', "line 1: not an answer"),
         ('{"pred": "x"}\n', "line 1: the answer to another request"),

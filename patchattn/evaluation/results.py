@@ -71,7 +71,10 @@ def read_done(path: Path, requests: Sequence[Mapping[str, Any]], key: str) -> li
         raise ValueError(f"{path} holds {len(lines)} answers to {len(requests)} requests; choose another output.")
     done: list[dict[str, Any]] = []
     for number, (line, request) in enumerate(zip(lines, requests, strict=False), 1):
-        row = parse_json(line, path, line=number)
+        try:
+            row = parse_json(line, path, line=number)
+        except ValueError:
+            row = None
         if not isinstance(row, dict) or key not in row:
             raise ValueError(f"{path}, line {number}: not an answer of such a run. Choose another output.")
         wanted = as_json(dict(request))

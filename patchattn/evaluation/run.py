@@ -264,7 +264,7 @@ def _digest(base: nn.Module) -> str:
     """Of what the patches added: two trained ones differ in nothing else."""
     digest = hashlib.sha256()
     for site, chain in active_chains(base).items():
-        for name, tensor in chain.state_dict().items():
+        for name, tensor in chain.tensors().items():
             digest.update(f"{site}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
