@@ -23,6 +23,13 @@ from .selection import base_model
 from .variant import list_variants, variant_info
 
 _REFERENCE = "patchattn_doctor"
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,13 @@ def _reason(run: Callable[[], str | None]) -> str | None:
 
 
 def _decoder() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64)).eval()
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, num_key_value_heads=2)).eval()
 
 
 def _encoder() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return BertModel(BertConfig(**sizes, vocab_size=64)).eval()
+    return BertModel(BertConfig(**_SIZES)).eval()
 
 
 def _tokens(model: Any) -> torch.Tensor:

@@ -102,14 +102,16 @@ def patched_class(architecture: str | type | None) -> Any:
 
         @classmethod
         def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-            names = ("subfolder", "variant", "revision", "token", "cache_dir")
-            place = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            plan = saved_plan(source, **place)
+            plan = saved_plan(source, variant=kwargs.get("variant"), **_place(kwargs))
             if plan is None:
                 raise ValueError(f"{str(source)!r} holds no patch: nothing in its weights was saved from a variant.")
-            place.pop("variant", None)
+            return cls.from_plan(plan, source, *args, **kwargs)
+
+        @classmethod
+        def from_plan(cls, plan: list[Patch], source: Any, *args: Any, **kwargs: Any) -> Any:
+            """`from_pretrained` for who knows the `saved_plan` of that source already."""
             with readable(source):
-                refuse_code(original, source, kwargs, **place)
+                refuse_code(original, source, kwargs, **_place(kwargs))
             wants_info = kwargs.pop("output_loading_info", False)
             may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
             # Mismatches are tolerated there and refused here, by an error that says which.
@@ -139,6 +141,12 @@ def patched_class(architecture: str | type | None) -> Any:
     for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Patched, attribute, getattr(original, attribute))
     return Patched
+
+
+def _place(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Where files are, of the arguments of `from_pretrained`."""
+    names = ("subfolder", "revision", "token", "cache_dir")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def _refuse_incomplete(source: Any, info: Mapping[str, Any], may_mismatch: bool, carried: Sequence[str]) -> None:

@@ -59,15 +59,12 @@ def _read(path: Path) -> list[TextExample]:
     if path.suffix == ".txt":
         found = [TextExample(content)] if content.strip() else []
     else:
-        records = _json_records if path.suffix == ".jsonl" else _tsv_records
-        found = [_example(path, number, record) for number, record in records(path, content)]
+        is_json = path.suffix == ".jsonl"
+        records = json_lines(content, path, skip_empty=True) if is_json else _tsv_records(path, content)
+        found = [_example(path, number, record) for number, record in records]
     if not found:
         raise ValueError(f"{path} holds no text.")
     return found
-
-
-def _json_records(path: Path, content: str) -> Iterator[tuple[int, Any]]:
-    yield from json_lines(content, path, skip_empty=True)
 
 
 def _tsv_records(path: Path, content: str) -> Iterator[tuple[int, Any]]:

@@ -73,10 +73,11 @@ def lowest_units(modules: Sequence[Units], sparsity: float, structure: Structure
         counts = [min(math.floor(sparsity * len(m.scores) + 1e-9), len(m.scores) - 1) for m in modules]
         return _lowest_of_each(modules, counts)
     if structure == "amp":
-        missing = {m.site: sparsity * len(m.scores) - n for m, n in _rounded(modules, sparsity) if not m.are_channels}
+        rounded = [(m, min(round(sparsity * len(m.scores)), len(m.scores) - 1)) for m in modules]
+        missing = {m.site: sparsity * len(m.scores) - n for m, n in rounded if not m.are_channels}
         counts = [
             min(max(round(sparsity * len(m.scores) + missing[m.site]), 0), len(m.scores) - 1) if m.are_channels else n
-            for m, n in _rounded(modules, sparsity)
+            for m, n in rounded
         ]
         return _lowest_of_each(modules, counts)
     owners = torch.cat([torch.full_like(m.scores, i, dtype=torch.long) for i, m in enumerate(modules)])
@@ -118,10 +119,6 @@ def share_of_modules(model: nn.Module, modules: Sequence[Units], sparsity: float
             f"MLPs hold, {held}, or more: choose less than {held / total:.3f}, or more modules."
         )
     return sparsity * total / held
-
-
-def _rounded(modules: Sequence[Units], share: float) -> list[tuple[Units, int]]:
-    return [(m, min(round(share * len(m.scores)), len(m.scores) - 1)) for m in modules]
 
 
 def _lowest_of_each(modules: Sequence[Units], counts: Sequence[int]) -> list[list[int]]:

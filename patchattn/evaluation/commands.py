@@ -75,7 +75,7 @@ def evaluate_model(
     """
     from ..cli import parse_settings
 
-    values = _file(config)
+    values = {} if config is None else read_yaml(config)  # to be checked together with the options
     runs = _runs(variant or [], parse_settings(settings or []), patch or [])
     if runs and values.get("runs"):
         raise ValueError(f"{config} has runs: leave out --variant and --patch.")
@@ -186,13 +186,6 @@ def _show(report: dict[str, Any], output: str) -> None:
                 shown.add_row(*(row[i] for i in columns))
         console.print(shown)
     console.print(f"Wrote report.json, report.md and report.html to {output}", soft_wrap=True, highlight=False)
-
-
-def _file(path: Path | None) -> dict[str, Any]:
-    """What a YAML file holds, to be checked together with the options."""
-    if path is None:
-        return {}
-    return read_yaml(path)
 
 
 def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[str]) -> dict[str, Any]:

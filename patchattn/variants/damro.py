@@ -23,9 +23,8 @@ from ..variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, 
 _DEFAULTS = {"instructblip": (4, {"pope": 0.5, "chair": 1.5})}
 _LLAVA_DEFAULTS = (10, {"pope": 2.0, "chair": 0.5})
 
-_seen = (
-    threading.local()
-)  # .scores, .states, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
+# .scores, .states, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
+_seen = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)

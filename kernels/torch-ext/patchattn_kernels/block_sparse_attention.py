@@ -14,7 +14,6 @@ from .rows import (
     AttentionRule,
     blocks,
     empty_attention,
-    empty_weights,
     full_precision,
     is_empty,
     log_sum_exp,
@@ -83,8 +82,8 @@ def block_sparse_attention(
     lacking = unsupported(rule)
     if is_empty(query, key):
         with torch.autocast(query.device.type, enabled=False):
-            weights, lse = empty_weights(query, key, rule)
-            output = empty_attention(weights, value).transpose(1, 2).contiguous().transpose(1, 2)
+            output, _, lse = empty_attention(query, key, value, rule)
+            output = output.transpose(1, 2).contiguous().transpose(1, 2)
     elif lacking is not None:
         triton_runs(query, lacking=lacking)  # refuses where the kernel is insisted on
         output, lse = _reference(query, key, value, keep, rule)

@@ -13,7 +13,6 @@ from .rows import (
     AttentionRule,
     blocks,
     empty_attention,
-    empty_weights,
     full_precision,
     is_empty,
     log_sum_exp,
@@ -63,7 +62,7 @@ def routed_attention_if_faster(
     """
     if is_empty(query, key):
         with torch.autocast(query.device.type, enabled=False):
-            output = empty_attention(empty_weights(query, key, rule)[0], value).to(value.dtype)
+            output = empty_attention(query, key, value, rule)[0].to(value.dtype)
             return apply_head_gate(output.transpose(1, 2).contiguous(), gate).transpose(1, 2)
     if triton_runs(query, lacking=_lacking(query, value, rule)):
         mask = key_mask(rule, query.shape[2], key.shape[2], query.device)

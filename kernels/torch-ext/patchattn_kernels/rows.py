@@ -161,9 +161,14 @@ def empty_weights(
     return weights_of(logits, lse), lse
 
 
-def empty_attention(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`(B, H, Tq, Dv)` zeros: the product of `empty_weights` with values `(B, G, Tk, Dv)`."""
-    return weights @ full_precision(value).repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+def empty_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule, lse: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(B, H, Tq, Dv)` zeros, the product of `empty_weights` with values `(B, G, Tk, Dv)`, and those and the
+    log-sum-exp."""
+    weights, lse = empty_weights(query, key, rule, lse)
+    output = weights @ full_precision(value).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return output, weights, lse
 
 
 def log_sum_exp(logits: torch.Tensor, rule: AttentionRule) -> torch.Tensor:

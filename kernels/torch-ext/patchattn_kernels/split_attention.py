@@ -10,7 +10,6 @@ from .rows import (
     AttentionRule,
     blocks,
     empty_attention,
-    empty_weights,
     full_precision,
     is_empty,
     log_sum_exp,
@@ -54,8 +53,8 @@ def attention_with_lse(
     """
     with torch.autocast(query.device.type, enabled=False):
         if is_empty(query, key):
-            weights, lse = empty_weights(query, key, rule)
-            return empty_attention(weights, value), lse
+            output, _, lse = empty_attention(query, key, value, rule)
+            return output, lse
         if triton_runs(query, lacking=kernels_lack(rule, query, value)):
             query, key, value = same_dtype(query, key, value)
             mask = key_mask(rule, query.shape[2], key.shape[2], query.device)
@@ -96,8 +95,7 @@ def split_attention(
     """
     with torch.autocast(query.device.type, enabled=False):
         if is_empty(query, key):
-            weights, lse = empty_weights(query, key, rule, lse)
-            part = empty_attention(weights, value)
+            part, weights, lse = empty_attention(query, key, value, rule, lse)
             whole = part if output is None else full_precision(output)
             return SplitAttention(whole, part, weights.sum(dim=-1), lse)
         if triton_runs(query, lacking=kernels_lack(rule, query, value)):
