@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from patchattn import folders
-from patchattn.folders import replacing, settled
+from patchattn.folders import replacing, settle, settled
 
 
 class Killed(BaseException):
@@ -168,11 +168,10 @@ def test_two_writers_at_once_are_told(tmp_path):
     assert content(tmp_path) == dict.fromkeys(("a.json", "b.safetensors", "sub/c"), "second")
 
 
-def test_a_file_in_the_way_of_a_folder_loses_nothing(tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_a_folder_loses_nothing(tmp_path):
     (tmp_path / "inner").write_text("in the way")
-    with pytest.raises(ValueError, match="interrupted and cannot be finished"), replacing(tmp_path) as folder:
-        (folder / "inner").mkdir()
-        (folder / "inner" / "a.json").write_text("1")
+    with pytest.raises(ValueError, match="interrupted and cannot be finished"):
+        write(tmp_path, "1", ["inner/a.json"])
     (tmp_path / "inner").unlink()
     settle(tmp_path)
     assert (tmp_path / "inner" / "a.json").read_text() == "1"
