@@ -369,7 +369,7 @@ def test_operators_are_registered_well(kind: str, backend: str, monkeypatch: pyt
     monkeypatch.setenv("PATCHATTN_KERNELS", backend)
     tensors = [tensor.requires_grad_() for tensor in operands(heads=2, groups=1, queries=8, keys=16)]
     keep = kept(kind, tensors)
-    sizes = [int(size) for size in keep[2:]]
+    sizes = [keep.most_sinks] if isinstance(keep, SinkAndRecent) else [keep.block_q, keep.block_k]
     rule = (None, None, 0.25, True, None, None)
     torch.library.opcheck(torch.ops.patchattn.block_sparse_attention.default, (*tensors, *keep[:2], sizes, *rule))
 

@@ -1,5 +1,6 @@
 """Lists of key blocks: built, transposed and selected as loops over blocks would."""
 
+import itertools
 import math
 
 import pytest
@@ -107,6 +108,27 @@ def test_masked_blocks_are_not_selected() -> None:
     four = mask[:, None, None].expand(-1, -1, 16, -1) & torch.ones(16, 16).tril().bool()
     lists = select_blocks(torch.zeros(1, 1, 4, 4), AttentionRule(1.0, mask=four), **sizes_of(16, 16, 4, 4), top_k=4)
     assert lists.counts.flatten().tolist() == [0, 0, 1, 2]
+
+
+@given(keys=st.integers(1, 12), queries=st.integers(1, 5), block_q=st.sampled_from([1, 2]), seed=seeds)
+@several
+def test_some_of_all_keys_there_were(keys: int, queries: int, block_q: int, seed: int) -> None:
+    """Keys of 20 columns, told by their ranks: windows are counted in those, and own blocks found by them."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.stack([torch.randperm(20, generator=generator)[:keys].sort().values for _ in range(2)])
+    own = torch.arange(20 - queries, 20)[None]
+    rule = AttentionRule(1.0, mask=torch.ones(2, keys).bool(), order=columns[:, None] + 1, own=own + 1)
+    keep, sizes = sink_and_recent([2, 0], [3, 1], 2), sizes_of(queries, keys, block_q, 2)
+    found = seen_blocks(rule, **sizes, device=torch.device("cpu"), window=keep)
+    for b, h, i, j in itertools.product(range(2), range(2), range(queries), range(keys)):
+        column, recent = int(columns[b, j]), int(keep.recent[h])
+        if column < int(keep.sinks[h]) or abs(column - int(own[0, i])) < recent:
+            assert found[b, h, i // block_q, j // 2]
+    lists = select_blocks(torch.zeros(2, 1, *found.shape[2:]), rule, **sizes, top_k=1)
+    for b, i in itertools.product(range(2), range(queries)):
+        place = min(int((columns[b] < own[0, i]).sum()), keys - 1)
+        row = lists.indices[b, 0, i // block_q, : int(lists.counts[b, 0, i // block_q])]
+        assert place // 2 in row.tolist()
 
 
 def test_means_of_blocks() -> None:

@@ -21,11 +21,13 @@ class SinkAndRecent(NamedTuple):
         sinks: `(H,)` int32 number of first keys that every query sees.
         recent: `(H,)` int32 number of last keys that a query sees, its own among them.
         most_sinks: the largest of `sinks`, known without asking the device.
+        window: `recent`, where it is the same in all heads and there are no sinks, known without asking the device.
     """
 
     sinks: torch.Tensor
     recent: torch.Tensor
     most_sinks: int
+    window: int | None = None
 
 
 class BlockLists(NamedTuple):
@@ -68,10 +70,13 @@ def sink_and_recent(
     if min(first, default=0) < 0 or any(size is not None and size < 1 for size in last):
         raise ValueError(f"Expected sinks >= 0 and recent >= 1 (or None), got sinks={sinks} and recent={recent}.")
     bounded = [min(size, UNBOUNDED) for size in first]
+    sizes = [min(size or UNBOUNDED, UNBOUNDED) for size in last]
+    most = max(bounded, default=0)
     return SinkAndRecent(
         torch.tensor(bounded, dtype=torch.int32, device=device),
-        torch.tensor([min(size or UNBOUNDED, UNBOUNDED) for size in last], dtype=torch.int32, device=device),
-        max(bounded, default=0),
+        torch.tensor(sizes, dtype=torch.int32, device=device),
+        most,
+        sizes[0] if most == 0 and len(set(sizes)) == 1 else None,
     )
 
 
@@ -128,6 +133,26 @@ def key_order(rule: AttentionRule, queries: int, keys: int, device: torch.device
     return real.cumsum(dim=-1, dtype=torch.int32)
 
 
+def ranks(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B or 1, H or 1, Tk)` and `(B or 1, Tq)`: real keys up to each key, and up to each query's own one."""
+    if rule.order is not None and rule.own is not None:
+        return rule.order, rule.own
+    order = key_order(rule, queries, keys, device)
+    return order[:, None], order[:, own_keys(rule, queries, keys, device)[0, 0]]
+
+
+def own_keys(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """`(B or 1, H or 1, Tq)` place of each query's own key, or of the next one where that is not among the keys."""
+    if rule.offset is None and rule.order is not None and rule.own is not None:
+        batch, heads = max(len(rule.order), len(rule.own)), rule.order.shape[1]
+        own = rule.own[:, None].to(rule.order.dtype).expand(batch, heads, -1).contiguous()
+        place = torch.searchsorted(rule.order.expand(batch, -1, -1).contiguous(), own)
+    else:
+        offset = keys - queries if rule.offset is None else rule.offset
+        place = torch.arange(queries, device=device)[None, None] + offset
+    return place.clamp(0, keys - 1)
+
+
 def seen_blocks(
     rule: AttentionRule,
     *,
@@ -153,28 +178,31 @@ def seen_blocks(
     """
     if queries == 0 or keys == 0:
         return torch.zeros(1, 1, -(-queries // block_q), -(-keys // block_k), dtype=torch.bool, device=device)
-    order = key_order(rule, queries, keys, device)
-    first, last, own_first, own_last = _ends(rule, queries, keys, block_q, block_k, device)
+    order, own = ranks(rule, queries, keys, device)
+    first, last, _, own_last = _ends(rule, queries, keys, block_q, block_k, device)
+    rows = torch.arange(0, queries, block_q, device=device)
+    low, high = own[:, rows, None], own[:, (rows + block_q).clamp(max=queries) - 1, None]
 
     def gap() -> torch.Tensor:
-        """Real keys between the query block and the key block, (B or 1, 1, Qb, Kb)."""
-        behind = order[:, own_first, None] - order[:, None, last]
-        return torch.maximum(behind, order[:, None, first] - order[:, own_last, None])[:, None]
+        """Real keys between the query block and the key block, (B or 1, H or 1, Qb, Kb)."""
+        behind = low[:, None] - order[:, :, None, last]
+        return torch.maximum(behind, order[:, :, None, first] - high[:, None])
 
     if rule.mask is not None and rule.mask.dim() == 4:
         whole = with_heads(rule.visible(slice(0, queries), (queries, keys), device))
-        padded = F.pad(whole, (0, len(first) * block_k - keys, 0, len(own_first) * block_q - queries))
+        padded = F.pad(whole, (0, len(first) * block_k - keys, 0, len(rows) * block_q - queries))
         seen = padded.unflatten(3, (-1, block_k)).any(dim=4).unflatten(2, (-1, block_q)).any(dim=3)
     elif rule.causal:
-        seen = (first <= own_last[:, None])[None, None]
+        seen = first <= own_last[..., None]
     else:
-        seen = torch.ones(1, 1, len(own_first), len(first), dtype=torch.bool, device=device)
-    before = F.pad(order, (1, 0))[:, first]  # real keys before each block
-    seen = seen & (order[:, last] > before)[:, None, None]
+        seen = torch.ones(1, 1, len(rows), len(first), dtype=torch.bool, device=device)
+    real = F.pad(key_order(rule, queries, keys, device), (1, 0))
+    seen = seen & (real[:, last + 1] > real[:, first])[:, None, None]
+    before = order[..., first] - 1 if rule.order is not None else real[:, None, first]  # real keys before each block
     if rule.window is not None and (rule.mask is None or rule.mask.dim() == 2):
         seen = seen & (gap() < rule.window)
     if window is not None:
-        seen = seen & ((gap() < window.recent[:, None, None]) | (before[:, None, None] < window.sinks[:, None, None]))
+        seen = seen & ((gap() < window.recent[:, None, None]) | (before[:, :, None] < window.sinks[:, None, None]))
     return seen
 
 
@@ -237,7 +265,7 @@ def select_blocks(
         raise ValueError(f"Expected top_k >= 1 or 0 < top_p <= 1, got top_k={top_k} and top_p={top_p}.")
     seen = seen_blocks(rule, queries=queries, keys=keys, block_q=block_q, block_k=block_k, device=scores.device)
     first, last, own_first, own_last = _ends(rule, queries, keys, block_q, block_k, scores.device)
-    own = ((first <= own_last[:, None]) & (last >= own_first[:, None]))[None, None] & seen
+    own = ((first <= own_last[..., None]) & (last >= own_first[..., None])) & seen
     wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, float("-inf"))
     if top_k is not None:
         best = wide.masked_fill(own, float("inf")).topk(min(top_k, shape[1]), dim=-1).indices
@@ -253,10 +281,9 @@ def select_blocks(
 def _ends(
     rule: AttentionRule, queries: int, keys: int, block_q: int, block_k: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """First and last key of every key block (Kb,), and of the own keys of every query block (Qb,)."""
-    offset = keys - queries if rule.offset is None else rule.offset
+    """First and last key of every key block (Kb,), and of the own keys of every query block (B or 1, H or 1, Qb)."""
     first = torch.arange(0, keys, block_k, device=device)
-    own = torch.arange(0, queries, block_q, device=device)
-    own_last = (own + block_q).clamp(max=queries) - 1 + offset
+    rows = torch.arange(0, queries, block_q, device=device)
+    own = own_keys(rule, queries, keys, device)
     last = (first + block_k).clamp(max=keys) - 1
-    return first, last, (own + offset).clamp(0, keys - 1), own_last.clamp(0, keys - 1)
+    return first, last, own[..., rows], own[..., (rows + block_q).clamp(max=queries) - 1]

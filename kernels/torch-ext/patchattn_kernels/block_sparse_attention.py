@@ -80,6 +80,8 @@ def block_sparse_attention(
     """
     _check(query, key, value, keep, rule)
     lacking = unsupported(rule)
+    if lacking is None and rule.order is not None and isinstance(keep, SinkAndRecent):
+        lacking = "sinks and recent keys are counted among more keys than these"
     if is_empty(query, key):
         with torch.autocast(query.device.type, enabled=False):
             output, _, lse = empty_attention(query, key, value, rule)
@@ -116,7 +118,7 @@ def _check(
                 f"{tuple(keep.recent.shape)}. Make them with sink_and_recent(..., heads={heads})."
             )
         offset = keys - rows if rule.offset is None else rule.offset
-        if not is_empty(query, key) and (offset < 0 or offset + rows > keys):
+        if rule.own is None and not is_empty(query, key) and (offset < 0 or offset + rows > keys):
             raise ValueError(
                 f"Recent keys are counted back from the queries' own keys {offset} to {offset + rows - 1}, which must "
                 f"be among the {keys} keys. Set AttentionRule.offset to the first query's."

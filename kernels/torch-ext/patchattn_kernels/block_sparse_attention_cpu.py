@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .block_lists import BlockLists, SinkAndRecent, key_order, mask_from_lists
+from .block_lists import BlockLists, SinkAndRecent, key_order, mask_from_lists, ranks
 from .rows import AttentionRule, blocks, full_precision, weights_of
 
 ROWS = 256  # queries that share their keys, where nothing else says
@@ -43,34 +43,37 @@ def selected(
 ) -> torch.Tensor:
     """`(B or 1, H or 1, C, Tk)` bool: which keys are kept for a slice of queries; `shape` is (Tq, Tk) of all."""
     queries, keys = shape
-    row, key = torch.arange(queries, device=device)[rows], torch.arange(keys, device=device)
+    row = torch.arange(queries, device=device)[rows]
     if isinstance(keep, BlockLists):
+        key = torch.arange(keys, device=device)
         blocks = mask_from_lists(keep, -(-keys // keep.block_k))
         return blocks[:, :, row // keep.block_q][..., key // keep.block_k]
-    order = key_order(rule, queries, keys, device)
-    own = row + (keys - queries if rule.offset is None else rule.offset)
-    return _kept(keep.sinks, keep.recent, order, _sequence_order(rule, order), own, key)
+    order, own = ranks(rule, queries, keys, device)
+    return kept(keep.sinks, keep.recent, order, sequence_order(rule, order), own[:, row])
 
 
-def _kept(
-    sinks: torch.Tensor,
-    recent: torch.Tensor,
-    order: torch.Tensor,
-    place: torch.Tensor,
-    own: torch.Tensor,
-    key: torch.Tensor,
+def kept(
+    sinks: torch.Tensor, recent: torch.Tensor, order: torch.Tensor, place: torch.Tensor, own: torch.Tensor
 ) -> torch.Tensor:
-    """`(B or 1, h, C, K)`: sinks and recent keys of queries with given own keys."""
-    near = (order[:, own, None] - order[:, None, key]).abs()[:, None] < recent[:, None, None]
-    return near | (place[:, None, None, key] <= sinks[:, None, None])
+    """`(B or 1, h, C, K)`: sinks and recent keys of queries.
+
+    Args:
+        sinks: `(h,)` how many.
+        recent: `(h,)` how many.
+        order: `(B or 1, h or 1, K)` ranks of keys.
+        place: likewise, counted from the start of their sequence.
+        own: `(B or 1, C)` ranks of the queries' own keys.
+    """
+    near = (own[:, None, :, None] - order[:, :, None]).abs() < recent[:, None, None]
+    return near | (place[:, :, None] <= sinks[:, None, None])
 
 
-def _sequence_order(rule: AttentionRule, order: torch.Tensor) -> torch.Tensor:
-    """`(B or 1, Tk)`: real keys up to each one from the start of its sequence on, itself included."""
+def sequence_order(rule: AttentionRule, order: torch.Tensor) -> torch.Tensor:
+    """Ranks `(B or 1, H or 1, Tk)` counted from the start of each key's sequence on."""
     if rule.sequence is None:
         return order
     start = torch.searchsorted(rule.sequence, rule.sequence)  # sequences lie one after the other
-    return order - F.pad(order, (1, 0))[:, start]
+    return order - F.pad(order, (1, 0))[..., start]
 
 
 def _parts(
@@ -90,7 +93,7 @@ def _window_parts(
 ) -> Iterator[Part]:
     rows, keys = shape
     order = key_order(rule, rows, keys, device)
-    place = _sequence_order(rule, order)
+    place = sequence_order(rule, order)
     offset = keys - rows if rule.offset is None else rule.offset
     sizes: dict[tuple[int, int], list[int]] = {}
     for head, size in enumerate(zip(keep.sinks.tolist(), keep.recent.tolist(), strict=True)):
@@ -106,9 +109,10 @@ def _window_parts(
             if rule.causal:
                 wanted[offset + part.stop :] = False
             columns = wanted.nonzero().squeeze(-1)
-            own = torch.arange(start, part.stop, device=device) + offset
+            own = order[:, offset + start : offset + part.stop]
             seen = rule.visible(part, shape, device, columns)[:, None]
-            seen = seen & _kept(keep.sinks[some[:1]], keep.recent[some[:1]], order, place, own, columns)
+            of_columns = (order[:, None, columns], place[:, None, columns])
+            seen = seen & kept(keep.sinks[some[:1]], keep.recent[some[:1]], *of_columns, own)
             yield Part(some, group, part, columns[None, None], seen)
 
 

@@ -28,6 +28,9 @@ class AttentionRule:
         offset: own key of the first query; `None`: Tk - Tq, the last query's is the last.
         window: queries see only keys less than this many real keys away.
         sequence: `(Tk,)` number of the sequence each key is of, where one row holds several.
+        order: `(B or 1, H or 1, Tk)` int, ascending: real keys of the sequence up to each one, itself included, those
+            counted that are not among the Tk. For sinks and recent keys; `None`: the Tk are all there ever were.
+        own: `(B or 1, Tq)` int: the same of the queries' own keys, which need not be among the Tk; with `order`.
     """
 
     scaling: float
@@ -39,6 +42,8 @@ class AttentionRule:
     offset: int | None = None
     window: int | None = None
     sequence: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    own: torch.Tensor | None = None
 
     def visible(
         self,

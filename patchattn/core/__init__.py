@@ -1,0 +1,1 @@
+"""What every variant stands on: the call, its mask, and the chain."""

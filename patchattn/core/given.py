@@ -1,0 +1,99 @@
+"""A mask read off what a model passed to its attention function."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from .mask import Form, Mask
+
+# Without a mask: no later key, aligned to the first key; every key; as flash attention.
+Meaning = Literal["causal", "all", "flash"]
+
+
+def read_mask(
+    given: Any,
+    *,
+    form: Form | None,
+    meaning: Meaning | str,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    is_causal: bool = True,
+    is_cross: bool = False,
+    window: int | None = None,
+    sequence: torch.Tensor | None = None,
+    own: int | torch.Tensor | None = None,
+    dropped: int = 0,
+) -> Mask:
+    """The mask of a call.
+
+    Args:
+        given: as the attention function gets it: `None`, bool or added `(B or 1, H or 1, Tq or 1, Tk)`, tokens
+            `(B, Tk)` (flash attention), or a BlockMask.
+        form: what the base implementation takes; `None`: not known.
+        meaning: what the base implementation does without a mask; or, in a sentence, why that is not known.
+        batch: B.
+        heads: query heads.
+        queries: Tq.
+        keys: Tk.
+        device: of the call.
+        dtype: of the queries.
+        is_causal: whether a query sees no later key; read only where the mask does not say it.
+        is_cross: whether keys are of another sequence.
+        window: sliding window of the module, in tokens. Flash attention applies it; in other masks it is contained.
+        sequence: `(Tk,)` number of the packed sequence each token is of (flash attention).
+        own: place of the first query's own key, where a kv cache tells it.
+        dropped: keys that the cache has let go of before the first one.
+    """
+    causal = is_causal and not is_cross
+    if own is None and not is_cross and queries == keys:
+        own = 0
+    mask = Mask(
+        given=given,
+        form=form,
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        columns=keys + dropped,
+        device=device,
+        dtype=dtype,
+        causal=causal,
+        window=window,
+        own=own,
+        is_cross=is_cross,
+        dropped=dropped,
+    )
+    if given is None:
+        return replace(mask, **_without(meaning, queries, keys, window, sequence, mask))
+    if isinstance(given, BlockMask):
+        return replace(mask, pairs=given)
+    if isinstance(given, torch.Tensor) and given.dim() == 4 and given.shape[-1] >= keys:
+        return replace(mask, pairs=given[..., :keys].expand(-1, -1, queries, -1))
+    if isinstance(given, torch.Tensor) and given.dim() == 2:
+        last = None if is_cross else keys - queries
+        return replace(mask, real_columns=given[:, -keys:].bool(), own=last)
+    return replace(
+        mask,
+        fault=f"Masks of type {type(given).__name__} and shape {getattr(given, 'shape', None)} are not known, for "
+        f"{queries} queries and {keys} keys.",
+    )
+
+
+def _without(
+    meaning: Meaning | str, queries: int, keys: int, window: int | None, sequence: torch.Tensor | None, mask: Mask
+) -> dict[str, Any]:
+    """The structure where there is no mask."""
+    last = None if mask.is_cross else keys - queries
+    if meaning == "flash":
+        return {"own": last, "sequence": sequence if queries == keys else None}
+    if meaning == "causal":  # from an empty cache only
+        return {"causal": True, "window": None, "own": 0}
+    if meaning == "all":
+        return {"causal": False, "window": None, "own": last if mask.own is None else mask.own}
+    return {"fault": meaning}

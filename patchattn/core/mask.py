@@ -1,0 +1,385 @@
+"""Which keys each query of a call sees: read once off what the model passed, then narrowed, gathered or extended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from patchattn_kernels import AttentionRule, BlockLists, SinkAndRecent
+from patchattn_kernels.rows import seen_by
+
+from . import keeping, rendering
+
+Form = Literal["bool", "added", "tokens", "blocks"]
+Keep = torch.Tensor | SinkAndRecent | BlockLists
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys queries see. B sequences, H query heads, Tq queries, Tk keys.
+
+    Keys are told by their *column*, their place among all keys there ever were of a sequence: a cache that forgets, a
+    gather of some keys and a layer whose tokens were pruned all are "key j is column `index[j]`". Nothing here waits
+    for a device. What the base implementation is given stays as it came until something is changed.
+
+    Attributes:
+        given: what the model passed: `None`, bool or added numbers `(B or 1, H or 1, Tq or 1, Tk)`, tokens `(B, Tk)`,
+            or a BlockMask.
+        form: what the base implementation takes: a bool mask, one that is added to logits, tokens and the causal flag
+            (flash attention), or a BlockMask (flex attention).
+        batch, heads, queries, keys: B, H, Tq, Tk.
+        columns: how many keys there ever were.
+        device: of the call.
+        dtype: of masks that are made to be added.
+        pairs: a dense mask over the columns, as `given`, or a BlockMask; else the structure below says all.
+        real_columns: `(B or 1, columns)` bool: what is text rather than padding, where it is known.
+        causal: no key after a query's own is seen.
+        window: only keys less than so many real keys away from a query's own are seen.
+        sequence: `(columns,)` number of the sequence each column is of, where one row holds several.
+        own: column of the first query's own key; of every query's `(B or 1, Tq)`; or `None`: not told.
+        is_cross: keys are of another sequence than queries.
+        dropped: columns before the first key, which are in the cache no longer.
+        index: `(B or 1, 1 or Hkv, Tk)` column of each key, ascending, -1 of empty slots, which come first; `None`: key
+            j is column `dropped + j`. A head dimension of 1 says "the same in all heads".
+        has_empty: whether there are empty slots; true where that is not known on the host.
+        extra: keys in front of all others that are of no column, and that every query sees.
+        keeps: what it was narrowed by.
+        fault: why it cannot be told what is seen; asking for it raises this.
+        changed: whether it is another one than the model passed.
+    """
+
+    given: Any
+    form: Form | None
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    columns: int
+    device: torch.device
+    dtype: torch.dtype
+    pairs: torch.Tensor | BlockMask | None = None
+    real_columns: torch.Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    sequence: torch.Tensor | None = None
+    own: int | torch.Tensor | None = None
+    is_cross: bool = False
+    dropped: int = 0
+    index: torch.Tensor | None = None
+    has_empty: bool = False
+    extra: int = 0
+    keeps: tuple[Keep, ...] = ()
+    fault: str | None = None
+    changed: bool = False
+
+    # --- what is seen -------------------------------------------------------------------------------------------------
+
+    def seen(self) -> torch.Tensor:
+        """`(B or 1, H or 1, Tq, Tk)` bool: which keys each query sees. As large as one head's attention, or all heads'.
+
+        Raises:
+            NotImplementedError: nothing says what the base implementation does without a mask.
+        """
+        seen = self._before_keeps()
+        for keep in self.keeps:
+            seen = seen & keeping.as_mask(keep, self)
+        return seen
+
+    def counts(self) -> torch.Tensor:
+        """`(B or 1, Tq)` number of keys each query sees; `(B or 1, Tq, H)` where heads differ. Padding may see none.
+
+        Raises:
+            NotImplementedError: as `seen`.
+        """
+        self._check()
+        if self.pairs is not None or self.index is not None or self.keeps:
+            return self.seen().sum(-1).transpose(1, 2).squeeze(-1)
+        if self.sequence is not None:
+            own = self._own_columns()
+            of_own = self.sequence[own]
+            first, end = (torch.searchsorted(self.sequence, of_own, right=right) for right in (False, True))
+            order, total = own - first + 1, end - first
+        else:
+            real = self._real_columns
+            total = real.sum(-1, keepdim=True)
+            order = self.row_order() - self.dropped if self.causal or self.window is not None else total
+            order = order.expand(-1, self.queries)
+        counts = order if self.causal else total.expand_as(order)
+        if self.window is not None:
+            counts = torch.minimum(counts, order + self.window - 1) - (order - self.window).clamp(min=0)
+        return counts + self.extra
+
+    def real(self) -> torch.Tensor:
+        """`(B or 1, Tq)` bool: which queries are text rather than padding.
+
+        A token is padding if it does not see itself, in any head. Where it is not known which key is its own, and in
+        cross attention, it is if it sees nothing, as on the left of a padded prompt.
+        """
+        if self.fault is not None or (self.is_cross and self.pairs is None):
+            return torch.ones(1, self.queries, dtype=torch.bool, device=self.device)
+        if self.pairs is None:
+            own = self._own_columns() if self.own is not None else None
+            real = self._real_columns
+            return real[:, -1:].expand(-1, self.queries) if own is None else _taken(real, own)
+        visible = seen_by(self._pairs()).any(dim=1)
+        if self.is_cross or self.own is None:
+            return visible.any(-1)
+        own = self._own_columns().expand(len(visible), -1)
+        return visible.gather(-1, own[..., None]).squeeze(-1)
+
+    def real_keys(self) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` bool: which keys are text: no padding, no slot that is empty or not filled yet.
+
+        In front of them come the extra keys, which are.
+        """
+        real = self._real_columns
+        if self.index is None:
+            found = real[:, None]
+        else:
+            found = real[:, None].expand(-1, self.index.shape[1], -1).expand(len(self.index), -1, -1)
+            found = found.gather(-1, self._places().expand(len(found), -1, -1)) & (self.index >= 0)
+        return F.pad(found, (self.extra, 0), value=True)
+
+    def key_order(self) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` int: rank of each key among all real ones there ever were, the first is 1.
+
+        Of what is not real, that of the last real key before it; 0 of empty slots and of extra keys. With a dense mask
+        the real ones are those that some query of the call sees, and those that a window hides from all.
+        """
+        order = self._real_columns.long().cumsum(-1)[:, None] + self.dropped
+        if self.index is not None:
+            order = order.expand(len(self.index), self.index.shape[1], -1)
+            order = order.gather(-1, self._places().expand(len(order), -1, -1)).masked_fill(self.index < 0, 0)
+        return F.pad(order, (self.extra, 0))
+
+    def row_order(self) -> torch.Tensor:
+        """`(B or 1, Tq)` int: rank of each query's own key among all real ones there ever were.
+
+        Raises:
+            NotImplementedError: a query has no key of its own, or it is not known which.
+        """
+        return _taken(self._real_columns.long().cumsum(-1), self._own_columns()) + self.dropped
+
+    # --- other masks --------------------------------------------------------------------------------------------------
+
+    def narrowed(self, keep: Keep | None) -> "Mask":
+        """One that hides more.
+
+        Args:
+            keep: what stays visible: bool `(B or 1, 1 or Hkv or H, Tk)` or, by query, `(B or 1, 1 or H, Tq or 1, Tk)`;
+                sinks and recent keys; blocks of keys; or `None`: everything, which is this very mask.
+
+        Raises:
+            TypeError: it is none of these.
+            ValueError: it is of another shape.
+        """
+        if keep is None:
+            return self
+        keep = keeping.checked(keep, self)
+        if isinstance(keep, SinkAndRecent) and keep.window is not None and self.pairs is None and self.index is None:
+            window = keep.window if self.window is None else min(self.window, keep.window)
+            return replace(self, window=window, changed=True)
+        return replace(self, keeps=(*self.keeps, keep), changed=True)
+
+    def at(self, index: torch.Tensor, *, has_empty: bool) -> "Mask":
+        """The mask of some of its keys.
+
+        Args:
+            index: `(B or 1, 1 or Hkv, K)` which of its keys, ascending, -1 of empty slots, which come first.
+            has_empty: whether there are empty slots; true where that is not known.
+
+        Raises:
+            ValueError: an index of another shape.
+            NotImplementedError: after `prepended`.
+        """
+        if index.dim() != 3 or index.shape[0] not in (1, self.batch) or self.heads % index.shape[1]:
+            raise ValueError(
+                f"Expected an index (B, 1 or kv heads, keys) for {self.batch} sequences and {self.heads} query heads, "
+                f"got {tuple(index.shape)}."
+            )
+        if self.extra:
+            raise NotImplementedError("Keys cannot be gathered behind extra ones: gather first, then prepend.")
+        keeps = tuple(keeping.gathered(keep, index, self) for keep in self.keeps)
+        if self.index is None:
+            columns = torch.where(index < 0, -1, index + self.dropped)
+        else:
+            held, groups = self.index, max(self.index.shape[1], index.shape[1])
+            batch = max(len(held), len(index))
+            held, index = (t.expand(batch, groups, -1) for t in (held, index))
+            columns = held.gather(-1, index.clamp(min=0)).masked_fill(index < 0, -1)
+        return replace(
+            self,
+            index=columns,
+            keys=columns.shape[-1],
+            has_empty=has_empty or self.has_empty,
+            keeps=keeps,
+            changed=True,
+        )
+
+    def of_rows(self, rows: torch.Tensor) -> "Mask":
+        """The mask of some of its queries, `(R,)` or `(B or 1, R)` of their numbers."""
+        rows = rows if rows.dim() == 2 else rows[None]
+        pairs = self.pairs
+        if pairs is not None:
+            pairs = keeping.rows_of(self._pairs(), rows)
+        return replace(
+            self,
+            pairs=pairs,
+            queries=rows.shape[-1],
+            real_columns=self.real_columns if self.pairs is None else self._real_columns,
+            own=None if self.own is None and not self._infers_own else _taken(self._own_columns(), rows),
+            keeps=tuple(keeping.of_rows(keep, rows, self) for keep in self.keeps),
+            changed=True,
+        )
+
+    def of_heads(self, heads: Sequence[int] | torch.Tensor) -> "Mask":
+        """The mask of some of its query heads."""
+        chosen = torch.as_tensor(heads, device=self.device)
+        pairs, index = self.pairs, self.index
+        if pairs is not None and (isinstance(pairs, torch.Tensor) or pairs.shape[1] != 1):
+            pairs = self._pairs()
+            pairs = pairs if pairs.shape[1] == 1 else pairs.index_select(1, chosen)
+        if index is not None and index.shape[1] > 1:
+            index = keeping.of_query_heads(index, self.heads).index_select(1, chosen)
+        per_head = isinstance(pairs, torch.Tensor) and pairs.shape[1] > 1
+        return replace(
+            self,
+            pairs=pairs,
+            real_columns=self._real_columns if per_head else self.real_columns,
+            index=index,
+            heads=len(chosen),
+            keeps=tuple(keeping.of_heads(keep, chosen, self) for keep in self.keeps),
+            changed=self.changed or per_head,
+        )
+
+    def prepended(self, count: int) -> "Mask":
+        """The mask with so many extra keys in front, of no column, that every query sees."""
+        if count == 0:
+            return self
+        keeps = tuple(keeping.prepended(keep, count, self) for keep in self.keeps)
+        return replace(self, extra=self.extra + count, keys=self.keys + count, keeps=keeps, changed=True)
+
+    # --- for whoever computes -----------------------------------------------------------------------------------------
+
+    def rendered(self) -> tuple[Any, dict[str, Any]]:
+        """The mask and further keyword arguments for the base implementation; what came in where nothing was changed.
+
+        Raises:
+            NotImplementedError: the base implementation cannot be told, as flash attention of sets that differ between
+                heads; the message names it.
+        """
+        return rendering.rendered(self)
+
+    def rule(self, scaling: float = 1.0, **terms: Any) -> AttentionRule:
+        """The mask in the terms of `patchattn_kernels`; `terms` are the other fields of a rule.
+
+        Raises:
+            NotImplementedError: as `seen`.
+        """
+        return AttentionRule(scaling, **rendering.structure(self), **terms)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.fault is not None:
+            raise NotImplementedError(self.fault)
+
+    def _pairs(self) -> torch.Tensor:
+        """`(B or 1, H or 1, Tq, columns)` the dense mask, bool or added; a BlockMask becomes one."""
+        return self._made if isinstance(self.pairs, BlockMask) else self.pairs  # type: ignore[return-value]
+
+    @cached_property
+    def _made(self) -> torch.Tensor:
+        mask: Any = self.pairs
+        batch, heads = mask.shape[:2]
+        return create_mask(
+            mask.mask_mod, batch, heads, self.queries, self.columns - self.dropped, device=str(self.device)
+        )
+
+    def added(self) -> torch.Tensor | None:
+        """`(B or 1, H or 1, Tq, Tk)` what a dense mask adds to the logits of these keys, if it is one that does."""
+        if not isinstance(self.pairs, torch.Tensor) or not self.pairs.is_floating_point():
+            return None
+        return F.pad(self._at_keys(self.pairs), (self.extra, 0))
+
+    def _at_keys(self, pairs: torch.Tensor) -> torch.Tensor:
+        """What is said by column `(B or 1, H or 1, Tq, columns)` by key, without the extra ones."""
+        if self.index is None:
+            return pairs
+        places = self._places()
+        if places.shape[1] > 1:
+            places = keeping.of_query_heads(places, self.heads)
+        batch, heads = (max(one, other) for one, other in zip(pairs.shape[:2], places.shape[:2], strict=True))
+        places = places[:, :, None].expand(batch, heads, pairs.shape[2], -1)
+        return pairs.expand(batch, heads, -1, -1).gather(-1, places)
+
+    def _places(self) -> torch.Tensor:
+        """`index` on the axis of a dense mask, 0 of empty slots."""
+        assert self.index is not None
+        return (self.index - self.dropped).clamp(min=0)
+
+    def _before_keeps(self) -> torch.Tensor:
+        self._check()
+        if self.pairs is not None:
+            seen = self._at_keys(seen_by(self._pairs()))
+            if self.index is not None and self.has_empty:
+                seen = seen & keeping.of_query_heads(self.index >= 0, self.heads)[:, :, None]
+            return F.pad(seen, (self.extra, 0), value=True)
+        bare = replace(self, extra=0)
+        seen = bare.real_keys()[:, :, None].expand(-1, -1, self.queries, -1)
+        if self.causal or self.sequence is not None:
+            size = self.columns - self.dropped
+            key = torch.arange(size, device=self.device)[None, None] if self.index is None else self._places()
+            own = self._own_columns()
+            if self.causal:
+                seen = seen & (key[:, :, None] <= own[:, None, :, None])
+            if self.sequence is not None:
+                seen = seen & (self.sequence[own][:, None, :, None] == self.sequence[key][:, :, None])
+        if self.window is not None:
+            away = self.row_order()[:, None, :, None] - bare.key_order()[:, :, None]
+            seen = seen & (away.abs() < self.window)
+        return F.pad(keeping.of_query_heads(seen, self.heads), (self.extra, 0), value=True)
+
+    @cached_property
+    def _real_columns(self) -> torch.Tensor:
+        """`(B or 1, columns)` bool: columns that are text, as far as is known."""
+        if self.real_columns is not None:
+            return self.real_columns
+        size = self.columns - self.dropped
+        if self.pairs is None:
+            return torch.ones(1, size, dtype=torch.bool, device=self.device)
+        real = seen_by(self._pairs()).flatten(1, 2).any(dim=1)
+        if self.window is None or not self._infers_own:
+            return real
+        key = torch.arange(size, device=self.device)  # what the window hides from all queries may well be text
+        return real | (key <= self._own_columns()[:, :1] - self.window)
+
+    @property
+    def _infers_own(self) -> bool:
+        return self.own is not None or (self.causal and not self.is_cross)
+
+    def _own_columns(self) -> torch.Tensor:
+        """`(B or 1, Tq)` place of each query's own key on the axis of a dense mask.
+
+        Where nobody told, the last row of a causal mask ends at its own.
+        """
+        if isinstance(self.own, torch.Tensor) and self.own.dim() == 2:
+            return self.own
+        rows = torch.arange(self.queries, device=self.device)[None]
+        if self.own is not None:
+            return rows + self.own
+        if self.is_cross or not self.causal or self.pairs is None:
+            raise NotImplementedError("It is not known which keys are those of the queries' own tokens.")
+        last = seen_by(self._pairs()[:, :, -1]).flatten(0, 1).any(dim=0)
+        end = last.shape[-1] - last.to(torch.uint8).flip(-1).argmax(-1)
+        return (rows + end - self.queries).clamp(min=0)
+
+
+def _taken(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """`(B or 1, K)` entries of `(B or 1, N)` at `(B or 1, K)`."""
+    batch = max(len(tensor), len(places))
+    return tensor.expand(batch, -1).gather(-1, places.expand(batch, -1).to(tensor.device))

@@ -1,0 +1,152 @@
+"""A mask as others take it: a base implementation in its own format, the kernels as a rule."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from patchattn_kernels import SinkAndRecent
+
+from . import keeping
+
+if TYPE_CHECKING:
+    from .mask import Mask
+
+
+def rendered(mask: "Mask") -> tuple[Any, dict[str, Any]]:
+    """As `Mask.rendered`."""
+    if not mask.changed:
+        if mask.form == "blocks" and isinstance(mask.given, torch.Tensor) and mask.given.shape[1] > 1:
+            raise _refused("flex attention", "a tensor that differs between heads: it reads the first head's")
+        return mask.given, {}
+    if mask.form == "tokens":
+        return _tokens(mask)
+    if mask.form == "blocks":
+        return _blocks(mask), {}
+    if isinstance(mask.given, torch.Tensor):
+        is_added = mask.given.is_floating_point()
+    elif mask.form is None:
+        raise _refused("this attention implementation", "a changed mask: nothing says in which format it takes one")
+    else:
+        is_added = mask.form == "added"
+    if not is_added:
+        return (None if _all_seen(mask) else mask.seen()), {}
+    dtype = mask.given.dtype if isinstance(mask.given, torch.Tensor) else mask.dtype
+    seen, added = mask.seen(), mask.added()
+    values = torch.zeros((), dtype=dtype, device=seen.device) if added is None else added
+    return torch.where(seen, values, torch.finfo(dtype).min), {}
+
+
+def _all_seen(mask: "Mask") -> bool:
+    """Whether a single row sees every key, as structure alone says: it then needs no mask."""
+    ends = not mask.causal or (isinstance(mask.own, int) and mask.own == mask.columns - mask.dropped - 1)
+    structure = (mask.pairs, mask.real_columns, mask.window, mask.sequence)
+    bounded = any(part is not None for part in structure) or mask.keeps or mask.has_empty
+    return mask.queries == 1 and ends and not bounded
+
+
+def _tokens(mask: "Mask") -> tuple[Any, dict[str, Any]]:
+    """Flash attention aligns causal rows to the last keys and drops the rows of hidden ones: a window, or one row."""
+    if mask.index is None and not mask.keeps and not mask.extra and not isinstance(mask.own, torch.Tensor):
+        return mask.given, {"sliding_window": mask.window}
+    if mask.sequence is not None:
+        raise _refused("flash attention", "other keys of packed sequences than it was given")
+    if mask.queries > 1:
+        raise _refused("flash attention", f"a choice of keys for {mask.queries} rows in one call")
+    seen = mask.seen()
+    if seen.shape[1] > 1:
+        raise _refused("flash attention", "other keys in some heads than in others")
+    return (None if _all_seen(mask) else seen[:, 0, 0].expand(mask.batch, -1)), {"sliding_window": None}
+
+
+def _blocks(mask: "Mask") -> BlockMask:
+    """Functions that read tensors of up to two dimensions: those of four compile for one shape alone."""
+    if isinstance(mask.given, torch.Tensor) or isinstance(mask.pairs, torch.Tensor):
+        raise _refused("flex attention", "other keys, or rows, than those of a mask that is a tensor")
+    if mask.index is not None and mask.index.shape[1] > 1:
+        raise _refused("flex attention", "other keys in some heads than in others")
+    if isinstance(mask.own, torch.Tensor) and mask.own.dim() == 2:
+        raise _refused("flex attention", "some rows of a call")
+    conditions: list[Any] = []
+    for keep in mask.keeps:
+        if isinstance(keep, SinkAndRecent):
+            order, own = mask.key_order()[:, 0].expand(mask.batch, -1), mask.row_order().expand(mask.batch, -1)
+
+            def near(b: Any, h: Any, i: Any, j: Any, keep: Any = keep, order: Any = order, own: Any = own) -> Any:
+                return ((own[b, i] - order[b, j]).abs() < keep.recent[h]) | (order[b, j] <= keep.sinks[h])
+
+            conditions.append(near)
+            continue
+        whole = keeping.as_mask(keep, mask)
+        if whole.shape[1] > 1 or whole.shape[2] > 1:
+            raise _refused("flex attention", "a choice of keys that differs between rows or heads")
+        of_keys = whole[:, 0, 0].expand(mask.batch, -1)
+
+        def among(b: Any, h: Any, i: Any, j: Any, of_keys: Any = of_keys) -> Any:
+            return of_keys[b, j]
+
+        conditions.append(among)
+    real = mask.real_keys()[:, 0].expand(mask.batch, -1) if mask.has_empty else None
+    column = None if mask.index is None else (mask.index[:, 0] - mask.dropped).clamp(min=0).expand(mask.batch, -1)
+    inner, extra = (None if mask.pairs is None else mask.pairs.mask_mod), mask.extra
+
+    def shown(b: Any, h: Any, i: Any, j: Any) -> Any:
+        place = (j - extra).clamp(min=0) if extra else j
+        place = place if column is None else column[b, place]
+        seen = torch.ones_like(j, dtype=torch.bool) if inner is None else inner(b, h, i, place)
+        if real is not None:
+            seen = seen & real[b, j]
+        if extra:
+            seen = seen | (j < extra)
+        for condition in conditions:
+            seen = seen & condition(b, h, i, j)
+        return seen
+
+    per_head = any(isinstance(keep, SinkAndRecent) for keep in mask.keeps) or (
+        mask.pairs is not None and mask.pairs.shape[1] != 1
+    )
+    sizes = (mask.batch, mask.heads if per_head else None, mask.queries, mask.keys)
+    return create_block_mask(shown, *sizes, device=str(mask.device))
+
+
+def structure(mask: "Mask") -> dict[str, Any]:
+    """Fields of an `AttentionRule`: structure where it lasts, else a dense mask and ranks."""
+    mask._check()
+    if mask.index is not None or mask.keeps or mask.extra:
+        return _gathered(mask)
+    own = mask.own
+    if mask.pairs is None:
+        found: dict[str, Any] = {"mask": mask.real_columns, "causal": mask.causal, "window": mask.window}
+        found["sequence"] = mask.sequence
+        if isinstance(own, torch.Tensor) and own.dim() == 2:  # some rows
+            whole = mask.real_columns is None and not mask.causal and mask.window is None and mask.sequence is None
+            return {} if whole and mask.is_cross else _gathered(mask)
+    else:
+        pairs = mask._pairs()
+        found = {"mask": pairs}
+    told = own is None or isinstance(own, int)
+    if told:
+        found["offset"] = own
+    # One row ends at the last real key, and without a window the keys that it sees are all real ones.
+    by_mask = told and (own is not None or mask.queries == 1 or not mask._infers_own)
+    if mask.dropped or not by_mask or (mask.pairs is not None and mask.window is not None and mask._infers_own):
+        found |= {"order": mask.key_order(), "own": mask.row_order()}
+    return found
+
+
+def _gathered(mask: "Mask") -> dict[str, Any]:
+    seen, added = mask.seen(), mask.added()
+    if added is not None:
+        seen = torch.where(seen, added, torch.finfo(added.dtype).min)
+    elif mask.queries == 1 and seen.shape[1] == 1:  # by key alone, which kernels read faster
+        seen = seen[:, 0, 0]
+    ranks = {}
+    if mask._infers_own:
+        ranks = {"order": keeping.of_query_heads(mask.key_order(), mask.heads), "own": mask.row_order()}
+    return {"mask": seen, **ranks}
+
+
+def _refused(base: str, what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{base.capitalize()} cannot be told {what}. Load the model with attn_implementation='sdpa' or 'eager'."
+    )
