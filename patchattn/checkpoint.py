@@ -59,19 +59,25 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
         write_patch(folder, content, tensors)
 
 
-def patch_content(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What `patch_files.write_patch` writes of a patched model; raises as `save_patch`."""
+def patch_content(
+    model: nn.Module, *, adapter: str | None = None, whole: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `patch_files.write_patch` writes of a patched model; raises as `save_patch`.
+
+    Args:
+        model: a patched model, or a PeftModel around one.
+        adapter: whose copy of the variants is meant, where PEFT keeps one for each; the active one by default.
+        whole: the state dict of `model` where its own tensors are sharded.
+    """
     base = base_model(model)
-    chains = active_chains(base)
+    chains = active_chains(base, adapter)
     if not chains:
         raise ValueError(f"{type(base).__name__} is not patched; there is nothing to save. Call patch_model first.")
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if whole else {}
     tensors = {
-        f"{name}.{CHILD}.{key}": tensor.detach().cpu().contiguous()
-        for name, chain in chains.items()
-        for key, tensor in chain.tensors().items()
+        name: (whole or {}).get(names.get(id(own), ""), own).detach().cpu().contiguous()
+        for name, own in learnt(base, adapter).items()
     }
-    carried = [name for operation in surgeries(list(chains.values())) for name in operation.carried()]
-    tensors |= {name: base.get_parameter(name).detach().cpu().contiguous() for name in carried}
     config: Any = base.config
     from . import __version__  # not yet defined when this module is imported
 
@@ -88,6 +94,14 @@ def patch_content(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Ten
         "sites": {name: cast(Variant, next(chain.children())).site.geometry() for name, chain in chains.items()},
     }
     return content, tensors
+
+
+def learnt(base: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """The model's own tensors that a saved patch holds the values of, by the names they have there."""
+    chains = active_chains(base, adapter)
+    own = {f"{name}.{CHILD}.{key}": t for name, chain in chains.items() for key, t in chain.tensors().items()}
+    carried = [name for operation in surgeries(list(chains.values())) for name in operation.carried()]
+    return own | {name: base.get_parameter(name) for name in carried}
 
 
 def load_patch(
@@ -129,7 +143,7 @@ def load_patch(
         return found, read_tensors(found)
 
     saved, tensors = settled(folder, read)
-    saved, tensors = _as_named_in(base, saved, tensors)
+    saved, tensors = as_named_in(base, saved, tensors)
     _refuse_other_base(base, saved)
     try:
         initialise = functools.partial(_fill, tensors=tensors, path=folder / TENSORS_FILE)
@@ -207,8 +221,11 @@ def _base_and_patch(
 ) -> Any:
     """The base model of a patch alone, with it, and with the adapter beside it."""
     if not (folder / CONFIG_FILE).is_file():
+        adapters = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        there = f" There are adapters: choose one with subfolder={quoted(adapters[0])}." if adapters else ""
         raise ValueError(
             f"{str(source)!r} holds no patch: {CONFIG_FILE} is not there, nor weights that were saved from variants."
+            f"{there}"
         )
     saved = read_patch(folder)
     name, base_revision = saved.base.get("name_or_path"), saved.base.get("revision")
@@ -221,23 +238,44 @@ def _base_and_patch(
     if not name:
         raise ValueError(
             f"{folder / CONFIG_FILE} does not say where its base model came from. Load the base model yourself and "
-            "call patchattn.load_patch(base_model, folder)."
+            f"call patchattn.load_patch(base_model, {str(folder)!r})"
+            + (f", then PeftModel.from_pretrained(base_model, {str(folder)!r})." if has_adapter else ".")
         )
     with concerning(saved.path):
         base_kind: Any = model_class or transformers_class(saved.base.get("architecture"))
     if has_adapter:
         refuse_pickled_adapter(source, **place)
     where = {"revision": base_revision or "main", "token": place["token"], "cache_dir": place["cache_dir"]}
-    with readable(name):
-        refuse_code(base_kind, name, kwargs, **where)
-        unpatched = base_kind.from_pretrained(name, **where, **{"use_safetensors": True, **kwargs})
-    base = load_patch(unpatched, folder)
+    base = _patched_base(base_kind, name, where, folder, kwargs)
     if not has_adapter:
         return base
     from peft import PeftModel
 
     with readable(source):
         return PeftModel.from_pretrained(base, str(source), **place)
+
+
+def _patched_base(kind: Any, name: str, where: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    """The base model with the patch in `folder`, which it may have been saved with in parts already."""
+    with readable(name):
+        plan = saved_plan(name, variant=kwargs.get("variant"), **where)
+    if plan is None:
+        with readable(name):
+            refuse_code(kind, name, kwargs, **where)
+            unpatched = kind.from_pretrained(name, **where, **{"use_safetensors": True, **kwargs})
+        return load_patch(unpatched, folder)
+    saved = read_patch(folder)
+    count = len(plan)
+    if [patch.to_dict() for patch in plan] != [patch.to_dict() for patch in saved.patches[:count]]:
+        raise ValueError(
+            f"{saved.path}: this patch was made on {quoted(name)}, which is saved with another patch now. Load the "
+            "model that is meant, and call patchattn.load_patch."
+        )
+    base = patched_class(kind).from_plan(plan, name, **where, **kwargs)
+    apply_patches(base, saved.patches[count:])
+    with concerning(folder):
+        _fill(learnt(base), read_tensors(saved), folder / TENSORS_FILE)
+    return base
 
 
 def _small_files(source: str | PathLike[str], subfolder: str | None = None, **where: Any) -> Path:
@@ -254,7 +292,7 @@ def _small_files(source: str | PathLike[str], subfolder: str | None = None, **wh
         ) from error
 
 
-def _as_named_in(
+def as_named_in(
     base: nn.Module, saved: SavedPatch, tensors: dict[str, torch.Tensor]
 ) -> tuple[SavedPatch, dict[str, torch.Tensor]]:
     """A patch by the names that its modules have in this model, where it was saved from a part of it, or around it."""
@@ -315,5 +353,6 @@ def _fill(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor
             raise ValueError("The base model is on the meta device; load its weights before its patch.")
         if not is_finite(tensors[key].to(own.dtype)):
             raise ValueError(f"{path}: {key} holds values that are no finite numbers in {own.dtype}.")
-    for key, own in wanted.items():
-        own.copy_(tensors[key])
+    with torch.no_grad():
+        for key, own in wanted.items():
+            own.copy_(tensors[key])

@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
+from .adapters import guard_adapters
 from .checkpoint import patch_content
 from .documents import read_json_object
 from .folders import replacing
@@ -39,9 +40,10 @@ def save_pretrained(
     """Write everything a patched model needs into one folder, for `patchattn.from_pretrained`.
 
     That is what the model's own `save_pretrained` writes (weights, and the patch among them, and `config.json`),
-    the patch alone as `save_patch` writes it, and a model card. Of a PeftModel, its adapter takes the place of the
-    model's weights. All files take the place of older ones together, so that there must be room for both: a process
-    that is killed while it saves leaves the older save or the new one.
+    the patch alone as `save_patch` writes it, and a model card. Of a PeftModel, its adapters take the place of the
+    model's weights, each with its patch; those not named `default` lie in folders of their own. All files take the
+    place of older ones together, so that there must be room for both: a process that is killed while it saves leaves
+    the older save or the new one.
 
     Args:
         model: a patched model, or a PeftModel around one.
@@ -66,8 +68,10 @@ def save_pretrained(
     auto_map = _auto_map(base) if custom_code else {}
     card = _card(base, report)
     content, tensors = patch_content(model)
+    guard_adapters()  # PEFT then writes the patch beside each adapter
     with replacing(directory, outdated=lambda name: not is_peft and _is_weights(name)) as folder:
-        write_patch(folder, content, tensors)
+        if not is_peft:
+            write_patch(folder, content, tensors)
         saved.save_pretrained(folder)
         card.save(folder / "README.md")
         if custom_code:

@@ -256,13 +256,14 @@ def patch_info(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def active_chains(model: nn.Module) -> dict[str, VariantChain]:
+def active_chains(model: nn.Module, adapter: str | None = None) -> dict[str, VariantChain]:
     """Name of the attention module to the variants that compute there; `model` is a `base_model`.
 
-    The variants go by the names that modules have in it from here on, whichever object was patched.
+    With the name of a PEFT adapter, those that compute where that one is active. The variants go by the names that
+    modules have in it from here on, whichever object was patched.
     """
     children = {name: module._modules.get(CHILD) for name, module in model.named_modules()}
-    chains = {name: active_chain(child) for name, child in children.items() if child is not None}
+    chains = {name: active_chain(child, adapter) for name, child in children.items() if child is not None}
     for name, chain in chains.items():
         chain.locate(name)
     return chains

@@ -84,11 +84,11 @@ class VariantChain(nn.Module):
         return {name: self._variant(name) for name in self.names()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the variants have learnt or counted, by names in this module: its state dict without their settings."""
+        """What the variants have learnt or counted, by names in this module: the tensors themselves."""
         return {
             f"{kind}.{name}": tensor
             for kind, variant in self.variants().items()
-            for name, tensor in variant.state_dict().items()
+            for name, tensor in variant.state_dict(keep_vars=True).items()
         }
 
     def _variant(self, name: str) -> Variant:
@@ -228,11 +228,18 @@ def recall(child: nn.Module) -> None:
         chain.come_alive()
 
 
-def active_chain(child: nn.Module) -> VariantChain:
-    """The chain that computes: PEFT's `modules_to_save` keeps the attached one and a copy per adapter in a wrapper."""
+def active_chain(child: nn.Module, adapter: str | None = None) -> VariantChain:
+    """The chain that computes: PEFT's `modules_to_save` keeps the attached one and a copy per adapter in a wrapper.
+
+    Args:
+        child: of the attention module.
+        adapter: whose copy is meant; the active one by default.
+    """
     wrapper = cast(Any, child)
     if isinstance(child, VariantChain):
         return child
-    if wrapper.disable_adapters or not wrapper.active_adapters:
+    if adapter is not None and adapter in wrapper.modules_to_save:
+        return cast(VariantChain, wrapper.modules_to_save[adapter])
+    if adapter is not None or wrapper.disable_adapters or not wrapper.active_adapters:
         return cast(VariantChain, wrapper.original_module)
     return cast(VariantChain, wrapper.modules_to_save[wrapper.active_adapters[0]])
