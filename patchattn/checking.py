@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .kv_caches import cache_argument, find_cache
+from .kv_caches import cache_argument, find_cache, takes_cache
 from .patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from .plan import Patch
 from .selection import base_model, evaluating
@@ -219,6 +219,8 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     paired = base.config.is_encoder_decoder
     if not (paired or _is_causal(model)):
         return "the model has no causal decoder"
+    if not takes_cache(model):
+        return "the model takes no kv cache"
     name = "decoder_input_ids" if paired else "input_ids"
     tokens = _plain_tokens(inputs, name)
     if isinstance(tokens, str):

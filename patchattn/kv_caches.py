@@ -34,6 +34,11 @@ def stored_heads(cache: Cache, site: AttentionSite) -> int | None:
     return keys.shape[1] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None
 
 
+def takes_cache(model: nn.Module) -> bool:
+    """Whether a model, or the one in a wrapper, takes a kv cache."""
+    return _cache_name(base_model(model)) is not None
+
+
 def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
     """A kv cache as the keyword argument that a model takes it by.
 
@@ -45,9 +50,13 @@ def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache | N
         NotImplementedError: the model takes none.
     """
     base = base_model(model)
+    name = _cache_name(base)
+    if name is None:
+        raise NotImplementedError(f"{type(base).__name__} takes no kv cache.")
+    return {name: cache}
+
+
+def _cache_name(base: nn.Module) -> str | None:
     parameters = inspect.signature(base.forward).parameters
     names = [_NAME, *(name for name, each in parameters.items() if _TYPE.search(str(each.annotation)))]
-    found = next((name for name in names if name in parameters), None)
-    if found is None:
-        raise NotImplementedError(f"{type(base).__name__} takes no kv cache.")
-    return {found: cache}
+    return next((name for name in names if name in parameters), None)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import patchattn
 from patchattn.variant import temporarily_registered
@@ -124,3 +125,19 @@ def test_mistakes_are_named() -> None:
         patchattn.check_patch(FAMILIES["whisper"].make(), None, "moh")
     with pytest.raises(TypeError, match="transformers model"):
         patchattn.check_patch(nn.Linear(2, 2), None, "moh")
+
+
+class WithoutCache(LlamaForCausalLM):
+    """A decoder whose forward takes no kv cache."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask, use_cache=False)
+
+
+def test_a_decoder_without_kv_cache_has_nothing_to_compare():
+    family = FAMILIES["llama"]
+    model = patchattn.patch_model(WithoutCache(family.make().config).eval(), "logn", train_length=4)
+    report = patchattn.check_patch(model, family.inputs())
+    caching = next(check for check in report.checks if "cach" in check.name)
+    assert report.passed
+    assert "takes no kv cache" in str(caching)

@@ -69,7 +69,11 @@ def _pareto_points(
         found[name] = (report["tasks"][task], report["tasks"][task]["runs"][run])
     known = [key for key, *_ in COSTS if all(key in values["costs"] for _, values in found.values())]
     if not known:
-        raise ValueError(f"No cost was measured for the task {task!r} in all of these runs.")
+        without = [name for name, (_, values) in found.items() if not values["costs"]] or list(found)
+        raise ValueError(
+            f"The runs {', '.join(without)} share no cost of the task {task!r} that was measured: a report without "
+            "`costs` is damaged, others are written by `patchattn eval`."
+        )
     cost = known[0] if cost is None else cost
     if cost not in known:
         raise ValueError(f"There is no cost {cost!r} of all runs{nearest(cost, known)}")
