@@ -7,6 +7,7 @@ follows it through beam reordering, cropping and a second turn.
 """
 
 import copy
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ class DecodingVariant(Variant):
         return not getattr(_local, "inside", False)
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.is_active and kwargs.get("labels") is not None:
+        if self.is_active and _arguments(module, args, kwargs).get("labels") is not None:
             raise ValueError(
                 f"{type(self).__name__} changes the logits that tokens are chosen by, which no loss is defined on. "
                 "Compute losses under `with patchattn.unpatched(model):`."
@@ -144,18 +145,19 @@ class DecodingVariant(Variant):
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.is_active:
             return
-        cache, embeddings = find_cache([*args, *kwargs.values()]), kwargs.get("inputs_embeds")
+        given = _arguments(module, args, kwargs)
+        cache, embeddings = find_cache([*args, *kwargs.values()]), given.get("inputs_embeds")
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError(f"{type(self).__name__} does not support static kv caches; use a dynamic one.")
         embedding = module.get_input_embeddings()  # type: ignore[operator]
         if embeddings is None:
-            embeddings = embedding(kwargs["input_ids"])
+            embeddings = embedding(given["input_ids"])
         ids, (rows, length) = getattr(_local, "token_ids", None), embeddings.shape[:2]
         if ids is None or ids.shape[1] != length or rows % max(len(ids), 1):
             raise unknown_ids(type(self).__name__, embedding, self.before_embedding)
         past = 0 if cache is None else int(cache.get_seq_length())
         where = {"q_length": length, "kv_length": past + length, "is_cross": False, "device": embeddings.device}
-        real = real_tokens(kwargs.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
+        real = real_tokens(given.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
         _local.step = Step(ids, embeddings, real, past == 0, embedding)
         _local.unfilled = None if cache is None or past else copy.deepcopy(cache.layers)
 
@@ -172,7 +174,7 @@ class DecodingVariant(Variant):
         cache, unfilled = find_cache(values), vars(_local).pop("unfilled")
         branch = None if cache is None else _branch_of(cache, module, step, unfilled)
         inputs = self.branch(step)
-        keep = kwargs.get("logits_to_keep", 0)
+        keep = _arguments(module, args, kwargs).get("logits_to_keep", 0)
         logits = values[0]  # without labels there is no loss before them
         branch_logits = _run_branch(module, inputs, branch, keep if isinstance(keep, int) else 0)
         source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
@@ -186,6 +188,11 @@ class DecodingVariant(Variant):
             return (combined, *output[1:])
         output.logits = combined
         return output
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """By name, what a module is called with: some models hand tokens and masks on by place."""
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
 def _branch_of(cache: Cache, module: nn.Module, step: Step, unfilled: list[Any] | None) -> tuple[BranchTokens, Cache]:

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 import patchattn
 from patchattn.variant import temporarily_registered
 
-from .behaviour import assert_same, cases, randomise, snapshot
+from .behaviour import assert_same, on, randomise, snapshot
 from .families import FAMILIES, outputs
 
 
@@ -65,8 +65,8 @@ def status(report: patchattn.CheckReport) -> dict[str, str]:
     return {check.name: check.status for check in report.checks}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "t5", "vit", "clip", "mistral"])
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.usefixtures("toys")
+@on(["llama", "qwen3", "gpt2", "bert", "t5", "vit", "clip", "mistral"])
 def test_good_patches_pass(family: str, case) -> None:
     model = FAMILIES[family].make()
     before = snapshot(model)

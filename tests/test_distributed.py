@@ -14,10 +14,11 @@ import patchattn
 from patchattn.training import balance_loss
 from patchattn.variant import Variant
 
-from .behaviour import cases, variant_parameters
+from .behaviour import accepted, variant_parameters
 from .families import FAMILIES, outputs
 
 pytestmark = pytest.mark.xdist_group("sharded")  # one start of the two processes for all
+CASES = accepted("llama")
 
 WORKER = """
 import sys
@@ -26,16 +27,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from safetensors.torch import save_file
 import patchattn
-from tests.behaviour import cases
-from tests.test_distributed import build, train
+from tests.test_distributed import CASES, build, train
 
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (2,))
-for index in range(len(cases())):
-    try:
-        model = build(index)
-    except NotImplementedError:  # no variant for a language model
-        continue
+for index in range(len(CASES)):
+    model = build(index)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -51,14 +48,7 @@ dist.destroy_process_group()
 
 
 def build(index: int) -> torch.nn.Module:
-    return cases()[index].patch(FAMILIES["llama"].make()).double().train()
-
-
-def built(index: int) -> torch.nn.Module:
-    try:
-        return build(index)
-    except NotImplementedError as error:
-        pytest.skip(f"refused: {error}")
+    return CASES[index].patch(FAMILIES["llama"].make()).double().train()
 
 
 def train(model: torch.nn.Module, rows: list[int]) -> None:
@@ -92,9 +82,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("index", range(len(cases())), ids=[str(case) for case in cases()])
+@pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_fsdp2_trains_like_one_process(index: int, sharded: Path) -> None:
-    model = built(index)
+    model = build(index)
     before = {name: p.detach().clone() for name, p in variant_parameters(model).items()}
     train(model, [0, 1])
     state, got = model.state_dict(), load_file(sharded / f"{index}.safetensors")
@@ -105,14 +95,14 @@ def test_fsdp2_trains_like_one_process(index: int, sharded: Path) -> None:
         assert not torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("index", range(len(cases())), ids=[str(case) for case in cases()])
+@pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_what_fsdp2_trained_is_saved_and_loaded(index: int, sharded: Path) -> None:
-    model, inputs = built(index), FAMILIES["llama"].inputs()
+    model, inputs = build(index), FAMILIES["llama"].inputs()
     train(model, [0, 1])
     expected = outputs(model.eval(), **inputs)
     whole = patchattn.from_pretrained(sharded / str(index)).eval()
     found = [whole]
-    if patchattn.variant_info(cases()[index].variant).kind != "surgery":  # whose trained weights fit no base model
+    if CASES[index].info.kind != "surgery":  # whose trained weights fit no base model
         base = FAMILIES["llama"].make().double()
         weights = load_file(sharded / f"{index}.safetensors")
         base.load_state_dict({name: value for name, value in weights.items() if ".patchattn." not in name})

@@ -8,9 +8,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import patchattn
 
-from .behaviour import Case, cases
+from .behaviour import Case, accepted
 
-EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
 TEXTS = ["The patch is reversible.", "Attention heads differ in what they do, and in how much of it is needed."]
 
 
@@ -25,7 +24,7 @@ def encoder() -> Path:
     return Path(package.__file__).parent / "model"
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", accepted("llama"), ids=str)
 def test_a_language_model_behaves_and_comes_back(stories: Path, case: Case) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
     prompt = tokenizer("Once upon a time", return_tensors="pt")
@@ -40,7 +39,7 @@ def test_a_language_model_behaves_and_comes_back(stories: Path, case: Case) -> N
     assert torch.equal(model.generate(**prompt, max_new_tokens=40, do_sample=False), story)
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", accepted("bert"), ids=str)
 def test_an_encoder_behaves_on_a_padded_batch(encoder: Path, case: Case) -> None:
     model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")

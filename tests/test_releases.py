@@ -43,7 +43,7 @@ def test_the_ranges_allow_what_these_tests_run_on() -> None:
 def test_continuous_integration_installs_the_oldest() -> None:
     assert re.search(r"pip install .*--constraint patchattn/releases/oldest\.txt", CI)
     for name in ("test_behaviour", "test_seam", "test_decoding", "test_checkpoint", "test_doctor"):
-        assert f"tests/{name}.py" in CI
+        assert re.search(rf"tests/{name}\*?\.py", CI)
 
 
 def test_classifiers_name_every_python() -> None:

@@ -11,10 +11,11 @@ from transformers.masking_utils import flash_attention_mask
 import patchattn
 from patchattn.kv_caches import cache_argument
 
-from .behaviour import Case, cases
+from .behaviour import Case, accepted, on
 from .families import FAMILIES, outputs
 
-EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
+TOYS = pytest.mark.usefixtures("toys")
+DENSE = ("toy_mask",)  # flash attention takes no mask per key
 
 
 def flash_in_torch(
@@ -45,8 +46,8 @@ def flash_in_torch(
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "bert"])
-@EVERY_CASE
+@TOYS
+@on(["llama", "mistral", "gemma3_text", "bert"], without=DENSE)
 def test_flash_attention_stays_the_base(family: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_in_torch)
     tokens = FAMILIES[family].inputs()["input_ids"]
@@ -73,7 +74,7 @@ def test_flash_attention_stays_the_base(family: str, case: Case, monkeypatch: py
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", accepted("llama"), ids=str)
 def test_flex_attention_stays_the_base(case: Case) -> None:
     tokens = FAMILIES["llama"].inputs()["input_ids"]
     mask = torch.ones_like(tokens)
@@ -88,8 +89,8 @@ def test_flex_attention_stays_the_base(case: Case) -> None:
 
 @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@EVERY_CASE
+@TOYS
+@on(["llama", "mistral"], without=DENSE)
 def test_packed_sequences_under_flash_attention(
     family: str, case: Case, use_cache: bool, told_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

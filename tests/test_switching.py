@@ -15,10 +15,8 @@ from transformers.masking_utils import sdpa_mask
 import patchattn
 from patchattn.packing import CHILD
 
-from .behaviour import Case, assert_same, cases, randomise, registered, snapshot
+from .behaviour import Case, accepted, assert_same, on, randomise, registered, snapshot
 from .families import FAMILIES, outputs
-
-EVERY_CASE = pytest.mark.parametrize("case", cases(), ids=str)
 
 
 def compare(left: list[torch.Tensor], right: list[torch.Tensor], exactly: bool = False) -> None:
@@ -26,8 +24,8 @@ def compare(left: list[torch.Tensor], right: list[torch.Tensor], exactly: bool =
         torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 1e-4}))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "bert", "whisper", "llava"])
-@EVERY_CASE
+@pytest.mark.usefixtures("toys")
+@on(["llama", "mistral", "bert", "whisper", "llava"])
 def test_a_switch_of_the_implementation_is_followed_and_back(family: str, case: Case) -> None:
     inputs = FAMILIES[family].inputs()
     patched_on_eager = case.patch(FAMILIES[family].make(implementation="eager"))
@@ -111,7 +109,7 @@ def test_what_prepares_its_call_by_the_name_is_refused_by_name() -> None:
 # Continuous batching
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", accepted("llama"), ids=str)
 def test_continuous_batching_is_refused_at_once(case: Case) -> None:
     model = FAMILIES["llama"].make()
     before = snapshot(model)

@@ -155,9 +155,11 @@ class Flap(HeadSurgery):
         return not self.pruned and self.kept_channels is None
 
     def plan(self, model: nn.Module) -> list[Change]:
+        if self.is_identity:
+            return []
         changes: list[Change] = []
         removed: dict[str, torch.Tensor] = {}  # by the path of the projection that reads them
-        if self.pruned:
+        if self.pruned or self.kept_channels is None:
             (read,) = [part for part in head_projections(model, self.site) if part.side == "columns"]
             changes += cut_heads(model, self.site, self.heads.kept)
             removed[read.projection] = read.index[list(self.pruned)].flatten()

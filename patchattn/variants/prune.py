@@ -119,7 +119,7 @@ class Prune(HeadSurgery):
         return not self.pruned
 
     def plan(self, model: nn.Module) -> list[Change]:
-        if not self.pruned or not self.config.physical:
+        if self.is_identity or not self.config.physical:
             return []
         return cut_heads(model, self.site, self.heads.kept)
 

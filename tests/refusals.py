@@ -1,0 +1,85 @@
+"""Which families a variant refuses, by name and with the reason. A refusal that is not listed here fails the suite."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .families import FAMILIES, of_kind
+from .vlms import VLMS
+
+WITH_IMAGES = {"llava", "qwen2_5_vl", *VLMS}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Families that a variant refuses.
+
+    Attributes:
+        families: their names.
+        says: what the error says.
+        because: why it is right to.
+        examples: the numbers of those among the variant's examples that it is true of; of all by default.
+    """
+
+    families: frozenset[str]
+    says: str
+    because: str
+    examples: tuple[int, ...] | None = None
+
+
+def _of(families: Iterable[str], says: str, because: str, *examples: int) -> Refusal:
+    return Refusal(frozenset(families), says, because, examples or None)
+
+
+REFUSALS: dict[str, list[Refusal]] = {
+    "act": [
+        _of(
+            of_kind("encoder_decoder"),
+            "'act' does not support cross",
+            "what a key received is summed over its own sequence's rows, which cross-attention has none of",
+        ),
+    ],
+    "var": [
+        _of(
+            FAMILIES.keys() - WITH_IMAGES,
+            "'var' does not support without_images",
+            "it moves attention to image tokens",
+        ),
+    ],
+    "shrp": [
+        _of(
+            [*of_kind("decoder"), "clip", "llava"],
+            "'shrp' does not support causal",
+            "it compresses encoders; its usage is counted over whole sequences",
+        ),
+        _of(
+            ["distilbert", "modernbert", "t5", "bart", "whisper", "dinov2", "qwen2_5_vl"],
+            "'shrp' does not know the layer of",
+            "it takes the feed-forward part out of layers that are arranged as BERT's or ViT's",
+        ),
+    ],
+    "damro": [
+        _of(
+            FAMILIES.keys() - WITH_IMAGES,
+            "is no vision-language model",
+            "it contrasts with a picture reduced to its outliers",
+        ),
+        _of(
+            ["llava_siglip", "qwen2_5_vl"],
+            "has no class token",
+            "the paper chooses outliers by the attention of the class token",
+            0,
+        ),
+    ],
+    "toy_branch": [
+        _of(
+            [*of_kind("encoder", "vision"), "clip", "siglip"],
+            "has no language modelling head to decode with",
+            "only what writes text has a next token",
+        ),
+        _of(
+            of_kind("encoder_decoder"),
+            "needs a decoder-only language model",
+            "a branch would need an encoder of its own",
+        ),
+    ],
+}

@@ -1,0 +1,76 @@
+"""torch.compile of patched models, over every registered variant; none is named. These tests take seconds each."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import patchattn
+from patchattn.kv_caches import cache_argument
+
+from .behaviour import Case, decoded, on, text, without_dropout
+from .families import FAMILIES, LENGTH, outputs
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: torch.nn.Module) -> Any:
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@on(["llama", "bert", "llava"], once=True)
+def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None:
+    results = []
+    for wrapped in (lambda model: model, compiled):
+        model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
+        without_dropout(model)
+        output = wrapped(case.patch(model).train())(**inputs).logits
+        output.pow(2).mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({**gradients, "output": output})
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@on(["llama", "qwen3", "gpt2"], once=True)
+def test_a_step_on_a_static_cache_compiles_without_graph_breaks(family: str, case: Case) -> None:
+    model, tokens = case.patch(FAMILIES[family].make()), text()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    outputs(model, input_ids=tokens[:, :-1], **cache_argument(model, cache))
+    step = outputs(compiled(model), input_ids=tokens[:, -1:], **cache_argument(model, cache))[0]
+    expected = outputs(model, input_ids=tokens)[0]
+    if case.info.looks_ahead:
+        expected = decoded(model, tokens, [LENGTH - 1, 1])
+    torch.testing.assert_close(step, expected[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@on(["llama", "qwen3", "gpt2"], once=True, papers=False)
+def test_a_compiled_model_is_patched_and_unpatched(family: str, case: Case) -> None:
+    """torch.compile first, patch later: the compiled code follows."""
+    model, tokens = FAMILIES[family].make(), text()
+    base, outer = outputs(model, input_ids=tokens)[0], compiled(model)
+    torch.testing.assert_close(outputs(outer, input_ids=tokens)[0], base, rtol=1e-5, atol=1e-5)
+    case.patch(outer)
+    expected = outputs(model, input_ids=tokens)[0]
+    torch.testing.assert_close(outputs(outer, input_ids=tokens)[0], expected, rtol=1e-5, atol=1e-5)
+    patchattn.unpatch_model(outer)
+    torch.testing.assert_close(outputs(outer, input_ids=tokens)[0], base, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@on(["llama", "bert"])
+def test_compiles_with_inductor(family: str, case: Case) -> None:
+    model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
+    expected = outputs(model, **inputs)
+    for left, right in zip(expected, outputs(torch.compile(model, fullgraph=True), **inputs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,63 @@
+"""Neutral settings, computed: a variant that would be skipped is made to run, and gives what the base does."""
+
+from typing import Any
+
+import pytest
+
+from .behaviour import Case, close, on, variants_in
+from .families import FAMILIES, outputs
+from .mutation import mutated, stages
+
+pytestmark = pytest.mark.usefixtures("toys")
+# Variants without settings that compute what the base does, and why.
+NOT_COMPUTED = {
+    "shrp": "it puts an expander of the heads' sum in place of the feed-forward part: no values make it the base's",
+}
+
+
+def check(family: str, case: Case, monkeypatch: pytest.MonkeyPatch, **mutations: Any) -> None:
+    """AssertionError if the computed neutral differs from the base by more than the order of sums may: `close`.
+
+    Args:
+        family: of the model.
+        case: whose neutral settings are tried, where its own change something.
+        monkeypatch: for the length of the test.
+        mutations: methods in place of the variant's.
+    """
+    model, variant = FAMILIES[family].make_exact(), case.info.variant
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in FAMILIES[family].inputs().items()}
+    expected = outputs(model, **inputs)
+    patched = case.patch(FAMILIES[family].make())
+    acts_in = {one.site.name for one in variants_in(patched) if not one.is_identity}
+    ran = set()
+
+    def attend(self: Any, call: Any, inner: Any) -> Any:
+        ran.add(self.site.name)
+        return mutations.get("attend", original)(self, call, inner)
+
+    original = variant.attend
+    with monkeypatch.context() as patch:
+        for name, method in mutations.items():
+            patch.setattr(variant, name, method)
+        patch.setattr(variant, "attend", attend)
+        patch.setattr(variant, "is_identity", property(lambda self: self.site.name not in acts_in))
+        case.neutral.patch(model, live=False)
+        found = outputs(model, **inputs)
+    assert ran == acts_in
+    for left, right in zip(found, expected, strict=True):
+        close(left, right)
+
+
+@on(list(FAMILIES), without=NOT_COMPUTED)
+def test_neutral_settings_compute_what_the_base_does(family: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(family, case, monkeypatch)
+
+
+@on(["llama", "bert", "llava"], without=NOT_COMPUTED, once=True)
+def test_a_small_factor_in_what_is_computed_is_noticed(
+    family: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = case.info.variant
+    for stage in stages(variant):
+        with pytest.raises(AssertionError, match="not close"):
+            check(family, case, monkeypatch, **{stage: mutated(variant, stage, 1.001, difference=False)})
