@@ -33,11 +33,12 @@ def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None
     for wrapped in (lambda model: model, compiled):
         model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
         without_dropout(model)
-        output = wrapped(case.patch(model).train())(**inputs).logits
+        case.patch(model).train()
+        outputs(model, **inputs)  # in the first forward transformers installs hooks, which is not compiled
+        output = wrapped(model)(**inputs).logits
         output.pow(2).mean().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
         results.append({**gradients, "output": output})
-    assert results[0].keys() == results[1].keys()
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
 
