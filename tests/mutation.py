@@ -31,7 +31,7 @@ def stages(variant: type[patchattn.Variant]) -> list[str]:
     contract = (patchattn.Variant, SurgeryVariant, DecodingVariant)
     return [
         stage
-        for stage in STAGES[variant.kind]
+        for stage in STAGES.get(variant.kind, ())
         if all(getattr(variant, stage) is not getattr(base, stage, None) for base in contract)
     ]
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from . import writers
 from .behaviour import Case, close, on, variants_in
 from .families import FAMILIES, outputs
 from .mutation import mutated, stages
@@ -61,3 +62,32 @@ def test_a_small_factor_in_what_is_computed_is_noticed(
     for stage in stages(variant):
         with pytest.raises(AssertionError, match="not close"):
             check(family, case, monkeypatch, **{stage: mutated(variant, stage, 1.001, difference=False)})
+
+
+def check_logits(family: str, case: Case, monkeypatch: pytest.MonkeyPatch, **mutations: Any) -> None:
+    """`check` of a decoding variant, whose change is in how it combines logits."""
+    model, variant = writers.make(family, writers.exact(family)), case.info.variant
+    inputs = writers.inputs(family, dtype=writers.exact(family))
+    (expected,), ran = outputs(model, **inputs)[:1], []
+
+    def combine(self: Any, *logits: Any) -> Any:
+        ran.append(self)
+        return mutations.get("combine", original)(self, *logits)
+
+    original = variant.combine
+    with monkeypatch.context() as patch:
+        patch.setattr(variant, "combine", combine)
+        patch.setattr(variant, "is_identity", False)
+        found, *_ = outputs(case.neutral.patch(model), **inputs)
+    assert ran
+    real = inputs["attention_mask"].bool()
+    close(found[real], expected[real])
+
+
+@on(writers.NAMES, "decoding", without=NOT_COMPUTED)
+def test_neutral_decoding_computes_the_model_s_own_logits(
+    family: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_logits(family, case, monkeypatch)
+    with pytest.raises(AssertionError, match="not close"):
+        check_logits(family, case, monkeypatch, combine=mutated(case.info.variant, "combine", 1.001, difference=False))
