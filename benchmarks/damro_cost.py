@@ -19,8 +19,8 @@ import typer
 from torch import nn
 
 import patchattn
-from patchattn.decoding import BranchTokens
-from patchattn.kv_caches import find_cache
+from patchattn.core.kv_caches import find_cache
+from patchattn.decoding.variant import BranchTokens
 
 IMAGE, VOCABULARY, PATCHES, TEXT = 31999, 32000, 576, 40
 

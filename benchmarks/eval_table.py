@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from patchattn.evaluation.report import UNPATCHED, markdown_table, number, read_report
+from patchattn.evaluation.report.report import UNPATCHED, markdown_table, number, read_report
 from patchattn.plotting.pareto import ParetoPoint, plot_pareto
 
 

@@ -31,10 +31,10 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import patchattn
-from patchattn.evaluation import shapes
-from patchattn.evaluation.chair import read_objects, run_chair
 from patchattn.evaluation.metrics.pope import says_no
-from patchattn.evaluation.pope import PopeQuestion, read_pope, run_pope
+from patchattn.evaluation.tasks import shapes
+from patchattn.evaluation.tasks.chair import read_objects, run_chair
+from patchattn.evaluation.tasks.pope import PopeQuestion, read_pope, run_pope
 
 PICTURES_SEED = 2_000_003  # no seed that the recipe trains on
 WORDS = "Please answer this question with one word."  # after POPE's questions, for models that talk

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 # A neutral patch is dispatched through the seam and computes nothing of its own. The others show what their
 # computation costs on these small models, in plain torch.

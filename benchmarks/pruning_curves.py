@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import patchattn
 from patchattn.calibration.pruning_curve import CurvePoint, accuracy, perplexity, pruning_curve
-from patchattn.evaluation.glue import glue_task, load_glue
+from patchattn.evaluation.tasks.glue import glue_task, load_glue
 from patchattn.plotting import plot_pruning_curve
 
 app = typer.Typer()

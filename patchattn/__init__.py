@@ -7,47 +7,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration.channels import ChannelStatistics as ChannelStatistics
-    from .calibration.channels import channel_statistics as channel_statistics
-    from .calibration.fluctuation import FlapStatistics as FlapStatistics
-    from .calibration.fluctuation import flap_statistics as flap_statistics
-    from .calibration.importance import HeadImportance as HeadImportance
-    from .calibration.scoring import head_importance as head_importance
-    from .call import AttentionCall as AttentionCall
-    from .call import LayerContext as LayerContext
-    from .call import Observation as Observation
-    from .checking import Check as Check
-    from .checking import CheckReport as CheckReport
-    from .checking import check_patch as check_patch
-    from .checkpoint import from_pretrained as from_pretrained
-    from .checkpoint import load_patch as load_patch
-    from .checkpoint import save_patch as save_patch
-    from .compression import compress as compress
-    from .compression import reset_usage as reset_usage
-    from .hub import push_to_hub as push_to_hub
-    from .hub import save_pretrained as save_pretrained
-    from .images import ImageSpan as ImageSpan
-    from .images import image_spans as image_spans
-    from .images import image_token_mask as image_token_mask
-    from .observation import observe as observe
-    from .patching import patch_info as patch_info
-    from .patching import patch_model as patch_model
-    from .patching import patched as patched
-    from .patching import unpatch_model as unpatch_model
-    from .patching import unpatched as unpatched
-    from .routing import LayerRouting as LayerRouting
-    from .routing import RoutingStatistics as RoutingStatistics
-    from .routing import routing_statistics as routing_statistics
-    from .sentences import load_sentence_transformer as load_sentence_transformer
-    from .settings import Settings as Settings
-    from .settings import option as option
-    from .sites import AttentionSite as AttentionSite
-    from .sites import find_sites as find_sites
-    from .statistics import LayerTemperatures as LayerTemperatures
-    from .statistics import Spread as Spread
-    from .statistics import TemperatureStatistics as TemperatureStatistics
-    from .statistics import position_coefficients as position_coefficients
-    from .statistics import temperature_statistics as temperature_statistics
+    from .checking.check import Check as Check
+    from .checking.check import CheckReport as CheckReport
+    from .checking.check import check_patch as check_patch
+    from .core.call import AttentionCall as AttentionCall
+    from .core.call import LayerContext as LayerContext
+    from .core.call import Observation as Observation
+    from .core.importance import HeadImportance as HeadImportance
+    from .core.observation import observe as observe
+    from .core.patching import patch_info as patch_info
+    from .core.patching import patch_model as patch_model
+    from .core.patching import patched as patched
+    from .core.patching import unpatch_model as unpatch_model
+    from .core.patching import unpatched as unpatched
+    from .core.settings import Settings as Settings
+    from .core.settings import option as option
+    from .core.sites import AttentionSite as AttentionSite
+    from .core.sites import find_sites as find_sites
+    from .core.variant import Attend as Attend
+    from .core.variant import AttentionOutput as AttentionOutput
+    from .core.variant import Variant as Variant
+    from .core.variant import VariantConfig as VariantConfig
+    from .core.variant import VariantInfo as VariantInfo
+    from .core.variant import list_variants as list_variants
+    from .core.variant import register_variant as register_variant
+    from .core.variant import variant_info as variant_info
+    from .inspection.channels import ChannelStatistics as ChannelStatistics
+    from .inspection.channels import channel_statistics as channel_statistics
+    from .inspection.head_importance import head_importance as head_importance
+    from .inspection.routing import LayerRouting as LayerRouting
+    from .inspection.routing import RoutingStatistics as RoutingStatistics
+    from .inspection.routing import routing_statistics as routing_statistics
+    from .inspection.temperatures import LayerTemperatures as LayerTemperatures
+    from .inspection.temperatures import Spread as Spread
+    from .inspection.temperatures import TemperatureStatistics as TemperatureStatistics
+    from .inspection.temperatures import position_coefficients as position_coefficients
+    from .inspection.temperatures import temperature_statistics as temperature_statistics
+    from .saving.checkpoint import from_pretrained as from_pretrained
+    from .saving.checkpoint import load_patch as load_patch
+    from .saving.checkpoint import save_patch as save_patch
+    from .saving.hub import push_to_hub as push_to_hub
+    from .saving.hub import save_pretrained as save_pretrained
+    from .saving.sentences import load_sentence_transformer as load_sentence_transformer
+    from .saving.whole_model import patched_class as patched_class
     from .training import ActiveRatioCallback as ActiveRatioCallback
     from .training import BalanceLoss as BalanceLoss
     from .training import PatchedTrainerMixin as PatchedTrainerMixin
@@ -58,15 +60,13 @@ if TYPE_CHECKING:
     from .training import distillation_loss as distillation_loss
     from .training import optimizer_groups as optimizer_groups
     from .training import specialise_loss as specialise_loss
-    from .variant import Attend as Attend
-    from .variant import AttentionOutput as AttentionOutput
-    from .variant import Variant as Variant
-    from .variant import VariantConfig as VariantConfig
-    from .variant import VariantInfo as VariantInfo
-    from .variant import list_variants as list_variants
-    from .variant import register_variant as register_variant
-    from .variant import variant_info as variant_info
-    from .whole_model import patched_class as patched_class
+    from .variants.pruning.flap.statistics import FlapStatistics as FlapStatistics
+    from .variants.pruning.flap.statistics import flap_statistics as flap_statistics
+    from .variants.pruning.shrp.compression import compress as compress
+    from .variants.pruning.shrp.compression import reset_usage as reset_usage
+    from .vision.images import ImageSpan as ImageSpan
+    from .vision.images import image_spans as image_spans
+    from .vision.images import image_token_mask as image_token_mask
 
 __version__ = "0.1.0"
 

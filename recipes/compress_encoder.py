@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import patchattn
 from patchattn import Settings, option, variant_info
-from patchattn.documents import as_json, read_json_object, write_json
-from patchattn.evaluation.glue import glue_task, read_glue
+from patchattn.evaluation.tasks.glue import glue_task, read_glue
+from patchattn.files.documents import as_json, read_json_object, write_json
 from patchattn.training import RoutingCallback, distillation_loss, specialise_loss
 
 STAGES = ("teacher", "balance", "specialise", "final")

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from patchattn import option
-from patchattn.documents import read_text
+from patchattn.files.documents import read_text
 
 
 @dataclass(frozen=True, kw_only=True)

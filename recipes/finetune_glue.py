@@ -44,9 +44,9 @@ from transformers import (
 )
 
 from patchattn import Observation, Settings, find_sites, observe, option
-from patchattn.documents import write_json
-from patchattn.evaluation.glue import glue_task, load_glue, read_glue
 from patchattn.evaluation.metrics.glue import Glue
+from patchattn.evaluation.tasks.glue import glue_task, load_glue, read_glue
+from patchattn.files.documents import write_json
 
 UNPATCHED = "unpatched"
 POOL = 16  # batches

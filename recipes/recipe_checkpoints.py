@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from patchattn.documents import read_json_object, write_json
+from patchattn.files.documents import read_json_object, write_json
 
 FILES = "files.json"  # the last file of a checkpoint: what the others are, and how long
 TRAINER_STATE = "trainer_state.json"  # the Trainer's name for it

@@ -37,7 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import patchattn
 from patchattn import Settings, Variant, option, variant_info
-from patchattn.documents import as_json, quoted, read_json_object, write_json
+from patchattn.files.documents import as_json, quoted, read_json_object, write_json
 from patchattn.training import ActiveRatioCallback, PatchedTrainerMixin, RoutingCallback
 
 SETTINGS_FILE = "settings.json"  # written when a run begins

@@ -6,7 +6,7 @@ A CLIP vision tower with a class token, a projector and a Llama, all from config
 processor of their own. As in LLaVA the tower comes first: its class token learns which objects a picture shows, which
 is what CLIP's learns from captions; then the tower is frozen and the rest learns to talk about its patches. The output
 folder loads like any LLaVA, with `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`;
-`benchmarks/hallucination.py` measures it. The pictures are those of `patchattn.evaluation.shapes`. The configuration is
+`benchmarks/hallucination.py` measures it. The pictures are those of `patchattn.evaluation.tasks.shapes`. The configuration is
 checked before a model is made.
 """
 
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from patchattn import option
-from patchattn.evaluation import shapes
+from patchattn.evaluation.tasks import shapes
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 IGNORED = -100  # what the loss passes over

@@ -13,8 +13,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import patchattn
-from patchattn.kv_caches import cache_argument
-from patchattn.packing import CHILD
+from patchattn.core.kv_caches import cache_argument
+from patchattn.core.packing import CHILD
 
 from .families import LENGTH, VOCABULARY, outputs
 from .refusals import REFUSALS, Refusal

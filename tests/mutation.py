@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.decoding import DecodingVariant
-from patchattn.surgery import SurgeryVariant
+from patchattn.decoding.variant import DecodingVariant
+from patchattn.surgery.change import SurgeryVariant
 
 FACTOR = 1.5
 # Of each kind of variant, the methods that make its changes.

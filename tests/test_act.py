@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 from .families import FAMILIES, outputs
 
@@ -263,7 +263,7 @@ def test_weights_of_the_eager_implementation_are_calibrated_and_sum_to_one() -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_no_worse_than_twice_the_weights_rounded(dtype: torch.dtype) -> None:
     """The released form rounds the calibrated weights to the model's dtype."""
-    from patchattn.call import AttentionCall
+    from patchattn.core.call import AttentionCall
 
     query, key, value = (
         torch.randn(1, 2, 64, 8, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1, 2)

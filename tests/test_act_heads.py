@@ -9,9 +9,9 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import patchattn
-from patchattn.calibration.heads import HeadList
-from patchattn.kv_caches import cache_argument
-from patchattn.variants.act import ACTConfig
+from patchattn.core.heads import HeadList
+from patchattn.core.kv_caches import cache_argument
+from patchattn.variants.sinks.act import ACTConfig
 
 from .families import FAMILIES
 from .test_act import tokens

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.call import AttentionCall
+from patchattn.core.call import AttentionCall
 
 from .families import FAMILIES
 from .test_act import calibrate

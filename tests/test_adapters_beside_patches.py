@@ -8,7 +8,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 
 import patchattn
-from patchattn.kv_caches import cache_argument, find_cache
+from patchattn.core.kv_caches import cache_argument, find_cache
 
 from . import vlms
 from .families import FAMILIES, outputs

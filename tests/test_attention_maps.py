@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.attention_maps import attention_maps, attention_received, image_attention
+from patchattn.inspection.attention_maps import attention_maps, attention_received, image_attention
 
 from . import vlms
 from .families import FAMILIES
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_refused(call, message):
     model = model_of("llama")
     with pytest.raises(ValueError, match=message):
         call(model, FAMILIES["llama"].inputs())
-    assert not patchattn.patching.is_patched(model)
+    assert not patchattn.core.patching.is_patched(model)
 
 
 def test_images_that_cannot_be_drawn_are_refused():

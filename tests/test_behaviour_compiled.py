@@ -8,7 +8,7 @@ import torch
 from transformers import StaticCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import Case, decoded, on, text, without_dropout
 from .families import FAMILIES, LENGTH, outputs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from patchattn.kv_caches import cache_argument, find_cache
+from patchattn.core.kv_caches import cache_argument, find_cache
 
 from .behaviour import Case, close, decoded, on, positions, text
 from .families import FAMILIES, LENGTH, of_kind, outputs

@@ -12,7 +12,7 @@ from patchattn.bench.cases import Case
 from patchattn.bench.goals import judged
 from patchattn.bench.report import to_markdown
 from patchattn.bench.results import Report, Result
-from patchattn.cli import main
+from patchattn.cli.main import main
 
 from .test_bench import CEILINGS
 

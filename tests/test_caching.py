@@ -12,9 +12,9 @@ import transformers as tf
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import patchattn
-from patchattn.caching import SequenceState, sequence_state
-from patchattn.kv_caches import cache_argument
-from patchattn.variant import temporarily_registered
+from patchattn.cache.state import SequenceState, sequence_state
+from patchattn.core.kv_caches import cache_argument
+from patchattn.core.variant import temporarily_registered
 
 from .families import FAMILIES, outputs
 from .toy import ToyConfig

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 import patchattn
-from patchattn import cli
-from patchattn.calibration.heads import HeadList
 from patchattn.calibration.replay import Replay
 from patchattn.calibration.search import HeadSearch, find_heads
-from patchattn.evaluation.likelihood import ChoiceExample, accuracy, score_choices
+from patchattn.cli import main as cli
+from patchattn.core.heads import HeadList
+from patchattn.evaluation.tasks.likelihood import ChoiceExample, accuracy, score_choices
 
 from .test_likelihood import Letters
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.kv_caches import cache_argument, find_cache
+from patchattn.core.kv_caches import cache_argument, find_cache
 
 from .families import FAMILIES
 

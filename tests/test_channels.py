@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchattn.calibration.channels import RunningMoments, channel_statistics
+from patchattn.inspection.channels import RunningMoments, channel_statistics
 
 from .test_importance import OUTPUTS, examples, inputs_of, make, padded
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import patchattn
-from patchattn.patching import is_patched
+from patchattn.core.patching import is_patched
 
 from .families import FAMILIES
 from .saving import SETTINGS, base, equal, patch, run, sign

@@ -9,8 +9,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from patchattn import list_variants, variant_info
-from patchattn.cli import main
-from patchattn.devices import choose_device
+from patchattn.cli.devices import choose_device
+from patchattn.cli.main import main
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_an_unknown_command_or_option_is_named(run):
 
 
 def test_the_installed_script_runs():
-    code = "import sys; from patchattn.cli import main; sys.argv = ['patchattn', '--help']; main()"
+    code = "import sys; from patchattn.cli.main import main; sys.argv = ['patchattn', '--help']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     for command in ("list", "info", "coverage", "check", "demo"):

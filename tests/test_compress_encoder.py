@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import patchattn
-from patchattn.variants.shrp import SHRP
+from patchattn.variants.pruning.shrp.variant import SHRP
 
 from .recipes import RECIPES, recipe, sst2_files, tiny_encoder, written
 
@@ -73,7 +73,7 @@ def test_every_stage_goes_on_from_the_one_before(
     assert steps == {"teacher": 12, "balance": 3, "specialise": 4, "final": 3}
 
     teacher = AutoModelForSequenceClassification.from_pretrained(out / "teacher")
-    assert not patchattn.patching.is_patched(teacher)
+    assert not patchattn.core.patching.is_patched(teacher)
     balanced, specialised = (patchattn.from_pretrained(out / name) for name in ("balance", "specialise"))
     rows = (data / "SST-2" / "train.tsv").read_text().splitlines()[1:]
     assert len(rows) == 21

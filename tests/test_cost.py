@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from patchattn.evaluation import cost as module
-from patchattn.evaluation.cost import cuda_devices, measured, memory_kind
+from patchattn.evaluation.tasks import cost as module
+from patchattn.evaluation.tasks.cost import cuda_devices, measured, memory_kind
 
 MODEL = nn.Linear(2, 2)
 

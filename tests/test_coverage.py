@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from patchattn import list_variants
-from patchattn.coverage import Row, current_versions, patchable_types, sweep, to_markdown
+from patchattn.checking.coverage import Row, current_versions, patchable_types, sweep, to_markdown
 
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 FLOOR = 226  # model types that a crude pass-through sweep of transformers 5.23 ran

@@ -9,8 +9,8 @@ import torch
 import transformers as tf
 
 import patchattn
-from patchattn.outliers import attention_received
-from patchattn.variants.damro import DAMRO
+from patchattn.variants.decoding.damro import DAMRO
+from patchattn.vision.outliers import attention_received
 
 from . import vlms
 from .test_decoding import STEPS, decode, extended

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import patchattn
+from patchattn.core.variant import Variant
 from patchattn.training import balance_loss
-from patchattn.variant import Variant
 
 from .behaviour import accepted, variant_parameters
 from .families import FAMILIES, outputs

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import patchattn
 import patchattn_kernels
-from patchattn import variant as registry
-from patchattn.tested_releases import pinned
+from patchattn.core import variant as registry
+from patchattn.core.tested_releases import pinned
 
 from . import vlms
 from .families import FAMILIES

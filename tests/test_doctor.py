@@ -7,9 +7,12 @@ import torch
 from packaging.version import Version
 
 import patchattn
-from patchattn import doctor, seam, storage, tested_releases
-from patchattn.cli import main
-from patchattn.patching import unpatch_model
+from patchattn.checking import doctor
+from patchattn.cli.main import main
+from patchattn.core import tap as storage
+from patchattn.core import tested_releases
+from patchattn.core.patching import unpatch_model
+from patchattn.hosts.transformers import seam
 
 from .behaviour import registered
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from patchattn.documents import (
+from patchattn.files.documents import (
     as_json,
     json_lines,
     parse_json,

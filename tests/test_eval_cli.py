@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 import patchattn
-from patchattn.cli import main
-from patchattn.evaluation.loading import Source, find_source
-from patchattn.evaluation.registry import GROUPS, TASKS, make_tasks, task_names
-from patchattn.evaluation.results import claim
+from patchattn.cli.main import main
+from patchattn.evaluation.run.loading import Source, find_source
+from patchattn.evaluation.tasks.registry import GROUPS, TASKS, make_tasks, task_names
+from patchattn.evaluation.tasks.results import claim
 
 from .families import FAMILIES
 from .test_eval_glue import classifier, encoder_tokenizer
@@ -225,7 +225,7 @@ def test_two_processes_are_one(call: Any, folder: Path) -> None:
     code, _, err = call(*routed, *rest)
     assert code == 0, err
     # what `accelerate launch` starts with recipes/accelerate/ddp_cpu.yaml, without the time that it takes itself
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "patchattn.cli"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "patchattn.cli.main"]
     arguments = ["eval", str(folder / "model"), "--data", str(folder), "--output", str(folder / "two"), *routed, *rest]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

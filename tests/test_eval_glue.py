@@ -10,13 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from patchattn.evaluation.glue_tasks import (
-    LABEL_NAMES,
-    PROMPTS,
-    GlueClassification,
-    GlueLikelihood,
-    label_order,
-)
+from patchattn.evaluation.tasks.glue_tasks import LABEL_NAMES, PROMPTS, GlueClassification, GlueLikelihood, label_order
 
 from .test_longbench import BYTES, tiny_model
 

@@ -13,9 +13,7 @@ from huggingface_hub import ModelCard
 from matplotlib.colors import to_hex
 
 import patchattn
-from patchattn.evaluation.figures import plot_positions
-from patchattn.evaluation.perplexity import PositionLoss
-from patchattn.evaluation.report import (
+from patchattn.evaluation.report.report import (
     all_scores,
     make_report,
     number,
@@ -25,8 +23,10 @@ from patchattn.evaluation.report import (
     to_markdown,
     write_report,
 )
-from patchattn.evaluation.report_figures import plot_costs, plot_scores
-from patchattn.evaluation.task import EvalTask, Row
+from patchattn.evaluation.report.report_figures import plot_costs, plot_scores
+from patchattn.evaluation.tasks.figures import plot_positions
+from patchattn.evaluation.tasks.perplexity import PositionLoss
+from patchattn.evaluation.tasks.task import EvalTask, Row
 from patchattn.plotting.style import run_styles
 
 from .saving import base, patch

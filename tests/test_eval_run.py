@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from transformers import LlamaForCausalLM
 
 import patchattn
-from patchattn.evaluation import run as module
-from patchattn.evaluation.run import compare, evaluate, folder_name, processes
-from patchattn.evaluation.task import EvalTask, Row
+from patchattn.evaluation.run import compare as module
+from patchattn.evaluation.run.compare import compare, evaluate, folder_name, processes
+from patchattn.evaluation.tasks.task import EvalTask, Row
 
 from .families import FAMILIES
 from .test_longbench import BYTES

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.evaluation import shapes
-from patchattn.evaluation.chair import read_objects, run_chair
-from patchattn.evaluation.pope import read_pope, run_pope
-from patchattn.evaluation.registry import make_tasks
-from patchattn.evaluation.run import compare
+from patchattn.evaluation.run.compare import compare
+from patchattn.evaluation.tasks import shapes
+from patchattn.evaluation.tasks.chair import read_objects, run_chair
+from patchattn.evaluation.tasks.pope import read_pope, run_pope
+from patchattn.evaluation.tasks.registry import make_tasks
 
 from .recipes import recipe
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import patchattn
 from patchattn import flap_statistics
-from patchattn.calibration.structures import Units, lowest_units
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
+from patchattn.variants.pruning.flap.structures import Units, lowest_units
 
 from .families import FAMILIES, outputs
 from .test_importance import examples, inputs_of, padded

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import patchattn
-from patchattn import FlapStatistics, cli, flap_statistics
+from patchattn import FlapStatistics, flap_statistics
 from patchattn.calibration.data import TextExample, make_batches
-from patchattn.feed_forward import channel_mask, masked_channels
-from patchattn.patching import applied_patches, apply_patches
-from patchattn.plan import Patch
+from patchattn.cli import main as cli
+from patchattn.core.patching import applied_patches, apply_patches
+from patchattn.core.plan import Patch
+from patchattn.surgery.channels import channel_mask, masked_channels
 
 from .families import FAMILIES, outputs
 from .saving import sign

@@ -10,8 +10,8 @@ import threading
 import pytest
 from safetensors import SafetensorError
 
-from patchattn import folders
-from patchattn.folders import replacing, settle, settled
+from patchattn.files import folders
+from patchattn.files.folders import replacing, settle, settled
 
 
 class Killed(BaseException):

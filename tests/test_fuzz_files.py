@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.calibration.fluctuation import flap_statistics
-from patchattn.calibration.heads import BaseFacts
-from patchattn.calibration.scoring import head_importance
-from patchattn.evaluation.card import card_section, eval_results
-from patchattn.evaluation.report import make_report, summary, write_report
-from patchattn.patching import is_patched
-from patchattn.plotting.reports import pareto_points
+from patchattn.cli.plot_reports import pareto_points
+from patchattn.core.heads import BaseFacts
+from patchattn.core.patching import is_patched
+from patchattn.evaluation.report.card import card_section, eval_results
+from patchattn.evaluation.report.report import make_report, summary, write_report
+from patchattn.inspection.head_importance import head_importance
+from patchattn.variants.pruning.flap.statistics import flap_statistics
 
 from .damage import damage
 from .families import FAMILIES, outputs

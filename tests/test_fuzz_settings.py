@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.patching import is_patched
+from patchattn.core.patching import is_patched
 
 from .families import FAMILIES, outputs
 from .vlms import inputs as vlm_inputs

@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import patchattn
-from patchattn.cli import main
+from patchattn.cli.main import main
 
 pytest.importorskip("lm_eval", reason="needs the lm-evaluation-harness: pip install patchattn[eval]")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from patchattn.evaluation.harness import PatchattnLM
+from patchattn.evaluation.run.harness import PatchattnLM
 
 WORDS = [f"w{i}" for i in range(60)]
 DOCS = [
@@ -275,7 +275,7 @@ def test_two_processes_share_the_work_and_give_the_same(folder, tmp_path):
     arguments = ["lm-eval", "--model", "patchattn", "--tasks", "tiny_choice", "--include_path", str(folder / "tasks")]
     arguments += ["--model_args", f"pretrained={folder / 'model'},variant=moh,active_ratio=0.5,dtype=float64"]
     arguments += ["--device", "cpu", "--output_path", str(tmp_path), "--log_samples"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "patchattn.cli"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "patchattn.cli.main"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *launch, *arguments], check=True, env=environment)
     (samples,) = tmp_path.rglob("samples_*.jsonl")

@@ -12,9 +12,11 @@ from torch import nn
 from transformers import DynamicCache
 
 import patchattn
-from patchattn import context, decoding, hooks
-from patchattn.kv_caches import cache_argument
-from patchattn.variants import damro
+from patchattn.core import hooks
+from patchattn.core.kv_caches import cache_argument
+from patchattn.decoding import variant as decoding
+from patchattn.hosts.transformers import context
+from patchattn.variants.decoding import damro
 
 from .behaviour import assert_same, randomise, snapshot
 from .families import FAMILIES, outputs

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import patchattn
-from patchattn import checkpoint
+from patchattn.saving import checkpoint
 
 from .families import FAMILIES
 from .saving import base, equal, patch, run

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 import patchattn
-from patchattn.calibration.importance import HeadImportance
-from patchattn.calibration.scoring import head_importance
+from patchattn.core.importance import HeadImportance
+from patchattn.inspection.head_importance import head_importance
 
 from .families import FAMILIES
 

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 import patchattn
-from patchattn import cli
 from patchattn.calibration.data import TextExample, class_numbers, make_batches, read_texts, task_of
-from patchattn.calibration.importance import HeadImportance
-from patchattn.calibration.scoring import head_importance
+from patchattn.cli import main as cli
+from patchattn.core.importance import HeadImportance
+from patchattn.inspection.head_importance import head_importance
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface
 
 import patchattn
-from patchattn.calibration.scoring import head_importance
+from patchattn.inspection.head_importance import head_importance
 
 from .families import FAMILIES
 from .test_importance import HEADS, OUTPUTS, examples, inputs_of, make, padded

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchattn.calibration.heads import BaseFacts
-from patchattn.calibration.importance import HeadImportance, SiteScores
-from patchattn.calibration.scoring import head_importance
+from patchattn.core.heads import BaseFacts
+from patchattn.core.importance import HeadImportance, SiteScores
+from patchattn.inspection.head_importance import head_importance
 
 from .families import FAMILIES
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 from patchattn_kernels import column_mass_triton, split_attention_triton
 
 from . import vlms

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument, find_cache
+from patchattn.core.kv_caches import cache_argument, find_cache
 
 from .families import FAMILIES
 

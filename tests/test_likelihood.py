@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from patchattn.evaluation.likelihood import accuracy, prepare_choices, read_choices, score_choices
+from patchattn.evaluation.tasks.likelihood import accuracy, prepare_choices, read_choices, score_choices
 
 from .families import FAMILIES
 

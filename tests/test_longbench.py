@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from patchattn.evaluation.generation import fit_prompt
-from patchattn.evaluation.longbench import LongBenchEval
-from patchattn.evaluation.longbench_data import LongBenchSample
+from patchattn.evaluation.tasks.generation import fit_prompt
+from patchattn.evaluation.tasks.longbench import LongBenchEval
+from patchattn.evaluation.tasks.longbench_data import LongBenchSample
 
 TEMPLATE = "{{ bos_token }}[{% for m in messages %}{{ m['content'] }}{% endfor %}]"
 SPECIAL = ["<pad>", "<s>", "</s>"]

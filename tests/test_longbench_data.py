@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from patchattn.evaluation import longbench_data as module
-from patchattn.evaluation.longbench_data import LONGBENCH_TASKS, LongBenchSample, load_longbench, read_longbench
 from patchattn.evaluation.metrics.longbench import LONGBENCH_METRICS, longbench_score
+from patchattn.evaluation.tasks import longbench_data as module
+from patchattn.evaluation.tasks.longbench_data import LONGBENCH_TASKS, LongBenchSample, load_longbench, read_longbench
 
 ROW = {
     "input": "Who?",

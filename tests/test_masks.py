@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from patchattn.masks import packed_sequences, visibility, visible_keys
+from patchattn.core.masks import packed_sequences, visibility, visible_keys
 
 SIZES = st.integers(1, 6)
 

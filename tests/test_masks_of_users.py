@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
 import patchattn
-from patchattn.attention_maps import attention_maps, attention_received
-from patchattn.masks import real_tokens, visibility, visible_keys
+from patchattn.core.masks import real_tokens, visibility, visible_keys
+from patchattn.inspection.attention_maps import attention_maps, attention_received
 from patchattn.training import balance_loss
 
 from .behaviour import randomise

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchattn
-from patchattn.variants.moh import MoH, MoHConfig
+from patchattn.variants.routing.moh import MoH, MoHConfig
 
 from .behaviour import randomise
 from .families import FAMILIES, outputs

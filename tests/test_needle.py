@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from patchattn.evaluation.figures import plot_needle
-from patchattn.evaluation.haystack import filler, read_texts, sentences
-from patchattn.evaluation.needle import NeedleGrid, NeedleTask, needle_grid
+from patchattn.evaluation.tasks.figures import plot_needle
+from patchattn.evaluation.tasks.haystack import filler, read_texts, sentences
+from patchattn.evaluation.tasks.needle import NeedleGrid, NeedleTask, needle_grid
 
 from .long_context import BYTES, BYTES_CHAT, CHAT, Reader, byte_tokenizer, tiny_llama
 

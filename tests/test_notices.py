@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn import notices, tested_releases
+from patchattn.core import notices, tested_releases
 from patchattn_kernels import backend
 
 from .families import FAMILIES
@@ -109,7 +109,7 @@ def test_a_newer_release_is_mentioned_and_a_tested_one_is_not(release, told):
 
 def test_the_library_sets_no_handler_and_no_level():
     code = (
-        "import logging, patchattn, patchattn_kernels, patchattn.patching, patchattn.cli\n"
+        "import logging, patchattn, patchattn_kernels, patchattn.core.patching, patchattn.cli.main\n"
         "loggers = [logging.getLogger(name) for name in ('patchattn', 'patchattn.kernels')]\n"
         "assert not any(one.handlers or one.level or not one.propagate for one in loggers)\n"
     )

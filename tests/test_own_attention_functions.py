@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
 
 import patchattn
-from patchattn.compatibility import seam_name
+from patchattn.hosts.transformers.compatibility import seam_name
 
 from .behaviour import randomise
 from .test_masks_of_users import TOKENS, VARIANTS, llama

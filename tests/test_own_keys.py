@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
-from patchattn.variant import temporarily_registered
+from patchattn.core.kv_caches import cache_argument
+from patchattn.core.variant import temporarily_registered
 from patchattn_kernels import block_sparse_attention, sink_and_recent
 
 from .test_masks_of_users import HEADS, llama

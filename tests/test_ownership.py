@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import patchattn
-from patchattn.patching import is_patched
+from patchattn.core.patching import is_patched
 
 from .families import FAMILIES
 from .saving import SETTINGS, base, equal, patch, run

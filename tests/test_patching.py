@@ -13,8 +13,8 @@ import transformers as tf
 from torch import nn
 
 import patchattn
-from patchattn.bases import live_chains
-from patchattn.compatibility import seam_name
+from patchattn.hosts.transformers.bases import live_chains
+from patchattn.hosts.transformers.compatibility import seam_name
 
 from .behaviour import assert_same, implementations, randomise, registered, snapshot
 from .families import FAMILIES, outputs

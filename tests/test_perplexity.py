@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import patchattn
-from patchattn.evaluation.figures import plot_positions
-from patchattn.evaluation.perplexity import PerplexityTask, PositionLoss, position_losses, wikitext, windows
+from patchattn.evaluation.tasks.figures import plot_positions
+from patchattn.evaluation.tasks.perplexity import PerplexityTask, PositionLoss, position_losses, wikitext, windows
 
 from .long_context import BYTES, tiny_llama
 

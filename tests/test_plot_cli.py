@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import patchattn
-from patchattn.calibration.heads import BaseFacts
-from patchattn.calibration.importance import HeadImportance, SiteScores
-from patchattn.cli import main
-from patchattn.evaluation.report import SCHEMA_VERSION
-from patchattn.plotting.reports import pareto_points
+from patchattn.cli.main import main
+from patchattn.cli.plot_reports import pareto_points
+from patchattn.core.heads import BaseFacts
+from patchattn.core.importance import HeadImportance, SiteScores
+from patchattn.evaluation.report.report import SCHEMA_VERSION
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -111,7 +111,7 @@ def test_every_kind_of_picture_is_written(run, tmp_path, line):
     ],
 )
 def test_a_mistake_is_one_line_before_a_model_is_loaded(run, monkeypatch, line, message):
-    monkeypatch.setattr("patchattn.plotting.loading.Source.load", None)
+    monkeypatch.setattr("patchattn.cli.plot_source.Source.load", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, _, err = run(line)
     assert code == 2
@@ -155,10 +155,10 @@ def test_a_score_that_is_called_as_its_task_is_named_once(folder, tmp_path, task
 
 def test_a_needle_from_a_report(run, folder, tmp_path, monkeypatch):
     drawn = {}
-    plot_needle = __import__("patchattn.evaluation.figures", fromlist=["plot_needle"]).plot_needle
-    monkeypatch.setattr("patchattn.evaluation.needle.recall", lambda row: row["found"])
+    plot_needle = __import__("patchattn.evaluation.tasks.figures", fromlist=["plot_needle"]).plot_needle
+    monkeypatch.setattr("patchattn.evaluation.tasks.needle.recall", lambda row: row["found"])
     monkeypatch.setattr(
-        "patchattn.evaluation.figures.plot_needle",
+        "patchattn.evaluation.tasks.figures.plot_needle",
         lambda grids, **how: drawn.update(grids) or plot_needle(grids, **how),
     )
     for name, found in (("unpatched", 1.0), ("moh", 0.5)):

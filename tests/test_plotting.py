@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from patchattn.calibration.heads import BaseFacts
-from patchattn.calibration.importance import HeadImportance, SiteScores
+from patchattn.core.heads import BaseFacts
+from patchattn.core.importance import HeadImportance, SiteScores
+from patchattn.core.sites import find_sites
+from patchattn.inspection.temperatures import LayerTemperatures, Spread
 from patchattn.plotting import plot_head_importance, plot_head_usage, plot_temperatures
-from patchattn.sites import find_sites
-from patchattn.statistics import LayerTemperatures, Spread
 
 from .families import FAMILIES
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from patchattn.attention_maps import AttentionMap, ImageAttention, ReceivedAttention, attention_received
-from patchattn.images import ImageSpan
+from patchattn.core.sites import find_sites
+from patchattn.inspection.attention_maps import AttentionMap, ImageAttention, ReceivedAttention, attention_received
 from patchattn.plotting import (
     ParetoPoint,
     pareto_front,
@@ -19,7 +19,7 @@ from patchattn.plotting import (
     plot_image_attention,
     plot_pareto,
 )
-from patchattn.sites import find_sites
+from patchattn.vision.images import ImageSpan
 
 from .families import FAMILIES
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 from .families import FAMILIES, outputs
 from .saving import base as small_llama

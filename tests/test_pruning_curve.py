@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import patchattn
 from patchattn.calibration.pruning_curve import CurvePoint, accuracy, perplexity, pruning_curve, write_curve
-from patchattn.calibration.scoring import head_importance
+from patchattn.inspection.head_importance import head_importance
 from patchattn.plotting import plot_pruning_curve
 
 from .test_importance import HEADS, OUTPUTS, Batch, by_hand, examples, make, padded

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from patchattn.evaluation.results import claim, read_done
+from patchattn.evaluation.tasks.results import claim, read_done
 
 REQUESTS = [{"id": 0}, {"id": 1}, {"id": 2}]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchattn.evaluation.ruler import RULER_TASKS, NiahMultikey, NiahMultivalue, NiahSingle, VariableTracking
+from patchattn.evaluation.tasks.ruler import RULER_TASKS, NiahMultikey, NiahMultivalue, NiahSingle, VariableTracking
 
 from .long_context import BYTES, BYTES_CHAT, Reader, tiny_llama
 

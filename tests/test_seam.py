@@ -9,7 +9,7 @@ from transformers.integrations import flash_attention
 from transformers.masking_utils import flash_attention_mask
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import Case, accepted, on
 from .families import FAMILIES, outputs

@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import patchattn
-from patchattn.coverage.tiny import SCALES, model_classes, tiny_config, tiny_model
+from patchattn.checking.coverage.tiny import SCALES, model_classes, tiny_config, tiny_model
 
 from .behaviour import randomise
 from .families import FAMILIES, outputs

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from patchattn.evaluation.cost import memory_kind
-from patchattn.evaluation.speed import SpeedTask
+from patchattn.evaluation.tasks.cost import memory_kind
+from patchattn.evaluation.tasks.speed import SpeedTask
 
 from .long_context import BYTES, tiny_llama
 

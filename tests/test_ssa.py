@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import randomise, variant_parameters
 from .families import FAMILIES, outputs

@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 import patchattn
-from patchattn.kv_caches import cache_argument
-from patchattn.statistics import position_coefficients, temperature_statistics
+from patchattn.core.kv_caches import cache_argument
+from patchattn.inspection.temperatures import position_coefficients, temperature_statistics
 
 from .behaviour import randomise
 from .families import FAMILIES, outputs

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import patchattn
-from patchattn.packing import CHILD
+from patchattn.core.packing import CHILD
 
 from .behaviour import Case, accepted, assert_same, on, randomise, registered, snapshot
 from .families import FAMILIES, outputs

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 import patchattn
-from patchattn.kv_caches import cache_argument
+from patchattn.core.kv_caches import cache_argument
 
 from . import vlms
 from .test_decoding import extended

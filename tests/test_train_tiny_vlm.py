@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from typer import Typer
 from typer.testing import CliRunner
 
-from patchattn.evaluation import shapes
 from patchattn.evaluation.metrics.chair import SynonymTable
+from patchattn.evaluation.tasks import shapes
 
 from .recipes import RECIPES, ROOT, recipe
 

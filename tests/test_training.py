@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.call import Observation
+from patchattn.core.call import Observation
 from patchattn.training import balance_loss, optimizer_groups
 
 from .families import FAMILIES, outputs

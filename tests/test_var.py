@@ -13,10 +13,10 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import patchattn
-from patchattn.call import AttentionCall, LayerContext
-from patchattn.hooks import IMAGE_TOKENS, RESIDUAL
-from patchattn.kv_caches import cache_argument
-from patchattn.variants.var import VAR, VARConfig
+from patchattn.core.call import AttentionCall, LayerContext
+from patchattn.core.hooks import IMAGE_TOKENS, RESIDUAL
+from patchattn.core.kv_caches import cache_argument
+from patchattn.variants.sinks.var import VAR, VARConfig
 
 from . import vlms
 from .var_reference import (

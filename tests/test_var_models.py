@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import patchattn
-from patchattn.hooks import IMAGE_TOKENS, RESIDUAL, enclosing_layer
-from patchattn.kv_caches import cache_argument, find_cache
+from patchattn.core.hooks import IMAGE_TOKENS, RESIDUAL, enclosing_layer
+from patchattn.core.kv_caches import cache_argument, find_cache
 
 from . import vlms
 from .var_reference import (

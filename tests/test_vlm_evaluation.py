@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import patchattn
-from patchattn.evaluation import shapes
-from patchattn.evaluation.chair import objects_from_coco, read_objects, run_chair
-from patchattn.evaluation.pope import PopeQuestion, read_pope, run_pope
-from patchattn.evaluation.vlm import GenerationSettings, Request, answer
+from patchattn.evaluation.tasks import shapes
+from patchattn.evaluation.tasks.chair import objects_from_coco, read_objects, run_chair
+from patchattn.evaluation.tasks.pope import PopeQuestion, read_pope, run_pope
+from patchattn.evaluation.tasks.vlm import GenerationSettings, Request, answer
 
 from .recipes import recipe
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.decoding import BranchStep, DecodingVariant, Step
-from patchattn.pruning import HeadSurgery, KeptHeads, cut_heads
-from patchattn.variant import temporarily_registered
+from patchattn.core.variant import temporarily_registered
+from patchattn.decoding.variant import BranchStep, DecodingVariant, Step
+from patchattn.surgery.heads import HeadSurgery, KeptHeads, cut_heads
 from patchattn_kernels import attention_with_lse
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from patchattn import patch_info
-from patchattn.evaluation.loading import find_source
-from patchattn.evaluation.registry import make_tasks
-from patchattn.evaluation.report import UNPATCHED, make_report, write_report
-from patchattn.evaluation.run import evaluate
+from patchattn.evaluation.report.report import UNPATCHED, make_report, write_report
+from patchattn.evaluation.run.compare import evaluate
+from patchattn.evaluation.run.loading import find_source
+from patchattn.evaluation.tasks.registry import make_tasks
 
 
 def main(

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call import AttentionCall, LayerContext
-from ..sites import AttentionSite
-from ..variants.act import ACT, ACTConfig
+from ..core.call import AttentionCall, LayerContext
+from ..core.sites import AttentionSite
+from ..variants.sinks.act import ACT, ACTConfig
 from .attention import DENSE, AttentionProblem, dense, dense_under, step
 from .problem import EAGER, OURS, Implementation, Outcome, Work
 from .truth import ACT_BETA, ACT_THRESHOLD

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 from patchattn_kernels.backend import SETTING
 
-from .. import patching
+from ..core import patching
 from .attention import BACKENDS
 from .cases import Case
 from .operands import generator

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from ..documents import laid_out, read_json, write_json
+from ..files.documents import laid_out, read_json, write_json
 from .cases import Case
 from .ceilings import Ceilings
 

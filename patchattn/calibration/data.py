@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from ..documents import json_lines, quoted, read_text
+from ..files.documents import json_lines, quoted, read_text
 
 Task = Literal["causal", "masked", "classify", "none"]
 Batch = dict[str, torch.Tensor]

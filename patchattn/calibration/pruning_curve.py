@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patching import is_patched, patched
-from .channels import on_device
-from .heads import BaseFacts
-from .importance import HeadImportance, SiteScores
-from .methods import label_count, with_labels
-from .scoring import head_importance
+from ..core.heads import BaseFacts
+from ..core.importance import HeadImportance, SiteScores
+from ..core.patching import is_patched, patched
+from ..inspection.channels import on_device
+from ..inspection.head_importance import head_importance
+from ..inspection.importance_methods import label_count, with_labels
 
 Removed = dict[str, tuple[int, ...]]
 Scores = dict[str, dict[int, float]]

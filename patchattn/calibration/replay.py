@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sites import AttentionSite
+from ..core.sites import AttentionSite
 
 
 class _Kept(nn.Module):

@@ -20,14 +20,14 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ..documents import as_json, read_json_object, write_json
-from ..evaluation.likelihood import ChoiceBatch, ChoiceExample, Normalise, prepare_choices, score_batch
-from ..patching import is_patched, patched
-from ..selection import base_model, select_sites
-from ..sites import AttentionSite
-from ..variant import variant_info
-from .files import fingerprint
-from .heads import BaseFacts, HeadList
+from ..core.heads import BaseFacts, HeadList
+from ..core.patching import is_patched, patched
+from ..core.selection import base_model, select_sites
+from ..core.sites import AttentionSite
+from ..core.variant import variant_info
+from ..evaluation.tasks.likelihood import ChoiceBatch, ChoiceExample, Normalise, prepare_choices, score_batch
+from ..files.documents import as_json, read_json_object, write_json
+from ..files.tensors import fingerprint
 from .replay import Replay
 
 Metric = Literal["accuracy", "likelihood"]
@@ -91,7 +91,7 @@ def find_heads(
             and misses heads whose gain the others of their group undo.
         metric: what must rise.
         min_gain: by how much more than nothing.
-        normalise: of `patchattn.evaluation.likelihood.score_choices`.
+        normalise: of `patchattn.evaluation.tasks.likelihood.score_choices`.
         batch_size: likewise.
         state: file that keeps what was measured; a search with the same data and settings goes on from it. Where a
             search ends without a head, it is removed.

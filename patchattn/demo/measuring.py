@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patching import unpatch_model
-from ..routing import routing_statistics
+from ..core.patching import unpatch_model
+from ..inspection.routing import routing_statistics
 from .tasks import Batch, Task
 
 

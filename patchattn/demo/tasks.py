@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..evaluation.glue import download_glue, read_glue
-from ..pretrained import load_pretrained
-from ..settings import nearest
+from ..core.settings import nearest
+from ..evaluation.tasks.glue import download_glue, read_glue
+from ..saving.pretrained import load_pretrained
 
 Batch = dict[str, torch.Tensor]
 Example = tuple[str, int]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..attention_maps import AttentionMap, ImageAttention, ReceivedAttention
+    from ..inspection.attention_maps import AttentionMap, ImageAttention, ReceivedAttention
 
 _LABELLED = 40  # tokens up to which each is written at its place
 _VEIL = 0.75  # of white over columns of few queries
@@ -32,7 +32,7 @@ def plot_attention_received(
     more have one.
 
     Args:
-        received: of `patchattn.attention_maps.attention_received`.
+        received: of `patchattn.inspection.attention_maps.attention_received`.
         tokens: text of each key, from the first that is no padding; written if there are few.
         title: of the picture.
 
@@ -56,7 +56,7 @@ def plot_attention_received(
     from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator
 
-    from ..attention_maps import SINK_SEEN
+    from ..inspection.attention_maps import SINK_SEEN
 
     if len(received) == 1:
         table, marked = 100 * received[0].share.numpy(), received[0].sinks().numpy()
@@ -100,7 +100,7 @@ def plot_attention_map(
     """Attention of one head, queries x keys.
 
     Args:
-        attention: one of `patchattn.attention_maps.attention_maps`.
+        attention: one of `patchattn.inspection.attention_maps.attention_maps`.
         tokens: text of every token of the input, padding included; written if there are few. Not for cross attention,
             whose keys are those of another sequence.
         title: of the picture; layer and head by default.
@@ -134,7 +134,7 @@ def plot_attention_grid(maps: "Sequence[AttentionMap]", *, title: str = "Attenti
     """Small maps of many heads: a row per layer, a column per head, all in the same colours.
 
     Args:
-        maps: of `patchattn.attention_maps.attention_maps`, with a `resolution` of 48 or so.
+        maps: of `patchattn.inspection.attention_maps.attention_maps`, with a `resolution` of 48 or so.
         title: of the picture.
 
     Returns:
@@ -184,7 +184,7 @@ def plot_image_attention(
 
     Args:
         picture: as the vision encoder saw it, after its cropping: a PIL image, or an array `(height, width, 3)`.
-        attention: of `patchattn.attention_maps.image_attention`.
+        attention: of `patchattn.inspection.attention_maps.image_attention`.
         title: of the figure.
 
     Returns:

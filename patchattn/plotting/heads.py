@@ -8,8 +8,8 @@ from .style import COLOURS, SERIES, WITH_NUMBERS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..calibration.importance import HeadImportance
     from ..calibration.pruning_curve import CurvePoint
+    from ..core.importance import HeadImportance
 
 
 def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of heads") -> "Figure":

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..statistics import LayerTemperatures
+    from ..inspection.temperatures import LayerTemperatures
 
 _STREAM_STYLES = {"query": (BLUE, "o"), "key": (GREEN, "^"), "value": (ORANGE, "s")}
 

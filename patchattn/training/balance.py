@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from ..call import Observation
-from ..observation import observed
-from ..variant import Variant
+from ..core.call import Observation
+from ..core.observation import observed
+from ..core.variant import Variant
 
 Definition = Literal["paper", "released"]
 

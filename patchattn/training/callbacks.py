@@ -6,16 +6,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..call import Observation
-from ..observation import observe
-from ..routing import RoutingStatistics
-from ..variants.moh import MoH
+from ..core.call import Observation
+from ..core.observation import observe
+from ..inspection.routing import RoutingStatistics
+from ..variants.routing.moh import MoH
 
 
 class RoutingCallback(TrainerCallback):
     """Logs what routers do, whenever the Trainer logs: `trainer.add_callback(RoutingCallback(trainer))`.
 
-    The entries are `routing/<layer>/entropy`, `routing/<layer>/balance` (see `patchattn.routing.LayerRouting`) and
+    The entries are `routing/<layer>/entropy`, `routing/<layer>/balance` (see `patchattn.inspection.routing.LayerRouting`) and
     `routing/<layer>/head_<i>`, the share of tokens that use a head. Padding and evaluations are left out; several
     processes are counted together.
 

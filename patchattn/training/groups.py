@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..variant import Variant
+from ..core.variant import Variant
 
 
 def optimizer_groups(

@@ -1,0 +1,1 @@
+"""What lives with a kv cache."""

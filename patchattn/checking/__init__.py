@@ -1,0 +1,1 @@
+"""Checks of a patch, of an installation, of all model types."""

@@ -1,0 +1,341 @@
+"""The contract of a variant: its configuration, its module, and the registry that knows it."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+
+from ..files.documents import concerning, quoted
+from .call import AttentionCall, LayerContext, Observation
+from .hooks import Hook
+from .renaming import Renaming
+from .settings import Settings, nearest
+from .sites import AttentionSite
+
+AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
+Attend = Callable[[AttentionCall], AttentionOutput]
+
+Observer = Callable[[Observation], None]
+
+Kind = Literal["attention", "surgery", "decoding"]
+Capability = Literal[
+    "causal",  # causal self-attention
+    "bidirectional",  # encoders
+    "cross",  # attention to another sequence
+    "gqa",  # fewer kv heads than query heads
+    "padding",  # batches with padded rows
+    "kv_cache",  # cached and chunked decoding
+    "static_cache",  # preallocated caches, longer than the text
+    "compile",  # torch.compile(fullgraph=True)
+    "dropout",  # attention dropout while training
+    "softcap",  # capped logits (Gemma2)
+    "sinks",  # learned sink logits, `s_aux` (gpt-oss)
+    "position_bias",  # additive bias per head (T5)
+    "without_images",  # models without image tokens
+]
+ALL_CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantConfig(Settings):
+    """Settings of a variant. Subclass it as a frozen dataclass whose fields are made by `option`.
+
+    Attributes:
+        by_module: names of the fields that, once fitted, are dictionaries by the name of the attention module.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range, or (in `from_dict`) a field is unknown.
+    """
+
+    by_module: ClassVar[tuple[str, ...]] = ()
+
+
+class Variant(nn.Module):
+    """One published attention, attached to one attention module.
+
+    A subclass gives `config_class` and `attend`; the rest is optional. It holds no reference to the module it is
+    attached to, so that copies and pickles of a patched model are complete and independent. Its weights are
+    nn.Parameter, not nn.Linear: PEFT's `target_modules="all-linear"` would put LoRA on those.
+
+    Args:
+        config: settings, validated.
+        site: the attention module it will be attached to.
+
+    Raises:
+        ValueError, NotImplementedError: in `__init__`, if the configuration does not fit the site.
+    """
+
+    config_class: ClassVar[type[VariantConfig]]
+    kind: ClassVar[Kind] = "attention"
+
+    def __init__(self, config: Any, site: AttentionSite) -> None:
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.observers: list[Observer] = []
+        self.number = 0  # of the patch that attached it, among those of the model, outermost first
+
+    def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
+        """Take the names that modules have from another object, around or inside the one that was patched.
+
+        Args:
+            site: the attention module under its name there.
+            config: the settings, likewise.
+            renaming: for whatever else is kept by name.
+
+        Raises:
+            ValueError: something that this variant changed lies outside of that object. Nothing is renamed then.
+        """
+        self.site, self.config = site, config
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        """Compute attention.
+
+        Args:
+            call: the call as this variant sees it: query `(B, H, Tq, D)`, key and value `(B, Hkv, Tk, D)`, mask, ...
+            inner: what comes next, another variant or the model's own implementation. Call it with `call` or with
+                `call.replace(...)`.
+
+        Returns:
+            Output `(B, Tq, H, D)` and the attention weights `(B, H, Tq, Tk)`, or `None` where they are not computed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend(call, inner).")
+
+    def forward(self, stage: Literal["attend", "before_cache"], *arguments: Any) -> Any:
+        """Run one stage. What gathers parameters before a forward (FSDP, accelerate's offloading) relies on it."""
+        return getattr(self, stage)(*arguments)
+
+    @classmethod
+    def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
+        """Fit settings to a model, when patching; not when a saved patch is loaded, which holds what came out.
+
+        Refuses settings that are made for another model, works out those that depend on its weights, and leaves out
+        attention modules that the variant has no business with.
+
+        Args:
+            config: the settings as given.
+            model: a transformers model.
+            sites: the attention modules chosen; a decoding variant is given all.
+
+        Returns:
+            The settings, and the attention modules to attach to.
+
+        Raises:
+            ValueError, NotImplementedError: they do not fit. The model is then as it was.
+        """
+        return config, sites
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this configuration changes nothing, whatever the input and the parameters; it is then skipped."""
+        return False
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether `attend` reads `call.context` (the layer's input, the query before its norm)."""
+        return False
+
+    @property
+    def changes_cache(self) -> bool:
+        """Whether `before_cache` changes what the kv cache stores."""
+        return False
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `attend` reads or writes `call.sequence_state()`, which lives with the kv cache."""
+        return False
+
+    @property
+    def routes(self) -> bool:
+        """Whether it chooses heads per token, and reports `router_probability` and `router_choice` `(B, T, R)`."""
+        return False
+
+    def before_cache(
+        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change new keys and values `(B, Hkv, T, D)` before a kv cache stores them, and equally without a cache.
+
+        Args:
+            key: `(B, Hkv, T, D)`, of the tokens of this call only.
+            value: likewise.
+            context: what the attention module was called with.
+            visible: `(B or 1, T)` number of keys each of these tokens sees, itself included.
+        """
+        return key, value
+
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        """Methods of this variant to be called around modules of the model other than the attention module.
+
+        Placed by `patch_model`, taken off by `unpatch_model`. A method is placed once on a module, also where the
+        variants of several attention modules ask for it.
+        """
+        return []
+
+    def report(self, source: AttentionCall | LayerContext, **values: torch.Tensor) -> None:
+        """Show intermediate values, such as gates or temperatures, to whoever observes (`patchattn.observe`)."""
+        for observer in self.observers:
+            observer(Observation(self.site, values, source))
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Parameters that need a learning rate of their own, far above that of weights, such as a temperature's scale.
+
+        `patchattn.training` puts them into an optimizer group without weight decay.
+        """
+        return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "observers": []}  # who watches this one does not watch its copies
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        """Settings with which a freshly attached variant leaves every model as it was."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"{self.config}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantInfo:
+    """What the registry knows of a variant.
+
+    Attributes:
+        name: how `patch_model` calls it.
+        variant: the module class.
+        title, arxiv_id, year: the paper.
+        code: where the authors' own code is, `None` if none was released.
+        needs_training: whether it is of use only after training.
+        looks_ahead: whether the rows of one call depend on later rows of it, so that decoding token by token is not one
+            forward over all tokens; its page says what is.
+        innermost: whether it computes attention weights itself, from the call as it gets it, so that no other variant
+            can come after it.
+        capabilities: what it supports; anything else is refused.
+        extra_parameters: what it adds, in words.
+        summary: one line.
+        presets: settings under a name, such as those of a published model; `patch_model(..., preset="name")`.
+        examples: settings that between them reach every path of the variant; the test suite runs each on every family.
+    """
+
+    name: str
+    variant: type[Variant]
+    title: str
+    arxiv_id: str | None
+    year: int
+    summary: str
+    extra_parameters: str
+    needs_training: bool
+    looks_ahead: bool = False
+    innermost: bool = False
+    code: str | None = None
+    capabilities: frozenset[str] = ALL_CAPABILITIES
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    examples: tuple[Mapping[str, Any], ...] = ({},)
+
+    @property
+    def kind(self) -> Kind:
+        """`attention` changes calls of attention; `surgery` weights and shapes; `decoding` the logits."""
+        return self.variant.kind
+
+    def configure(self, settings: VariantConfig | Mapping[str, Any] | None = None) -> VariantConfig:
+        """The configuration that settings describe; `preset` among them names a preset that the others override.
+
+        Raises:
+            TypeError: settings of another variant, or a value of the wrong type.
+            ValueError: an unknown setting or preset, or a value out of range.
+        """
+        wanted = self.variant.config_class
+        if isinstance(settings, VariantConfig):
+            if type(settings) is not wanted:
+                raise TypeError(f"{self.name!r} is configured by {wanted.__name__}, got {type(settings).__name__}.")
+            return settings
+        if not isinstance(settings, Mapping) or "preset" not in settings:
+            return self._made({} if settings is None else settings)
+        preset = settings["preset"]
+        if not isinstance(preset, str) or preset not in self.presets:
+            raise ValueError(f"{self.name!r} has no preset {quoted(preset)}{nearest(str(preset), list(self.presets))}")
+        given = {name: value for name, value in settings.items() if name != "preset"}
+        return self._made({**self.presets[preset], **given})
+
+    def fitted(
+        self, settings: VariantConfig | Mapping[str, Any] | None, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[VariantConfig, Sequence[AttentionSite]]:
+        """`configure`, then `Variant.fit`; what does not fit the model names the file that the settings name."""
+        config = self.configure(settings)
+        given = settings.values() if isinstance(settings, Mapping) else ()
+        files = [value for value in given if isinstance(value, str | os.PathLike) and os.path.isfile(value)]
+        with concerning(files[0] if len(files) == 1 else None):
+            return self.variant.fit(config, model, sites)
+
+    def _made(self, settings: Mapping[str, Any]) -> VariantConfig:
+        with concerning(self.name):
+            return self.variant.config_class.from_dict(settings)
+
+    @property
+    def config_fields(self) -> dict[str, dict[str, Any]]:
+        """Name to default, help, source, unit and bounds of every setting."""
+        return {item.name: {"default": item.default, **item.metadata} for item in fields(self.variant.config_class)}
+
+
+_REGISTRY: dict[str, VariantInfo] = {}
+
+
+def register_variant(info: VariantInfo) -> None:
+    """Make a variant known under its name.
+
+    Raises:
+        ValueError: the name is taken or not a lower-case identifier, or a capability is unknown.
+        TypeError: the variant or its configuration class is of the wrong kind.
+    """
+    if not isinstance(info, VariantInfo):
+        raise TypeError(f"register_variant expects a VariantInfo, got {type(info).__name__}.")
+    if not (info.name.isidentifier() and info.name == info.name.lower()):
+        raise ValueError(f"A variant's name must be a lower-case identifier, got {info.name!r}.")
+    if info.name in _registry() and _REGISTRY[info.name].variant is not info.variant:
+        raise ValueError(f"The variant {info.name!r} is registered already; choose another name.")
+    if not (isinstance(info.variant, type) and issubclass(info.variant, Variant)):
+        raise TypeError(f"Variant {info.name!r}: expected a subclass of patchattn.Variant, got {info.variant!r}.")
+    if not issubclass(getattr(info.variant, "config_class", object), VariantConfig):
+        raise TypeError(f"Variant {info.name!r}: config_class must be a subclass of patchattn.VariantConfig.")
+    if unknown := sorted(info.capabilities - ALL_CAPABILITIES):
+        raise ValueError(f"Variant {info.name!r}: unknown capabilities {unknown}. Known: {sorted(ALL_CAPABILITIES)}.")
+    _REGISTRY[info.name] = info
+
+
+@contextmanager
+def temporarily_registered(info: VariantInfo) -> Iterator[str]:
+    """The variant's name, known for the length of a `with` block."""
+    register_variant(info)
+    try:
+        yield info.name
+    finally:
+        del _REGISTRY[info.name]
+
+
+def list_variants(kind: Kind | None = None) -> list[str]:
+    """Names of all registered variants, or of those of a kind, sorted."""
+    return sorted(name for name, info in _registry().items() if kind in (None, info.kind))
+
+
+def variant_info(name: str) -> VariantInfo:
+    """What is known of a variant: paper, settings, capabilities.
+
+    Raises:
+        ValueError: no such variant; the message names the nearest one.
+        TypeError: `name` is not a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"A variant is named by a string, got {type(name).__name__}.")
+    if name not in _registry():
+        raise ValueError(f"Unknown variant {name!r}{nearest(name, list_variants())}")
+    return _REGISTRY[name]
+
+
+def _registry() -> dict[str, VariantInfo]:
+    importlib.import_module("patchattn.variants")  # the shipped variants register themselves when first asked for
+    return _REGISTRY

@@ -1,0 +1,1 @@
+"""Variants that act on the logits tokens are chosen by."""

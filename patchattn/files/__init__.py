@@ -1,0 +1,1 @@
+"""Files and folders: documents, tensors, and what is not trusted."""

@@ -1,0 +1,1 @@
+"""Libraries whose models can be patched."""

@@ -1,0 +1,1 @@
+"""The seam in transformers: its attention functions, its masks, its attention modules."""

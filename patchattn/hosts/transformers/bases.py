@@ -1,0 +1,169 @@
+"""Base implementations: what is registered with transformers for each, and which one computes for a module.
+
+A patched attention module gets a copy of its configuration that names `patchattn_<base>`, where `<base>` is what the
+model's own configuration names.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ...core.masks import is_flash
+from ...core.packing import CHILD
+from ...core.sites import REGISTRY_NAME, attention_forward
+from ...core.variant import AttentionOutput
+from .batching import REFUSAL
+from .compatibility import name_branches, seam_name
+
+_ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
+
+_base_names: dict[str, str] = {}  # our name -> the base implementation's
+# Where a module class looks functions up, and the name of its own eager one: reading them off its code takes long, and
+# cannot be traced. The functions themselves are looked up in every call, as transformers does it.
+_lookups: dict[type[nn.Module], tuple[dict[str, Any], str | None]] = {}
+live_chains: "weakref.WeakSet[Any]" = weakref.WeakSet()  # chains of variants that are on a module, each with a `base`
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """What an attention module calls its function with.
+
+    One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
+    would move the attention module itself, whose weights may lie on disk.
+    """
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+    def __len__(self) -> int:
+        """Rows of the batch: PEFT, asked for another adapter per row, counts them before it refuses."""
+        return len(self.query)
+
+
+def register_base(base: str) -> str:
+    """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
+    name = seam_name(base)
+    if name in _base_names:
+        return name
+
+    shown = as_base_sees if is_flash(base) else None
+
+    def patched_attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        attend = base_function(type(module), base_in_force(module, base))
+        chain = module._modules.get(CHILD)
+        if chain is not None and chain.active:
+            return chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend)
+        return attend(shown(module, base) if shown else module, query, key, value, attention_mask, **kwargs)
+
+    _base_names[name] = base
+    AttentionInterface.register(name, patched_attention)
+    if base in AttentionMaskInterface._global_mapping:  # without, transformers builds no mask for the base either
+
+        def patched_mask(*args: Any, **kwargs: Any) -> Any:
+            return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+        AttentionMaskInterface.register(name, patched_mask)
+    return name
+
+
+def base_in_force(module: nn.Module, base: str) -> str:
+    """The base implementation that the model's configuration names in this call.
+
+    It is another than `base`, that of the latest call, where `set_attn_implementation` or `generate` itself (Whisper,
+    for time stamps) has set one since: the module is pointed at that.
+
+    Raises:
+        RuntimeError: its own code asks for the implementation's name, and has not been shown the new one.
+    """
+    wanted: str = original_config(module)._attn_implementation or "eager"
+    if wanted == base:
+        return base
+    if "|" in wanted:
+        raise NotImplementedError(f"{REFUSAL} (attention implementation {wanted!r}).")
+    if is_flash(base) or is_flash(wanted) or name_branches([module], wanted):
+        raise RuntimeError(
+            f"This model was patched on the attention implementation {base!r}, and {wanted!r} was set since. "
+            f"{type(module).__name__} prepares its call by the implementation's name, so that a patched one cannot "
+            "follow: call patchattn.unpatch_model(model), set the implementation, then patch again."
+        )
+    base_function(type(module), wanted)
+    vars(module)["config"] = seam_config(module.config, wanted)
+    for chain in cast(nn.Module, module._modules[CHILD]).modules():  # PEFT keeps one chain per adapter
+        if chain in live_chains:
+            chain.base = wanted  # type: ignore[assignment]
+    return wanted
+
+
+def release_bases() -> None:
+    """Take the names out of transformers' registries that no patched model uses any more."""
+    used = {chain.base for chain in live_chains}
+    for name, base in list(_base_names.items()):
+        if base not in used:
+            del _base_names[name]
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def base_function(module_class: type[nn.Module], base: str) -> Callable[..., Any]:
+    """What the module itself would have called now under `base`: its own eager function, its own registry."""
+    if module_class not in _lookups:
+        forward = attention_forward(module_class)
+        names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+        _lookups[module_class] = (forward.__globals__, names[0] if names else None)
+    place, eager = _lookups[module_class]
+    found: Callable[..., Any] | None = place[REGISTRY_NAME].get_interface(base, None if eager is None else place[eager])
+    if found is None:
+        raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
+    return found
+
+
+class _View:
+    """An object seen through, but for a few attributes."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_target"], name)
+
+
+def as_base_sees(module: nn.Module, base: str) -> Any:
+    """Flash attention loads the kernel that `module.config` names: show it the base's name there, not ours."""
+    return _View(module, config=_View(module.config, _attn_implementation=base))
+
+
+def own_config(config: Any) -> Any:
+    """A shallow copy of a configuration for one attention module; it remembers which one the model goes on to read."""
+    copied = copy.copy(config)
+    vars(copied)[_ORIGINAL] = vars(config).get(_ORIGINAL, config)
+    return copied
+
+
+def seam_config(config: Any, base: str) -> Any:
+    """An attention module's own copy of a configuration, which names our function."""
+    copied = own_config(config)
+    vars(copied)["_attn_implementation_internal"] = register_base(base)
+    return copied
+
+
+def original_config(module: nn.Module) -> Any:
+    """The configuration that an attention module had before it was patched."""
+    return vars(module.config).get(_ORIGINAL, module.config)

@@ -1,0 +1,1 @@
+"""Saved models and patches, on disk and on the Hub."""

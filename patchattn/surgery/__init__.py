@@ -1,0 +1,1 @@
+"""Changes of weights and shapes: of heads, of channels, of projections."""

@@ -1,0 +1,198 @@
+"""Which rows and columns of which projections belong to which head; read off shapes and names of children."""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..core.hooks import enclosing_layer
+from ..core.sites import AttentionSite, attention_forward, linear_shape, plain_weight
+
+# How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
+_IN_BLOCKS = re.compile(r"c_attn|qkv_proj|w?qkv|in_proj", re.I)  # all queries, then all keys, then all values
+_BY_HEAD = re.compile(r"query_key_value", re.I)  # query, key and value of the first head, then of the second, ...
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What of one projection belongs to the heads of an attention module.
+
+    Attributes:
+        projection: path of the projection in the model.
+        side: `rows`: it makes the heads, `columns`: it reads them.
+        of: whose heads.
+        index: `(heads, D)` which outputs, or inputs, belong to each.
+    """
+
+    projection: str
+    side: Literal["rows", "columns"]
+    of: Literal["query", "kv"]
+    index: torch.Tensor
+
+
+def head_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
+    """Every projection that makes or reads the heads of an attention module.
+
+    Raises:
+        NotImplementedError: they are not recognised, or something else of the module has a place per head.
+    """
+    heads, kv_heads, dim = site.query_heads, site.kv_heads, site.head_dim
+    if heads is None or kv_heads is None or dim is None:
+        raise unrecognised(site, "its numbers of heads are not known")
+    roles = site.projections
+    module: Any = model.get_submodule(site.name)
+    kind: Any = type(module)
+    if (width := input_width(kind)) is not None:
+        raise unrecognised(site, f"its code takes {width}, the width of its input, for that of its heads")
+    found: list[Heads] = []
+    if {"query", "key", "value"} <= set(roles):
+        for role, of, count in (("query", "query", heads), ("key", "kv", kv_heads), ("value", "kv", kv_heads)):
+            index = _numbers(count * dim).view(count, dim)
+            found.append(Heads(f"{site.name}.{roles[role]}", "rows", of, index))  # type: ignore[arg-type]
+    elif "fused" in roles:
+        found += _fused(f"{site.name}.{roles['fused']}", roles["fused"], site, heads, kv_heads, dim)
+    else:
+        raise unrecognised(site, "it has no projections of queries, keys and values that patchattn knows")
+    output = output_projection(model, site)
+    found.append(Heads(output, "columns", "query", _numbers(heads * dim).view(heads, dim)))
+    for path in dict.fromkeys(part.projection for part in found):
+        parts = [part for part in found if part.projection == path]
+        _check_whole(model, site, path, parts)
+    known = {path.removeprefix(f"{site.name}.") for path in (part.projection for part in found)}
+    for name, parameter in module.named_parameters():
+        is_known = name.rpartition(".")[0] in known or name.startswith("patchattn.")  # of another variant
+        if not is_known and not _is_shared_by_heads(name, parameter, site):
+            raise unrecognised(site, f"nothing is known of {name} {tuple(parameter.shape)}, which may belong to heads")
+    return found
+
+
+def output_projection(model: nn.Module, site: AttentionSite) -> str:
+    """Path of the projection that reads the heads: in the attention module, or the next one after it (BERT)."""
+    if "output" in site.projections:
+        return f"{site.name}.{site.projections['output']}"
+    width = (site.query_heads or 0) * (site.head_dim or 0)
+    parent = site.name.rpartition(".")[0]
+    after = False
+    for name, module in model.get_submodule(parent).named_modules():
+        path = f"{parent}.{name}" if parent else name
+        after = after or path == site.name
+        if after and not path.startswith(f"{site.name}.") and (linear_shape(module) or (0, 0))[0] == width:
+            return path
+    raise unrecognised(site, "the projection after it was not found")
+
+
+def head_projections_paths(model: nn.Module, site: AttentionSite) -> set[str]:
+    """Paths of the projections of an attention module, recognised or not, and of the one after it."""
+    inside = {
+        f"{site.name}.{name}"
+        for name, module in model.get_submodule(site.name).named_modules()
+        if linear_shape(module) is not None
+    }
+    return inside | {output_projection(model, site)}
+
+
+def layer_path(site: AttentionSite) -> str:
+    """Path of the layer that an attention module is in."""
+    try:
+        return enclosing_layer(site.name)
+    except NotImplementedError as error:
+        raise unrecognised(site, "it is in no numbered layer") from error
+
+
+def unrecognised(site: AttentionSite, reason: str) -> NotImplementedError:
+    """The refusal to cut an attention module up."""
+    return NotImplementedError(
+        f"{site.module_class} ({site.name}) cannot be cut into heads: {reason}. Leave it out with modules=... or "
+        "layers=..."
+    )
+
+
+def sliced(module: nn.Module, side: Literal["rows", "columns"], index: torch.Tensor) -> dict[str, Any]:
+    """Weight, bias and sizes of a linear projection of which only some outputs (rows) or inputs (columns) remain."""
+    values: dict[str, Any] = {}
+    stores_inputs_first = hasattr(module, "nf")  # transformers' Conv1D
+    dim = int((side == "columns") != stores_inputs_first)
+    weight, bias = module.weight, module.bias
+    values["weight"] = selected(weight, dim, index)  # type: ignore[arg-type]
+    if side == "rows" and bias is not None:
+        values["bias"] = selected(bias, 0, index)  # type: ignore[arg-type]
+    names = ("nf", "nx") if stores_inputs_first else ("out_features", "in_features")
+    values[names[side == "columns"]] = len(index)
+    return values
+
+
+def selected(tensor: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:
+    """A parameter made of some rows, or columns, of another."""
+    with torch.no_grad():
+        chosen = tensor.index_select(dim, index.to(tensor.device))
+    return nn.Parameter(chosen, requires_grad=tensor.requires_grad)
+
+
+def _numbers(count: int) -> torch.Tensor:
+    """Indices with values even while a model is built without memory."""
+    return torch.arange(count, device="cpu")
+
+
+def _fused(path: str, child: str, site: AttentionSite, heads: int, kv_heads: int, dim: int) -> list[Heads]:
+    if _BY_HEAD.fullmatch(child) and heads == kv_heads:
+        index = _numbers(3 * heads * dim).view(heads, 3, dim)
+        return [Heads(path, "rows", "query" if part == 0 else "kv", index[:, part]) for part in range(3)]
+    if not _IN_BLOCKS.fullmatch(child):
+        raise unrecognised(site, f"how {child} lays out queries, keys and values is not known")
+    index = _numbers((heads + 2 * kv_heads) * dim).view(-1, dim)
+    query, key, value = index.split([heads, kv_heads, kv_heads])
+    return [Heads(path, "rows", "query", query), Heads(path, "rows", "kv", key), Heads(path, "rows", "kv", value)]
+
+
+def _check_whole(model: nn.Module, site: AttentionSite, path: str, parts: Sequence[Heads]) -> None:
+    module = model.get_submodule(path)
+    check_linear(path, module)
+    inputs, outputs = linear_shape(module) or (0, 0)
+    size = outputs if parts[0].side == "rows" else inputs
+    if sorted(number for part in parts for number in part.index.flatten().tolist()) != list(range(size)):
+        raise unrecognised(site, f"{path} has {size} {parts[0].side}, its heads {sum(p.index.numel() for p in parts)}")
+
+
+def check_linear(path: str, module: nn.Module) -> None:
+    """ValueError or NotImplementedError if a projection cannot be cut: it carries an adapter, is quantised, ..."""
+    if hasattr(module, "base_layer"):
+        raise ValueError(f"{path} carries a PEFT adapter: prune before adding adapters, or merge_and_unload() first.")
+    if hasattr(module, "_hf_hook"):
+        raise NotImplementedError(f"{path} is offloaded or dispatched by accelerate: prune before that.")
+    if plain_weight(module) is None:
+        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
+
+
+def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:
+    """A norm within heads or after the projection (ALBERT); or an argument of attention: sinks, a position bias."""
+    is_norm = (re.search("norm|ln", name) and parameter.shape == (site.head_dim,)) or name.startswith("LayerNorm.")
+    return bool(is_norm) or name == "sinks" or ("position_bias" in site.arguments and "relative_attention_bias" in name)
+
+
+@functools.cache
+def input_width(kind: Any) -> str | None:
+    """The variable in which the `forward` of an attention module keeps the width of its input and goes on to use it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(attention_forward(kind))))
+    except OSError:  # defined in a console: there is no file to read
+        return None
+    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            last, source = node.targets[0].elts[-1], ast.unparse(node.value)
+            if isinstance(last, ast.Name) and last.id in names and source.endswith((".shape", ".size()")):
+                return last.id
+    return None
+
+
+def kept_index(parts: Iterable[Heads], query_heads: Sequence[int], kv_heads: Sequence[int]) -> torch.Tensor:
+    """Outputs or inputs of one projection that belong to the heads kept, in their order."""
+    chosen = [part.index[list(query_heads if part.of == "query" else kv_heads)].flatten() for part in parts]
+    return torch.cat(chosen).sort().values

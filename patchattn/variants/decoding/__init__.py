@@ -1,0 +1,1 @@
+"""Logits are contrasted with those of a second branch."""

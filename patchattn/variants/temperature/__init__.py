@@ -1,0 +1,1 @@
+"""Queries, keys or values are scaled."""

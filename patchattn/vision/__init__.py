@@ -1,0 +1,1 @@
+"""Image tokens: where they are, and which of them are outliers."""
