@@ -6,6 +6,9 @@ Importing it is quick: like transformers, it loads torch only when a name is fir
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .core.registry import offer
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .checking.check import Check as Check
     from .checking.check import CheckReport as CheckReport
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from .core.patching import patched as patched
     from .core.patching import unpatch_model as unpatch_model
     from .core.patching import unpatched as unpatched
+    from .core.registry import list_variants as list_variants
+    from .core.registry import register_variant as register_variant
+    from .core.registry import variant_info as variant_info
     from .core.settings import Settings as Settings
     from .core.settings import option as option
     from .core.sites import AttentionSite as AttentionSite
@@ -29,9 +35,6 @@ if TYPE_CHECKING:
     from .core.variant import Variant as Variant
     from .core.variant import VariantConfig as VariantConfig
     from .core.variant import VariantInfo as VariantInfo
-    from .core.variant import list_variants as list_variants
-    from .core.variant import register_variant as register_variant
-    from .core.variant import variant_info as variant_info
     from .inspection.channels import ChannelStatistics as ChannelStatistics
     from .inspection.channels import channel_statistics as channel_statistics
     from .inspection.head_importance import head_importance as head_importance
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
     from .inspection.temperatures import LayerTemperatures as LayerTemperatures
     from .inspection.temperatures import Spread as Spread
     from .inspection.temperatures import TemperatureStatistics as TemperatureStatistics
-    from .inspection.temperatures import position_coefficients as position_coefficients
     from .inspection.temperatures import temperature_statistics as temperature_statistics
     from .saving.checkpoint import from_pretrained as from_pretrained
     from .saving.checkpoint import load_patch as load_patch
@@ -50,81 +52,128 @@ if TYPE_CHECKING:
     from .saving.hub import save_pretrained as save_pretrained
     from .saving.sentences import load_sentence_transformer as load_sentence_transformer
     from .saving.whole_model import patched_class as patched_class
-    from .training import ActiveRatioCallback as ActiveRatioCallback
     from .training import BalanceLoss as BalanceLoss
     from .training import PatchedTrainerMixin as PatchedTrainerMixin
     from .training import RoutingCallback as RoutingCallback
     from .training import SpecialiseLoss as SpecialiseLoss
-    from .training import anneal_active_heads as anneal_active_heads
     from .training import balance_loss as balance_loss
     from .training import distillation_loss as distillation_loss
     from .training import optimizer_groups as optimizer_groups
     from .training import specialise_loss as specialise_loss
-    from .variants.pruning.flap.statistics import FlapStatistics as FlapStatistics
-    from .variants.pruning.flap.statistics import flap_statistics as flap_statistics
-    from .variants.pruning.shrp.compression import compress as compress
-    from .variants.pruning.shrp.compression import reset_usage as reset_usage
     from .vision.images import ImageSpan as ImageSpan
     from .vision.images import image_spans as image_spans
     from .vision.images import image_token_mask as image_token_mask
 
-__version__ = "0.1.0"
+# The shipped variants, each registered by its module when it is first asked for.
+offer(
+    {
+        name: f"{__name__}.variants.{module}"
+        for name, module in {
+            "act": "sinks.act",
+            "damro": "decoding.damro",
+            "flap": "pruning.flap.variant",
+            "logn": "temperature.logn",
+            "moh": "routing.moh",
+            "prune": "pruning.prune",
+            "shrp": "pruning.shrp.variant",
+            "ssa": "temperature.ssa",
+            "ssmax": "temperature.ssmax",
+            "var": "sinks.var",
+        }.items()
+    }
+)
 
 _NAMES = {
-    "calibration.channels": ("ChannelStatistics", "channel_statistics"),
-    "calibration.fluctuation": ("FlapStatistics", "flap_statistics"),
-    "calibration.importance": ("HeadImportance",),
-    "calibration.scoring": ("head_importance",),
-    "call": ("AttentionCall", "LayerContext", "Observation"),
-    "checking": ("Check", "CheckReport", "check_patch"),
-    "checkpoint": ("from_pretrained", "load_patch", "save_patch"),
-    "compression": ("compress", "reset_usage"),
-    "hub": ("push_to_hub", "save_pretrained"),
-    "images": ("ImageSpan", "image_spans", "image_token_mask"),
-    "observation": ("observe",),
-    "patching": ("patch_info", "patch_model", "patched", "unpatch_model", "unpatched"),
-    "routing": ("LayerRouting", "RoutingStatistics", "routing_statistics"),
-    "sentences": ("load_sentence_transformer",),
-    "settings": ("Settings", "option"),
-    "sites": ("AttentionSite", "find_sites"),
-    "statistics": (
-        "LayerTemperatures",
-        "Spread",
-        "TemperatureStatistics",
-        "position_coefficients",
-        "temperature_statistics",
+    "checking.check": (
+        "Check",
+        "CheckReport",
+        "check_patch",
     ),
-    "training": (
-        "ActiveRatioCallback",
-        "BalanceLoss",
-        "PatchedTrainerMixin",
-        "RoutingCallback",
-        "SpecialiseLoss",
-        "anneal_active_heads",
-        "balance_loss",
-        "distillation_loss",
-        "optimizer_groups",
-        "specialise_loss",
+    "core.call": (
+        "AttentionCall",
+        "LayerContext",
+        "Observation",
     ),
-    "variant": (
+    "core.importance": ("HeadImportance",),
+    "core.observation": ("observe",),
+    "core.patching": (
+        "patch_info",
+        "patch_model",
+        "patched",
+        "unpatch_model",
+        "unpatched",
+    ),
+    "core.registry": (
+        "list_variants",
+        "register_variant",
+        "variant_info",
+    ),
+    "core.settings": (
+        "Settings",
+        "option",
+    ),
+    "core.sites": (
+        "AttentionSite",
+        "find_sites",
+    ),
+    "core.variant": (
         "Attend",
         "AttentionOutput",
         "Variant",
         "VariantConfig",
         "VariantInfo",
-        "list_variants",
-        "register_variant",
-        "variant_info",
     ),
-    "whole_model": ("patched_class",),
+    "inspection.channels": (
+        "ChannelStatistics",
+        "channel_statistics",
+    ),
+    "inspection.head_importance": ("head_importance",),
+    "inspection.routing": (
+        "LayerRouting",
+        "RoutingStatistics",
+        "routing_statistics",
+    ),
+    "inspection.temperatures": (
+        "LayerTemperatures",
+        "Spread",
+        "TemperatureStatistics",
+        "temperature_statistics",
+    ),
+    "saving.checkpoint": (
+        "from_pretrained",
+        "load_patch",
+        "save_patch",
+    ),
+    "saving.hub": (
+        "push_to_hub",
+        "save_pretrained",
+    ),
+    "saving.sentences": ("load_sentence_transformer",),
+    "saving.whole_model": ("patched_class",),
+    "training": (
+        "BalanceLoss",
+        "PatchedTrainerMixin",
+        "RoutingCallback",
+        "SpecialiseLoss",
+        "balance_loss",
+        "distillation_loss",
+        "optimizer_groups",
+        "specialise_loss",
+    ),
+    "vision.images": (
+        "ImageSpan",
+        "image_spans",
+        "image_token_mask",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_FOLDERS = {module.partition(".")[0] for module in _NAMES} | {"variants"}
 
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in (*_NAMES, "variants"):
+    if name in _FOLDERS:
         return importlib.import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'patchattn' has no attribute {name!r}")

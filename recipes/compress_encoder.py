@@ -26,6 +26,7 @@ from patchattn import Settings, option, variant_info
 from patchattn.evaluation.tasks.glue import glue_task, read_glue
 from patchattn.files.documents import as_json, read_json_object, write_json
 from patchattn.training import RoutingCallback, distillation_loss, specialise_loss
+from patchattn.variants.pruning.shrp import compress, reset_usage
 
 STAGES = ("teacher", "balance", "specialise", "final")
 # Keys of all recipes that stand beside `training` here, or have nothing to act on.
@@ -217,13 +218,13 @@ def first_models(settings: CompressSettings, task: Task) -> dict[str, Callable[[
 
     def specialise() -> tuple[Any, dict[str, Any]]:
         model = patchattn.from_pretrained(output / "balance")
-        patchattn.reset_usage(model)
+        reset_usage(model)
         return model, {}
 
     def final() -> tuple[Any, dict[str, Any]]:
         model = patchattn.from_pretrained(output / "specialise")
         usage = {name: module.usage.tolist() for name, module in model.named_modules() if hasattr(module, "usage")}
-        return patchattn.compress(model), {"usage": usage}
+        return compress(model), {"usage": usage}
 
     return {
         "teacher": lambda: (task.model(settings.model), {}),

@@ -38,7 +38,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import patchattn
 from patchattn import Settings, Variant, option, variant_info
 from patchattn.files.documents import as_json, quoted, read_json_object, write_json
-from patchattn.training import ActiveRatioCallback, PatchedTrainerMixin, RoutingCallback
+from patchattn.training import PatchedTrainerMixin, RoutingCallback
+from patchattn.variants.routing.moh.callback import ActiveRatioCallback
 
 SETTINGS_FILE = "settings.json"  # written when a run begins
 METRICS_FILE = "metrics.json"  # written when it has ended

@@ -6,8 +6,8 @@ A CLIP vision tower with a class token, a projector and a Llama, all from config
 processor of their own. As in LLaVA the tower comes first: its class token learns which objects a picture shows, which
 is what CLIP's learns from captions; then the tower is frozen and the rest learns to talk about its patches. The output
 folder loads like any LLaVA, with `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`;
-`benchmarks/hallucination.py` measures it. The pictures are those of `patchattn.evaluation.tasks.shapes`. The configuration is
-checked before a model is made.
+`benchmarks/hallucination.py` measures it. The pictures are those of `patchattn.evaluation.tasks.shapes`. The
+configuration is checked before a model is made.
 """
 
 from collections.abc import Iterable

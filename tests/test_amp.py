@@ -9,7 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchattn
-from patchattn import flap_statistics, head_importance
+from patchattn import head_importance
+from patchattn.variants.pruning.flap import flap_statistics
 
 from .families import FAMILIES
 from .test_flap import RANKED, config_of, matrix, projections, removed_by

@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 import patchattn
 from patchattn.cache.state import SequenceState, sequence_state
 from patchattn.core.kv_caches import cache_argument
-from patchattn.core.variant import temporarily_registered
+from patchattn.core.registry import temporarily_registered
 
 from .families import FAMILIES, outputs
 from .toy import ToyConfig

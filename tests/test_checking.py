@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import patchattn
-from patchattn.core.variant import temporarily_registered
+from patchattn.core.registry import temporarily_registered
 
 from .behaviour import assert_same, on, randomise, snapshot
 from .families import FAMILIES, outputs

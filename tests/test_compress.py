@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import patchattn
+from patchattn.variants.pruning.shrp import compress, reset_usage
 
 from .behaviour import assert_same, randomise, snapshot
 from .experts import (
@@ -51,7 +52,7 @@ def test_compress_keeps_the_most_used_heads_with_their_mean_gates(family: str, h
     model = trained(family, heads=heads)
     usage, gates = shrp(model).usage.numpy().copy(), shrp(model).gate_sum.numpy() / 2**20
     before = copy.deepcopy(model)
-    assert patchattn.compress(model) is model
+    assert compress(model) is model
     kept = sorted(np.argsort(-usage, kind="stable")[:heads].tolist())
     assert patchattn.patch_info(model)["patches"][0]["config"]["kept"][attention_name(model, 0)] == kept
     unpatched = patchattn.unpatch_model(before)
@@ -83,7 +84,7 @@ def test_a_certain_router_has_the_output_of_the_static_form(family: str) -> None
         shrp(model).router_weight[2] = torch.from_numpy(direction)
     outputs(model.train(), **inputs(family))
     want = outputs(model.eval(), **inputs(family))[0]
-    patchattn.compress(model)
+    compress(model)
     assert shrp(model).kept == (2,)
     got = outputs(model, **inputs(family))[0]
     if family == "bert":
@@ -93,12 +94,12 @@ def test_a_certain_router_has_the_output_of_the_static_form(family: str) -> None
 
 def test_heads_can_be_named() -> None:
     model = patchattn.patch_model(encoder("bert"), "shrp", heads=2)
-    patchattn.compress(model, heads={0: [3, 1], "bert.encoder.layer.1.attention.self": [0, 2]})
+    compress(model, heads={0: [3, 1], "bert.encoder.layer.1.attention.self": [0, 2]})
     assert [shrp(model, layer).kept for layer in (0, 1)] == [(1, 3), (0, 2)]
     plain = encoder("bert").bert.encoder.layer[0].attention.self.value.weight
     rows = [*range(8, 16), *range(24, 32)]
     assert torch.equal(attention(model).value.weight, plain[rows])  # never used: the gates stay 1
-    patchattn.compress(other := patchattn.patch_model(encoder("bert"), "shrp"), heads=[1])
+    compress(other := patchattn.patch_model(encoder("bert"), "shrp"), heads=[1])
     assert shrp(other, 1).kept == (1,)
 
 
@@ -118,22 +119,22 @@ def test_compress_refuses(heads: Any, error: type[Exception], message: str) -> N
     model = patchattn.patch_model(encoder("bert"), "shrp")
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        patchattn.compress(model, heads=heads)
+        compress(model, heads=heads)
     assert_same(before, snapshot(model))
 
 
 def test_compress_refuses_other_models() -> None:
     with pytest.raises(ValueError, match="no layer in SHRP's training form"):
-        patchattn.compress(encoder("bert"))
+        compress(encoder("bert"))
     with pytest.raises(ValueError, match="no layer in SHRP's training form"):
-        patchattn.compress(patchattn.patch_model(encoder("bert"), "shrp", kept=[1]))
+        compress(patchattn.patch_model(encoder("bert"), "shrp", kept=[1]))
     with pytest.raises(ValueError, match="also has the variant 'ssmax': compress first"):
-        patchattn.compress(patchattn.patch_model(encoder("bert"), ["shrp", "ssmax"]), heads=[1])
+        compress(patchattn.patch_model(encoder("bert"), ["shrp", "ssmax"]), heads=[1])
     tuned = get_peft_model(patchattn.patch_model(encoder("bert"), "shrp"), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="carries adapters"):
-        patchattn.compress(tuned, heads=[1])
+        compress(tuned, heads=[1])
     with pytest.raises(ValueError, match="nothing is counted"):
-        patchattn.reset_usage(encoder("bert"))
+        reset_usage(encoder("bert"))
 
 
 @pytest.mark.parametrize("dropped", [(), (0,)])
@@ -160,7 +161,7 @@ def test_saved_and_undone_before_and_after_compress(family: str, dropped: tuple[
             torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
         if stage == "training":
             for one in (model, loaded):
-                patchattn.compress(one)
+                compress(one)
             for left, right in zip(outputs(model, **inputs(family)), outputs(loaded, **inputs(family)), strict=True):
                 torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
     with patchattn.unpatched(model):
@@ -176,7 +177,7 @@ def test_saved_and_undone_before_and_after_compress(family: str, dropped: tuple[
 
 
 def test_the_static_form_is_exported() -> None:
-    model = patchattn.compress(trained("bert")).float()
+    model = compress(trained("bert")).float()
     expected = outputs(model, input_ids=TOKENS)[0]
     exported = torch.export.export(model, (), {"input_ids": TOKENS}, strict=False).module()
     torch.testing.assert_close(exported(input_ids=TOKENS).logits, expected)
@@ -185,7 +186,7 @@ def test_the_static_form_is_exported() -> None:
 def test_the_static_form_runs_under_onnx(tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = patchattn.compress(trained("bert")).float()
+    model = compress(trained("bert")).float()
     expected = outputs(model, input_ids=TOKENS)[0]
 
     class Logits(nn.Module):
@@ -203,7 +204,7 @@ def test_the_static_form_runs_under_onnx(tmp_path: Any) -> None:
 
 
 def test_the_static_form_trains_with_lora_and_other_variants() -> None:
-    model = patchattn.compress(trained("bert").float())
+    model = compress(trained("bert").float())
     patchattn.patch_model(model, "ssmax")
     assert attention(model).patchattn.names() == ["shrp", "ssmax"]
     tuned = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=["patchattn"]))

@@ -225,7 +225,7 @@ def test_two_processes_are_one(call: Any, folder: Path) -> None:
     code, _, err = call(*routed, *rest)
     assert code == 0, err
     # what `accelerate launch` starts with recipes/accelerate/ddp_cpu.yaml, without the time that it takes itself
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "patchattn.cli.main"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "patchattn"]
     arguments = ["eval", str(folder / "model"), "--data", str(folder), "--output", str(folder / "two"), *routed, *rest]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import patchattn
-from patchattn import flap_statistics
 from patchattn.core.kv_caches import cache_argument
+from patchattn.variants.pruning.flap import flap_statistics
 from patchattn.variants.pruning.flap.structures import Units, lowest_units
 
 from .families import FAMILIES, outputs

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import patchattn
-from patchattn import FlapStatistics, flap_statistics
 from patchattn.calibration.data import TextExample, make_batches
 from patchattn.cli import main as cli
 from patchattn.core.patching import applied_patches, apply_patches
 from patchattn.core.plan import Patch
 from patchattn.surgery.channels import channel_mask, masked_channels
+from patchattn.variants.pruning.flap import FlapStatistics, flap_statistics
 
 from .families import FAMILIES, outputs
 from .saving import sign

@@ -14,7 +14,7 @@ from patchattn.core.patching import is_patched
 from patchattn.evaluation.report.card import card_section, eval_results
 from patchattn.evaluation.report.report import make_report, summary, write_report
 from patchattn.inspection.head_importance import head_importance
-from patchattn.variants.pruning.flap.statistics import flap_statistics
+from patchattn.variants.pruning.flap import flap_statistics
 
 from .damage import damage
 from .families import FAMILIES, outputs

@@ -275,7 +275,7 @@ def test_two_processes_share_the_work_and_give_the_same(folder, tmp_path):
     arguments = ["lm-eval", "--model", "patchattn", "--tasks", "tiny_choice", "--include_path", str(folder / "tasks")]
     arguments += ["--model_args", f"pretrained={folder / 'model'},variant=moh,active_ratio=0.5,dtype=float64"]
     arguments += ["--device", "cpu", "--output_path", str(tmp_path), "--log_samples"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "patchattn.cli.main"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "patchattn"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *launch, *arguments], check=True, env=environment)
     (samples,) = tmp_path.rglob("samples_*.jsonl")

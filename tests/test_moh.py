@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchattn
-from patchattn.variants.routing.moh import MoH, MoHConfig
+from patchattn.variants.routing.moh import MoH, MoHConfig, anneal_active_heads
 
 from .behaviour import randomise
 from .families import FAMILIES, outputs
@@ -154,7 +154,7 @@ def test_with_all_heads_the_query_norm_router_is_the_base_bit_for_bit() -> None:
         model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
         expected = outputs(model, **inputs)[0]
         patchattn.patch_model(model, "moh", active_ratio=0.5)
-        patchattn.anneal_active_heads(model, 0, 1)
+        anneal_active_heads(model, 0, 1)
         for variant in (m for m in model.modules() if isinstance(m, patchattn.Variant)):
             variant.train()
         assert torch.equal(outputs(model, **inputs)[0], expected)

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
-from patchattn.core.variant import temporarily_registered
+from patchattn.core.registry import temporarily_registered
 from patchattn_kernels import block_sparse_attention, sink_and_recent
 
 from .test_masks_of_users import HEADS, llama

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import patchattn
+from patchattn.variants.pruning.shrp import reset_usage
 
 from .behaviour import assert_same, randomise, snapshot
 from .experts import (
@@ -195,7 +196,7 @@ def test_usage_counts_every_real_token_once(checkpointing: bool | None) -> None:
     np.testing.assert_allclose(shrp(model).mean_gates(used.tolist()).numpy(), gates[used], rtol=1e-4)
     model.bfloat16()
     assert shrp(model).usage.tolist() == (3 * counts).tolist()
-    patchattn.reset_usage(model)
+    reset_usage(model)
     assert int(shrp(model).usage.sum()) == int(shrp(model).gate_sum.sum()) == 0
 
 

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
-from patchattn.inspection.temperatures import position_coefficients, temperature_statistics
+from patchattn.inspection.temperatures import temperature_statistics
+from patchattn.variants.temperature.ssa import position_coefficients
 
 from .behaviour import randomise
 from .families import FAMILIES, outputs

@@ -12,6 +12,8 @@ import torch
 import patchattn
 from patchattn.core.call import Observation
 from patchattn.training import balance_loss, optimizer_groups
+from patchattn.variants.routing.moh import anneal_active_heads
+from patchattn.variants.routing.moh.callback import ActiveRatioCallback
 
 from .families import FAMILIES, outputs
 from .reference import HEADS, tiny_llama
@@ -130,7 +132,7 @@ def test_active_heads_fall_from_all_to_the_budget(tmp_path: Path) -> None:
     model = patched({"active_heads": 2, "shared_heads": 1})
     seen: list[float] = []
 
-    class Watch(patchattn.training.ActiveRatioCallback):
+    class Watch(ActiveRatioCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             with patchattn.routing_statistics(model) as statistics, torch.no_grad():
                 model(TOKENS)
@@ -139,11 +141,11 @@ def test_active_heads_fall_from_all_to_the_budget(tmp_path: Path) -> None:
     trainer(tmp_path, model, rows(), [Watch(4)], max_steps=6).train()
     assert seen == [4.0, 4.0, 3.0, 3.0, 2.0, 2.0]
     with pytest.raises(ValueError, match="over 9 steps, but the training has 6"):
-        trainer(tmp_path, model, rows(), [patchattn.ActiveRatioCallback(9)], max_steps=6).train()
+        trainer(tmp_path, model, rows(), [ActiveRatioCallback(9)], max_steps=6).train()
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        patchattn.ActiveRatioCallback(-1)
+        ActiveRatioCallback(-1)
     with pytest.raises(ValueError, match="not patched with MoH"):
-        patchattn.anneal_active_heads(tiny_llama(), 0, 4)
+        anneal_active_heads(tiny_llama(), 0, 4)
 
 
 def test_all_heads_at_the_start_of_the_fall_equal_the_base() -> None:
@@ -151,9 +153,9 @@ def test_all_heads_at_the_start_of_the_fall_equal_the_base() -> None:
     inputs = FAMILIES["llama"].inputs()
     base = outputs(model, **inputs)[0]
     patchattn.patch_model(model, "moh", active_ratio=0.5)
-    patchattn.anneal_active_heads(model, 0, 10)
+    anneal_active_heads(model, 0, 10)
     assert torch.equal(outputs(model, **inputs)[0], base)
-    patchattn.anneal_active_heads(model, 10, 10)
+    anneal_active_heads(model, 10, 10)
     assert not torch.equal(outputs(model, **inputs)[0], base)
 
 

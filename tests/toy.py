@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import patchattn
-from patchattn.core.variant import temporarily_registered
+from patchattn.core.registry import temporarily_registered
 
 
 @dataclass(frozen=True, kw_only=True)

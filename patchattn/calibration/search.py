@@ -22,9 +22,9 @@ from torch import nn
 
 from ..core.heads import BaseFacts, HeadList
 from ..core.patching import is_patched, patched
+from ..core.registry import variant_info
 from ..core.selection import base_model, select_sites
 from ..core.sites import AttentionSite
-from ..core.variant import variant_info
 from ..evaluation.tasks.likelihood import ChoiceBatch, ChoiceExample, Normalise, prepare_choices, score_batch
 from ..files.documents import as_json, read_json_object, write_json
 from ..files.tensors import fingerprint

@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from ..core.kv_caches import cache_argument, find_cache, takes_cache
 from ..core.patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from ..core.plan import Patch
+from ..core.registry import variant_info
 from ..core.selection import base_model, evaluating
-from ..core.variant import VariantConfig, variant_info
+from ..core.variant import VariantConfig
 
 _REPEATS = 5  # timed pairs of forwards
 _PAD = 3  # tokens of padding added

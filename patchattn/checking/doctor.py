@@ -17,8 +17,8 @@ from transformers import AttentionInterface, BertConfig, BertModel, LlamaConfig,
 
 from ..core.packing import CHILD
 from ..core.patching import patch_model, patched, unpatch_model
+from ..core.registry import list_variants, variant_info
 from ..core.selection import base_model
-from ..core.variant import list_variants, variant_info
 from ..saving.checkpoint import from_pretrained, load_patch, save_patch
 from .check import check_patch
 

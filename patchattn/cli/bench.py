@@ -1,4 +1,4 @@
-"""The command `patchattn bench`, also `python -m patchattn.bench`."""
+"""The command `patchattn bench`, also `python -m patchattn bench`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

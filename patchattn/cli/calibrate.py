@@ -162,7 +162,7 @@ def calibrate_flap(
     `patch_model(model, "flap", statistics=OUTPUT, sparsity=0.2)` then takes out what fluctuates least.
     """
     from ..core.selection import select_sites
-    from ..variants.pruning.flap.statistics import flap_statistics
+    from ..variants.pruning.flap import flap_statistics
 
     loading = _Loading(model, "flap", {})
     batches = loading.batches(data, samples, length, batch_size)

@@ -215,7 +215,7 @@ def _runs(variants: Sequence[str], settings: dict[str, Any], patches: Sequence[s
 
 def _check_run(run: Any) -> None:
     """What can be said of a run without a model."""
-    from ..core.variant import variant_info
+    from ..core.registry import variant_info
     from ..saving.patch_files import read_patch
 
     if isinstance(run, str):

@@ -41,7 +41,7 @@ def list_() -> None:
     """The variants that can be patched in."""
     from rich.table import Table
 
-    from ..core.variant import list_variants, variant_info
+    from ..core.registry import list_variants, variant_info
 
     table = Table("name", "what it does", "acts on", "paper", "year", "needs training")
     for name in list_variants():
@@ -59,7 +59,7 @@ def info(name: Annotated[str, typer.Argument(help="A variant, as `patchattn list
 
     from rich.padding import Padding
 
-    from ..core.variant import variant_info
+    from ..core.registry import variant_info
 
     console, variant = Console(highlight=False), variant_info(name)
     console.print(f"[bold]{variant.name}[/]: {variant.title} ({variant.year})")
@@ -131,7 +131,7 @@ def check(
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from ..checking.check import check_patch
-    from ..core.variant import variant_info
+    from ..core.registry import variant_info
     from ..saving.pretrained import load_pretrained
 
     config = variant_info(variant).configure(parse_settings(settings or []))

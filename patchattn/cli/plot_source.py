@@ -28,7 +28,7 @@ class Source:
     def __init__(
         self, model: str, variant: str | None = None, settings: Sequence[str] | None = None, patch: Path | None = None
     ) -> None:
-        from ..core.variant import variant_info
+        from ..core.registry import variant_info
         from ..saving.patch_files import read_patch
         from ..saving.whole_model import model_class
         from .main import quiet
@@ -83,7 +83,7 @@ class Source:
 
 def refuse_variant(patch: str | Path) -> None:
     """ValueError where the name of a variant was given for the folder of a saved patch."""
-    from ..core.variant import list_variants
+    from ..core.registry import list_variants
 
     if str(patch) in list_variants() and not Path(patch).exists():
         raise ValueError(f"{str(patch)!r} is a variant: give --variant {patch}. A patch is a folder that was saved.")
@@ -91,7 +91,7 @@ def refuse_variant(patch: str | Path) -> None:
 
 def _plan(variant: str | None, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Variants to their settings, of `name=value`, or `variant.name=value` where there are several."""
-    from ..core.variant import variant_info
+    from ..core.registry import variant_info
     from .main import parse_settings
 
     plan: dict[str, dict[str, Any]] = {name.strip(): {} for name in variant.split("+")} if variant else {}

@@ -197,7 +197,7 @@ class AttentionCall:
         return logits.softmax(dim=-1)[..., : visible.shape[-1]] * visible
 
     def real_tokens(self) -> torch.Tensor:
-        """`(B or 1, Tq)` bool: which query tokens are text rather than padding; see `patchattn.core.masks.real_tokens`."""
+        """`(B or 1, Tq)` bool: which query tokens are text rather than padding; see `core.masks.real_tokens`."""
         return real_tokens(
             self.attention_mask,
             q_length=self.query.shape[2],

@@ -12,8 +12,9 @@ import torch
 
 from ..files.documents import parse_json
 from .plan import FORMAT_VERSION, Patch, gathered, narrowed, renamed_config
+from .registry import variant_info
 from .renaming import Renaming
-from .variant import VariantConfig, variant_info
+from .variant import VariantConfig
 
 CHILD = "patchattn"  # the name under which a chain of variants is attached to an attention module
 SETTINGS = "_extra_state"  # and torch's name for what a module adds to its state dict

@@ -19,10 +19,11 @@ from .hooks import install_hooks, register_last, remove_hooks
 from .notices import note_patched, note_releases, note_unpatched
 from .packing import CHILD
 from .plan import Patch, gathered
+from .registry import variant_info
 from .selection import base_model, select_sites
 from .settings import nearest
 from .sites import AttentionSite, find_sites
-from .variant import Variant, VariantConfig, VariantInfo, variant_info
+from .variant import Variant, VariantConfig, VariantInfo
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _HOOKS = (open_context, close_context, note_raw_query)

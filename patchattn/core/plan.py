@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..files.documents import concerning, quoted
+from .registry import variant_info
 from .renaming import Renaming
 from .settings import nearest
-from .variant import VariantConfig, variant_info
+from .variant import VariantConfig
 
 FORMAT_VERSION = 1
 

@@ -13,9 +13,10 @@ from .call import AttentionCall
 from .packing import CHILD
 from .patching import apply_patches
 from .plan import Patch
+from .registry import temporarily_registered, variant_info
 from .selection import base_model
 from .sites import AttentionSite
-from .variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, temporarily_registered, variant_info
+from .variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 See = Callable[[AttentionCall, torch.Tensor, torch.Tensor | None], torch.Tensor]
 

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 Verdict = Literal["tested", "newer than tested", "too old", "too new", "not installed"]
-_FOLDER = Path(__file__).with_name("releases")
+_FOLDER = Path(__file__).parents[1] / "releases"
 
 
 @dataclass(frozen=True)

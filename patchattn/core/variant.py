@@ -1,9 +1,7 @@
-"""The contract of a variant: its configuration, its module, and the registry that knows it."""
+"""The contract of a variant: its configuration, its module, and what is known of it."""
 
-import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
@@ -280,62 +278,3 @@ class VariantInfo:
     def config_fields(self) -> dict[str, dict[str, Any]]:
         """Name to default, help, source, unit and bounds of every setting."""
         return {item.name: {"default": item.default, **item.metadata} for item in fields(self.variant.config_class)}
-
-
-_REGISTRY: dict[str, VariantInfo] = {}
-
-
-def register_variant(info: VariantInfo) -> None:
-    """Make a variant known under its name.
-
-    Raises:
-        ValueError: the name is taken or not a lower-case identifier, or a capability is unknown.
-        TypeError: the variant or its configuration class is of the wrong kind.
-    """
-    if not isinstance(info, VariantInfo):
-        raise TypeError(f"register_variant expects a VariantInfo, got {type(info).__name__}.")
-    if not (info.name.isidentifier() and info.name == info.name.lower()):
-        raise ValueError(f"A variant's name must be a lower-case identifier, got {info.name!r}.")
-    if info.name in _registry() and _REGISTRY[info.name].variant is not info.variant:
-        raise ValueError(f"The variant {info.name!r} is registered already; choose another name.")
-    if not (isinstance(info.variant, type) and issubclass(info.variant, Variant)):
-        raise TypeError(f"Variant {info.name!r}: expected a subclass of patchattn.Variant, got {info.variant!r}.")
-    if not issubclass(getattr(info.variant, "config_class", object), VariantConfig):
-        raise TypeError(f"Variant {info.name!r}: config_class must be a subclass of patchattn.VariantConfig.")
-    if unknown := sorted(info.capabilities - ALL_CAPABILITIES):
-        raise ValueError(f"Variant {info.name!r}: unknown capabilities {unknown}. Known: {sorted(ALL_CAPABILITIES)}.")
-    _REGISTRY[info.name] = info
-
-
-@contextmanager
-def temporarily_registered(info: VariantInfo) -> Iterator[str]:
-    """The variant's name, known for the length of a `with` block."""
-    register_variant(info)
-    try:
-        yield info.name
-    finally:
-        del _REGISTRY[info.name]
-
-
-def list_variants(kind: Kind | None = None) -> list[str]:
-    """Names of all registered variants, or of those of a kind, sorted."""
-    return sorted(name for name, info in _registry().items() if kind in (None, info.kind))
-
-
-def variant_info(name: str) -> VariantInfo:
-    """What is known of a variant: paper, settings, capabilities.
-
-    Raises:
-        ValueError: no such variant; the message names the nearest one.
-        TypeError: `name` is not a string.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"A variant is named by a string, got {type(name).__name__}.")
-    if name not in _registry():
-        raise ValueError(f"Unknown variant {name!r}{nearest(name, list_variants())}")
-    return _REGISTRY[name]
-
-
-def _registry() -> dict[str, VariantInfo]:
-    importlib.import_module("patchattn.variants")  # the shipped variants register themselves when first asked for
-    return _REGISTRY

@@ -21,9 +21,9 @@ from ..core.call import AttentionCall
 from ..core.masks import of_all_heads
 from ..core.patching import active_chains
 from ..core.recording import recording
+from ..core.registry import variant_info
 from ..core.selection import base_model, evaluating, select_sites
 from ..core.sites import AttentionSite
-from ..core.variant import variant_info
 from ..vision.images import ImageSpan, image_layout, image_spans
 
 SINK_FACTOR = 5.0  # ACT's alpha (arXiv 2406.15765): a sink gets that many times what it would if all got the same

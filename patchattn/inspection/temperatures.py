@@ -17,8 +17,8 @@ from ..core.observation import observe
 from ..core.patching import active_chains
 from ..core.selection import base_model
 from ..core.sites import AttentionSite
-from ..variants.temperature.ssa import SSA, STREAMS
 
+STREAMS = ("query", "key", "value")
 _NAMES = {f"{stream}_temperature": stream for stream in STREAMS}  # what variants report inverse temperatures as
 
 
@@ -200,23 +200,3 @@ def temperature_statistics(model: nn.Module) -> Iterator[TemperatureStatistics]:
             for name in chain.names():
                 stack.enter_context(observe(chain.get_submodule(name), partial(statistics.add, name)))
         yield statistics
-
-
-@torch.no_grad()
-def position_coefficients(model: nn.Module) -> dict[str, dict[str, float]]:
-    """What multiplies log n in SSA's temperatures, as learned.
-
-    Returns:
-        Name of the attention module to stream (`query`, `key`, `value`) to coefficient.
-
-    Raises:
-        ValueError: no layer carries SSA with a position part.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for name, chain in active_chains(base_model(model)).items():
-        for variant in chain.children():
-            if isinstance(variant, SSA) and variant.config.position_aware:
-                found[name] = {stream: float(variant.position_coefficient(stream)) for stream in variant.streams}
-    if not found:
-        raise ValueError(f"No layer of {type(model).__name__} carries SSA with position_aware=True.")
-    return found

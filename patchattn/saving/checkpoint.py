@@ -30,6 +30,7 @@ from ..files.documents import concerning, naming, quoted, read_json_object
 from ..files.folders import replacing, settled
 from ..files.untrusted import ADAPTER_CONFIG, refuse_code, refuse_pickled_adapter
 from ..surgery.change import surgeries
+from ..version import __version__
 from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, is_finite, read_patch, read_tensors, write_patch
 from .pretrained import readable
 from .whole_model import listed, patched_class, saved_plan
@@ -79,7 +80,6 @@ def patch_content(
         for name, own in learnt(base, adapter).items()
     }
     config: Any = base.config
-    from .. import __version__  # not yet defined when this module is imported
 
     content = {
         **plan_dict(applied_patches(base)),

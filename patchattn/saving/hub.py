@@ -13,8 +13,8 @@ from torch import nn
 
 from ..core.patching import applied_patches
 from ..core.plan import Patch
+from ..core.registry import variant_info
 from ..core.selection import base_model
-from ..core.variant import variant_info
 from ..files.documents import read_json_object
 from ..files.folders import replacing
 from .adapters import guard_adapters

@@ -1,11 +1,1 @@
-"""The published variants, one file each. Importing this package registers them."""
-
-from .decoding import damro
-from .pruning import prune
-from .pruning.flap import variant as flap
-from .pruning.shrp import variant as shrp
-from .routing import moh
-from .sinks import act, var
-from .temperature import logn, ssa, ssmax
-
-__all__ = ["act", "damro", "flap", "logn", "moh", "prune", "shrp", "ssa", "ssmax", "var"]
+"""The published variants, by mechanism, one file or package per paper. The registry imports each by name."""

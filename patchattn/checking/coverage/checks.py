@@ -13,17 +13,9 @@ from transformers import PreTrainedModel
 
 from ...core.call import AttentionCall
 from ...core.patching import patch_model, unpatch_model
+from ...core.registry import list_variants, temporarily_registered, variant_info
 from ...core.sites import AttentionSite
-from ...core.variant import (
-    Attend,
-    AttentionOutput,
-    Variant,
-    VariantConfig,
-    VariantInfo,
-    list_variants,
-    temporarily_registered,
-    variant_info,
-)
+from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 from ...surgery.projections import head_projections
 from .inputs import guesses
 

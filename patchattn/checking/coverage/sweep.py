@@ -14,11 +14,10 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ... import variants  # noqa: F401  (registers them)
 from ...core.patching import patch_model, unpatch_model
+from ...core.registry import list_variants, variant_info
 from ...core.selection import select_sites
 from ...core.sites import AttentionSite, find_sites
-from ...core.variant import list_variants, variant_info
 from .checks import Findings, _line, check, find_runs
 from .tiny import SCALES, TooLargeError, default_config, meta_model, model_classes, tiny_config, tiny_model
 
@@ -87,6 +86,7 @@ def sweep(
     for name in wanted:
         if name not in CONFIG_MAPPING:
             raise ValueError(f"transformers {transformers.__version__} has no model type {name!r}.")
+    list_variants("attention")  # loads them: what a forked child has not to import costs nothing
     rows = []
     for name in wanted:
         rows.append(_in_a_process(name, timeout))
@@ -97,7 +97,7 @@ def sweep(
 
 def _in_a_process(model_type: str, timeout: float) -> Row:
     """One type in a process of its own: a crash, a hang or a full memory costs one row, not the sweep."""
-    context = multiprocessing.get_context("fork")  # the child knows the variants registered here and imports nothing
+    context = multiprocessing.get_context("fork")  # the child knows what is imported here
     receiver, sender = context.Pipe(duplex=False)
     start = time.perf_counter()
     process = context.Process(target=_work, args=(model_type, sender), daemon=True)

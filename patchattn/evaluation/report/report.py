@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ... import __version__
 from ...core.selection import base_model
 from ...files.documents import quoted, read_json
+from ...version import __version__
 from ..tasks.cost import cuda_devices, memory_kind
 from ..tasks.task import EvalTask, Row
 

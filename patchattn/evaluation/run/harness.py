@@ -11,9 +11,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ...core.patching import applied_patches, is_patched, patch_model
+from ...core.registry import list_variants, variant_info
 from ...core.selection import base_model
 from ...core.settings import nearest
-from ...core.variant import list_variants, variant_info
 from ...files.documents import parse_yaml, read_json_object
 from ...saving.checkpoint import is_patch_alone, load_patch
 from ...saving.patch_files import read_patch
@@ -101,7 +101,7 @@ class PatchattnLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results about the model; what is patched among it."""
-        from ... import __version__
+        from ...version import __version__
 
         plan = [part.to_dict() for part in applied_patches(base_model(self.model))]
         return {**super().get_model_info(), "patchattn_version": __version__, "patches": plan}

@@ -20,7 +20,7 @@ def plot_needle(grids: "Mapping[str, NeedleGrid]", *, title: str = "Needle in a 
     """Heat maps of how well a needle is found, by its depth and the length of the prompt.
 
     Args:
-        grids: name of each model to what `patchattn.evaluation.tasks.needle.needle_grid` returns; one picture beside the
+        grids: name of each model to what `evaluation.tasks.needle.needle_grid` returns; one picture beside the
             other, in the same colours.
         title: of the figure.
 

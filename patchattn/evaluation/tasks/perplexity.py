@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...core.patching import applied_patches
+from ...core.registry import variant_info
 from ...core.selection import base_model
 from ...core.settings import Settings, option
-from ...core.variant import variant_info
 from .cost import measured
 from .figures import plot_positions
 from .generation import positions

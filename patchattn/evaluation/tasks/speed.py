@@ -43,7 +43,7 @@ class SpeedTask(EvalTask):
 
     Every combination is a sample; samples are timed one after the other however they are batched. Rows say
     `prompt_tokens`, `new_tokens` and `batch_size`, and of every run that counts `first_token_times` and `times`
-    (seconds) and `peaks` (bytes, None where memory cannot be measured; see `patchattn.evaluation.tasks.cost.measured`). Of
+    (seconds) and `peaks` (bytes, None where memory cannot be measured; see `evaluation.tasks.cost.measured`). Of
     what a batch costs in other tasks, only `peak_memory` makes sense of several combinations.
 
     Scores are medians over runs: `tokens_per_second` (all tokens but the first ones, of all prompts of a batch, over

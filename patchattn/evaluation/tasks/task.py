@@ -51,7 +51,7 @@ class EvalTask(ABC):
         """Answers to one batch, a JSON-able row per sample.
 
         Rows may hold costs that the report shows beside the score: `prompt_tokens` and `new_tokens` of the sample,
-        and what the batch it was in cost, `patchattn.evaluation.tasks.cost.Cost.row()`. What is missing is not shown. Random
+        and what the batch it was in cost, `evaluation.tasks.cost.Cost.row()`. What is missing is not shown. Random
         numbers are seeded per batch by the runner.
 
         Args:

@@ -18,10 +18,11 @@ from ...core.capabilities import needed_capabilities
 from ...core.masks import is_flash
 from ...core.packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
 from ...core.plan import renamed_config
+from ...core.registry import variant_info
 from ...core.renaming import Renaming
 from ...core.sites import AttentionSite
 from ...core.tap import is_shared
-from ...core.variant import ALL_CAPABILITIES, AttentionOutput, Variant, variant_info
+from ...core.variant import ALL_CAPABILITIES, AttentionOutput, Variant
 from .bases import ModuleCall, as_base_sees, live_chains, register_base
 from .batching import refuse_paged
 from .context import current_context

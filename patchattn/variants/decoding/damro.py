@@ -11,10 +11,11 @@ from torch import nn
 
 from ...core.call import AttentionCall
 from ...core.hooks import Hook
+from ...core.registry import register_variant
 from ...core.selection import base_model
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
+from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...decoding.variant import BranchStep, DecodingVariant, Step
 from ...vision.images import image_layout
 from ...vision.outliers import Picture, attention_received, highest, kept_positions, reordered, unknown_images

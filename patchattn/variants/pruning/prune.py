@@ -11,9 +11,10 @@ from torch import nn
 
 from ...core.call import AttentionCall
 from ...core.importance import HeadImportance
+from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
+from ...core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...files.documents import concerning, quoted
 from ...inspection.head_importance import head_importance
 from ...surgery.change import Change

@@ -12,17 +12,10 @@ from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_o
 
 from ...core.call import AttentionCall
 from ...core.heads import HeadList
+from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import (
-    ALL_CAPABILITIES,
-    Attend,
-    AttentionOutput,
-    Variant,
-    VariantConfig,
-    VariantInfo,
-    register_variant,
-)
+from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 _LITTLE = 0.1  # of a row: what is left of it after a subtraction has lost a digit
 

@@ -21,19 +21,12 @@ from ...core.hooks import (
     with_image_tokens,
     with_residual,
 )
+from ...core.registry import register_variant
 from ...core.renaming import Renaming
 from ...core.selection import base_model, evaluating
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import (
-    ALL_CAPABILITIES,
-    Attend,
-    AttentionOutput,
-    Variant,
-    VariantConfig,
-    VariantInfo,
-    register_variant,
-)
+from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 from ...vision.images import ImageLayout, image_layout, is_replaced
 
 

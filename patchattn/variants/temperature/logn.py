@@ -9,9 +9,10 @@ import torch
 from patchattn_kernels import scale_tokens
 
 from ...core.call import AttentionCall
+from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
+from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 
 @dataclass(frozen=True, kw_only=True)

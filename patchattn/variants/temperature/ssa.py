@@ -9,9 +9,12 @@ from torch import nn
 from patchattn_kernels import scale_tokens
 
 from ...core.call import AttentionCall, LayerContext
+from ...core.patching import active_chains
+from ...core.registry import register_variant
+from ...core.selection import base_model
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
+from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 STREAMS = ("query", "key", "value")
 _START = {"sigmoid": -7.0, "exp_neg_exp": 2.0, "none": 1e-5}  # position coefficients of 9e-4, 6e-4 and 1e-5
@@ -180,6 +183,27 @@ class SSA(Variant):
 
 
 _RELEASED = {"value": False, "token_aware": False}
+
+
+@torch.no_grad()
+def position_coefficients(model: nn.Module) -> dict[str, dict[str, float]]:
+    """What multiplies log n in SSA's temperatures, as learned.
+
+    Returns:
+        Name of the attention module to stream (`query`, `key`, `value`) to coefficient.
+
+    Raises:
+        ValueError: no layer carries SSA with a position part.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, chain in active_chains(base_model(model)).items():
+        for variant in chain.children():
+            if isinstance(variant, SSA) and variant.config.position_aware:
+                found[name] = {stream: float(variant.position_coefficient(stream)) for stream in variant.streams}
+    if not found:
+        raise ValueError(f"No layer of {type(model).__name__} carries SSA with position_aware=True.")
+    return found
+
 
 register_variant(
     VariantInfo(

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ....core.call import AttentionCall
+from ....core.registry import register_variant
 from ....core.renaming import Renaming
 from ....core.settings import option
 from ....core.sites import AttentionSite
-from ....core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
+from ....core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo
 from ....files.documents import concerning
 from ....inspection.channels import as_double
 from ....surgery.change import Change
@@ -39,7 +40,7 @@ class FlapConfig(VariantConfig):
 
     statistics: Any = option(  # noqa: RUF009 - a field, not a shared default
         None,
-        help="A file that `patchattn calibrate flap` wrote, or what patchattn.flap_statistics returned. A saved patch "
+        help="A file that `patchattn calibrate flap` wrote, or what flap_statistics returned. A saved patch "
         "holds what came of them instead.",
     )
     sparsity: float | None = option(

@@ -11,9 +11,10 @@ from transformers.activations import ACT2FN
 from patchattn_kernels import apply_head_gate, select_top_k
 
 from ....core.call import AttentionCall
+from ....core.registry import register_variant
 from ....core.settings import option
 from ....core.sites import AttentionSite
-from ....core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo, register_variant
+from ....core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ....files.documents import quoted
 from ....surgery.change import Change, SurgeryVariant
 from ....surgery.heads import KeptHeads, cut_heads
@@ -62,7 +63,7 @@ class SHRPConfig(VariantConfig):
     kept: Any = option(  # noqa: RUF009
         None,
         help="The heads of the static form: a list, or a mapping from layers or attention modules to lists; "
-        "patchattn.compress fills it in. None: the training form.",
+        "compress fills it in. None: the training form.",
     )
 
     def __post_init__(self) -> None:

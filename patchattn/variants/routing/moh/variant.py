@@ -15,10 +15,11 @@ from patchattn_kernels import (
     straight_through,
 )
 
-from ...core.call import AttentionCall
-from ...core.settings import option
-from ...core.sites import AttentionSite
-from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo, register_variant
+from ....core.call import AttentionCall
+from ....core.registry import register_variant
+from ....core.settings import option
+from ....core.sites import AttentionSite
+from ....core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 
 def published(*stages: tuple[int, int, int]) -> dict[str, Any]:
@@ -225,6 +226,28 @@ class MoH(Variant):
         weight = getattr(self, name)
         logits = nn.functional.linear(tokens.to(weight.dtype), weight)
         return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)) * factor
+
+
+def anneal_active_heads(model: nn.Module, step: int, steps: int) -> None:
+    """Set how many heads MoH keeps at one step of continued training: all at step 0, its budget from `steps` on.
+
+    What falls, linearly and rounded per layer, is the number of heads chosen among those that are not shared.
+
+    Args:
+        model: patched with `moh`, in whatever wrapper.
+        step: counted from 0.
+        steps: length of the fall.
+
+    Raises:
+        ValueError: the model has no MoH, or `step` is negative.
+    """
+    variants = [module for module in model.modules() if isinstance(module, MoH)]
+    if not variants:
+        raise ValueError(f"This {type(model).__name__} is not patched with MoH; it has no active heads to lower.")
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}.")
+    for variant in variants:
+        variant.anneal(min(1.0, step / steps) if steps else 1.0)
 
 
 register_variant(
