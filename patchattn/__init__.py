@@ -177,7 +177,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'patchattn' has no attribute {name!r}")
-    importlib.import_module(".adapters", __name__).guard_adapters()
+    importlib.import_module(".saving.adapters", __name__).guard_adapters()
     value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
