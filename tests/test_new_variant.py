@@ -22,13 +22,14 @@ from pathlib import Path
 def pytest_configure(config):
     import patchattn.variants
     patchattn.variants.__path__.append(str(Path(__file__).parent))
-    importlib.import_module("patchattn.variants.head_scale")
+    importlib.import_module("patchattn.variants.gating.head_scale")
 """
 
 
 def run_with_the_example(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, set[str]]]:
     """Tests in a process that knows the example; and by variant, the names of those that passed."""
-    (folder / "head_scale.py").write_text(CODE, encoding="utf-8")
+    (folder / "gating").mkdir()
+    (folder / "gating" / "head_scale.py").write_text(CODE, encoding="utf-8")
     (folder / "with_head_scale.py").write_text(PLUGIN, encoding="utf-8")
     settings = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     settings["PYTHONPATH"] = os.pathsep.join([str(folder), settings.get("PYTHONPATH", "")])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.core.variant import temporarily_registered
+from patchattn.core.registry import temporarily_registered
 from patchattn.decoding.variant import BranchStep, DecodingVariant, Step
 from patchattn.surgery.heads import HeadSurgery, KeptHeads, cut_heads
 from patchattn_kernels import attention_with_lse
