@@ -10,7 +10,7 @@ import transformers as tf
 from torch import nn
 
 import patchattn
-import patchattn.variants.moh as moh
+import patchattn.variants.routing.moh.variant as moh
 from patchattn_kernels import routed_attention_cpu
 
 from .families import FAMILIES, outputs
