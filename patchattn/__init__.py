@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .core.call import LayerContext as LayerContext
     from .core.call import Observation as Observation
     from .core.importance import HeadImportance as HeadImportance
+    from .core.info import PatchInfo as PatchInfo
+    from .core.info import patch_info as patch_info
     from .core.observation import observe as observe
-    from .core.patching import patch_info as patch_info
     from .core.patching import patch_model as patch_model
     from .core.patching import patched as patched
     from .core.patching import unpatch_model as unpatch_model
@@ -95,9 +96,12 @@ _NAMES = {
         "Observation",
     ),
     "core.importance": ("HeadImportance",),
+    "core.info": (
+        "PatchInfo",
+        "patch_info",
+    ),
     "core.observation": ("observe",),
     "core.patching": (
-        "patch_info",
         "patch_model",
         "patched",
         "unpatch_model",

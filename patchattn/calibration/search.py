@@ -13,7 +13,7 @@ A head is kept if calibrating it alone scores higher than calibrating none, by m
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -69,7 +69,7 @@ def find_heads(
     *,
     settings: Mapping[str, Any] | None = None,
     layers: Sequence[int] | None = None,
-    modules: str | None = None,
+    modules: str | Iterable[str] | None = None,
     group_size: int = 4,
     metric: Metric = "accuracy",
     min_gain: float = 0.0,
@@ -86,7 +86,7 @@ def find_heads(
         examples: questions with their answers; see `read_choices`.
         settings: of ACT, without `heads`.
         layers: layers to search; by default all but the first two and the last, or all where there are fewer than four.
-        modules: which attention modules, where the model has several towers; a regular expression.
+        modules: which attention modules, where the model has several towers, as in `patch_model`.
         group_size: heads tried together first. 1 tries every head alone, as the paper does; a larger group saves runs
             and misses heads whose gain the others of their group undo.
         metric: what must rise.

@@ -37,14 +37,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @app.command("list")
-def list_() -> None:
+def list_(
+    kind: Annotated[str | None, typer.Option(help="Only those that act so: attention, surgery or decoding.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only those of a mechanism, such as temperature.")] = None,
+    needs_training: Annotated[
+        bool | None,
+        typer.Option("--needs-training/--training-free", help="Only those that need training, or need none."),
+    ] = None,
+    capability: Annotated[
+        list[str] | None, typer.Option(help="Only those that support this, such as kv_cache; may be repeated.")
+    ] = None,
+) -> None:
     """The variants that can be patched in."""
     from rich.table import Table
 
     from ..core.registry import list_variants, variant_info
 
     table = Table("name", "what it does", "acts on", "paper", "year", "needs training")
-    for name in list_variants():
+    chosen = list_variants(
+        kind,  # type: ignore[arg-type]
+        family=family,
+        needs_training=needs_training,
+        capability=capability,  # type: ignore[arg-type]
+    )
+    for name in chosen:
         info = variant_info(name)
         paper = f"arXiv {info.arxiv_id}" if info.arxiv_id else info.title
         acts_on = {"attention": "attention", "surgery": "weights", "decoding": "logits"}[info.kind]

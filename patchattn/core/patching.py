@@ -1,8 +1,7 @@
-"""`patch_model`, its inverse, and what a patched model says of itself."""
+"""`patch_model` and its inverse."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +34,8 @@ def patch_model(
     config: VariantConfig | Mapping[str, Any] | Mapping[str, Mapping[str, Any]] | None = None,
     *,
     layers: int | Iterable[int] | None = None,
-    modules: str | None = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+    modules: str | Iterable[str] | None = None,
     **settings: Any,
 ) -> ModelT:
     """Replace a model's attention by a published variant, in place.
@@ -50,8 +50,10 @@ def patch_model(
         config: settings: a configuration or a dictionary. For several variants, a dictionary from name to settings.
         layers: layer indices, counted from 0 in each tower; all layers by default. Towers with fewer layers are left
             out where the index does not exist, but an index that exists nowhere is an error.
+        layers_to_transform: PEFT's name for `layers`; give one of the two.
         modules: regular expression searched in the names of attention modules, such as `language_model` or
-            `encoder_attn`; all attention modules by default. A decoding variant chooses for itself.
+            `encoder_attn`, or several, each of which must match one; all attention modules by default. A decoding
+            variant chooses for itself.
         settings: settings of a single variant by name, such as `active_ratio=0.75`. `preset="name"`, here or in
             `config`, starts from one of `variant_info(variant).presets`.
 
@@ -69,11 +71,15 @@ def patch_model(
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         ...     num_attention_heads=4, vocab_size=64))
         >>> model = patch_model(model, "moh", active_ratio=0.75)
-        >>> [patch["variant"] for patch in patch_info(model)["patches"]]
+        >>> model.model.layers[0].self_attn.patchattn.names()
         ['moh']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model expects a model, got {type(model).__name__}.")
+    if layers_to_transform is not None:
+        if layers is not None:
+            raise ValueError("Give layers or layers_to_transform, not both: they are two names of one thing.")
+        layers = layers_to_transform
     base = base_model(model)
     chosen = _settings_per_variant(variant, config, settings)
     sites: list[AttentionSite] = []
@@ -234,27 +240,6 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
 def is_patched(model: nn.Module) -> bool:
     """Whether any attention module of the model carries a variant."""
     return any(CHILD in module._modules for module in model.modules())
-
-
-def patch_info(model: nn.Module) -> dict[str, Any]:
-    """What is patched.
-
-    Returns:
-        `patches` (variant, config, sites of each, outermost first), `sites` (geometry of every attention site, patched
-        or not, with the variants on it), `base_implementations`, and `extra_parameters` (number of added values).
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch_info expects a model, got {type(model).__name__}.")
-    base = base_model(model)
-    chains = active_chains(base)
-    variants = {name: chain.names() for name, chain in chains.items()}
-    rows = [{**asdict(site), "variants": variants.get(site.name, [])} for site in find_sites(base)]
-    return {
-        "patches": [patch.to_dict() for patch in applied_patches(base)],
-        "sites": rows,
-        "base_implementations": sorted({chain.base for chain in chains.values()}),
-        "extra_parameters": sum(p.numel() for chain in chains.values() for p in chain.parameters()),
-    }
 
 
 def active_chains(model: nn.Module, adapter: str | None = None) -> dict[str, VariantChain]:

@@ -5,12 +5,12 @@ that.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .variant import Kind, VariantInfo
+    from .variant import Capability, Kind, VariantInfo
 
 _MODULES: dict[str, str] = {}
 _REGISTRY: dict[str, "VariantInfo"] = {}
@@ -55,9 +55,55 @@ def temporarily_registered(info: "VariantInfo") -> Iterator[str]:
         del _REGISTRY[info.name]
 
 
-def list_variants(kind: "Kind | None" = None) -> list[str]:
-    """Names of all registered variants, or of those of a kind, sorted."""
-    return sorted(name for name in {*_MODULES, *_REGISTRY} if kind is None or variant_info(name).kind == kind)
+def list_variants(
+    kind: "Kind | None" = None,
+    *,
+    family: str | None = None,
+    needs_training: bool | None = None,
+    capability: "Capability | Iterable[Capability] | None" = None,
+) -> list[str]:
+    """Names of the registered variants that are all of this, sorted; of all by default.
+
+    Args:
+        kind: what they act on, as in `VariantInfo.kind`.
+        family: the mechanism, such as `temperature` or `pruning`, as in `VariantInfo.family`.
+        needs_training: whether they are of use only after training.
+        capability: what they support, such as `kv_cache`, or several that they all do.
+
+    Raises:
+        ValueError: there is no such kind, family or capability; the message names those there are.
+        TypeError: an argument of the wrong type.
+    """
+    names = sorted({*_MODULES, *_REGISTRY})
+    if all(choice is None for choice in (kind, family, needs_training, capability)):
+        return names
+    from .variant import ALL_CAPABILITIES, KINDS
+
+    infos = [variant_info(name) for name in names]
+    _refuse_unknown("kind", kind, KINDS)
+    _refuse_unknown("family", family, {info.family for info in infos})
+    if not isinstance(needs_training, bool | None):
+        raise TypeError(f"needs_training must be True, False or None, got {needs_training!r}.")
+    wanted = [] if capability is None else [capability] if isinstance(capability, str) else list(capability)
+    for each in wanted:
+        _refuse_unknown("capability", each, ALL_CAPABILITIES)
+    return [
+        info.name
+        for info in infos
+        if kind in (None, info.kind)
+        and family in (None, info.family)
+        and needs_training in (None, info.needs_training)
+        and info.capabilities.issuperset(wanted)
+    ]
+
+
+def _refuse_unknown(what: str, given: object, known: Iterable[str]) -> None:
+    from .settings import nearest
+
+    if not isinstance(given, str | None):
+        raise TypeError(f"A {what} is named by a string, got {type(given).__name__}.")
+    if given is not None and given not in known:
+        raise ValueError(f"There is no {what} {given!r}{nearest(given, list(known))}")
 
 
 def variant_info(name: str) -> "VariantInfo":

@@ -1,7 +1,7 @@
 """Which model is meant, and which of its attention modules."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -27,7 +27,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def select_sites(
-    model: nn.Module, *, layers: int | Iterable[int] | None = None, modules: str | None = None
+    model: nn.Module, *, layers: int | Iterable[int] | None = None, modules: str | Iterable[str] | None = None
 ) -> list[AttentionSite]:
     """The attention sites that `layers` and `modules` choose; see `patch_model`."""
     sites = find_sites(model)
@@ -46,18 +46,14 @@ def select_sites(
             "transformers' attention interface."
         )
     if modules is not None:
-        if not isinstance(modules, str):
-            raise TypeError(f"modules must be a regular expression, got {modules!r}.")
-        try:
-            pattern = re.compile(modules)
-        except re.error as error:
-            raise ValueError(f"modules={modules!r} is not a valid regular expression: {error}.") from error
-        chosen = [site for site in sites if pattern.search(site.name)]
-        if not chosen:
-            raise ValueError(
-                f"modules={modules!r} matches none of the {len(sites)} attention modules, such as {sites[0].name!r}."
-            )
-        sites = chosen
+        patterns = _compiled(modules)
+        for pattern in patterns:
+            if not any(pattern.search(site.name) for site in sites):
+                raise ValueError(
+                    f"modules={pattern.pattern!r} matches none of the {len(sites)} attention modules, such as "
+                    f"{sites[0].name!r}."
+                )
+        sites = [site for site in sites if any(pattern.search(site.name) for pattern in patterns)]
     if layers is not None:
         given: Any = [layers] if isinstance(layers, Integral) else layers
         if not isinstance(given, Iterable) or isinstance(given, str | bytes):
@@ -73,6 +69,23 @@ def select_sites(
             raise ValueError("layers is empty: nothing would be patched.")
         sites = [site for site in sites if site.layer_index in wanted]
     return sites
+
+
+def _compiled(modules: Any) -> list[re.Pattern[str]]:
+    given = [modules] if isinstance(modules, str) else modules
+    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+        raise TypeError(f"modules must be a regular expression or several, got {modules!r}.")
+    patterns = []
+    for each in given:
+        if not isinstance(each, str):
+            raise TypeError(f"modules must be regular expressions, got {each!r}.")
+        try:
+            patterns.append(re.compile(each))
+        except re.error as error:
+            raise ValueError(f"modules={each!r} is not a valid regular expression: {error}.") from error
+    if not patterns:
+        raise ValueError("modules is empty: nothing would be patched.")
+    return patterns
 
 
 @contextmanager

@@ -36,6 +36,7 @@ Capability = Literal[
     "position_bias",  # additive bias per head (T5)
     "without_images",  # models without image tokens
 ]
+KINDS: frozenset[str] = frozenset(get_args(Kind))
 ALL_CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
 
 
@@ -239,6 +240,12 @@ class VariantInfo:
     def kind(self) -> Kind:
         """`attention` changes calls of attention; `surgery` weights and shapes; `decoding` the logits."""
         return self.variant.kind
+
+    @property
+    def family(self) -> str:
+        """The mechanism: the folder of `patchattn.variants` that it is in; `other` for a variant from elsewhere."""
+        package, *path = self.variant.__module__.split(".")
+        return path[1] if package == __name__.partition(".")[0] and path[:1] == ["variants"] else "other"
 
     def configure(self, settings: VariantConfig | Mapping[str, Any] | None = None) -> VariantConfig:
         """The configuration that settings describe; `preset` among them names a preset that the others override.

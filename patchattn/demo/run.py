@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from ..core.patching import patch_info, patch_model
+from ..core.info import patch_info
+from ..core.patching import patch_model
 from ..plotting import plot_head_usage
 from ..training import optimizer_groups
 from . import measuring

@@ -101,7 +101,7 @@ def attention_received(
     inputs: Mapping[str, Any],
     *,
     layers: int | Iterable[int] | None = None,
-    modules: str | None = None,
+    modules: str | Iterable[str] | None = None,
 ) -> list[ReceivedAttention]:
     """Attention that each key receives, in memory linear in the length: where the attention sinks are.
 
@@ -142,7 +142,7 @@ def attention_maps(
     inputs: Mapping[str, Any],
     *,
     layers: int | Iterable[int] | None = None,
-    modules: str | None = None,
+    modules: str | Iterable[str] | None = None,
     heads: Sequence[int] | None = None,
     row: int = 0,
     resolution: int | None = None,

@@ -19,7 +19,8 @@ from accelerate.utils import parse_flag_from_env
 from rich.progress import track
 from torch import nn
 
-from ...core.patching import active_chains, is_patched, patch_info, patch_model, unpatch_model, unpatched
+from ...core.info import patch_info
+from ...core.patching import active_chains, is_patched, patch_model, unpatch_model, unpatched
 from ...core.selection import base_model, evaluating
 from ...core.settings import Settings, option
 from ...files.documents import decoded, json_lines

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...core.patching import patch_info
+from ...core.info import patch_info
 from ...files.documents import as_json, decoded, parse_json, quoted, read_json_object, write_json
 
 
