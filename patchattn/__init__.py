@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .checking.check import CheckReport as CheckReport
     from .checking.check import check_patch as check_patch
     from .core.call import AttentionCall as AttentionCall
-    from .core.call import LayerContext as LayerContext
     from .core.call import Observation as Observation
     from .core.importance import HeadImportance as HeadImportance
     from .core.info import PatchInfo as PatchInfo
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from .core.settings import option as option
     from .core.sites import AttentionSite as AttentionSite
     from .core.sites import find_sites as find_sites
+    from .core.surroundings import LayerContext as LayerContext
     from .core.variant import Attend as Attend
     from .core.variant import AttentionOutput as AttentionOutput
     from .core.variant import Variant as Variant
@@ -92,7 +92,6 @@ _NAMES = {
     ),
     "core.call": (
         "AttentionCall",
-        "LayerContext",
         "Observation",
     ),
     "core.importance": ("HeadImportance",),
@@ -120,6 +119,7 @@ _NAMES = {
         "AttentionSite",
         "find_sites",
     ),
+    "core.surroundings": ("LayerContext",),
     "core.variant": (
         "Attend",
         "AttentionOutput",

@@ -88,8 +88,8 @@ def case(form: str, seed: int) -> Case:
     how: dict[str, Any] = {"meaning": "flash", "form": "tokens"}
     if form == "causal":
         how, first, causal = {"meaning": "causal", "form": "bool"}, 0, True
-    elif form == "all":
-        how, causal = {"meaning": "all", "form": "added"}, False
+    elif form in ("all", "all blocks"):
+        how, causal = {"meaning": "all", "form": "added" if form == "all" else "blocks"}, False
     elif form in ("flash", "tokens", "packed"):
         window = window_or_none(random)
         if form == "tokens":
@@ -143,8 +143,8 @@ def places(random: np.random.Generator, table: Table) -> tuple[torch.Tensor, Tab
     """Some keys of each sequence and kv head, of the same in both kv heads or not, behind empty slots."""
     batch, _, keys = table.keys.shape
     groups, count = int(random.choice([1, GROUPS])), int(random.integers(1, keys + 2))
-    chosen = np.full((batch, groups, count), -1)
-    for b, g in np.ndindex(batch, groups):
+    chosen = np.full((int(random.choice([1, batch])), groups, count), -1)
+    for b, g in np.ndindex(*chosen.shape[:2]):
         some = np.flatnonzero(random.random(keys) < 0.6)[-count:]
         if len(some):
             chosen[b, g, -len(some) :] = some

@@ -263,7 +263,8 @@ def test_weights_of_the_eager_implementation_are_calibrated_and_sum_to_one() -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_no_worse_than_twice_the_weights_rounded(dtype: torch.dtype) -> None:
     """The released form rounds the calibrated weights to the model's dtype."""
-    from patchattn.core.call import AttentionCall
+    from patchattn.hosts.transformers.bases import ModuleCall
+    from patchattn.hosts.transformers.seam import attention_call
 
     query, key, value = (
         torch.randn(1, 2, 64, 8, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1, 2)
@@ -272,8 +273,8 @@ def test_half_precision_is_no_worse_than_twice_the_weights_rounded(dtype: torch.
     patchattn.patch_model(model, "act", alpha=1.0, keep_first=False, heads={1: [0, 1]})
     module = model.model.layers[1].self_attn
     act = module.patchattn._modules["act"]
-    call = AttentionCall(query, key, value, None, {}, module, act.site, "sdpa")
-    call.sequence_state = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    call = attention_call(ModuleCall(module, query, key, value, None, {}), act.site, "sdpa")
+    call.context.sequence_state = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
     def inner(call: Any) -> Any:
         out = nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, is_causal=True)

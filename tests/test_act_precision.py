@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.core.call import AttentionCall
+from patchattn.hosts.transformers.bases import ModuleCall
+from patchattn.hosts.transformers.seam import attention_call
 
 from .families import FAMILIES
 from .test_act import calibrate
@@ -28,11 +29,11 @@ def test_rows_that_leave_little_beside_sinks_keep_full_precision(implementation:
     act = module.patchattn._modules["act"]
     visible = torch.ones(64, 64, dtype=torch.bool).tril()
     mask = visible.expand(1, 1, -1, -1)
-    call = AttentionCall(query, key, value, mask, {}, module, act.site, implementation)
-    call.sequence_state = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    call = attention_call(ModuleCall(module, query, key, value, mask, {}), act.site, implementation)
+    call.context.sequence_state = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
     def inner(call: Any) -> Any:
-        out = nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, call.attention_mask)
+        out = nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, call.mask.given)
         return out.transpose(1, 2), None
 
     got = act.attend(call, inner)[0].transpose(1, 2).double()

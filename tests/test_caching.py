@@ -34,7 +34,7 @@ class Stamp(patchattn.Variant):
     keeps_state = True
 
     def attend(self, call: Any, inner: Any) -> Any:
-        state = call.sequence_state("stamp", rewinds=self.config.rewinds)
+        state = call.context.sequence_state("stamp", rewinds=self.config.rewinds)
         if state is not None:
             stamp, now = state.per_key.get("stamp"), call.key[:, :, :, 0].clone()  # a static cache writes into its own
             if stamp is not None:

@@ -9,6 +9,8 @@ import torch
 import transformers as tf
 
 import patchattn
+from patchattn.hosts.transformers.bases import ModuleCall
+from patchattn.hosts.transformers.seam import attention_call
 from patchattn.variants.decoding.damro import DAMRO
 from patchattn.vision.outliers import attention_received
 
@@ -194,9 +196,8 @@ def test_pictures_packed_for_flash_attention_are_told_apart() -> None:
         parts = [slice(0, 12), slice(12, 28)] if borders is None else [slice(None)]
         with patchattn.observe(model, lambda seen: found.extend(seen.values["outlier_score"])):
             for part in parts:
-                call = patchattn.AttentionCall(
-                    query[:, :, part], key[:, :, part], key, None, kwargs, model, variant.site, "sdpa"
-                )
+                given = ModuleCall(model, query[:, :, part], key[:, :, part], key, None, kwargs)
+                call = attention_call(given, variant.site, "sdpa")
                 variant.attend(call, lambda call: (call.query, None))
     assert [len(row) for row in found] == [12, 16, 12, 16]
     assert torch.equal(torch.cat(found[:2]), torch.cat(found[2:]))

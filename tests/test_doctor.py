@@ -60,7 +60,7 @@ def test_a_seam_that_is_never_called(run, monkeypatch):
         seam.VariantChain,
         "_attend",
         lambda chain, depth, base, call: base(
-            call.module, call.query, call.key, call.value, call.attention_mask, **call.kwargs
+            call.module, call.query, call.key, call.value, call.mask.given, **call.kwargs
         ),
     )
     code, out = run()

@@ -1,4 +1,6 @@
-"""Counting visible keys, against looking at every pair."""
+"""Masks by base implementation, against looking at every pair."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from patchattn.core.masks import packed_sequences, visibility, visible_keys
+from patchattn.core.mask import Mask
+from patchattn.core.masks import mask_of_call, packed_sequences
 
 SIZES = st.integers(1, 6)
 
@@ -15,9 +18,10 @@ def count(allowed) -> list[list[int]]:
     return [[sum(row) for row in rows] for rows in allowed]
 
 
-def arguments(**given):
-    defaults = {"is_causal": True, "base": "sdpa", "window": None, "device": torch.device("cpu")}
-    return {**defaults, **given}
+def mask_of(passed: Any, rows: int, keys: int, *, told: dict[str, Any] | None = None, **how: Any) -> Mask:
+    sizes = {"batch": 1, "heads": 4, "queries": rows, "keys": keys, "is_cross": False, "device": torch.device("cpu")}
+    how = {"is_causal": True, "base": "sdpa", "window": None, **how}
+    return mask_of_call(passed, how.pop("base"), told or {}, **sizes, **how)
 
 
 @given(st.data(), SIZES, SIZES, st.sampled_from([torch.bool, torch.float32, torch.bfloat16]))
@@ -33,8 +37,9 @@ def test_dense_masks(data, rows: int, extra: int, dtype: torch.dtype) -> None:
     mask = torch.tensor(allowed)[:, None]
     if dtype != torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    assert visible_keys(mask, q_length=rows, kv_length=keys, **arguments()).tolist() == count(allowed)
-    assert visibility(mask, q_length=rows, kv_length=keys, **arguments()).tolist() == allowed
+    found = mask_of(mask, rows, keys)
+    assert found.counts().tolist() == count(allowed)
+    assert found.seen()[:, 0].tolist() == allowed
 
 
 @given(st.data(), SIZES, SIZES, st.booleans(), st.one_of(st.none(), st.integers(1, 4)))
@@ -49,14 +54,14 @@ def test_flash_masks_are_aligned_to_the_last_key(data, rows: int, extra: int, ca
         return real[j] and (not causal or j <= here) and (window is None or between < window)
 
     want = [[sees(i, j) for j in range(keys)] for i in range(rows)]
-    how = arguments(is_causal=causal, base="flash_attention_2", window=window)
-    mask = torch.tensor([real])
-    assert visibility(mask, q_length=rows, kv_length=keys, **how).tolist() == [want]
-    assert visible_keys(mask, q_length=rows, kv_length=keys, **how).tolist() == count([want])
+    how = {"is_causal": causal, "base": "flash_attention_2", "window": window}
+    found = mask_of(torch.tensor([real]), rows, keys, **how)
+    assert found.seen()[:, 0].tolist() == [want]
+    assert found.counts().tolist() == count([want])
     if all(real):
-        how["base"] = "a/kernel"
-        assert visibility(None, q_length=rows, kv_length=keys, **how).tolist() == [want]
-        assert visible_keys(None, q_length=rows, kv_length=keys, **how).tolist() == count([want])
+        found = mask_of(None, rows, keys, **{**how, "base": "a/kernel"})
+        assert found.seen()[:, 0].tolist() == [want]
+        assert found.counts().tolist() == count([want])
 
 
 @given(st.lists(SIZES, min_size=1, max_size=4), st.booleans(), st.one_of(st.none(), st.integers(1, 4)))
@@ -70,10 +75,9 @@ def test_packed_sequences_under_flash_attention(lengths: list[int], causal: bool
 
     want = [[sees(i, j) for j in range(total)] for i in range(total)]
     for told in ({"cu_seq_lens_q": ends.int()}, {"position_ids": numbers}):
-        sequence = packed_sequences(None, "flash_attention_2", told, 1, total)
-        how = arguments(is_causal=causal, base="flash_attention_2", window=window)
-        assert visible_keys(None, q_length=total, kv_length=total, sequence=sequence, **how).tolist() == count([want])
-        assert visibility(None, q_length=total, kv_length=total, sequence=sequence, **how).tolist() == [want]
+        found = mask_of(None, total, total, told=told, is_causal=causal, base="flash_attention_2", window=window)
+        assert found.counts().tolist() == count([want])
+        assert found.seen()[:, 0].tolist() == [want]
 
 
 def test_only_flash_attention_needs_to_be_told_of_packed_sequences() -> None:
@@ -89,31 +93,22 @@ def test_only_flash_attention_needs_to_be_told_of_packed_sequences() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("rows", "keys"), [(3, 3), (1, 5), (3, 8)])
 def test_no_mask_pair_by_pair(base: str, causal: bool, rows: int, keys: int) -> None:
-    how = arguments(is_causal=causal, base=base)
-    pairs = visibility(None, q_length=rows, kv_length=keys, **how)
-    assert pairs.sum(-1).tolist() == visible_keys(None, q_length=rows, kv_length=keys, **how).tolist()
+    found = mask_of(None, rows, keys, is_causal=causal, base=base)
+    pairs = found.seen()[:, 0]
+    assert pairs.sum(-1).tolist() == found.counts().tolist()
     assert all(row[:n].all() for row, n in zip(pairs[0], pairs[0].sum(-1), strict=True))  # no key skipped
 
 
 def test_no_mask() -> None:
-    assert visible_keys(None, q_length=3, kv_length=3, **arguments()).tolist() == [[1, 2, 3]]
-    assert visible_keys(None, q_length=3, kv_length=8, **arguments()).tolist() == [[1, 2, 3]]  # an empty static cache
-    assert visible_keys(None, q_length=1, kv_length=5, **arguments()).tolist() == [[5]]
-    assert visible_keys(None, q_length=2, kv_length=5, **arguments(is_causal=False)).tolist() == [[5, 5]]
-    assert visible_keys(None, q_length=2, kv_length=5, **arguments(base="eager")).tolist() == [[5, 5]]
+    assert mask_of(None, 3, 3).counts().tolist() == [[1, 2, 3]]
+    assert mask_of(None, 3, 8).counts().tolist() == [[1, 2, 3]]  # an empty static cache
+    assert mask_of(None, 1, 5).counts().tolist() == [[5]]
+    assert mask_of(None, 2, 5, is_causal=False).counts().tolist() == [[5, 5]]
+    assert mask_of(None, 2, 5, base="eager").counts().tolist() == [[5, 5]]
 
 
 def test_block_masks() -> None:
     mask = create_block_mask(lambda b, h, i, j: (i + 2 >= j) & (b == 0), 2, None, 3, 5, device="cpu")
-    pairs = visibility(mask, q_length=3, kv_length=5, **arguments(base="flex_attention"))
-    assert pairs[0].tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
-    assert visible_keys(mask, q_length=3, kv_length=5, **arguments(base="flex_attention")).tolist() == [
-        [3, 4, 5],
-        [0, 0, 0],
-    ]
-
-
-def test_anything_else_is_refused() -> None:
-    for function in (visibility, visible_keys):
-        with pytest.raises(NotImplementedError, match="Masks of type"):
-            function(torch.ones(1, 2, 3), q_length=2, kv_length=3, **arguments())
+    found = mask_of(mask, 3, 5, base="flex_attention")
+    assert found.seen()[0, 0].tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
+    assert found.counts().tolist() == [[3, 4, 5], [0, 0, 0]]

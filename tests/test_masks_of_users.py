@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
 import patchattn
-from patchattn.core.masks import real_tokens, visibility, visible_keys
+from patchattn.core.given import real_tokens
 from patchattn.inspection.attention_maps import attention_maps, attention_received
 from patchattn.training import balance_loss
 
 from .behaviour import randomise
+from .test_masks import mask_of
 
 LENGTH, HEADS = 8, 4
 TOKENS = torch.randint(1, 64, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -122,17 +123,15 @@ def test_counting_pair_by_pair(kind: str) -> None:
         mask = torch.zeros(shown.shape).masked_fill(~shown, -1e4)
     elif kind == "block":
         mask = create_block_mask(lambda b, h, i, j: shown[b, h, i, j], 2, HEADS, LENGTH, LENGTH, device="cpu")
-    how = {"is_causal": True, "base": "sdpa", "window": None, "device": torch.device("cpu")}
-    sizes = {"q_length": LENGTH, "kv_length": LENGTH}
-    counts = visible_keys(mask, **sizes, **how)
-    pairs = visibility(mask, **sizes, **how)
+    found = mask_of(mask, LENGTH, LENGTH)
+    counts, pairs = found.counts(), found.seen()
     for b in range(2):
         for i in range(LENGTH):
             for h in range(HEADS):
                 assert counts[b, i, h] == sum(bool(shown[b, h, i, j]) for j in range(LENGTH))
                 assert pairs[b, h, i].tolist() == shown[b, h, i].tolist()
-    real = real_tokens(mask, **sizes, is_cross=False, device=torch.device("cpu"))
-    assert real.tolist() == [[i != 3 for i in range(LENGTH)], LENGTH * [True]]
+    said = real_tokens(mask, queries=LENGTH, keys=LENGTH, device=torch.device("cpu"))
+    assert said.tolist() == found.real().tolist() == [[i != 3 for i in range(LENGTH)], LENGTH * [True]]
 
 
 # --- masks that are added ---------------------------------------------------------------------------------------------
@@ -200,9 +199,7 @@ def test_biases_in_the_mask_hide_nothing() -> None:
     slopes = torch.tensor([0.5, 1.0, 4.0, 16.0]).view(1, HEADS, 1, 1)
     mask = (-slopes * distance).masked_fill(distance < 0, torch.finfo(torch.float32).min)
     assert mask[:, :, -1].min() < -4000
-    how = {"is_causal": True, "base": "sdpa", "window": None, "device": torch.device("cpu")}
-    counts = visible_keys(mask, q_length=length, kv_length=length, **how)
-    assert counts.tolist() == [[HEADS * [i + 1] for i in range(length)]]
+    assert mask_of(mask, length, length).counts().tolist() == [[HEADS * [i + 1] for i in range(length)]]
 
 
 def test_markuplm_with_padding_on_the_left() -> None:

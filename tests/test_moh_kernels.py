@@ -11,6 +11,8 @@ from torch import nn
 
 import patchattn
 import patchattn.variants.routing.moh.variant as moh
+from patchattn.hosts.transformers.bases import ModuleCall
+from patchattn.hosts.transformers.seam import attention_call
 from patchattn_kernels import routed_attention_cpu
 
 from .families import FAMILIES, outputs
@@ -204,8 +206,8 @@ def test_calls_that_need_no_base_implementation(changes: dict[str, Any], alone: 
     module = tiny_bert().encoder.layer[0].attention.self
     query, key, value = torch.zeros(3, 2, 4, 3, 8)
     [site, *_] = patchattn.find_sites(tiny_bert())
-    call = patchattn.AttentionCall(query, key, value, None, {}, module, site, "sdpa", innermost=True)
-    assert call.replace(**changes).stands_alone is alone
+    call = attention_call(ModuleCall(module, query, key, value, None, {}), site, "sdpa")
+    assert call.replace(**{"innermost": True, **changes}).stands_alone is alone
 
 
 @pytest.mark.parametrize(("order", "asked"), [(["ssa", "moh"], True), (["moh", "ssa"], False)])

@@ -11,7 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
 
 import patchattn
+from patchattn.hosts.transformers.bases import ModuleCall
 from patchattn.hosts.transformers.compatibility import seam_name
+from patchattn.hosts.transformers.seam import attention_call
 
 from .behaviour import randomise
 from .test_masks_of_users import TOKENS, VARIANTS, llama
@@ -90,13 +92,13 @@ def test_a_name_means_less_than_the_function_that_makes_the_masks() -> None:
     kinds = {sdpa_mask: [[1, 2, 3]], flash_attention_mask: [[3, 4, 5]], eager_mask: [[5, 5, 5]]}
     for masks, counts in kinds.items():  # three rows over five keys
         AttentionMaskInterface.register("some/flash-kernel", masks)
-        assert _call(llama(), "some/flash-kernel").visible_keys().tolist() == counts
+        assert _call(llama(), "some/flash-kernel").mask.counts().tolist() == counts
 
 
 def _call(model: nn.Module, base: str) -> patchattn.AttentionCall:
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 4, 5, 8)
     [site] = patchattn.find_sites(model)
-    return patchattn.AttentionCall(query, key, key, None, {}, model.model.layers[0].self_attn, site, base)
+    return attention_call(ModuleCall(model.model.layers[0].self_attn, query, key, key, None, {}), site, base)
 
 
 @pytest.mark.parametrize("variant", ["ssmax", "moh"])

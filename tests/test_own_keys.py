@@ -1,5 +1,7 @@
 """Sinks and recent keys by `call.rule()`, in prefill, decoding and static caches, against loops in float64."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,24 +14,47 @@ from patchattn.core.kv_caches import cache_argument
 from patchattn.core.registry import temporarily_registered
 from patchattn_kernels import block_sparse_attention, sink_and_recent
 
+from .families import FAMILIES
 from .test_masks_of_users import HEADS, llama
 
 SINKS, RECENT, LENGTH = [1, 2, 0, 1], [3, 1, 2, 4], 9
 TOKENS = torch.randint(1, 64, (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def by_loops(call: patchattn.AttentionCall, real: np.ndarray, first: int) -> np.ndarray:
+def by_loops(
+    call: patchattn.AttentionCall, real: np.ndarray, first: int, dropped: int = 0, window: int = LENGTH
+) -> np.ndarray:
     """`(B, H, Tq, D)` attention to sinks and recent keys of real tokens, whose first query is token `first`."""
     query, key, value = (t.double().numpy() for t in (call.query, call.key, call.value))
     output = np.zeros_like(query)
     for b, h, i in np.ndindex(*query.shape[:3]):
         own, group = first + i, h // (HEADS // key.shape[1])
         seen = [j for j in range(own + 1) if real[b, j]]
-        kept = [j for n, j in enumerate(seen) if n < SINKS[h] or n >= len(seen) - RECENT[h]]
+        kept = [j - dropped for n, j in enumerate(seen) if n < SINKS[h] or n >= len(seen) - RECENT[h]]
+        kept = [j for j in kept if j + dropped > own - window]
         if kept:
             powers = np.exp(key[b, group, kept] @ query[b, h, i] * call.scaling)
             output[b, h, i] = powers @ value[b, group, kept] / powers.sum()
     return output
+
+
+@contextmanager
+def looking(tapped: bool) -> Iterator[tuple[str, list[patchattn.AttentionCall]]]:
+    """The name of a variant that changes nothing, and the calls that it sees."""
+    calls: list[patchattn.AttentionCall] = []
+
+    class Looking(patchattn.Variant):
+        config_class = patchattn.VariantConfig
+        keeps_state = tapped
+
+        def attend(self, call: patchattn.AttentionCall, inner: Any) -> Any:
+            calls.append(call)
+            return inner(call)
+
+    words = {"title": "", "summary": "", "extra_parameters": ""}
+    facts = {**words, "arxiv_id": None, "year": 2026, "needs_training": False}
+    with temporarily_registered(patchattn.VariantInfo(name="looking", variant=Looking, **facts)) as name:
+        yield name, calls
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -42,21 +67,8 @@ def test_windows_end_at_the_own_key(tapped: bool, kind: str, padding: int, imple
     shown = torch.ones(2, LENGTH, dtype=torch.long)
     shown[0, :padding] = 0
     real = shown.bool().numpy()
-    calls: list[patchattn.AttentionCall] = []
-
-    class Looking(patchattn.Variant):
-        config_class = patchattn.VariantConfig
-        keeps_state = tapped
-
-        def attend(self, call: patchattn.AttentionCall, inner: Any) -> Any:
-            calls.append(call)
-            return inner(call)
-
     keep, done = sink_and_recent(SINKS, RECENT, HEADS), 0
-    words = {"title": "", "summary": "", "extra_parameters": ""}
-    facts = {**words, "arxiv_id": None, "year": 2026, "needs_training": False}
-    info = patchattn.VariantInfo(name="looking", variant=Looking, **facts)
-    with torch.no_grad(), temporarily_registered(info), patchattn.patched(model, "looking"):
+    with torch.no_grad(), looking(tapped) as (name, calls), patchattn.patched(model, name):
         for rows in (LENGTH - 3, 2, 1):
             done += rows
             how = {"attention_mask": shown[:, :done]} if padding or kind == "static" else {}
@@ -68,3 +80,27 @@ def test_windows_end_at_the_own_key(tapped: bool, kind: str, padding: int, imple
             np.testing.assert_allclose(
                 got.transpose(1, 2).numpy()[mine], want.transpose(0, 2, 1, 3)[mine], rtol=1e-4, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_sinks_that_a_sliding_window_has_left_behind_are_none_any_more(kind: str, implementation: str) -> None:
+    """The first keys that are left are not the first ones there were."""
+    model = FAMILIES["mistral"].make(implementation=implementation)
+    window = model.config.sliding_window
+    made = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(model.config, LENGTH + 4),
+    }
+    cache, done = made[kind](), 0
+    keep, real = sink_and_recent(SINKS, RECENT, HEADS), np.ones((2, LENGTH), dtype=bool)
+    with torch.no_grad(), looking(True) as (name, calls), patchattn.patched(model, name):
+        for rows in (LENGTH - 4, 2, 1, 1):
+            done += rows
+            model(TOKENS[:, done - rows : done], **cache_argument(model, cache))
+            call = calls[-1]
+            dropped = call.mask.dropped
+            got = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
+            want = by_loops(call, real, done - rows, dropped, window)
+            np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-4)
+    assert dropped == done - call.key.shape[2] > 0

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
+from patchattn.inspection.probabilities import attention_probabilities
 from patchattn.inspection.temperatures import temperature_statistics
 from patchattn.variants.temperature.ssa import position_coefficients
 
@@ -162,7 +163,7 @@ def test_probabilities_are_those_of_the_model(family: str) -> None:
 
     def keep(observation: patchattn.Observation) -> None:
         call = observation.source
-        heads = [call.probabilities(head) for head in range(call.query.shape[1])]
+        heads = [attention_probabilities(call, head) for head in range(call.query.shape[1])]
         seen.append(torch.stack(heads, dim=1))
 
     with patchattn.observe(model, keep), torch.no_grad():

@@ -13,9 +13,12 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import patchattn
-from patchattn.core.call import AttentionCall, LayerContext
+from patchattn.core.call import AttentionCall
 from patchattn.core.hooks import IMAGE_TOKENS, RESIDUAL
 from patchattn.core.kv_caches import cache_argument
+from patchattn.core.surroundings import LayerContext
+from patchattn.hosts.transformers.bases import ModuleCall
+from patchattn.hosts.transformers.seam import attention_call
 from patchattn.variants.sinks.var import VAR, VARConfig
 
 from . import vlms
@@ -196,7 +199,8 @@ def one_call(
     variant = VAR(VARConfig(**{**LOW, **settings}), site)
     context = LayerContext(module=module, layer_input=hidden, memory=None, attention_mask=None, arguments={})
     told = {IMAGE_TOKENS: marks, RESIDUAL: hidden}
-    call = AttentionCall(query, key, value, None, told, module, site, "sdpa", context)
+    call = attention_call(ModuleCall(module, query, key, value, None, told), site, "sdpa", context)
+    call = call.replace(facts=call.context.remembered("var", variant.key_facts(call)))
 
     def inner(call: AttentionCall) -> Any:
         out = nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, is_causal=True)

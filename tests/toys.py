@@ -39,43 +39,26 @@ class Masks(Toy):
         return self.config.strength == 0.0
 
     def attend(self, call, inner):
-        seen = call.visibility()
-        seen = seen if seen.dim() == 4 else seen[:, None]
+        seen = call.mask.seen()
         marked = call.value[:, 0, :, 0] * self.config.strength > 0.0
         keep = seen & ~marked[:, None, None]
-        keep = keep.where(keep.any(-1, keepdim=True), seen)
-        given = call.attention_mask
-        is_additive = isinstance(given, torch.Tensor) and given.is_floating_point()
-        mask = given[..., : keep.shape[-1]] if is_additive else call.query.new_zeros(())
-        return inner(call.replace(attention_mask=torch.where(keep, mask, torch.finfo(mask.dtype).min)))
+        return inner(call.seeing(keep.where(keep.any(-1, keepdim=True), seen)))
 
 
 class Remembers(Toy):
     """Scales a query by the mean of what the tokens that it sees had in their own queries, which no cache keeps."""
 
-    keeps_state = True
+    def key_facts(self, call):
+        return {} if self.site.is_cross else {"toy.norm": call.query.norm(dim=-1).mean(dim=1)}
 
     def attend(self, call, inner):
         if self.site.is_cross:  # what it sees are no tokens of its own sequence
             return inner(call)
-        seen = call.visibility()
-        seen = seen.any(1) if seen.dim() == 4 else seen
-        facts = self.of_all_keys(call, call.query.norm(dim=-1).mean(dim=1))
+        seen = call.mask.seen().any(1)
+        facts = call.key_fact("toy.norm")[:, 0]
         mean = (seen * facts[:, None]).sum(-1) / seen.sum(-1).clamp(min=1)
         factor = 1.0 + self.config.strength * (4.0 * mean).sin()
         return inner(call.replace(query=call.query * factor[:, None, :, None].to(call.query.dtype)))
-
-    def of_all_keys(self, call, facts):
-        """`(B, Tk)`: of the keys of this call, and of those before them as they were then."""
-        state = call.sequence_state("toy_state")
-        if state is None:
-            return facts
-        own = call.own_key()
-        place = torch.arange(facts.shape[1], device=facts.device) + (0 if own is None else own)
-        past = state.per_key.get("fact", facts.new_zeros(len(facts), call.key.shape[2]))
-        known = past.to(facts.dtype).index_copy(-1, place, facts)
-        state.write("fact", known, per_key=True)
-        return known
 
 
 class Stores(Toy):
@@ -103,8 +86,8 @@ class Gates(Toy):
         self.slope = nn.Parameter(torch.zeros(site.query_heads))
 
     def attend(self, call, inner):
-        norms = call.raw_query().norm(dim=-1).transpose(1, 2)
-        scores = call.layer_input().to(self.weight.dtype) @ self.weight.T + self.slope * norms
+        norms = call.context.raw_query().norm(dim=-1).transpose(1, 2)
+        scores = call.context.layer_input().to(self.weight.dtype) @ self.weight.T + self.slope * norms
         gate = 1.0 + self.config.strength * scores.tanh()
         self.report(call, gate=gate)
         output, weights = inner(call)

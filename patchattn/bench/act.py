@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.call import AttentionCall, LayerContext
+from ..core.call import AttentionCall
 from ..core.sites import AttentionSite
+from ..core.surroundings import LayerContext
+from ..hosts.transformers.bases import ModuleCall
+from ..hosts.transformers.seam import attention_call
 from ..variants.sinks.act import ACT, ACTConfig
 from .attention import DENSE, AttentionProblem, dense, dense_under, step
 from .problem import EAGER, OURS, Implementation, Outcome, Work
@@ -23,7 +26,8 @@ def ours(problem: "ACTProblem") -> Callable[[], Outcome]:
     nothing = o.query.new_empty(o.query.shape[0], o.query.shape[2], 0)
     context = LayerContext(module, nothing, None, None, {})
     how = {"scaling": o.rule.scaling, "is_causal": o.rule.causal}
-    call = AttentionCall(o.query, o.key, o.value, None, how, module, variant.site, "sdpa", context, innermost=True)
+    given = ModuleCall(module, o.query, o.key, o.value, None, how)
+    call = attention_call(given, variant.site, "sdpa", context).replace(innermost=True)
 
     def inner(_: AttentionCall) -> tuple[torch.Tensor, None]:
         return dense(o).transpose(1, 2), None

@@ -1,85 +1,36 @@
-"""What a variant sees: one call of attention, and what the attention module was called with."""
+"""What a variant sees: one call of attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import Cache
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from patchattn_kernels import AttentionRule
-from patchattn_kernels.rows import seen_by
 
-from ..cache.state import SequenceState, in_slots, sequence_state
-from .hooks import IMAGE_TOKENS, RESIDUAL
-from .masks import is_flash, key_length, no_mask_means, of_head, packed_sequences, real_tokens, visibility, visible_keys
+from .keeping import of_query_heads
+from .mask import Keep, Mask
+from .masks import is_flash
 from .sites import AttentionSite
-from .tap import CacheTap
+from .surroundings import LayerContext, Surroundings
 
 
-@dataclass(eq=False)
-class LayerContext:
-    """What an attention module was called with; lives from its start to its end.
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Some of the keys of a call.
 
     Attributes:
-        module: the attention module.
-        layer_input: `(B, T, E)` the layer's input, queries are made of it.
-        memory: `(B, S, E)` the other sequence of cross attention, or `None`.
-        attention_mask: the mask as the module got it.
-        arguments: all it was called with, by name.
-        cache: the kv cache it writes to, or `None`.
-        raw_query: the query before its norm, as the norm got it; `None` in a family without one.
-        tap: stands between the module and its cache where a variant changes what is stored.
-        rows_done: query rows attended so far, where a module attends in chunks.
+        index: `(B or 1, 1 or Hkv, K)` which ones, ascending, -1 of empty slots, which come first. A head dimension of 1
+            says "the same in all heads".
+        has_empty: whether there are empty slots; true where that is not known without asking the device.
     """
 
-    module: nn.Module
-    layer_input: torch.Tensor
-    memory: torch.Tensor | None
-    attention_mask: Any
-    arguments: Mapping[str, Any]
-    cache: Cache | None = None
-    raw_query: torch.Tensor | None = None
-    tap: CacheTap | None = None
-    rows_done: int = 0
-
-    def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
-        """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.
-
-        Raises:
-            NotImplementedError: they do not line up.
-        """
-        given = self.memory if memory else self.layer_input
-        aligned = given
-        if aligned is not None and aligned.dim() == 2 and batch == 1:  # a packed tower, attended chunk by chunk
-            aligned = aligned[None, self.rows_done : self.rows_done + rows]
-        if aligned is not None and aligned.dim() == 4:  # an image's rows and columns
-            aligned = aligned.flatten(1, 2)
-        if aligned is None or aligned.shape[:-1] != (batch, rows):
-            raise NotImplementedError(
-                f"{type(self.module).__name__} attends over {rows} tokens in a batch of {batch}, but its "
-                f"{'other sequence' if memory else 'input'} is {None if given is None else tuple(given.shape)}: a "
-                "variant that reads it cannot tell which row is which. Leave this tower out with modules=..."
-            )
-        return aligned
-
-    def real_tokens(self, *, memory: bool = False) -> torch.Tensor:
-        """`(B or 1, T or 1)` bool: which tokens of the module's input, or of the other sequence, are no padding."""
-        mask, device = self.attention_mask, self.layer_input.device
-        if self.layer_input.dim() == 2:  # a packed tower has none
-            return torch.ones(1, 1, dtype=torch.bool, device=device)
-        rows = self.layer_input.shape[1:-1].numel()
-        if not memory:
-            keys = key_length(mask, otherwise=rows)
-            return real_tokens(mask, q_length=rows, kv_length=keys, is_cross=False, device=device)
-        keys = rows if self.memory is None else self.memory.shape[1:-1].numel()
-        how = {"is_causal": False, "base": "eager", "window": None, "device": device}
-        visible = visibility(mask, q_length=rows, kv_length=keys, **how)  # type: ignore[arg-type]
-        return visible.flatten(1, -2).any(dim=1)
+    index: torch.Tensor
+    has_empty: bool = False
 
 
 @dataclass(eq=False)
@@ -89,24 +40,25 @@ class AttentionCall:
     Attributes:
         query: `(B, H, Tq, D)`, after rotary embedding and norm.
         key, value: `(B, Hkv, Tk, D)`, cached ones included, kv heads not repeated.
-        attention_mask: in the format of the base implementation: `None`, bool or float `(B, H or 1, Tq, Tk)`, `(B, Tk)`
-            (flash attention) or a BlockMask (flex attention). A key is hidden by a number of -5000 or less.
+        mask: which keys each query sees, whatever the base implementation's format.
         kwargs: everything else the model passed, to be handed on: `scaling`, `dropout`, `position_ids`, `softcap`, ...
         module, site: the attention module and what is known of it.
         base: name of the base implementation.
-        context: what the attention module was called with, for variants whose `needs_context` is true.
+        context: what is known around the call: the layer's input, image tokens, state along the sequence, ...
+        facts: what variants said of every key (`Variant.key_facts`), `(B, 1 or Hkv or H, Tk)` by name.
         innermost: whether `inner` is the base implementation itself, for the variant that sees this call.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    attention_mask: Any
+    mask: Mask
     kwargs: dict[str, Any]
     module: nn.Module
     site: AttentionSite
     base: str
-    context: LayerContext | None = None
+    context: Surroundings
+    facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     innermost: bool = False
 
     @property
@@ -120,6 +72,14 @@ class AttentionCall:
         """Causal or not, by the rule of transformers: the call's argument, else the module's attribute."""
         given = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on with a text by one token per sequence, behind cached ones.
+
+        A prompt's last chunk looks the same if it is that short.
+        """
+        return not self.site.is_cross and self.mask.queries == 1 and self.mask.columns > 1
 
     @property
     def stands_alone(self) -> bool:
@@ -136,87 +96,59 @@ class AttentionCall:
         return replaceable and not asked and self.query.shape[0] == self.key.shape[0]
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other query, key, value, attention_mask or scaling."""
+        """A copy with other query, key, value, mask or scaling."""
         kwargs = self.kwargs
         if "scaling" in changes:
             kwargs = {**kwargs, "scaling": changes.pop("scaling")}
         return replace(self, **{"kwargs": kwargs, **changes})
 
-    def visible_keys(self) -> torch.Tensor:
-        """`(B or 1, Tq)` number of keys each query sees: padding, windows, packing and unfilled cache excluded.
+    def seeing(self, keep: Keep | None) -> Self:
+        """The same call, whose queries see less; see `Mask.narrowed`."""
+        return self.replace(mask=self.mask.narrowed(keep))
 
-        `(B or 1, Tq, H)` where the mask differs between heads; NotImplementedError where there is none and nothing says
-        what the base implementation then does.
+    def at(self, places: Places) -> Self:
+        """The call on some of its keys: keys, values, mask, facts and position bias together.
+
+        No variant that remembers something of every key may come after it.
         """
-        return visible_keys(self.attention_mask, **self._mask_arguments())
-
-    def visibility(self) -> torch.Tensor:
-        """`(B or 1, Tq, Tk)` bool: which keys each query sees. For statistics: as large as one head's attention.
-
-        `(B or 1, H, Tq, Tk)` where the mask differs between heads.
-        """
-        return visibility(self.attention_mask, **self._mask_arguments())
-
-    def _mask_arguments(self) -> dict[str, Any]:
-        batch, _, rows, _ = self.query.shape
-        return {
-            "sequence": packed_sequences(self.attention_mask, self.base, self.kwargs, batch, rows),
-            "q_length": rows,
-            "kv_length": self.key.shape[2],
-            "is_causal": self.is_causal and not self.site.is_cross,
-            "base": self.base,
-            "window": self.kwargs.get("sliding_window"),
-            "device": self.query.device,
-        }
-
-    def probabilities(self, head: int, visible: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of one query head, computed anew whatever the base implementation, in float32 at least.
-
-        For statistics; dropout is left out, and sinks are counted: a row then sums to less than 1.
-
-        Args:
-            head: query head.
-            visible: `visibility()`, where it is at hand.
-
-        Returns:
-            `(B, Tq, Tk)`. Rows that see no key are zero.
-        """
-        visible = of_head(self.visibility() if visible is None else visible, head)
-        dtype = torch.promote_types(self.query.dtype, torch.float32)
-        group = head * self.key.shape[1] // self.query.shape[1]
-        logits = self.query[:, head].to(dtype) @ self.key[:, group].to(dtype).mT * self.scaling
-        cap, sinks = self.kwargs.get("softcap"), self.kwargs.get("s_aux")
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        for bias in (self.kwargs.get("position_bias"), self.attention_mask):
-            if isinstance(bias, torch.Tensor) and bias.dim() == 4 and bias.is_floating_point():
-                logits = logits + bias[:, min(head, bias.shape[1] - 1), :, : logits.shape[-1]]
-        logits = logits.masked_fill(~visible, torch.finfo(dtype).min)
-        if sinks is not None:
-            logits = torch.cat([logits, sinks[head].to(dtype).expand(*logits.shape[:-1], 1)], dim=-1)
-        return logits.softmax(dim=-1)[..., : visible.shape[-1]] * visible
-
-    def real_tokens(self) -> torch.Tensor:
-        """`(B or 1, Tq)` bool: which query tokens are text rather than padding; see `core.masks.real_tokens`."""
-        return real_tokens(
-            self.attention_mask,
-            q_length=self.query.shape[2],
-            kv_length=self.key.shape[2],
-            is_cross=self.site.is_cross,
-            device=self.query.device,
-            own=self.own_key(),
+        index, kwargs = places.index, self.kwargs
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            heads = of_query_heads(index, self.query.shape[1])[:, :, None]
+            kwargs = {**kwargs, "position_bias": _gathered(bias, heads)}
+        return self.replace(
+            key=_taken(self.key, index),
+            value=_taken(self.value, index),
+            mask=self.mask.at(index, has_empty=places.has_empty),
+            facts={
+                name: _gathered(fact, index if fact.shape[1] == 1 else of_query_heads(index, fact.shape[1]))
+                for name, fact in self.facts.items()
+            },
+            kwargs=kwargs,
+            context=replace(self.context, of_some_keys=True),
         )
 
-    def own_key(self) -> int | torch.Tensor | None:
-        """Index of the first query's own key in a kv cache, where its layer is known."""
-        layer = None if self.context is None or self.context.tap is None else self.context.tap.layer
-        if layer is None or self.site.is_cross:
-            return None
-        rows: int = self.query.shape[2]
-        if not in_slots(layer):
-            return self.key.shape[2] - rows
-        seen: int | torch.Tensor = layer.get_seq_length()
-        return seen - rows
+    def row(self, i: int) -> Self:
+        """The call of query i of every sequence alone: queries, mask and what is around them."""
+        rows = torch.tensor([i], device=self.query.device)
+        kwargs, count = dict(self.kwargs), self.query.shape[2]
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = kwargs["position_bias"].expand(-1, -1, count, -1)[:, :, i : i + 1]
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] == count:
+            kwargs["position_ids"] = positions[..., i : i + 1]
+        query, mask = self.query[:, :, i : i + 1], self.mask.of_rows(rows)
+        return self.replace(query=query, mask=mask, kwargs=kwargs, context=self.context.of_rows(rows))
+
+    def key_fact(self, name: str) -> torch.Tensor:
+        """`(B, 1 or Hkv or H, Tk)` what a variant said of every key when it was new (`Variant.key_facts`).
+
+        Raises:
+            ValueError: no variant says so.
+        """
+        if name not in self.facts:
+            raise ValueError(f"No variant says {name!r} of keys; there is {sorted(self.facts)}.")
+        return self.facts[name]
 
     def rule(self, heads: torch.Tensor | None = None) -> AttentionRule:
         """How weights come from query and key, in the terms of `patchattn_kernels`.
@@ -224,137 +156,27 @@ class AttentionCall:
         Args:
             heads: `(h,)` the query heads that are meant; all by default.
         """
-
-        def of_heads(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if heads is None or tensor.shape[1] == 1 else tensor[:, heads]
-
-        mask, rows, keys = self.attention_mask, self.query.shape[2], self.key.shape[2]
-        arguments = self._mask_arguments()
-        causal, base = arguments["is_causal"], arguments["base"]
-        structure: dict[str, Any] = {"offset": self._offset()}
-        if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-            mask = of_heads(mask[..., :keys].expand(-1, -1, rows, -1))
-        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            mask = mask[:, -keys:]
-            structure = {"causal": causal, "window": arguments["window"]}
-        elif mask is None:
-            meaning = no_mask_means(base, is_causal=causal, q_length=rows)
-            if meaning == "flash":
-                sequence = arguments["sequence"] if rows == keys else None
-                structure = {"causal": causal, "window": arguments["window"], "sequence": sequence}
-            elif meaning == "causal":  # aligned to the first key, which matters where a static cache is empty
-                structure = {"causal": True, "offset": 0}
-        else:  # a BlockMask
-            visible = self.visibility()
-            mask = of_heads(visible if visible.dim() == 4 else visible[:, None])
+        mask = self.mask if heads is None else self.mask.of_heads(heads)
         bias, sinks = self.kwargs.get("position_bias"), self.kwargs.get("s_aux")
-        return AttentionRule(
-            scaling=self.scaling,
-            softcap=self.kwargs.get("softcap"),
-            bias=None if bias is None else of_heads(bias[..., :keys].expand(-1, -1, rows, -1)),
-            sinks=sinks if sinks is None or heads is None else sinks[heads],
-            mask=mask,
-            **structure,
-        )
+        if bias is not None:
+            bias = bias[..., : mask.keys].expand(-1, -1, mask.queries, -1)
+            bias = bias if heads is None or bias.shape[1] == 1 else bias[:, heads]
+        sinks = sinks if sinks is None or heads is None else sinks[heads]
+        return mask.rule(self.scaling, softcap=self.kwargs.get("softcap"), bias=bias, sinks=sinks)
 
-    def _offset(self) -> int | None:
-        """Own key of the first query where it is not Tk - Tq: a static cache has slots that are not filled yet.
 
-        For a single row the last key will do, as no real one comes between. Without a tap on the cache it is told by a
-        causal mask, of which the last row ends at its own key.
-        """
-        rows, keys, mask = self.query.shape[2], self.key.shape[2], self.attention_mask
-        if rows == 1 or rows == keys or self.site.is_cross or torch.compiler.is_compiling():
-            return None
-        own = self.own_key()
-        if own is not None:
-            return int(own)
-        if not self.is_causal or not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-            return None
-        seen = seen_by(mask[:, :, -1, :keys]).flatten(0, 1).any(dim=0).nonzero()
-        return int(seen[-1]) + 1 - rows if len(seen) else None
+def _taken(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(B, Hkv, K, D)` some of the keys or values; rows of a matrix are taken faster than gathered one by one."""
+    batch, groups, keys, dim = tensor.shape
+    lines = torch.arange(batch * groups, device=tensor.device).view(batch, groups, 1)
+    places = lines * keys + index.clamp(min=0)
+    return tensor.reshape(-1, dim).index_select(0, places.flatten()).view(*places.shape, dim)
 
-    def layer_input(self) -> torch.Tensor:
-        """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
-        return self._context().tokens(self.query.shape[0], self.query.shape[2])
 
-    def residual(self) -> torch.Tensor:
-        """`(B, Tq, E)` what entered the layer, before its norm, without its gradient.
-
-        For variants that hook their layer (`hooks.with_residual`); NotImplementedError if it did not arrive.
-        """
-        return self._handed_on(RESIDUAL, "what entered its layer")
-
-    def image_tokens(self) -> torch.Tensor:
-        """`(B, Tq)` bool: which tokens of this call are image tokens.
-
-        For variants that hook their language model (`hooks.with_image_tokens`); NotImplementedError if it did not
-        arrive.
-        """
-        return self._handed_on(IMAGE_TOKENS, "which of its tokens are image tokens")
-
-    def _handed_on(self, keyword: str, meaning: str) -> torch.Tensor:
-        given, shape = self.kwargs.get(keyword), (self.query.shape[0], self.query.shape[2])
-        if not isinstance(given, torch.Tensor) or given.shape[:2] != shape:
-            raise NotImplementedError(
-                f"{self.site.module_class} ({self.site.name}) was not told {meaning}, for {shape[1]} tokens in a batch "
-                f"of {shape[0]}: its layer does not hand keyword arguments on to it. Leave it out with modules=..."
-            )
-        return given.to(self.query.device)
-
-    def raw_query(self) -> torch.Tensor:
-        """`(B, H, Tq, D)` the query before its norm, where the family has one; the call's own query otherwise."""
-        if self.site.query_norm is None:
-            return self.query
-        raw = self._context().raw_query
-        batch, heads, rows, _ = self.query.shape
-        if raw is None or raw.numel() != self.query.numel():
-            raise NotImplementedError(
-                f"{self.site.module_class} ({self.site.name}) has a query norm ({self.site.query_norm}) whose input "
-                "does not line up with its queries; this variant needs the query before that norm."
-            )
-        if raw.dim() == 4 and raw.shape[1:3] == (heads, rows) and (heads != rows or raw.stride(1) < raw.stride(2)):
-            return raw
-        return raw.reshape(batch, rows, heads, -1).transpose(1, 2)
-
-    def sequence_state(self, owner: str, *, rewinds: bool = True) -> SequenceState | None:
-        """What a variant remembers of these sequences, its `per_key` aligned with the keys of this call, new ones zero.
-
-        It lives with the layer of the kv cache; `None` without a cache, or if the first call on it is compiled. For
-        variants whose `keeps_state` is true, once in a call.
-
-        Args:
-            owner: name of the variant.
-            rewinds: whether it stays right when the last tokens are taken out of the cache again; `crop` is refused
-                otherwise.
-
-        Raises:
-            ValueError: the cache was filled without this variant.
-            NotImplementedError: the keys are in none of the cache's layers.
-        """
-        context = self._context()
-        if context.cache is None or context.tap is None:
-            return None
-        layer, added = context.tap.layer, context.tap.added
-        if layer is None:  # put there by an earlier call (cross attention), or by a layer that shares its keys
-            layer, added = context.tap.holder(self.key), 0 if self.site.is_cross else self.query.shape[2]
-        if layer is None:
-            raise NotImplementedError(
-                f"{self.site.module_class} ({self.site.name}) takes its keys from no layer of its cache; a variant "
-                "that keeps state along the sequence cannot follow them. Leave it out with modules=... or layers=..."
-            )
-        state = sequence_state(layer, f"{owner} in {self.site.name}", rows=added, rewinds=rewinds)
-        if state is not None:
-            state.align(layer, keys=self.key.shape[2], rows=added)
-        return state
-
-    def _context(self) -> LayerContext:
-        if self.context is None:
-            raise RuntimeError(
-                f"No layer context in {self.site.name}: the variant must say needs_context, and the module must be "
-                "called as a module, so that its hooks run."
-            )
-        return self.context
+def _gathered(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries `(..., K)` of `(..., N)` at places that are broadcast to it; those of empty slots are any."""
+    shape = torch.broadcast_shapes(tensor.shape[:-1], index.shape[:-1])
+    return tensor.expand(*shape, -1).gather(-1, index.clamp(min=0).expand(*shape, -1))
 
 
 @dataclass(eq=False)
@@ -381,4 +203,4 @@ class Observation:
         """`(B or 1, T or 1)` bool: which rows of the values are text rather than padding."""
         if isinstance(self.source, LayerContext):  # said of keys and values, which cross attention makes of the memory
             return self.source.real_tokens(memory=self.site.is_cross)
-        return self.source.real_tokens()
+        return self.source.mask.real()

@@ -1,12 +1,19 @@
 """What of the optional capabilities of variants a call needs."""
 
+from collections.abc import Collection
+
 import torch
 
 from .call import AttentionCall
 
 
-def needed_capabilities(call: AttentionCall) -> set[str]:
-    """Which of the optional capabilities one call relies on."""
+def needed_capabilities(call: AttentionCall, asked: Collection[str]) -> set[str]:
+    """Which of some of the optional capabilities one call relies on. Only for `padding` and `static_cache` it asks the
+    device."""
+    return _needed(call, asked) & set(asked)
+
+
+def _needed(call: AttentionCall, asked: Collection[str]) -> set[str]:
     kwargs, rows, keys = call.kwargs, call.query.shape[2], call.key.shape[2]
     needed = {"cross"} if call.site.is_cross else {"causal" if call.is_causal else "bidirectional"}
     names = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "position_bias"}
@@ -18,9 +25,10 @@ def needed_capabilities(call: AttentionCall) -> set[str]:
     if torch.compiler.is_compiling():
         needed.add("compile")
         return needed  # what follows reads values
+    asked_of_values = not {"padding", "static_cache"}.isdisjoint(asked)
     if keys > rows and call.is_causal and not call.site.is_cross:
         needed.add("kv_cache")
-    if call.attention_mask is not None and bool((call.visible_keys()[:, -1] < keys).any()):
-        cache = call.context.cache if call.context is not None else None
+    if asked_of_values and call.mask.given is not None and bool((call.mask.counts()[:, -1] < keys).any()):
+        cache = call.context.layer.cache if call.context.layer is not None else None
         needed.add("static_cache" if getattr(cache, "is_compileable", False) else "padding")
     return needed

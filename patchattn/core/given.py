@@ -97,3 +97,16 @@ def _without(
     if meaning == "all":
         return {"causal": False, "window": None, "own": last if mask.own is None else mask.own}
     return {"fault": meaning}
+
+
+def real_tokens(given: Any, *, queries: int, keys: int, device: torch.device, is_cross: bool = False) -> torch.Tensor:
+    """`(B or 1, Tq)` bool: which queries a mask says are text rather than padding; see `Mask.real`."""
+    sizes: dict[str, Any] = {"batch": 1, "heads": 1, "queries": queries, "keys": keys, "device": device}
+    return read_mask(given, form=None, meaning="all", is_causal=False, is_cross=is_cross, **sizes).real()
+
+
+def key_length(given: Any, otherwise: int) -> int:
+    """Number of keys that a mask is about, where it says so."""
+    if isinstance(given, BlockMask):
+        return int(given.seq_lengths[1])
+    return given.shape[-1] if isinstance(given, torch.Tensor) and given.dim() == 4 else otherwise

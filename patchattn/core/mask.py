@@ -1,8 +1,7 @@
 """Which keys each query of a call sees: read once off what the model passed, then narrowed, gathered or extended."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -75,6 +74,7 @@ class Mask:
     keeps: tuple[Keep, ...] = ()
     fault: str | None = None
     changed: bool = False
+    _memo: dict[str, torch.Tensor] = field(default_factory=dict, init=False)  # cached_property does not compile
 
     # --- what is seen -------------------------------------------------------------------------------------------------
 
@@ -137,11 +137,7 @@ class Mask:
         In front of them come the extra keys, which are.
         """
         real = self._real_columns
-        if self.index is None:
-            found = real[:, None]
-        else:
-            found = real[:, None].expand(-1, self.index.shape[1], -1).expand(len(self.index), -1, -1)
-            found = found.gather(-1, self._places().expand(len(found), -1, -1)) & (self.index >= 0)
+        found = real[:, None] if self.index is None else self._of_index(real) & (self.index >= 0)
         return F.pad(found, (self.extra, 0), value=True)
 
     def key_order(self) -> torch.Tensor:
@@ -150,10 +146,8 @@ class Mask:
         Of what is not real, that of the last real key before it; 0 of empty slots and of extra keys. With a dense mask
         the real ones are those that some query of the call sees, and those that a window hides from all.
         """
-        order = self._real_columns.long().cumsum(-1)[:, None] + self.dropped
-        if self.index is not None:
-            order = order.expand(len(self.index), self.index.shape[1], -1)
-            order = order.gather(-1, self._places().expand(len(order), -1, -1)).masked_fill(self.index < 0, 0)
+        order = self._real_columns.long().cumsum(-1) + self.dropped
+        order = order[:, None] if self.index is None else self._of_index(order).masked_fill(self.index < 0, 0)
         return F.pad(order, (self.extra, 0))
 
     def row_order(self) -> torch.Tensor:
@@ -290,15 +284,14 @@ class Mask:
 
     def _pairs(self) -> torch.Tensor:
         """`(B or 1, H or 1, Tq, columns)` the dense mask, bool or added; a BlockMask becomes one."""
-        return self._made if isinstance(self.pairs, BlockMask) else self.pairs  # type: ignore[return-value]
-
-    @cached_property
-    def _made(self) -> torch.Tensor:
         mask: Any = self.pairs
-        batch, heads = mask.shape[:2]
-        return create_mask(
-            mask.mask_mod, batch, heads, self.queries, self.columns - self.dropped, device=str(self.device)
-        )
+        if isinstance(mask, torch.Tensor):
+            return mask
+        if "pairs" not in self._memo:
+            (batch, heads), size = mask.shape[:2], self.columns - self.dropped
+            made = create_mask(mask.mask_mod, batch, heads, self.queries, size, device=str(self.device))
+            self._memo["pairs"] = made
+        return self._memo["pairs"]
 
     def added(self) -> torch.Tensor | None:
         """`(B or 1, H or 1, Tq, Tk)` what a dense mask adds to the logits of these keys, if it is one that does."""
@@ -316,6 +309,12 @@ class Mask:
         batch, heads = (max(one, other) for one, other in zip(pairs.shape[:2], places.shape[:2], strict=True))
         places = places[:, :, None].expand(batch, heads, pairs.shape[2], -1)
         return pairs.expand(batch, heads, -1, -1).gather(-1, places)
+
+    def _of_index(self, columns: torch.Tensor) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` of what is said by column, `(B or 1, columns)`."""
+        places = self._places()
+        shape = (max(len(columns), len(places)), places.shape[1], -1)
+        return columns[:, None].expand(shape).gather(-1, places.expand(shape))
 
     def _places(self) -> torch.Tensor:
         """`index` on the axis of a dense mask, 0 of empty slots."""
@@ -344,19 +343,31 @@ class Mask:
             seen = seen & (away.abs() < self.window)
         return F.pad(keeping.of_query_heads(seen, self.heads), (self.extra, 0), value=True)
 
-    @cached_property
+    @property
     def _real_columns(self) -> torch.Tensor:
         """`(B or 1, columns)` bool: columns that are text, as far as is known."""
         if self.real_columns is not None:
             return self.real_columns
+        if "real" not in self._memo:
+            self._memo["real"] = self._found_real()
+        return self._memo["real"]
+
+    def _found_real(self) -> torch.Tensor:
         size = self.columns - self.dropped
         if self.pairs is None:
             return torch.ones(1, size, dtype=torch.bool, device=self.device)
         real = seen_by(self._pairs()).flatten(1, 2).any(dim=1)
-        if self.window is None or not self._infers_own:
+        if self.window is None or not self._window_hides:
             return real
         key = torch.arange(size, device=self.device)  # what the window hides from all queries may well be text
         return real | (key <= self._own_columns()[:, :1] - self.window)
+
+    @property
+    def _window_hides(self) -> bool:
+        """Whether the window may hide keys from all queries, which a dense mask then shows to none."""
+        if self.window is None or not self._infers_own:
+            return False
+        return not isinstance(self.own, int) or self.own >= self.window
 
     @property
     def _infers_own(self) -> bool:

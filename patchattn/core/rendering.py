@@ -23,6 +23,8 @@ def rendered(mask: "Mask") -> tuple[Any, dict[str, Any]]:
         return _tokens(mask)
     if mask.form == "blocks":
         return _blocks(mask), {}
+    if isinstance(mask.pairs, torch.Tensor) and mask.index is None and not mask.keeps and not mask.extra:
+        return mask.pairs, {}  # other rows or heads
     if isinstance(mask.given, torch.Tensor):
         is_added = mask.given.is_floating_point()
     elif mask.form is None:
@@ -49,14 +51,15 @@ def _tokens(mask: "Mask") -> tuple[Any, dict[str, Any]]:
     """Flash attention aligns causal rows to the last keys and drops the rows of hidden ones: a window, or one row."""
     if mask.index is None and not mask.keeps and not mask.extra and not isinstance(mask.own, torch.Tensor):
         return mask.given, {"sliding_window": mask.window}
-    if mask.sequence is not None:
-        raise _refused("flash attention", "other keys of packed sequences than it was given")
     if mask.queries > 1:
         raise _refused("flash attention", f"a choice of keys for {mask.queries} rows in one call")
     seen = mask.seen()
     if seen.shape[1] > 1:
         raise _refused("flash attention", "other keys in some heads than in others")
-    return (None if _all_seen(mask) else seen[:, 0, 0].expand(mask.batch, -1)), {"sliding_window": None}
+    words: dict[str, Any] = {"sliding_window": None}
+    if mask.sequence is not None:  # the mask says what of them is left
+        words |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+    return (None if _all_seen(mask) else seen[:, 0, 0].expand(mask.batch, -1)), words
 
 
 def _blocks(mask: "Mask") -> BlockMask:
@@ -68,9 +71,12 @@ def _blocks(mask: "Mask") -> BlockMask:
     if isinstance(mask.own, torch.Tensor) and mask.own.dim() == 2:
         raise _refused("flex attention", "some rows of a call")
     conditions: list[Any] = []
+    window = mask.window if mask.pairs is None else None
+    order = own = None
+    if window is not None or any(isinstance(keep, SinkAndRecent) for keep in mask.keeps):
+        order, own = mask.key_order()[:, 0].expand(mask.batch, -1), mask.row_order().expand(mask.batch, -1)
     for keep in mask.keeps:
         if isinstance(keep, SinkAndRecent):
-            order, own = mask.key_order()[:, 0].expand(mask.batch, -1), mask.row_order().expand(mask.batch, -1)
 
             def near(b: Any, h: Any, i: Any, j: Any, keep: Any = keep, order: Any = order, own: Any = own) -> Any:
                 return ((own[b, i] - order[b, j]).abs() < keep.recent[h]) | (order[b, j] <= keep.sinks[h])
@@ -96,6 +102,8 @@ def _blocks(mask: "Mask") -> BlockMask:
         seen = torch.ones_like(j, dtype=torch.bool) if inner is None else inner(b, h, i, place)
         if real is not None:
             seen = seen & real[b, j]
+        if window is not None and order is not None and own is not None:
+            seen = seen & ((own[b, i] - order[b, j]).abs() < window)
         if extra:
             seen = seen | (j < extra)
         for condition in conditions:
@@ -129,7 +137,7 @@ def structure(mask: "Mask") -> dict[str, Any]:
         found["offset"] = own
     # One row ends at the last real key, and without a window the keys that it sees are all real ones.
     by_mask = told and (own is not None or mask.queries == 1 or not mask._infers_own)
-    if mask.dropped or not by_mask or (mask.pairs is not None and mask.window is not None and mask._infers_own):
+    if mask.dropped or not by_mask or (mask.pairs is not None and mask._window_hides):
         found |= {"order": mask.key_order(), "own": mask.row_order()}
     return found
 

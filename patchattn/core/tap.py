@@ -15,11 +15,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
-from .masks import packed_sequences, visible_keys
-
 if TYPE_CHECKING:
     from ..hosts.transformers.seam import VariantChain
-    from .call import LayerContext
+    from .surroundings import LayerContext
 
 # Functions of torch that bring a tensor into another shape, place or type, and compute nothing from it.
 _MOVES = frozenset(
@@ -161,28 +159,10 @@ class CacheTap:
         """New keys and values, changed by the variants."""
         self.is_used = True
         context = self.running_context()
-        site, module = self.chain.site, context.module
-        rows, mask = key.shape[2], context.attention_mask
-        batch, length = context.layer_input.shape[:2]
-        visible = visible_keys(
-            mask,
-            sequence=packed_sequences(mask, self.chain.base, context.arguments, batch, length),
-            q_length=length,
-            kv_length=rows if site.is_cross else cache.get_mask_sizes(rows, layer_index)[0],
-            is_causal=bool(getattr(module, "is_causal", True)) and not site.is_cross,
-            base=self.chain.base,
-            window=_window(module),
-            device=key.device,
-        )
+        rows = key.shape[2]
+        keys = rows if self.chain.site.is_cross else cache.get_mask_sizes(rows, layer_index)[0]
+        visible = self.chain.mask_before_cache(context, key, keys).counts()
         return self.chain.before_cache(key, value, context, visible)
-
-
-def _window(module: Any) -> int | None:
-    """The sliding window of a module: its own where the model's layers differ, else the configuration's."""
-    if not getattr(module, "is_sliding", True):
-        return None
-    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    return window
 
 
 class TappedCache(Cache):

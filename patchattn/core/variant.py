@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ..files.documents import concerning, quoted
-from .call import AttentionCall, LayerContext, Observation
+from .call import AttentionCall, Observation
 from .hooks import Hook
 from .renaming import Renaming
 from .settings import Settings, nearest
 from .sites import AttentionSite
+from .surroundings import LayerContext
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 Attend = Callable[[AttentionCall], AttentionOutput]
@@ -106,7 +107,7 @@ class Variant(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define attend(call, inner).")
 
-    def forward(self, stage: Literal["attend", "before_cache"], *arguments: Any) -> Any:
+    def forward(self, stage: Literal["attend", "before_cache", "key_facts"], *arguments: Any) -> Any:
         """Run one stage. What gathers parameters before a forward (FSDP, accelerate's offloading) relies on it."""
         return getattr(self, stage)(*arguments)
 
@@ -137,7 +138,7 @@ class Variant(nn.Module):
 
     @property
     def needs_context(self) -> bool:
-        """Whether `attend` reads `call.context` (the layer's input, the query before its norm)."""
+        """Whether `attend` reads what the module was called with: the layer's input, the query before its norm."""
         return False
 
     @property
@@ -147,7 +148,7 @@ class Variant(nn.Module):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether `attend` reads or writes `call.sequence_state()`, which lives with the kv cache."""
+        """Whether `attend` reads or writes `call.context.sequence_state()`, which lives with the kv cache."""
         return False
 
     @property
@@ -167,6 +168,14 @@ class Variant(nn.Module):
             visible: `(B or 1, T)` number of keys each of these tokens sees, itself included.
         """
         return key, value
+
+    def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
+        """What is to be known later of the tokens of this call, by name, such as which ones are image tokens.
+
+        `(B, Tq)`, or by head `(B, 1 or Hkv or H, Tq)`. The chain asks in every call and keeps it with the kv cache;
+        `call.key_fact(name)` then says it of all keys.
+        """
+        return {}
 
     def hooks(self, model: nn.Module) -> list[Hook]:
         """Methods of this variant to be called around modules of the model other than the attention module.

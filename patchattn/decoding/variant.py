@@ -20,9 +20,9 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..core.call import AttentionCall
+from ..core.given import real_tokens
 from ..core.hooks import Hook, image_tokens_known, unknown_ids
 from ..core.kv_caches import cache_argument, find_cache
-from ..core.masks import real_tokens
 from ..core.renaming import Renaming
 from ..core.sites import AttentionSite
 from ..core.variant import Attend, AttentionOutput, Variant
@@ -156,7 +156,7 @@ class DecodingVariant(Variant):
         if ids is None or ids.shape[1] != length or rows % max(len(ids), 1):
             raise unknown_ids(type(self).__name__, embedding, self.before_embedding)
         past = 0 if cache is None else int(cache.get_seq_length())
-        where = {"q_length": length, "kv_length": past + length, "is_cross": False, "device": embeddings.device}
+        where = {"queries": length, "keys": past + length, "device": embeddings.device}
         real = real_tokens(given.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
         _local.step = Step(ids, embeddings, real, past == 0, embedding)
         _local.unfilled = None if cache is None or past else copy.deepcopy(cache.layers)

@@ -18,13 +18,13 @@ from torch import nn
 from patchattn_kernels import KeyCounts, column_mass, key_counts
 
 from ..core.call import AttentionCall
-from ..core.masks import of_all_heads
 from ..core.patching import active_chains
 from ..core.recording import recording
 from ..core.registry import variant_info
 from ..core.selection import base_model, evaluating, select_sites
 from ..core.sites import AttentionSite
 from ..vision.images import ImageSpan, image_layout, image_spans
+from .probabilities import attention_probabilities, seen_by_all_heads
 
 SINK_FACTOR = 5.0  # ACT's alpha (arXiv 2406.15765): a sink gets that many times what it would if all got the same
 SINK_SEEN = 0.25  # and is seen by that share of the queries or more
@@ -122,14 +122,14 @@ def attention_received(
     found: dict[str, ReceivedAttention] = {}
 
     def see(call: AttentionCall, own: torch.Tensor | None) -> None:
-        rule, real = call.rule(), call.real_tokens()
+        rule, real = call.rule(), call.mask.real()
         if own is None:
             mass, _ = column_mass(call.query, call.key, rule, real=real)
         else:
             mass = (own.double() * real[:, None, :, None]).sum(dim=2)
         counts = key_counts(rule, call.query.shape[2], call.key.shape[2], call.key.device, real)
         if counts.rows.dim() == 3:
-            of_all_heads(call.visibility())  # or it refuses
+            seen_by_all_heads(call)  # or it refuses
             counts = KeyCounts(*(count[:, 0] for count in counts))
         found[call.site.name] = _received(call.site, mass, counts.rows, counts.longest)
 
@@ -276,7 +276,7 @@ def _is_own(names: Sequence[str]) -> bool:
 
 def _weights(call: AttentionCall, own: torch.Tensor | None, head: int, row: int, visible: torch.Tensor) -> torch.Tensor:
     """`(Tq, Tk)` attention of a head in one sequence: a variant's own, or what queries and keys give."""
-    return call.probabilities(head, visible[None])[row] if own is None else own[row, head]
+    return attention_probabilities(call, head, visible[None, None])[row] if own is None else own[row, head]
 
 
 def _received(site: AttentionSite, mass: torch.Tensor, rows: torch.Tensor, longest: torch.Tensor) -> ReceivedAttention:
@@ -301,8 +301,8 @@ def _of_row(call: AttentionCall, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = call.query.shape[0]
     if not 0 <= row < batch:
         raise ValueError(f"There is no sequence {row} in a batch of {batch}.")
-    visible = of_all_heads(call.visibility()).expand(batch, -1, -1)[row]
-    real = call.real_tokens().expand(batch, visible.shape[0])[row] & visible.any(-1)
+    visible = seen_by_all_heads(call).expand(batch, -1, -1)[row]
+    real = call.mask.real().expand(batch, visible.shape[0])[row] & visible.any(-1)
     return visible, real.nonzero().flatten()
 
 

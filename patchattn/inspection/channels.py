@@ -175,7 +175,7 @@ def channel_statistics(
     real: list[torch.Tensor] = []  # (B, T) of the self-attention that ran last
 
     def see(call: AttentionCall, output: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        real[:] = [call.real_tokens().expand(call.query.shape[0], call.query.shape[2])]
+        real[:] = [call.mask.real().expand(call.query.shape[0], call.query.shape[2])]
         return output
 
     def hook(name: str) -> Any:

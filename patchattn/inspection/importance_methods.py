@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..core.call import AttentionCall
-from ..core.masks import of_all_heads
 from ..core.selection import base_model
 from ..core.sites import AttentionSite
 from ..surgery.projections import head_projections, output_projection
@@ -23,6 +22,7 @@ from .channels import (
     standardised,
     sum_of_example_means,
 )
+from .probabilities import attention_probabilities, seen_by_all_heads
 
 Per = Literal["token", "example", "batch"]
 Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
@@ -49,7 +49,7 @@ class Method(ABC):
     def see(self, call: AttentionCall, output: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Look at the output of heads `(B, Tq, H, D)` of one call; what is returned goes on."""
         batch, rows = output.shape[:2]
-        real = call.real_tokens().expand(batch, rows)
+        real = call.mask.real().expand(batch, rows)
         self.tokens[call.site.name] += int(real.sum())
         return self.add(call, output, real)
 
@@ -186,13 +186,13 @@ class Entropy(SummedMethod):
     outermost = False  # the weights that the base implementation computes
 
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        visible = of_all_heads(call.visibility())
+        visible = seen_by_all_heads(call)
         counts = visible.sum(-1).expand(real.shape)
         rows = real & (counts > 1)
         most = as_double(counts[rows]).log()
         found = []
         for head in range(output.shape[2]):
-            weights = as_double(call.probabilities(head, visible)[rows])
+            weights = as_double(attention_probabilities(call, head, visible[:, None])[rows])
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
             found.append((1.0 - torch.special.entr(weights).sum(-1) / most).sum())
         self.sum_up(call.site.name, torch.stack(found), int(rows.sum()))

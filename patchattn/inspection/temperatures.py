@@ -12,11 +12,11 @@ from torch import nn
 from patchattn_kernels import scale_tokens
 
 from ..core.call import AttentionCall, Observation
-from ..core.masks import of_head
 from ..core.observation import observe
 from ..core.patching import active_chains
 from ..core.selection import base_model
 from ..core.sites import AttentionSite
+from .probabilities import attention_probabilities, of_head
 
 STREAMS = ("query", "key", "value")
 _NAMES = {f"{stream}_temperature": stream for stream in STREAMS}  # what variants report inverse temperatures as
@@ -117,18 +117,18 @@ class _Layer:
         plain = call.replace(query=_unscaled(call.query, factor))
         if self.key is not None:
             keys = self.key.values["key_temperature"]
-            if self.key.source is not call.context or keys.shape[1] not in (1, call.key.shape[2]):
+            if self.key.source is not call.context.layer or keys.shape[1] not in (1, call.key.shape[2]):
                 return  # keys of earlier calls: their temperatures are not at hand
             plain = plain.replace(key=_unscaled(call.key, keys))
             if not bool(plain.key.isfinite().all()):
                 return
-        visible, real = call.visibility(), call.real_tokens()
+        seen, real = call.mask.seen(), call.mask.real()
         for head in range(call.query.shape[1]):
-            counts = of_head(visible, head).sum(-1)
+            counts = of_head(seen, head).sum(-1)
             rows = real & (counts > 0)
             known = rows & plain.query[:, head].isfinite().all(-1)  # a temperature of 0 leaves nothing to go back to
             for sums, one in ((self.before, plain), (self.after, call)):
-                attention = one.probabilities(head, visible)
+                attention = attention_probabilities(one, head, seen)
                 squares = attention.square().sum(-1) * counts
                 sums.add((attention.sum(-1).square() / squares)[known.expand_as(squares)])
 

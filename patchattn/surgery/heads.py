@@ -127,9 +127,9 @@ class KeptHeads:
             tensor = kwargs.get(name)
             if tensor is not None and tensor.shape[dim] == self.total:
                 kwargs[name] = tensor.index_select(dim, torch.tensor(self.kept, device=tensor.device))
-        mask = call.attention_mask
-        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == self.total != 1:
-            changes["attention_mask"] = mask[:, list(self.kept)]
+        pairs = call.mask.pairs
+        if pairs is not None and pairs.shape[1] == self.total != 1:
+            changes["mask"] = call.mask.of_heads(self.kept)
         if self.kv_index is not None:
             index = torch.tensor(self.kv_index, device=call.key.device)
             changes |= {"key": call.key.index_select(1, index), "value": call.value.index_select(1, index)}

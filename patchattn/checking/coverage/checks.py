@@ -232,12 +232,12 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
             elif said != is_so:
                 wrong.append(f"{site.module_class}: {what} {said}, really {is_so}")
         try:
-            tokens = call.layer_input()
+            tokens = call.context.layer_input()
             if site.input_size is not None and tokens.shape[-1] != site.input_size:
                 wrong.append(f"{site.module_class}: input size {site.input_size}, really {tokens.shape[-1]}")
         except NotImplementedError:
             notes.append(f"input not aligned in {site.module_class}")
-        memory = call.context.memory if call.context else None
+        memory = call.context.module_call().memory
         if memory is not None and not site.is_cross:
             notes.append(f"self attention called with another sequence in {site.module_class}")
 

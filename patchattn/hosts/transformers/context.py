@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ...core.call import LayerContext
 from ...core.hooks import refuse_later_hooks
 from ...core.packing import CHILD
+from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
 from .batching import refuse_paged

@@ -13,14 +13,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...core.call import AttentionCall, LayerContext
+from ...core.call import AttentionCall
 from ...core.capabilities import needed_capabilities
-from ...core.masks import is_flash
+from ...core.mask import Mask
+from ...core.masks import is_flash, mask_of_call
 from ...core.packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
 from ...core.plan import renamed_config
 from ...core.registry import variant_info
 from ...core.renaming import Renaming
 from ...core.sites import AttentionSite
+from ...core.surroundings import LayerContext, Surroundings
 from ...core.tap import is_shared
 from ...core.variant import ALL_CAPABILITIES, AttentionOutput, Variant
 from .bases import ModuleCall, as_base_sees, live_chains, register_base
@@ -98,9 +100,10 @@ class VariantChain(nn.Module):
     def _refresh(self) -> None:
         active = [(name, v) for name in self.names() if not (v := self._variant(name)).is_identity]
         self.active = tuple(name for name, _ in active)
-        self.needs_context = any(v.needs_context or v.changes_cache or v.keeps_state for _, v in active)
+        self.telling = tuple(name for name, v in active if type(v).key_facts is not Variant.key_facts)
+        self.taps_cache = bool(self.telling) or any(v.changes_cache or v.keeps_state for _, v in active)
+        self.needs_context = self.taps_cache or any(v.needs_context for _, v in active)
         self.storing = tuple(name for name, v in active if v.changes_cache)
-        self.taps_cache = any(v.changes_cache or v.keeps_state for _, v in active)
         self.lacking = {
             name: missing
             for name, _ in active
@@ -119,12 +122,14 @@ class VariantChain(nn.Module):
     def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
         module, query = given.module, given.query
         context = current_context(module) if self.needs_context else None
-        call = AttentionCall(
-            query, given.key, given.value, given.mask, given.kwargs, module, self.site, self.base, context
-        )
+        call = attention_call(given, self.site, self.base, context)
         self._refuse(call)
         if self.storing and context is not None:
             call = self._store(call, context)
+        for name in self.telling:
+            told = self._variant(name)("key_facts", call)
+            if told:
+                call = call.replace(facts={**call.facts, **call.context.remembered(name, told)})
         output = self._attend(0, base, call)
         if context is not None:
             context.rows_done += query.shape[2]
@@ -133,7 +138,8 @@ class VariantChain(nn.Module):
     def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
         if depth == len(self.active):
             module = as_base_sees(call.module, self.base) if is_flash(self.base) else call.module
-            return base(module, call.query, call.key, call.value, call.attention_mask, **call.kwargs)
+            mask, words = call.mask.rendered()
+            return base(module, call.query, call.key, call.value, mask, **{**call.kwargs, **words})
 
         def inner(inner_call: AttentionCall) -> AttentionOutput:
             return self._attend(depth + 1, base, inner_call)
@@ -159,9 +165,26 @@ class VariantChain(nn.Module):
             )
         if tap is not None and tap.covers(call.key):
             return call
-        visible = call.visible_keys()
+        visible = call.mask.counts()
         key, value = self.before_cache(call.key, call.value, context, visible)
         return call.replace(key=key, value=value)
+
+    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int) -> Mask:
+        """The mask of a call whose new keys `(B, Hkv, T, D)` are on their way into a cache that then gives `keys`."""
+        batch, length = context.layer_input.shape[:2]
+        return mask_of_call(
+            context.attention_mask,
+            self.base,
+            context.arguments,
+            is_causal=bool(getattr(context.module, "is_causal", True)),
+            is_cross=self.site.is_cross,
+            batch=batch,
+            heads=self.site.query_heads or key.shape[1],
+            queries=length,
+            keys=keys,
+            window=_window(context.module),
+            device=key.device,
+        )
 
     def before_cache(
         self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
@@ -191,11 +214,52 @@ class VariantChain(nn.Module):
             )
         refuse_paged(call.kwargs)
         for name, lacking in self.lacking.items():
-            if needed := lacking & needed_capabilities(call):
+            if needed := needed_capabilities(call, lacking):
                 raise NotImplementedError(
                     f"The variant {name!r} does not support {', '.join(sorted(needed))}, which {site.module_class} "
                     f"({site.name}) needs in this call. See patchattn.variant_info({name!r}).capabilities."
                 )
+
+
+def attention_call(
+    given: ModuleCall, site: AttentionSite, base: str, layer: LayerContext | None = None
+) -> AttentionCall:
+    """What variants see of a call of an attention function.
+
+    Args:
+        given: the call.
+        site: what is known of its attention module.
+        base: the base implementation.
+        layer: what the attention module was called with, where its hooks ran.
+    """
+    query, key, kwargs, module = given.query, given.key, given.kwargs, given.module
+    context = Surroundings(module, site, kwargs, query, key, layer)
+    said = kwargs.get("is_causal")
+    mask = mask_of_call(
+        given.mask,
+        base,
+        kwargs,
+        is_causal=bool(getattr(module, "is_causal", True) if said is None else said),
+        is_cross=site.is_cross,
+        batch=max(query.shape[0], key.shape[0]),
+        heads=query.shape[1],
+        queries=query.shape[2],
+        keys=key.shape[2],
+        window=kwargs.get("sliding_window"),
+        own=context.own_key(),
+        dropped=context.dropped(),
+        device=query.device,
+        dtype=query.dtype,
+    )
+    return AttentionCall(query, key, given.value, mask, kwargs, module, site, base, context)
+
+
+def _window(module: Any) -> int | None:
+    """The sliding window of a module: its own where the model's layers differ, else the configuration's."""
+    if not getattr(module, "is_sliding", True):
+        return None
+    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return window
 
 
 def _of_kv_heads(visible: torch.Tensor, kv_heads: int, site: AttentionSite) -> torch.Tensor:

@@ -114,7 +114,7 @@ class ACT(Variant):
         # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
         anew = heads is None and call.stands_alone and _is_half(query)
         output, weights = (query.transpose(1, 2), None) if anew else inner(call)  # the query stands for the dtype
-        rule, real = call.rule(heads), call.real_tokens()
+        rule, real = call.rule(heads), call.mask.real()
         if _is_half(output):
             whole, lse = attention_with_lse(query, key, value, rule)
             mass, _ = column_mass(query, key, rule, lse=lse, real=real)
@@ -157,7 +157,7 @@ class ACT(Variant):
         self, call: AttentionCall, mass: torch.Tensor, counts: KeyCounts
     ) -> tuple[torch.Tensor, KeyCounts]:
         """Sums over the rows of this call and, with a kv cache, of all calls before it."""
-        state = call.sequence_state("act", rewinds=False)
+        state = call.context.sequence_state("act", rewinds=False)
         if state is None:
             return mass, counts
         rows, longest = counts.rows, counts.longest

@@ -1,7 +1,7 @@
 """VAR, Visual Attention Redistribution: heads that look at the image look less at sinks. arXiv 2503.03321."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +92,6 @@ class VAR(Variant):
 
     config_class = VARConfig
     config: VARConfig
-    keeps_state = True
 
     def __init__(self, config: VARConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
@@ -175,10 +174,14 @@ class VAR(Variant):
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forget_tokens()
 
+    def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
+        """A token keeps the marks that it came with."""
+        return {"var.sink": self._are_sinks(call.context.residual()), "var.image": call.context.image_tokens()}
+
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         output, weights = inner(call)
-        is_image = call.image_tokens()
-        sinks, image = self._of_all_keys(call, self._are_sinks(call.residual()), is_image)
+        is_image = call.context.image_tokens()
+        sinks, image = (call.key_fact(name)[:, 0] for name in ("var.sink", "var.image"))
         others = image & ~sinks
         heads, rule = call.query.shape[1], call.rule()
 
@@ -208,20 +211,6 @@ class VAR(Variant):
         ratios = activation_ratios(hidden)  # a list of dimensions would first have to go to the device
         largest = torch.stack([ratios[..., dim] for dim in self.config.sink_dims or ()]).amax(dim=0)
         return largest > self.config.sink_threshold
-
-    def _of_all_keys(
-        self, call: AttentionCall, sinks: torch.Tensor, image: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Marks `(B, Tk)` of all keys from those of this call's tokens: a token keeps the ones that it came with."""
-        state, keys = call.sequence_state("var"), call.key.shape[2]
-        if state is None:
-            return sinks, image
-        own = call.own_key()
-        place = torch.arange(sinks.shape[1], device=sinks.device) + (0 if own is None else own)
-        for name, marks in {"sink": sinks, "image": image}.items():
-            past = state.per_key.get(name, marks.new_zeros(len(marks), keys))
-            state.write(name, past.index_copy(-1, place, marks), per_key=True)
-        return state.per_key["sink"], state.per_key["image"]
 
 
 def activation_ratios(hidden: torch.Tensor) -> torch.Tensor:

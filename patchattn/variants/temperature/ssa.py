@@ -8,12 +8,13 @@ from torch import nn
 
 from patchattn_kernels import scale_tokens
 
-from ...core.call import AttentionCall, LayerContext
+from ...core.call import AttentionCall
 from ...core.patching import active_chains
 from ...core.registry import register_variant
 from ...core.selection import base_model
 from ...core.settings import option
 from ...core.sites import AttentionSite
+from ...core.surroundings import LayerContext
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 STREAMS = ("query", "key", "value")
@@ -123,8 +124,10 @@ class SSA(Variant):
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         if self.config.query:
-            features = self.features("query", call.module, call.layer_input()) if self.config.token_aware else None
-            tau = self.temperature("query", features, call.visible_keys())
+            features = None
+            if self.config.token_aware:
+                features = self.features("query", call.module, call.context.layer_input())
+            tau = self.temperature("query", features, call.mask.counts())
             call = call.replace(query=scale_tokens(call.query, tau))
             self.report(call, query_temperature=tau)
         return inner(call)

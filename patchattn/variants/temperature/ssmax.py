@@ -60,7 +60,7 @@ class SSMax(Variant):
         return list(self.parameters())
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        factor = self.factor(call.visible_keys())
+        factor = self.factor(call.mask.counts())
         scaled = call.replace(query=scale_tokens(call.query, factor))
         self.report(scaled, query_temperature=factor)
         return inner(scaled)

@@ -197,7 +197,7 @@ class SHRP(SurgeryVariant):
 
     def gate(self, call: AttentionCall) -> torch.Tensor:
         """`(B, Tq, H)`: the router's probability where a head is chosen, else 0."""
-        tokens, real = call.layer_input(), call.real_tokens()
+        tokens, real = call.context.layer_input(), call.mask.real()
         shape = tokens.shape[:2]
         if self.config.router == "first":
             first = real.expand(shape).long().argmax(1)

@@ -193,7 +193,7 @@ class MoH(Variant):
 
     def norm_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` of 0 and 1; while training with the straight-through gradient of scores."""
-        norms = head_norms(call.raw_query()[:, self.shared :])
+        norms = head_norms(call.context.raw_query()[:, self.shared :])
         choice = mask = select_top_k(norms.detach(), self.routed)
         routing = {}
         if self.budget and (self.training or self.observers):
@@ -205,7 +205,7 @@ class MoH(Variant):
 
     def learned_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` weights whose mean over the active heads is about one."""
-        tokens = call.layer_input()
+        tokens = call.context.layer_input()
         shape = tokens.shape[:2]
         shared = self._softmax(tokens, "shared_weight", self.shared) if self.shared > 1 else None
         parts = [torch.ones(*shape, self.shared, device=tokens.device) if shared is None else shared]

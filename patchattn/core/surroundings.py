@@ -1,0 +1,239 @@
+"""What is around a call of attention: what its module was called with, what came from further up, and its kv cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..cache.state import SequenceState, in_slots, sequence_state
+from .given import key_length, read_mask, real_tokens
+from .hooks import IMAGE_TOKENS, RESIDUAL
+from .sites import AttentionSite
+from .tap import CacheTap
+
+
+@dataclass(eq=False)
+class LayerContext:
+    """What an attention module was called with; lives from its start to its end.
+
+    Attributes:
+        module: the attention module.
+        layer_input: `(B, T, E)` the layer's input, queries are made of it.
+        memory: `(B, S, E)` the other sequence of cross attention, or `None`.
+        attention_mask: the mask as the module got it.
+        arguments: all it was called with, by name.
+        cache: the kv cache it writes to, or `None`.
+        raw_query: the query before its norm, as the norm got it; `None` in a family without one.
+        tap: stands between the module and its cache where a variant changes what is stored.
+        rows_done: query rows attended so far, where a module attends in chunks.
+    """
+
+    module: nn.Module
+    layer_input: torch.Tensor
+    memory: torch.Tensor | None
+    attention_mask: Any
+    arguments: Mapping[str, Any]
+    cache: Cache | None = None
+    raw_query: torch.Tensor | None = None
+    tap: CacheTap | None = None
+    rows_done: int = 0
+
+    def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
+        """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.
+
+        Raises:
+            NotImplementedError: they do not line up.
+        """
+        given = self.memory if memory else self.layer_input
+        aligned = given
+        if aligned is not None and aligned.dim() == 2 and batch == 1:  # a packed tower, attended chunk by chunk
+            aligned = aligned[None, self.rows_done : self.rows_done + rows]
+        if aligned is not None and aligned.dim() == 4:  # an image's rows and columns
+            aligned = aligned.flatten(1, 2)
+        if aligned is None or aligned.shape[:-1] != (batch, rows):
+            raise NotImplementedError(
+                f"{type(self.module).__name__} attends over {rows} tokens in a batch of {batch}, but its "
+                f"{'other sequence' if memory else 'input'} is {None if given is None else tuple(given.shape)}: a "
+                "variant that reads it cannot tell which row is which. Leave this tower out with modules=..."
+            )
+        return aligned
+
+    def real_tokens(self, *, memory: bool = False) -> torch.Tensor:
+        """`(B or 1, T or 1)` bool: which tokens of the module's input, or of the other sequence, are no padding."""
+        mask, device = self.attention_mask, self.layer_input.device
+        if self.layer_input.dim() == 2:  # a packed tower has none
+            return torch.ones(1, 1, dtype=torch.bool, device=device)
+        rows = self.layer_input.shape[1:-1].numel()
+        if not memory:
+            return real_tokens(mask, queries=rows, keys=key_length(mask, otherwise=rows), device=device)
+        keys = rows if self.memory is None else self.memory.shape[1:-1].numel()
+        how: dict[str, Any] = {"form": None, "meaning": "all", "is_cross": True, "batch": len(self.layer_input)}
+        return read_mask(mask, **how, heads=1, queries=rows, keys=keys, device=device).real_keys()[:, 0]
+
+
+@dataclass(eq=False)
+class Surroundings:
+    """What is known around one call of attention.
+
+    Attributes:
+        module, site: the attention module and what is known of it.
+        kwargs: what the attention function was called with besides tensors.
+        query, key: as the attention function got them.
+        layer: what the attention module was called with, for variants whose `needs_context` is true.
+        rows: `(R,)` which of its queries the call is about; `None`: all.
+        of_some_keys: whether the call is about some of its keys.
+    """
+
+    module: nn.Module
+    site: AttentionSite
+    kwargs: Mapping[str, Any]
+    query: torch.Tensor
+    key: torch.Tensor
+    layer: LayerContext | None = None
+    rows: torch.Tensor | None = None
+    of_some_keys: bool = False
+
+    def layer_input(self) -> torch.Tensor:
+        """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
+        return self._of_rows(self.module_call().tokens(self.query.shape[0], self.query.shape[2]), 1)
+
+    def residual(self) -> torch.Tensor:
+        """`(B, Tq, E)` what entered the layer, before its norm, without its gradient.
+
+        For variants that hook their layer (`hooks.with_residual`); NotImplementedError if it did not arrive.
+        """
+        return self._handed_on(RESIDUAL, "what entered its layer")
+
+    def image_tokens(self) -> torch.Tensor:
+        """`(B, Tq)` bool: which tokens of this call are image tokens.
+
+        For variants that hook their language model (`hooks.with_image_tokens`); NotImplementedError if it did not
+        arrive.
+        """
+        return self._handed_on(IMAGE_TOKENS, "which of its tokens are image tokens")
+
+    def _handed_on(self, keyword: str, meaning: str) -> torch.Tensor:
+        given, shape = self.kwargs.get(keyword), (self.query.shape[0], self.query.shape[2])
+        if not isinstance(given, torch.Tensor) or given.shape[:2] != shape:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) was not told {meaning}, for {shape[1]} tokens in a batch "
+                f"of {shape[0]}: its layer does not hand keyword arguments on to it. Leave it out with modules=..."
+            )
+        return self._of_rows(given.to(self.query.device), 1)
+
+    def raw_query(self) -> torch.Tensor:
+        """`(B, H, Tq, D)` the query before its norm, where the family has one; the call's own query otherwise."""
+        if self.site.query_norm is None:
+            return self._of_rows(self.query, 2)
+        raw = self.module_call().raw_query
+        batch, heads, rows, _ = self.query.shape
+        if raw is None or raw.numel() != self.query.numel():
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) has a query norm ({self.site.query_norm}) whose input "
+                "does not line up with its queries; this variant needs the query before that norm."
+            )
+        if raw.dim() == 4 and raw.shape[1:3] == (heads, rows) and (heads != rows or raw.stride(1) < raw.stride(2)):
+            return self._of_rows(raw, 2)
+        return self._of_rows(raw.reshape(batch, rows, heads, -1).transpose(1, 2), 2)
+
+    def own_key(self) -> int | torch.Tensor | None:
+        """Place of the first query's own key among the keys, where the layer of the kv cache is known."""
+        layer = self._cache_layer()
+        if layer is None or self.site.is_cross:
+            return None
+        rows: int = self.query.shape[2]
+        if not in_slots(layer):
+            return self.key.shape[2] - rows
+        seen: int | torch.Tensor = layer.get_seq_length()
+        return seen - rows
+
+    def dropped(self) -> int:
+        """How many keys the layer of the kv cache has let go of before the first one that it gave."""
+        layer = self._cache_layer()
+        if layer is None or self.site.is_cross or in_slots(layer):
+            return 0
+        return max(0, int(layer.get_seq_length()) - self.key.shape[2])
+
+    def _cache_layer(self) -> Any:
+        return None if self.layer is None or self.layer.tap is None else self.layer.tap.layer
+
+    def sequence_state(self, owner: str, *, rewinds: bool = True) -> SequenceState | None:
+        """What a variant remembers of these sequences, its `per_key` aligned with the keys of this call, new ones zero.
+
+        It lives with the layer of the kv cache; `None` without a cache, or if the first call on it is compiled. For
+        variants whose `keeps_state` is true, once in a call.
+
+        Args:
+            owner: name of the variant.
+            rewinds: whether it stays right when the last tokens are taken out of the cache again; `crop` is refused
+                otherwise.
+
+        Raises:
+            ValueError: the cache was filled without this variant.
+            NotImplementedError: the keys are in none of the cache's layers, or the call is about a part of them, or of
+                the queries.
+        """
+        if self.of_some_keys or self.rows is not None:
+            raise NotImplementedError(
+                f"{owner!r} remembers something of every key and cannot run inside a variant that hands on only some "
+                "of the keys or queries: patch it before that one."
+            )
+        layer_context = self.module_call()
+        if layer_context.cache is None or layer_context.tap is None:
+            return None
+        layer, added = layer_context.tap.layer, layer_context.tap.added
+        if layer is None:  # put there by an earlier call (cross attention), or by a layer that shares its keys
+            layer, added = layer_context.tap.holder(self.key), 0 if self.site.is_cross else self.query.shape[2]
+        if layer is None:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) takes its keys from no layer of its cache; a variant "
+                "that keeps state along the sequence cannot follow them. Leave it out with modules=... or layers=..."
+            )
+        state = sequence_state(layer, f"{owner} in {self.site.name}", rows=added, rewinds=rewinds)
+        if state is not None:
+            state.align(layer, keys=self.key.shape[2], rows=added)
+        return state
+
+    def remembered(self, owner: str, now: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Facts of all keys, `(B, 1 or Hkv or H, Tk)`, from those of this call's tokens, which are remembered.
+
+        Args:
+            owner: name of the variant.
+            now: `(B, Tq)`, or by head `(B, 1 or Hkv or H, Tq)`, by name.
+
+        Raises:
+            NotImplementedError: keys are not of these tokens, in cross attention; or as `sequence_state`.
+        """
+        if self.site.is_cross:
+            raise NotImplementedError(
+                f"{owner!r} says {', '.join(now)} of the queries of {self.site.name}, whose keys are of other tokens."
+            )
+        state, keys = self.sequence_state(owner), self.key.shape[2]
+        by_head = {name: fact[:, None] if fact.dim() == 2 else fact for name, fact in now.items()}
+        if state is None:
+            return by_head
+        own, rows = self.own_key(), self.query.shape[2]
+        place = torch.arange(rows, device=self.key.device) + (0 if own is None else own)
+        for name, fact in by_head.items():
+            past = state.per_key.get(name, fact.new_zeros(*fact.shape[:2], keys))
+            state.write(name, past.index_copy(-1, place, fact), per_key=True)
+        return {name: state.per_key[name] for name in now}
+
+    def module_call(self) -> LayerContext:
+        """What the attention module was called with; RuntimeError if no hook of it ran."""
+        if self.layer is None:
+            raise RuntimeError(
+                f"No layer context in {self.site.name}: the variant must say needs_context, and the module must be "
+                "called as a module, so that its hooks run."
+            )
+        return self.layer
+
+    def of_rows(self, rows: torch.Tensor) -> "Surroundings":
+        """Those of some of the queries, `(R,)` of their numbers."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def _of_rows(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor if self.rows is None else tensor.index_select(dim, self.rows)
