@@ -5,7 +5,7 @@ import torch
 
 import patchattn
 
-from .behaviour import Case, assert_same, cases, on, snapshot, toys
+from .behaviour import REPRESENTATIVES, Case, assert_same, cases, is_named, on, snapshot, toys
 from .families import FAMILIES, outputs
 from .refusals import REFUSALS
 from .toys import TOYS
@@ -58,6 +58,9 @@ def test_toys_run_on_every_family_that_they_do_not_refuse_and_papers_on_some() -
             assert by_default == list(FAMILIES)
         else:
             assert len(by_default) < len(FAMILIES) / 2
+    assert [
+        case for case in cases() for family in set(FAMILIES) - set(REPRESENTATIVES) if is_named(family, case.variant)
+    ]
     parameters = on(list(FAMILIES)).args[1]
     full = [one for one in parameters if one.marks]
     assert len(full) > len(cases())

@@ -339,30 +339,6 @@ def test_queries_and_keys_in_float32_beside_half_values() -> None:
     torch.testing.assert_close(output.double(), expected, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["window", "lists"])
-def test_work_is_that_of_the_kept_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATCHATTN_KERNELS", "triton")
-    loads = 0
-    load = block_sparse_attention_triton.rows_of
-
-    def counting(*arguments: Any) -> Any:
-        nonlocal loads
-        loads += 1
-        return load(*arguments)
-
-    monkeypatch.setattr(block_sparse_attention_triton, "rows_of", counting)
-    tensors = operands(heads=1, groups=1, queries=160, keys=160)
-    if kind == "window":  # tiles of 16: one of sinks and two of recent keys, where the queries come after them
-        block_sparse_attention(*tensors, sink_and_recent(16, 17, 1), AttentionRule(0.25, causal=True))
-        tiles = 1 + 2 + 8 * 3
-    else:
-        chosen = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
-        chosen[..., 3], chosen[..., 4, 7] = True, True
-        block_sparse_attention(*tensors, lists_from_mask(chosen, 16, 16), AttentionRule(0.25))
-        tiles = 11
-    assert loads == 10 + 2 * tiles  # queries once; keys and values of every tile
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["window", "lists"])
 def test_operators_are_registered_well(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,28 +385,3 @@ def test_reference_is_traced_whole() -> None:
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(gradients(lambda leaves: compiled(*leaves), tensors, upstream), expected, strict=True):
         torch.testing.assert_close(got, wanted)
-
-
-def test_mistakes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = operands()
-    rule, keep = AttentionRule(0.25), sink_and_recent(1, 4, 4)
-    with pytest.raises(ValueError, match="H a multiple of G"):
-        block_sparse_attention(query[:, :3], key, value, keep, rule)
-    with pytest.raises(ValueError, match="of 4 heads"):
-        block_sparse_attention(query, key, value, sink_and_recent(1, 4, 3), rule)
-    with pytest.raises(ValueError, match=r"AttentionRule\.offset"):
-        block_sparse_attention(query, key[:, :, :9], value[:, :, :9], keep, rule)
-    with pytest.raises(ValueError, match="for 33 queries"):
-        block_sparse_attention(query, key, value, lists_from_mask(torch.ones(1, 1, 2, 3) > 0, 16, 16), rule)
-    lists = lists_from_mask(torch.ones(1, 1, 3, 3) > 0, 16, 16)
-    with pytest.raises(ValueError, match="counts"):
-        block_sparse_attention(query, key, value, lists._replace(counts=lists.counts[:, :, :1]), rule)
-    monkeypatch.setenv("PATCHATTN_KERNELS", "triton")
-    with pytest.raises(NotImplementedError, match="softcap"):
-        block_sparse_attention(query, key, value, keep, AttentionRule(0.25, softcap=2.0))
-    with pytest.raises(NotImplementedError, match="packed"):
-        block_sparse_attention(query, key, value, keep, AttentionRule(0.25, sequence=torch.zeros(41).long()))
-    with pytest.raises(NotImplementedError, match="powers of two"):
-        block_sparse_attention(query, key, value, lists_from_mask(torch.ones(1, 1, 3, 5) > 0, 16, 9), rule)
-    with pytest.raises(NotImplementedError, match="float64"):
-        block_sparse_attention(query.double(), key.double(), value.double(), keep, rule)
