@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..core.sites import AttentionSite, attention_forward, linear_shape, plain_w
 
 # How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
 _IN_BLOCKS = re.compile(r"c_attn|qkv_proj|w?qkv|in_proj", re.I)  # all queries, then all keys, then all values
+_SPLITS = ("torch.split", "torch.chunk", "torch.unbind")
 _BY_HEAD = re.compile(r"query_key_value", re.I)  # query, key and value of the first head, then of the second, ...
 
 
@@ -57,7 +58,7 @@ def head_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
             index = _numbers(count * dim).view(count, dim)
             found.append(Heads(f"{site.name}.{roles[role]}", "rows", of, index))  # type: ignore[arg-type]
     elif "fused" in roles:
-        found += _fused(f"{site.name}.{roles['fused']}", roles["fused"], site, heads, kv_heads, dim)
+        found += _fused(module, roles["fused"], site, heads, kv_heads, dim)
     else:
         raise unrecognised(site, "it has no projections of queries, keys and values that patchattn knows")
     output = output_projection(model, site)
@@ -140,11 +141,14 @@ def _numbers(count: int) -> torch.Tensor:
     return torch.arange(count, device="cpu")
 
 
-def _fused(path: str, child: str, site: AttentionSite, heads: int, kv_heads: int, dim: int) -> list[Heads]:
+def _fused(module: nn.Module, child: str, site: AttentionSite, heads: int, kv_heads: int, dim: int) -> list[Heads]:
+    path = f"{site.name}.{child}"
     if _BY_HEAD.fullmatch(child) and heads == kv_heads:
         index = _numbers(3 * heads * dim).view(heads, 3, dim)
         return [Heads(path, "rows", "query" if part == 0 else "kv", index[:, part]) for part in range(3)]
-    if not _IN_BLOCKS.fullmatch(child):
+    # With fewer kv heads than query heads no other layout has room for both.
+    alike, kind = heads == kv_heads, cast(Any, type(module))
+    if not _IN_BLOCKS.fullmatch(child) or (alike and not splits_in_three(kind, child)):
         raise unrecognised(site, f"how {child} lays out queries, keys and values is not known")
     index = _numbers((heads + 2 * kv_heads) * dim).view(-1, dim)
     query, key, value = index.split([heads, kv_heads, kv_heads])
@@ -190,6 +194,45 @@ def input_width(kind: Any) -> str | None:
             if isinstance(last, ast.Name) and last.id in names and source.endswith((".shape", ".size()")):
                 return last.id
     return None
+
+
+@functools.cache
+def splits_in_three(kind: Any, child: str) -> bool:
+    """Whether the code of an attention module takes all queries, all keys and all values out of a projection's output.
+
+    It then splits the output as it is, or along an axis of 3 that it views before heads; CodeGen, which has its heads
+    in four groups, and GPTBigCode without multi-query attention view it otherwise.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(attention_forward(kind))))
+    except OSError:  # defined in a console
+        return False
+    parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{child}"
+    ]
+    return bool(calls) and all(_is_split_in_three(call, tree, parents) for call in calls)
+
+
+def _is_split_in_three(value: ast.AST, tree: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Of an expression that stands for the output of a projection, or for a tensor that was viewed out of it."""
+    outer = parents[value]
+    if isinstance(outer, ast.Subscript) or (isinstance(outer, ast.Call) and ast.unparse(outer.func) in _SPLITS):
+        return True
+    if isinstance(outer, ast.Attribute):
+        call: Any = parents[outer]
+        if outer.attr in ("view", "reshape"):
+            return any(isinstance(size, ast.Constant) and size.value == 3 for size in call.args)
+        return outer.attr in ("split", "chunk", "unbind") or _is_split_in_three(call, tree, parents)
+    if isinstance(outer, ast.Assign) and isinstance(name := outer.targets[0], ast.Name):
+        later = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and node.id == name.id and isinstance(node.ctx, ast.Load)
+            if node.lineno > outer.lineno
+        ]
+        return bool(later) and _is_split_in_three(min(later, key=lambda node: node.lineno), tree, parents)
+    return False
 
 
 def kept_index(parts: Iterable[Heads], query_heads: Sequence[int], kv_heads: Sequence[int]) -> torch.Tensor:
