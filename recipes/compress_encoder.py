@@ -62,13 +62,13 @@ class CompressSettings(Settings):
     data: str | None = option(None, help="Folder with one folder per task (SST-2, ...); None: from the Hub.")
     task: str = option(help="Name of a task, such as sst2.")
     output: str = option(help="Folder for the stages and metrics.json; the compressed model is in its folder final.")
-    shrp: dict[str, Any] = option({}, help="Settings of SHRP, but kept.")  # noqa: RUF009, the default is copied
+    shrp: dict[str, Any] = option({}, help="Settings of SHRP, but kept.")
     layers: tuple[int, ...] | None = option(None, help="Layers to convert; None: all but dropped ones.", minimum=0)
     seed: int = option(0, help="Of data order, head, router and dropout.", minimum=0)
-    training: dict[str, Any] = option(  # noqa: RUF009, it has no default
+    training: dict[str, Any] = option(
         help="Of every stage: max_length, train_rows, and what all recipes have but output, variants, seed and LoRA."
     )
-    stages: dict[str, Any] = option(  # noqa: RUF009, the default is copied
+    stages: dict[str, Any] = option(
         {}, help=f"Name of a stage ({', '.join(STAGES)}) to what differs for it from training."
     )
     balance_weight: float = option(0.01, help="Of the load-balance loss in stage balance.", minimum=0.0)

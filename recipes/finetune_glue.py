@@ -63,6 +63,24 @@ class GlueTraining(TrainingSettings):
     train_rows: int | None = option(None, help="Rows to train on, drawn once for all runs; None: all.", minimum=1)
 
 
+def parse_runs(given: Any) -> dict[str, dict[str, Any]]:
+    """Runs by name, the unpatched one added if every other has variants."""
+    if not isinstance(given, dict):
+        raise TypeError(f"runs must map names to variants with their settings, got {given!r}.")
+    runs = {name: {} if variants is None else variants for name, variants in given.items()}
+    for name, variants in runs.items():
+        if not isinstance(variants, dict) or not isinstance(name, str):
+            raise TypeError(f"runs must map names to variants with their settings, got {name!r}: {variants!r}.")
+    if all(runs.values()):
+        if UNPATCHED in runs:
+            raise ValueError(f"The run {UNPATCHED!r} has variants; give it another name.")
+        runs = {UNPATCHED: {}, **runs}
+    folders = {folder_name(name): name for name in runs}
+    if lost := [name for name in runs if folders[folder_name(name)] != name]:
+        raise ValueError(f"The runs {lost[0]!r} and {folders[folder_name(lost[0])]!r} would share a folder.")
+    return runs
+
+
 @dataclass(frozen=True, kw_only=True)
 class GlueSettings(Settings):
     """Train an encoder on tasks of GLUE under several variants and seeds.
@@ -75,18 +93,17 @@ class GlueSettings(Settings):
     data: str | None = option(None, help="Folder with one folder per task (CoLA, SST-2, ...); None: from the Hub.")
     output: str = option(help="Folder for the runs, results.json and table.md.")
     tasks: tuple[str, ...] = option(help="Names of tasks, such as sst2.")
-    runs: dict[str, Any] = option(  # noqa: RUF009, it has no default
+    runs: dict[str, dict[str, Any]] = option(
+        parse=parse_runs,
         help="Name of a row of the table to its variants. A row without variants, the unpatched model trained alike, "
-        "is added if there is none."
+        "is added if there is none.",
     )
     seeds: tuple[int, ...] = option((0,), help="One training of every row for each.", minimum=0)
-    training: dict[str, Any] = option(  # noqa: RUF009, it has no default
+    training: dict[str, Any] = option(
         help="Of every run: max_length, train_rows, and what all recipes have but output, variants and seed. What "
         "only some variants know, such as balance_weight, is left out for rows without them."
     )
-    task_training: dict[str, Any] = option(  # noqa: RUF009, the default is copied
-        {}, help="Name of a task to what differs for it from training."
-    )
+    task_training: dict[str, Any] = option({}, help="Name of a task to what differs for it from training.")
     keep_models: bool = option(False, help="Keep the trained model of every run, not only its metrics.")
 
     def __post_init__(self) -> None:
@@ -95,18 +112,6 @@ class GlueSettings(Settings):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more different ones, got {list(values)}.")
-        runs = {name: {} if variants is None else variants for name, variants in self.runs.items()}
-        for name, variants in runs.items():
-            if not isinstance(variants, dict) or not isinstance(name, str):
-                raise TypeError(f"runs must map names to variants with their settings, got {name!r}: {variants!r}.")
-        if all(runs.values()):
-            if UNPATCHED in runs:
-                raise ValueError(f"The run {UNPATCHED!r} has variants; give it another name.")
-            runs = {UNPATCHED: {}, **runs}
-        folders = {folder_name(name): name for name in runs}
-        if lost := [name for name in runs if folders[folder_name(name)] != name]:
-            raise ValueError(f"The runs {lost[0]!r} and {folders[folder_name(lost[0])]!r} would share a folder.")
-        object.__setattr__(self, "runs", runs)
         self._check_training()
         for task in self.tasks:
             asked = glue_task(task)

@@ -67,8 +67,10 @@ class ImageSettings(TrainingSettings):
     )
     eval_split: str = option("test", help="Name of that other folder, such as test or validation.")
     model: str | None = option(None, help="Folder or Hub id of an image classifier to fine-tune.")
-    from_scratch: dict[str, Any] = option(  # noqa: RUF009, the default is copied
-        {}, help="Instead of model: the fields of a ViT to train from scratch; see SmallViT."
+    from_scratch: dict[str, Any] = option(
+        {},
+        parse=lambda given: SmallViT.from_dict(given).to_dict() if given else given,
+        help="Instead of model: the fields of a ViT to train from scratch; see SmallViT.",
     )
     crop_padding: int = option(
         4, help="Training images are shifted at random by up to this much, zeros moving in.", unit="pixels", minimum=0
@@ -79,11 +81,8 @@ class ImageSettings(TrainingSettings):
         super().__post_init__()
         if (self.model is None) != bool(self.from_scratch):
             raise ValueError("Give either model, to fine-tune it, or from_scratch, with the fields of a new ViT.")
-        if self.from_scratch:
-            vit = SmallViT.from_dict(self.from_scratch)
-            object.__setattr__(self, "from_scratch", vit.to_dict())
-            if self.lora_rank:
-                raise ValueError("lora_rank goes with a pretrained model; a ViT from scratch is trained in full.")
+        if self.from_scratch and self.lora_rank:
+            raise ValueError("lora_rank goes with a pretrained model; a ViT from scratch is trained in full.")
         if self.eval_split == "train":
             raise ValueError("eval_split must not be train: accuracy is that on images the model was not trained on.")
         trained, evaluated = (set(list_images(self.data, split)) for split in ("train", self.eval_split))

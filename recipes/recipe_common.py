@@ -49,6 +49,13 @@ _NEVER = 10**9
 EFFECT = {"balance_weight": "routes", "active_ratio_steps": "anneal", "scale_learning_rate": "fast_parameters"}
 
 
+def configured(variants: Any) -> Any:
+    """Variants with all their settings, checked and with their defaults, so that settings.json says all."""
+    if not isinstance(variants, dict):
+        return variants
+    return {name: variant_info(name).configure(given).to_dict() for name, given in variants.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Settings):
     """Settings that all recipes have.
@@ -58,8 +65,10 @@ class TrainingSettings(Settings):
     """
 
     output: str = option(help="Folder for checkpoints, the trained model, settings.json and metrics.json.")
-    variants: dict[str, Any] = option(  # noqa: RUF009, the default is copied
-        {}, help="Name of a variant to its settings, outermost first; empty trains the unpatched model alike."
+    variants: dict[str, dict[str, Any]] = option(
+        {},
+        parse=configured,
+        help="Name of a variant to its settings, outermost first; empty trains the unpatched model alike.",
     )
     lora_rank: int = option(0, help="Rank of LoRA; 0 trains every parameter.", minimum=0)
     lora_alpha: float | None = option(None, help="LoRA's scale; None: twice the rank.", minimum=0.0)
@@ -98,9 +107,6 @@ class TrainingSettings(Settings):
             raise ValueError(f"Give either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
         if self.steps is not None and self.active_ratio_steps > self.steps:
             raise ValueError(f"active_ratio_steps must be at most steps, {self.steps}, got {self.active_ratio_steps}.")
-        # The settings of each variant, checked and with their defaults, so that settings.json says all.
-        configured = {name: variant_info(name).configure(given).to_dict() for name, given in self.variants.items()}
-        object.__setattr__(self, "variants", configured)
         for field, member in EFFECT.items():
             given = getattr(self, field) != getattr(type(self), field)
             if given and not any(defines(name, member) for name in self.variants):

@@ -57,11 +57,14 @@ def test_info_describes_every_setting(run, name):
 
 def test_info_says_what_a_setting_takes(run):
     out = run("info", "moh")[1]
-    assert "active_ratio = None   (0 to 1, or several or None)" in out
+    assert "active_ratio = None   (0 to 1 or several or None)" in out
     assert "router = query_norm   (query_norm or learned)" in out
-    assert "active_heads = None   (at least 1, or several or None)" in out
+    assert "active_heads = None   (at least 1 or several or None)" in out
     assert "train_length = None tokens   (at least 2 or None)" in run("info", "logn")[1]
     assert "router_std = 0.02   (0 to 10)" in out
+    pruned = run("info", "prune")[1]
+    assert "heads = None   (text or a file or a mapping or several or None)" in pruned
+    assert "importance = None   (text or a file or a HeadImportance or None)" in pruned
 
 
 def test_info_shows_presets(run):

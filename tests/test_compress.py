@@ -112,7 +112,7 @@ def test_heads_can_be_named() -> None:
         ({0: [1]}, ValueError, "No heads are given for bert.encoder.layer.1"),
         ({0: [1], 2: [1]}, ValueError, "Heads are given for '2'"),
         ({0: [1], 1: "x"}, TypeError, "list of integers"),
-        (3, TypeError, "heads must be a list or a mapping"),
+        (3, TypeError, "a list of integers, got 3"),
     ],
 )
 def test_compress_refuses(heads: Any, error: type[Exception], message: str) -> None:

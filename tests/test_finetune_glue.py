@@ -215,7 +215,7 @@ def change(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         ({"tasks": "sst2"}, "tasks must be tuple"),
         ({"seeds": [1, 1]}, r"seeds must be one or more different ones, got \[1, 1\]"),
         ({"seeds": [-1]}, "seeds must lie between 0"),
-        ({"runs": ["moh"]}, "runs must be dict"),
+        ({"runs": ["moh"]}, "runs must map names to variants"),
         ({"runs": {"MoH": "moh"}}, "runs must map names to variants with their settings, got 'MoH': 'moh'"),
         ({"runs": {"MoH": {"mho": {}}}}, "did you mean 'moh'"),
         ({"runs": {"MoH": {"moh": {"active_ratio": 2.0}}}}, "active_ratio must lie between"),

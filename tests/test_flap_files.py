@@ -147,7 +147,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({"statistics": "good", "sparsity": 0.2, "metric": "amp"}, ValueError, "structure='amp'"),
         ({"statistics": "good", "sparsity": 0.2, "preset": "amp"}, ValueError, "--amp"),
         ({"statistics": "good", "sparsity": 0.2, "heads": {1: [0]}}, ValueError, "leave out sparsity"),
-        ({"statistics": 3, "sparsity": 0.2}, TypeError, "a file or a FlapStatistics"),
+        (
+            {"statistics": 3, "sparsity": 0.2},
+            TypeError,
+            r"str \| Path \| FlapStatistics \| None, got 3",
+        ),
         ({"statistics": "nowhere", "sparsity": 0.2}, ValueError, "There is no file 'nowhere'"),
         ({"statistics": "other", "sparsity": 0.2}, ValueError, "are of gpt2 of 2 layers .* the model is llama"),
         ({"statistics": "other", "heads": {1: [0]}}, ValueError, "are of gpt2 of 2 layers .* the model is llama"),

@@ -300,7 +300,7 @@ def test_a_pruned_encoder_is_exported(tmp_path) -> None:
         ({"sparsity": 0.5, "importance": "michel"}, ValueError, "calibrate heads"),
         ({"sparsity": 0.9, "importance": "random"}, ValueError, "only 6"),
         ({"sparsity": "half"}, TypeError, "sparsity"),
-        ({"sparsity": 0.5, "importance": 3}, TypeError, "importance must be"),
+        ({"sparsity": 0.5, "importance": 3}, TypeError, r"must be str \| Path \| HeadImportance \| None, got 3"),
     ],
     ids=str,
 )

@@ -24,13 +24,11 @@ class EvalSettings(Settings):
     model: str = option(help="Folder or Hub id of a causal language model, a classifier or a vision-language model.")
     tasks: tuple[str, ...] = option(help="Tasks, or benchmarks for all their tasks.")
     output: str = option(help="Folder for answers and report.")
-    runs: dict[str, Any] = option(  # noqa: RUF009, the default is copied
+    runs: dict[str, Any] = option(
         {},
         help="Name of a run to its variants with their settings, outermost first, or to the folder of a saved patch.",
     )
-    task_settings: dict[str, Any] = option(  # noqa: RUF009, the default is copied
-        {}, help="Name of a task or a benchmark to its settings."
-    )
+    task_settings: dict[str, Any] = option({}, help="Name of a task or a benchmark to its settings.")
     data: str | None = option(None, help="Files of every task that reads files; the Hub without.")
     tokenizer: str | None = option(None, help="Folder or Hub id of the tokenizer or processor; the model's without.")
     device: str | None = option(None, help="Such as cuda; a GPU per process by default where there are some.")

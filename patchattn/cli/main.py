@@ -2,7 +2,7 @@
 lm-eval`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -341,19 +341,21 @@ def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any
 
 def _allowed(field: dict[str, Any], hint: Any) -> str:
     """The values that a setting takes, in words."""
-    from typing import Literal, get_args, get_origin
+    from types import UnionType
+    from typing import Literal, Union, get_args, get_origin
 
     if hint is bool:
         return "True or False"
     choices = field["choices"] or (get_args(hint) if get_origin(hint) is Literal else None)
     if choices:
         return " or ".join(map(str, choices))
-    parts = get_args(hint)
-    several = ", or several" if any(get_origin(part) is tuple for part in parts) else ""
-    optional = " or None" if type(None) in parts else ""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     low, high = ("" if field[bound] is None else f"{field[bound]:g}" for bound in ("minimum", "maximum"))
     numbers = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else "any"
-    return numbers + several + optional
+    words = {float: numbers, int: numbers, str: "text", Path: "a file", type(None): "None"}
+    words |= {tuple: "several", Sequence: "several", dict: "a mapping", Mapping: "a mapping"}
+    kinds = [get_origin(part) or part for part in parts]
+    return " or ".join(dict.fromkeys(words.get(kind) or f"a {kind.__name__}" for kind in kinds))
 
 
 def _one_line(error: Exception) -> str:

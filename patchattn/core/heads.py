@@ -11,6 +11,17 @@ from torch import nn
 from ..files.documents import naming, quoted, read_json
 from .sites import AttentionSite
 
+# Query heads as settings take them: a file, heads by layer or by attention module, pairs of (layer, head), or what
+# `HeadList.to_dict` gives.
+Heads = (
+    str
+    | Path
+    | Mapping[int, Sequence[int]]
+    | Mapping[str, Sequence[int]]
+    | Mapping[str, Mapping[str, Sequence[int]] | Mapping[str, str | int | None]]
+    | Sequence[Sequence[int]]
+)
+
 
 @dataclass(frozen=True)
 class BaseFacts:

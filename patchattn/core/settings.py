@@ -1,9 +1,10 @@
 """Settings that check themselves: what variants and recipes are configured by."""
 
 import difflib
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -22,6 +23,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A documented field of `Settings`, such as those of a variant.
 
@@ -33,6 +35,8 @@ def option(
         minimum: lowest value allowed of a number, or of every number of a sequence.
         maximum: highest value allowed, likewise.
         choices: the allowed values.
+        parse: makes of a value that is given, other than `None`, the one that is held: the content of a file that it
+            names, say. What it returns is taken as it is, so it must take that too. It raises ValueError or TypeError.
     """
     metadata = {
         "help": help,
@@ -41,6 +45,7 @@ def option(
         "minimum": minimum,
         "maximum": maximum,
         "choices": choices,
+        "parse": parse,
     }
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata, kw_only=True)
@@ -52,7 +57,7 @@ class Settings:
     """Settings of something. Subclass it as a frozen dataclass whose fields are made by `option`.
 
     Values are held as JSON gives them back, but that the outermost lists are tuples: `from_dict` of what `to_dict`
-    gives, be it by way of a file, is equal. A field for `Any` may hold an object besides, which its class must check.
+    gives, be it by way of a file, is equal. A field of some other class may hold an object of it besides.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -103,6 +108,9 @@ def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
     value = _plain(value, where)
     if isinstance(value, list):
         value = tuple(value)
+    parse = item.metadata.get("parse")
+    if parse is not None and value is not None:
+        value = parse(value)
     if not _is_instance(value, hint):
         # YAML 1.1 takes 1e-3 for text; with a point, 1.0e-3, it is a number
         hint_on_yaml = " Write numbers like 1.0e-3 with a point." if _is_number(value) else ""
@@ -157,8 +165,14 @@ def _is_instance(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_is_instance(part, get_args(hint)[0]) for part in value)
     if origin is Literal:
         return value in get_args(hint)
-    if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, get_args(hint)[0]) for key in value)
+    if origin in (list, Sequence):
+        is_several = isinstance(value, list if origin is list else list | tuple)
+        return is_several and all(_is_instance(part, get_args(hint)[0]) for part in value)
+    if origin in (dict, Mapping):
+        of_key, of_value = get_args(hint)
+        return isinstance(value, dict) and all(
+            _is_instance(key, of_key) and _is_instance(part, of_value) for key, part in value.items()
+        )
     if hint is Any:
         return True
     if hint is float:  # an int is a fine float; a bool is neither
@@ -177,4 +191,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(map(_spell, get_args(hint))))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if type(hint) is type else re.sub(r"\b(?:[a-z]\w*\.)+", "", str(hint))

@@ -94,14 +94,15 @@ def masked_channels(mask: str, count: int) -> list[int]:
     return [channel for channel, bit in enumerate(bits) if bit == "1"]
 
 
-def check_masks(masks: Any) -> None:
-    """TypeError or ValueError if these are no masks of channels by the names of attention modules."""
+def parse_masks(masks: Any) -> dict[str, str]:
+    """Masks of channels by the names of attention modules; TypeError or ValueError if these are none."""
     if not isinstance(masks, Mapping) or not all(isinstance(text, str) for pair in masks.items() for text in pair):
         raise TypeError(
             f"kept_channels is a mapping from names of attention modules to hexadecimal text, got {quoted(masks)}."
         )
     if not masks:
         raise ValueError("kept_channels is empty: name at least one attention module, or leave it out.")
+    return dict(masks)
 
 
 def masks_by_module(masks: Mapping[str, str], model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..core.call import AttentionCall
-from ..core.heads import HeadList
+from ..core.heads import HeadList, Heads
 from ..core.hooks import Hook
 from ..core.kv_caches import find_cache, stored_heads
 from ..core.settings import nearest
@@ -33,9 +33,15 @@ def parse_heads(given: Any) -> dict[str, Any]:
     return {name: list(HeadList.parse({0: heads}).heads[0]) for name, heads in given.items()}
 
 
-def heads_by_module(heads: Mapping[str, Any], model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
+def heads_at(heads: Heads | None, module: str) -> tuple[int, ...] | None:
+    """Those that settings, once fitted, name for an attention module; `None` where they name none of its heads."""
+    found = heads.get(module) if isinstance(heads, dict) else None
+    return None if found is None else tuple(found)
+
+
+def heads_by_module(heads: Heads, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:
     """Heads by the name of the attention module, checked against the model."""
-    if "heads" in heads:
+    if not isinstance(heads, dict) or "heads" in heads:
         listed = HeadList.parse(heads)
         listed.check(model, sites)
         chosen = {site.name: list(listed.of_site(site)) for site in sites}

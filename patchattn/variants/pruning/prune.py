@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...core.call import AttentionCall
+from ...core.heads import Heads
 from ...core.importance import HeadImportance
 from ...core.registry import register_variant
 from ...core.settings import option
@@ -18,7 +19,7 @@ from ...core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...files.documents import concerning, quoted
 from ...inspection.head_importance import head_importance
 from ...surgery.change import Change
-from ...surgery.heads import HeadSurgery, KeptHeads, cut_heads, heads_by_module, parse_heads
+from ...surgery.heads import HeadSurgery, KeptHeads, cut_heads, heads_at, heads_by_module, parse_heads
 
 _DATA_FREE = ("magnitude", "random")
 
@@ -29,8 +30,9 @@ class PruneConfig(VariantConfig):
 
     by_module = ("heads",)
 
-    heads: Any = option(  # noqa: RUF009 - a field, not a shared default
+    heads: Heads | None = option(
         None,
+        parse=parse_heads,
         help="Query heads to take out: a mapping from layers, or from names of attention modules, to heads; pairs of "
         "(layer, head); or a JSON file with one of these. A layer must keep one.",
     )
@@ -42,7 +44,7 @@ class PruneConfig(VariantConfig):
         minimum=0.0,
         maximum=1.0,
     )
-    importance: Any = option(  # noqa: RUF009
+    importance: str | Path | HeadImportance | None = option(
         None,
         help="With sparsity: a file that `patchattn calibrate heads` wrote, what patchattn.head_importance returned, "
         f"or a score that needs no data: {' or '.join(_DATA_FREE)}.",
@@ -63,12 +65,7 @@ class PruneConfig(VariantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.importance, str | Path | HeadImportance | None):
-            raise TypeError(
-                f"importance must be a file, a score's name or a HeadImportance, got {quoted(self.importance)}."
-            )
         if self.heads is not None:
-            object.__setattr__(self, "heads", parse_heads(self.heads))
             if self.sparsity is not None or self.importance is not None:
                 raise ValueError("heads=... names the heads to take out: leave out sparsity and importance.")
         elif self.sparsity == 1.0:
@@ -92,9 +89,10 @@ class Prune(HeadSurgery):
 
     def __init__(self, config: PruneConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        if config.heads is not None and site.name not in config.heads:
+        pruned = heads_at(config.heads, site.name)
+        if config.heads is not None and pruned is None:
             raise ValueError(f"'prune' is on {site.name}, but its settings do not name the heads of {site.name}.")
-        self.pruned = tuple((config.heads or {}).get(site.name, ()))
+        self.pruned = pruned or ()
         self.heads = KeptHeads.without(site, self.pruned)
 
     @classmethod

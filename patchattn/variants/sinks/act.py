@@ -11,7 +11,7 @@ from patchattn_kernels import AttentionRule, KeyCounts, attention_with_lse, colu
 from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_of
 
 from ...core.call import AttentionCall
-from ...core.heads import HeadList
+from ...core.heads import HeadList, Heads
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -52,18 +52,14 @@ class ACTConfig(VariantConfig):
         help="Leave the first token of a sequence alone, sink or not.",
         source="released code, which spares the first sink",
     )
-    heads: Any = option(  # noqa: RUF009 - a field, not a shared default
+    heads: Heads | None = option(
         None,
+        parse=lambda given: HeadList.parse(given).to_dict(),  # a saved patch holds the list, not the name of a file
         help="Which query heads: a file that `patchattn calibrate act` wrote, a mapping from layers to heads, or pairs "
         "of (layer, head). None: all heads of all layers but the first two and the last, or of all layers where there "
         "are fewer than four.",
         source="released code: the layers it searches for heads",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads is not None:  # a saved patch holds the list itself, not the name of a file
-            object.__setattr__(self, "heads", HeadList.parse(self.heads).to_dict())
 
 
 class ACT(Variant):

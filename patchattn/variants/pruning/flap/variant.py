@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ....core.call import AttentionCall
+from ....core.heads import Heads
 from ....core.registry import register_variant
 from ....core.renaming import Renaming
 from ....core.settings import option
@@ -20,13 +21,13 @@ from ....surgery.change import Change
 from ....surgery.channels import (
     channel_count,
     channel_mask,
-    check_masks,
     cut_channels,
     masked_channels,
     masks_by_module,
     mlp_projections,
+    parse_masks,
 )
-from ....surgery.heads import HeadSurgery, KeptHeads, cut_heads, heads_by_module, parse_heads
+from ....surgery.heads import HeadSurgery, KeptHeads, cut_heads, heads_at, heads_by_module, parse_heads
 from ....surgery.projections import head_projections
 from .statistics import FlapStatistics
 from .structures import lowest_units, score_units, share_of_modules
@@ -38,7 +39,7 @@ class FlapConfig(VariantConfig):
 
     by_module = ("heads", "kept_channels")
 
-    statistics: Any = option(  # noqa: RUF009 - a field, not a shared default
+    statistics: str | Path | FlapStatistics | None = option(
         None,
         help="A file that `patchattn calibrate flap` wrote, or what flap_statistics returned. A saved patch "
         "holds what came of them instead.",
@@ -69,24 +70,21 @@ class FlapConfig(VariantConfig):
         help="Add to the biases what the means of the channels taken out gave, so that the output keeps its mean.",
         source="paper",
     )
-    heads: Any = option(  # noqa: RUF009
-        None, help="In place of sparsity: query heads to take out, by layer or attention module, as `prune` takes them."
-    )
-    kept_channels: Any = option(  # noqa: RUF009
+    heads: Heads | None = option(
         None,
+        parse=parse_heads,
+        help="In place of sparsity: query heads to take out, by layer or attention module, as `prune` takes them.",
+    )
+    kept_channels: dict[str, str] | None = option(
+        None,
+        parse=parse_masks,
         help="In place of sparsity: MLP channels to keep, by the name of the self-attention of the layer: hexadecimal "
         "digits of four channels each, the first channel as the highest bit of the first digit.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.statistics, str | Path | FlapStatistics | None):
-            raise TypeError(f"statistics must be a file or a FlapStatistics, got {type(self.statistics).__name__}.")
         chosen = self.heads is not None or self.kept_channels is not None
-        if self.heads is not None:
-            object.__setattr__(self, "heads", parse_heads(self.heads))
-        if self.kept_channels is not None:
-            check_masks(self.kept_channels)
         if chosen and self.sparsity is not None:
             raise ValueError("heads and kept_channels say what to take out: leave out sparsity.")
         if self.sparsity == 1.0:
@@ -115,9 +113,9 @@ class Flap(HeadSurgery):
 
     def __init__(self, config: FlapConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        self.pruned = tuple((config.heads or {}).get(site.name, ()))
+        self.pruned = heads_at(config.heads, site.name) or ()
         self.heads = KeptHeads.without(site, self.pruned)
-        self.kept_channels: str | None = (config.kept_channels or {}).get(site.name)
+        self.kept_channels = (config.kept_channels or {}).get(site.name)
         if self.is_identity and (config.heads or config.kept_channels):
             raise ValueError(f"'flap' is on {site.name}, but its settings name nothing to take out of {site.name}.")
         self.biases: list[str] = []
@@ -181,7 +179,7 @@ class Flap(HeadSurgery):
         module: Any = model.get_submodule(path)
         weight, known = module.weight, self.config.statistics
         matrix = weight.mT if hasattr(module, "nf") else weight  # transformers' Conv1D stores inputs first
-        if known is None or weight.is_meta:
+        if not isinstance(known, FlapStatistics) or weight.is_meta:
             bias = weight.new_full((len(matrix),), torch.nan)
         else:
             mean = known.of(model, path).mean[removed].to(matrix.device)

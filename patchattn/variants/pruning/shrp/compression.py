@@ -10,7 +10,7 @@ from ....core.hooks import remove_hooks
 from ....core.patching import active_chains, applied_patches, is_ours
 from ....core.selection import base_model
 from ....core.sites import find_sites
-from .expander import checked_heads, heads_by_module
+from .expander import check_kept, heads_by_module, parse_kept
 from .variant import SHRP
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -98,13 +98,10 @@ def reset_usage(model: nn.Module) -> None:
 def _kept(variants: Mapping[str, SHRP], heads: Any) -> dict[str, list[int]]:
     """The heads to keep of every layer."""
     if heads is not None:
-        if not isinstance(heads, Mapping | list | tuple):
-            raise TypeError(f"heads must be a list or a mapping, got {heads!r}.")
-        given = {str(key): value for key, value in heads.items()} if isinstance(heads, Mapping) else heads
-        kept = heads_by_module(given, [variant.site for variant in variants.values()])
+        kept = heads_by_module(parse_kept(heads), [variant.site for variant in variants.values()])
         for name, chosen in kept.items():
-            kept[name] = list(checked_heads(chosen, variants[name].config.heads))
-            if kept[name][-1] >= (variants[name].site.query_heads or 0):
+            check_kept(chosen, variants[name].config.heads)
+            if chosen[-1] >= (variants[name].site.query_heads or 0):
                 raise ValueError(f"{name} has {variants[name].site.query_heads} heads, counted from 0; got {chosen}.")
         return kept
     if unused := [name for name, variant in variants.items() if not int(variant.usage.sum())]:

@@ -16,21 +16,26 @@ from ....surgery.projections import layer_path
 from .expert_layer import HostLayer
 
 
-def checked_heads(given: Any, count: int) -> Any:
-    """Heads to keep as they are given: a tuple for every layer, or a dictionary of lists; each of `count` heads."""
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        return tuple(_checked(given, count))
-    return {str(key): _checked(heads, count) for key, heads in given.items()}
+def parse_kept(given: Any) -> tuple[int, ...] | dict[str, list[int]]:
+    """Heads to keep, sorted: of every layer, or by layer or attention module."""
+    if isinstance(given, Mapping):
+        return {str(key): _sorted(heads) for key, heads in given.items()}
+    return tuple(_sorted(given))
 
 
-def _checked(heads: Any, count: int) -> list[int]:
+def _sorted(heads: Any) -> list[int]:
     if not isinstance(heads, list | tuple) or not all(type(head) is int for head in heads):
         raise TypeError(f"Heads to keep are a list of integers, got {quoted(heads)}.")
-    if len(heads) != count or len(set(heads)) != count or min(heads, default=0) < 0:
-        raise ValueError(f"Expected {count} different heads, counted from 0, as heads={count} says; got {list(heads)}.")
     return sorted(heads)
+
+
+def check_kept(kept: Sequence[int] | Mapping[str, Sequence[int]], count: int) -> None:
+    """ValueError unless `count` different heads are kept everywhere."""
+    for heads in kept.values() if isinstance(kept, Mapping) else [kept]:
+        if len(heads) != count or len(set(heads)) != count or min(heads, default=0) < 0:
+            raise ValueError(
+                f"Expected {count} different heads, counted from 0, as heads={count} says; got {list(heads)}."
+            )
 
 
 def heads_by_module(given: Any, sites: Sequence[AttentionSite]) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,17 @@ from ....core.registry import register_variant
 from ....core.settings import option
 from ....core.sites import AttentionSite
 from ....core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
-from ....files.documents import quoted
 from ....surgery.change import Change, SurgeryVariant
 from ....surgery.heads import KeptHeads, cut_heads
-from .expander import check_weights, checked_heads, dropped_layers, head_weights, heads_by_module, initial_expander
+from .expander import (
+    check_kept,
+    check_weights,
+    dropped_layers,
+    head_weights,
+    heads_by_module,
+    initial_expander,
+    parse_kept,
+)
 from .expert_layer import drop_layers, host_layer
 
 _UNIT = 2**20  # of sums of gates, kept as integers: casting a model to half precision leaves those alone
@@ -52,32 +60,27 @@ class SHRPConfig(VariantConfig):
     activation: str | None = option(
         None, help="Activation of the expander, as transformers names it. None: the layer's own."
     )
-    importance: Any = option(  # noqa: RUF009 - a field, not a shared default
+    importance: str | Path | dict[str, list[float]] | None = option(
         None,
         help="Weights of the heads where the expander starts from the mean of their output projections: a file that "
         "`patchattn calibrate heads` wrote, or a mapping from attention modules to a number per head. None: equal.",
     )
-    layers_dropped: Any = option(  # noqa: RUF009
+    layers_dropped: tuple[int, ...] | dict[str, list[str]] = option(
         (), help="Indices of layers to take out of the stack, in every tower with a converted layer."
     )
-    kept: Any = option(  # noqa: RUF009
+    kept: tuple[int, ...] | dict[str, list[int]] | None = option(
         None,
+        parse=parse_kept,
         help="The heads of the static form: a list, or a mapping from layers or attention modules to lists; "
         "compress fills it in. None: the training form.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "kept", checked_heads(self.kept, self.heads))
+        if self.kept is not None:
+            check_kept(self.kept, self.heads)
         if self.activation is not None and self.activation not in ACT2FN:
             raise ValueError(f"activation must be one of transformers' names, such as 'gelu', got {self.activation!r}.")
-        if not isinstance(self.layers_dropped, tuple | dict):
-            raise TypeError(f"layers_dropped must be a list of layer indices, got {quoted(self.layers_dropped)}.")
-        if not isinstance(self.importance, str | dict | None):
-            raise TypeError(
-                "importance must be a file or a mapping from attention modules to weights, got "
-                f"{quoted(self.importance)}."
-            )
         if not self.heads and self.layers_dropped:
             raise ValueError("heads=0 leaves every layer as it is: leave out layers_dropped.")
 
@@ -108,8 +111,6 @@ class SHRP(SurgeryVariant):
         if config.importance is not None:
             check_weights(config.importance, site)
         if config.kept is not None:
-            if site.name not in config.kept:
-                raise ValueError(f"'shrp' is on {site.name}, but kept names no heads of {site.name}.")
             self._keep(config)
         if max(config.heads, 1 + max(self.kept or (0,))) > heads:
             got = f"heads={config.heads}" if self.kept is None else f"kept={list(self.kept)}"
@@ -168,12 +169,13 @@ class SHRP(SurgeryVariant):
         if self.is_identity:
             return []
         host = host_layer(model, self.site)
-        weights = None if self.config.importance is None else self.config.importance[self.site.name]
+        given, dropped = self.config.importance, self.config.layers_dropped
+        weights = given[self.site.name] if isinstance(given, dict) else None
         with torch.no_grad():
             for name, value in initial_expander(model, host, self.site, self.expander_in_bias.numel(), weights).items():
                 getattr(self, name).copy_(value)
-        dropped = drop_layers(model, dict(self.config.layers_dropped).get(self.site.name, ()))
-        return [*host.changes, *dropped, *(self.cuts(model, self.kept) if self.kept else ())]
+        paths = dropped.get(self.site.name, ()) if isinstance(dropped, dict) else ()
+        return [*host.changes, *drop_layers(model, paths), *(self.cuts(model, self.kept) if self.kept else ())]
 
     def cuts(self, model: nn.Module, kept: Sequence[int]) -> list[Change]:
         """The changes that leave queries, keys and values of these heads alone."""
@@ -231,6 +233,8 @@ class SHRP(SurgeryVariant):
         return torch.where(usage > 0, total / _UNIT / usage.clamp(min=1), 1.0)
 
     def _keep(self, config: SHRPConfig) -> None:
+        if not isinstance(config.kept, dict) or self.site.name not in config.kept:
+            raise ValueError(f"'shrp' is on {self.site.name}, but kept names no heads of {self.site.name}.")
         self.left = KeptHeads.of(self.site, config.kept[self.site.name])
         self.kept = self.left.kept
 
