@@ -41,13 +41,20 @@ def test_triton_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.triton_runs(CPU)
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another process."""
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
+
+
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A GPU of which only the name is asked, and times that are given."""
     found: dict[str, Any] = {"device": torch.device("cuda", 0), "timed": [], "file": tmp_path / "kernels"}
     monkeypatch.setenv("PATCHATTN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_shared_memory", lambda device: (9, 227 * 1024))
+    forget(monkeypatch)
 
     def bench(run: Any, **_: Any) -> float:
         found["timed"].append(run.args[0])
@@ -57,9 +64,15 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
+def ran(candidates: list[Launch], device: torch.device, shape: dict[str, Any]) -> Launch:
+    """What is launched last."""
+    launched: list[Launch] = []
+    tuning.run_chosen("kernel", shape, candidates, device, launched.append)
+    return launched[-1]
+
+
 def choose(gpu: dict[str, Any], length: int = 1000) -> Launch:
-    shape = {"rows": tuning.bucket(length), "dtype": torch.bfloat16}
-    return tuning.choose("kernel", shape, CANDIDATES, gpu["device"], lambda launch: None)
+    return ran(CANDIDATES, gpu["device"], {"rows": tuning.bucket(length), "dtype": torch.bfloat16})
 
 
 def test_nothing_is_tuned_unless_asked(gpu: dict[str, Any]) -> None:
@@ -72,30 +85,36 @@ def test_what_was_tuned_is_kept(gpu: dict[str, Any], monkeypatch: pytest.MonkeyP
     with tuning.tuning():
         assert choose(gpu) == CANDIDATES[1]
     assert gpu["timed"] == CANDIDATES
-    monkeypatch.setattr(tuning, "_known", {})  # another process
+    forget(monkeypatch)
     assert choose(gpu) == CANDIDATES[1]
     assert choose(gpu, 513) == CANDIDATES[1]  # of the same bucket
     assert choose(gpu, 512) == CANDIDATES[0]
     assert len(gpu["timed"]) == 3
     (path,) = gpu["file"].iterdir()
     assert path.name.startswith("Some-GPU-triton")
-    path.write_text("[")  # cut off: it is only a cache
-    monkeypatch.setattr(tuning, "_known", {})
-    assert choose(gpu) == CANDIDATES[0]
+    whole = path.read_text()
+    for damaged in ("[", whole[:-5], "3\n", "\x00\n"):  # cut off, say: it is only a cache
+        path.write_text(damaged)
+        forget(monkeypatch)
+        assert choose(gpu) == CANDIDATES[0]
+    with tuning.tuning():
+        choose(gpu)
+    path.write_text(whole[:-5] + path.read_text())  # what comes after a line that is cut off counts
+    forget(monkeypatch)
+    assert choose(gpu) == CANDIDATES[1]
 
 
 def test_a_choice_that_is_no_candidate_any_more(gpu: dict[str, Any]) -> None:
     with tuning.tuning():
         choose(gpu)
-    fewer = tuning.choose(
-        "kernel", {"rows": 1024, "dtype": torch.bfloat16}, CANDIDATES[::2], gpu["device"], lambda launch: None
-    )
+    tuning._chosen.clear()
+    fewer = ran(CANDIDATES[::2], gpu["device"], {"rows": 1024, "dtype": torch.bfloat16})
     assert fewer == CANDIDATES[0]
 
 
 def test_on_a_cpu_the_first_one_is_taken() -> None:
     with tuning.tuning():
-        assert tuning.choose("kernel", {}, CANDIDATES, torch.device("cpu"), lambda launch: None) == CANDIDATES[0]
+        assert ran(CANDIDATES, torch.device("cpu"), {}) == CANDIDATES[0]
 
 
 @pytest.mark.parametrize(("length", "power"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

@@ -5,6 +5,7 @@ read them. All queries read the sinks: their share is summed apart, by several p
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ from .block_sparse_attention_triton import (
     visibility,
 )
 from .rows import AttentionRule
-from .tiles import visible
-from .tuning import Launch, choose, tile_width
+from .tiles import VARYING, visible
+from .tuning import Launch, run_chosen, settings, tile_width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def deltas(
     gradient, output, lse, lse_gradient, delta, power, heads, queries, g_batch, g_head, g_row, o_batch, o_head, o_row,
     VDIM: tl.constexpr, VPAD: tl.constexpr, BLOCK_M: tl.constexpr, SUMMED: tl.constexpr,
@@ -56,7 +57,7 @@ def deltas(
     tl.store(power + place, tl.where(known == float("-inf"), float("inf"), known * LOG2E), mask=rows < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradients(
     query, key, value, gradient, power, delta, result, first, second, order, places, mask, scale, scaling, heads,
     group, queries, keys, offset, window, width, list_batch, list_head, q_batch, q_head, q_row, k_batch, k_head, k_row,
@@ -153,7 +154,7 @@ def query_tiles(
     return low, tl.maximum(high - low, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradients(
     query, key, value, gradient, power, delta, key_result, value_result, key_part, value_part, first, second, order,
     places, mask, scale, scaling, heads, group, queries, keys, offset, window, width, list_batch, list_head, most,
@@ -262,17 +263,26 @@ def key_gradients(
         store_rows(value_result, value_sum, columns, VDIM, keys, VDIM, VPAD)
 
 
-def launches(dim: int, dtype: torch.dtype) -> list[Launch]:
+@functools.cache
+def launches(dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     """Candidates for both kernels, the default first."""
     if dtype == torch.float32:
-        return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
-    if dim <= 64:
+        sizes = [(32, 32, 4, 1)]
+    elif dim <= 64:
         sizes = [(64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)]
     elif dim <= 128:
         sizes = [(64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)]
     else:
         sizes = [(32, 32, 8, 2), (32, 64, 8, 2), (64, 64, 8, 1)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    # one kernel holds queries and loads keys, the other the reverse: the larger of both blocks counts
+    return tuple(
+        max(pair, key=lambda launch: launch.shared_memory(9))
+        for pair in zip(
+            settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 2)),
+            settings(sizes, dim, dtype, streamed=("BLOCK_M", 2), held=("BLOCK_N", 2)),
+            strict=True,
+        )
+    )
 
 
 def backward(
@@ -339,6 +349,6 @@ def backward(
             rows, *gradient.stride()[:3], *output.stride()[:3], VDIM=width, VPAD=tile_width(width), BLOCK_M=32,
             SUMMED=lse_gradient is not None,
         )  # fmt: skip
-        run_queries(choose("block_sparse_attention_queries", shape, candidates, query.device, run_queries))
-        run_keys(choose("block_sparse_attention_keys", shape, candidates, query.device, run_keys))
+        run_chosen("block_sparse_attention_queries", shape, candidates, query.device, run_queries)
+        run_chosen("block_sparse_attention_keys", shape, candidates, query.device, run_keys)
     return results[0], results[1], results[2]

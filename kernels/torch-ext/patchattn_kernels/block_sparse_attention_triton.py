@@ -5,6 +5,7 @@ the listed blocks; one loop goes through it. Keys are counted by `order`: withou
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ import triton.language as tl
 
 from .backend import on_device, rowwise
 from .block_lists import BlockLists, SinkAndRecent, key_order
-from .key_mask import key_mask
+from .key_mask import key_mask, strides_but_of_one
 from .rows import AttentionRule
-from .tiles import visible
-from .tuning import Launch, bucket, choose, tile_width
+from .tiles import VARYING, visible
+from .tuning import Launch, bucket, padded_splits, processors, run_chosen, settings, tile_width
 
 MOST = tl.constexpr(2**29)  # sizes above it are all keys; the sum of two stays in 32 bits
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -119,7 +120,7 @@ def place_of(tiles):
     return tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.num_programs(0) // tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attend(
     query, key, value, output, lse, first, second, order, places, mask, scale, heads, group, queries, keys, offset,
     window, width, list_batch, list_head, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -199,7 +200,7 @@ def attend(
     tl.store(lse + line * queries + rows, sums, mask=rows < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge(
     outputs, sums, output, lse, splits, heads, queries, o_batch, o_head, o_row,
     VDIM: tl.constexpr, VPAD: tl.constexpr, SPLITS: tl.constexpr,
@@ -222,11 +223,12 @@ def merge(
     tl.store(lse + line.to(tl.int64) * queries + row, whole)
 
 
-def launches(dim: int, dtype: torch.dtype, rows: int) -> list[Launch]:
-    """Candidates for the forward kernel, the default first; sizes are halved to fit lists of smaller blocks."""
+@functools.cache
+def launches(dim: int, dtype: torch.dtype, few: bool) -> tuple[Launch, ...]:
+    """Candidates for the forward kernel, the default first; `few`: up to 16 rows, as in decoding."""
     if dtype == torch.float32:
-        return [Launch({"BLOCK_M": 32 if rows > 16 else 16, "BLOCK_N": 32}, num_warps=4, num_stages=2)]
-    if rows <= 16:  # decoding reads, and hardly computes
+        sizes = [(16 if few else 32, 32, 4, 2)]
+    elif few:  # decoding reads, and hardly computes
         sizes = [(16, 64, 4, 3), (16, 128, 4, 2)] if dim <= 128 else [(16, 64, 4, 2), (16, 32, 4, 3)]
     elif dim <= 64:
         sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
@@ -234,7 +236,7 @@ def launches(dim: int, dtype: torch.dtype, rows: int) -> list[Launch]:
         sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)]
     else:
         sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 1))
 
 
 def visibility(
@@ -247,9 +249,9 @@ def visibility(
     numbers: dict[str, Any] = {"first": first, "second": second, "offset": given.offset, "window": given.window}
     numbers |= list_numbers(keep) if isinstance(keep, BlockLists) else {"width": 0, "list_batch": 0, "list_head": 0}
     mask = given.mask
-    strides = (0, 0, 0) if mask is None else mask.stride()
-    numbers |= {"mask_batch": strides[0] if mask is not None and mask.shape[0] > 1 else 0}
-    numbers |= {"mask_row": strides[1], "mask_column": strides[2], "mask": first if mask is None else mask}
+    strides = (0, 0, 0) if mask is None else strides_but_of_one(mask)
+    numbers |= dict(zip(("mask_batch", "mask_row", "mask_column"), strides, strict=True))
+    numbers["mask"] = first if mask is None else mask
     order = places = first
     padded = mask is not None and not listed
     if padded:
@@ -294,8 +296,7 @@ def list_numbers(lists: BlockLists) -> dict[str, Any]:
 
 def shares(device: torch.device, programs: int, tiles: int) -> int:
     """Into how many parts to cut a loop over tiles, where so few programs would leave a device idle."""
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    return max(1, min(2 * count // programs, tiles, SPLITS))
+    return max(1, min(2 * processors(device, 8) // programs, tiles, SPLITS))
 
 
 def forward(
@@ -335,10 +336,10 @@ def forward(
         if splits > 1:
             merge[(rows * lines,)](
                 parts, sums, output, lse, splits, heads, rows, *output.stride()[:3], VDIM=width, VPAD=tile_width(width),
-                SPLITS=triton.next_power_of_2(splits),
+                SPLITS=padded_splits(splits),
             )  # fmt: skip
 
     with on_device(query):
-        candidates = launches(max(dim, width), query.dtype, rows)
-        run(choose("block_sparse_attention", shape_of(query, value, constants), candidates, query.device, run))
+        candidates = launches(max(dim, width), query.dtype, rows <= 16)
+        run_chosen("block_sparse_attention", shape_of(query, value, constants), candidates, query.device, run)
     return output, lse

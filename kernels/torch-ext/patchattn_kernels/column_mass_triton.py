@@ -1,6 +1,7 @@
 """Triton's kernels of `column_mass` and `key_counts`."""
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from .backend import on_device, rowwise
 from .key_mask import KeyMask
 from .split_attention_launch import launch, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import full_queries, load_lse, load_rows, query_range, seen
-from .tiles import key_range
-from .tuning import Launch
+from .tiles import VARYING, key_range
+from .tuning import Launch, settings
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _add_queries(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def column_mass_kernel(
     query,
     key,
@@ -152,7 +153,7 @@ def column_mass_kernel(
     tl.store(mass + place * keys + columns, total, mask=columns < keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_counts_kernel(
     counts,
     nearest,
@@ -199,7 +200,7 @@ def row_counts_kernel(
     tl.store(nearest + batch * queries + rows, lowest, mask=rows < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_counts_kernel(
     seeing,
     longest,
@@ -264,13 +265,16 @@ def key_counts_kernel(
     tl.store(leading + batch * keys + columns, (number > 0) & (earlier == 0), mask=columns < keys)
 
 
-def launches(dtype: torch.dtype, dim: int) -> list[Launch]:
+@functools.cache
+def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
-    wide = dim > 128
-    sizes = [(32, 128, 8, 2), (64, 64, 4, 2)] if wide else [(64, 128, 8, 3), (64, 128, 4, 3), (128, 128, 8, 3)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+        sizes = [(32, 32, 4, 1)]
+    elif dim > 128:
+        sizes = [(32, 128, 8, 2), (64, 64, 4, 2)]
+    else:
+        sizes = [(64, 128, 8, 3), (64, 128, 4, 3), (128, 128, 8, 3)]
+    return settings(sizes, dim, dtype, streamed=("BLOCK_M", 1), held=("BLOCK_N", 1))
 
 
 def column_mass(
@@ -293,7 +297,7 @@ def column_mass(
         "lse": lse.float().contiguous(),
         "mass": mass,
         **_real_arguments(real, batch, queries, mass),
-        **mask_arguments(mask, batch, queries, keys, mass),
+        **mask_arguments(mask, mass),
         **strides_of(query=query, key=key),
         **{name: size for name, size in sizes.items() if name not in ("DIM_V", "BLOCK_V")},
     }
@@ -316,7 +320,7 @@ def key_counts(
     seeing, longest = (torch.empty(batch, keys, dtype=torch.int32, device=device) for _ in range(2))
     leading = torch.empty(batch, keys, dtype=torch.bool, device=device)
     settings = COUNTS.arguments()
-    sizes = {"queries": queries, "keys": keys, **mask_arguments(mask, batch, queries, keys, counts)}
+    sizes = {"queries": queries, "keys": keys, **mask_arguments(mask, counts)}
     with on_device(counts):
         row_blocks = triton.cdiv(queries, settings["BLOCK_M"]) * batch
         row_counts_kernel[(row_blocks,)](counts=counts, nearest=nearest, **sizes, **settings)

@@ -67,6 +67,11 @@ def key_mask(rule: AttentionRule, queries: int, keys: int, device: torch.device)
     return KeyMask(seen, *_bounds(seen), causal=rule.causal, offset=offset, window=window)
 
 
+def strides_but_of_one(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides, zeros along axes of size 1: one row stands for all queries or sequences, and does not vary with keys."""
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _bounds(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First key that is seen, and one past the last; 0 and 0 where none is."""
     bits = seen.to(torch.uint8)

@@ -12,7 +12,6 @@ import triton.language as tl
 from .backend import on_device
 from .key_mask import KeyMask
 from .routed_pairs_triton import (
-    VARYING,
     arguments,
     block_of_pairs,
     gather_rows,
@@ -22,7 +21,7 @@ from .routed_pairs_triton import (
     pairs_of,
     selected_pairs,
 )
-from .tiles import key_range, visible
+from .tiles import VARYING, key_range, visible
 
 
 @triton.jit

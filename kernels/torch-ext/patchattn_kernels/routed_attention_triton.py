@@ -8,7 +8,6 @@ import triton.language as tl
 from .backend import on_device
 from .key_mask import KeyMask
 from .routed_pairs_triton import (
-    VARYING,
     arguments,
     block_of_pairs,
     gather_rows,
@@ -18,8 +17,10 @@ from .routed_pairs_triton import (
     load_rows,
     pairs_of,
     selected_pairs,
+    shape_of,
 )
-from .tiles import key_range, visible
+from .tiles import VARYING, key_range, visible
+from .tuning import Launch, padded_splits, processors, run_chosen
 
 FEW_PAIRS = 64  # up to so many pairs per kv head, selected or not, are one tile: decoding
 
@@ -136,7 +137,7 @@ def _prefill(
     tl.store(lse + place, sums, mask=live)
 
 
-@triton.jit(do_not_specialize=[*VARYING, "chunk"])
+@triton.jit(do_not_specialize=VARYING)
 def _decode(
     query, key, value, gate, parts, sums, chunk, splits, scale, queries, keys, groups,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
@@ -175,14 +176,14 @@ def _decode(
     tl.store(sums + place, part, mask=live)
 
 
-@triton.jit
-def _merge(parts, sums, gate, output, lse, SPLITS: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def _merge(parts, sums, gate, output, lse, splits, SPLITS: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr):
     """One pair's parts put together by their log-sum-exps; zeros where it is not selected."""
     pair = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, VPAD)
     factor = tl.load(gate + pair)
-    place = pair * SPLITS + tl.arange(0, SPLITS)
-    chosen = tl.arange(0, SPLITS) < tl.where(factor != 0, SPLITS, 0)
+    place = pair * splits + tl.arange(0, SPLITS)
+    chosen = tl.arange(0, SPLITS) < tl.where(factor != 0, splits, 0)
     logs = tl.load(sums + place, mask=chosen, other=float("inf"))
     logs = tl.where(logs == float("inf"), float("-inf"), logs)
     top = tl.max(logs, axis=0)
@@ -234,27 +235,32 @@ def forward(
             )
             return output, lse
         output, lse = value.new_empty(batch, queries, heads, dim), torch.empty_like(gate)
-        settings = launches("decode", max(query.shape[-1], dim), query.dtype)[0]
-        block = settings.blocks["BLOCK_N"]
-        splits = _splits(batch * groups, keys, block, query.device)
-        chunk = triton.cdiv(triton.cdiv(keys, splits), block) * block
-        parts, sums = gate.new_empty(*gate.shape, splits, dim), gate.new_empty(*gate.shape, splits)
         few = max(16, triton.next_power_of_2(queries * heads // groups))
-        _decode[(batch * groups * splits,)](
-            **operands,
-            gate=gate,
-            parts=parts,
-            sums=sums,
-            chunk=chunk,
-            splits=splits,
-            **{**settings.arguments(), "BLOCK_M": few},
-        )
-        _merge[(gate.numel(),)](parts, sums, gate, output, lse, SPLITS=splits, VDIM=dim, VPAD=operands["VPAD"])
+
+        def decode(chosen: Launch) -> None:
+            block = chosen.blocks["BLOCK_N"]
+            splits = _splits(batch * groups, keys, block, query.device)
+            chunk = triton.cdiv(triton.cdiv(keys, splits), block) * block
+            parts, sums = gate.new_empty(*gate.shape, splits, dim), gate.new_empty(*gate.shape, splits)
+            _decode[(batch * groups * splits,)](
+                **operands,
+                gate=gate,
+                parts=parts,
+                sums=sums,
+                chunk=chunk,
+                splits=splits,
+                **{**chosen.arguments(), "BLOCK_M": few},
+            )
+            _merge[(gate.numel(),)](
+                parts, sums, gate, output, lse, splits, SPLITS=padded_splits(splits), VDIM=dim, VPAD=operands["VPAD"]
+            )
+
+        candidates = launches("decode", max(query.shape[-1], dim), query.dtype)
+        run_chosen("routed_attention_decode", shape_of(query, key), candidates, query.device, decode)
         return output, lse
 
 
 def _splits(programs: int, keys: int, block: int, device: torch.device) -> int:
     """In how many parts the keys are read, so that all processors have work, also where few heads are selected."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(4 * processors // max(1, programs), keys // (2 * block), 64)
+    wanted = min(4 * processors(device, 4) // max(1, programs), keys // (2 * block), 64)
     return 1 << max(0, wanted.bit_length() - 1)

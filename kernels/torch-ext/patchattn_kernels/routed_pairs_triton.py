@@ -6,6 +6,7 @@ are made on the device, and programs beyond a list's end return at once: nothing
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .key_mask import KeyMask
-from .tuning import Launch, bucket, choose, tile_width
+from .key_mask import KeyMask, strides_but_of_one
+from .tiles import VARYING
+from .tuning import Launch, bucket, run_chosen, settings, tile_width
 
-VARYING = ["queries", "keys", "offset", "window"]  # change from call to call: no kernel is compiled for one of them
 # Pairs, keys, warps and stages by the head dim up to which they are meant; the first of each is the default. None of
 # the defaults spills more than a few registers when it is compiled for compute capability 9.0, and none needs more
 # shared memory than 8.0 has. Decoding takes all pairs of a kv head, whatever is said here.
@@ -130,15 +131,18 @@ def pairs_of(pairs, program, block, count, queries, groups, REPEATS: tl.constexp
     return (program // groups).to(tl.int64), group, rows, group * REPEATS + pair % REPEATS, live
 
 
-def launches(kernel: str, dim: int, dtype: torch.dtype) -> list[Launch]:
+@functools.cache
+def launches(kernel: str, dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     """Launch settings of a kernel (`prefill`, `decode`, `queries`, `keys`) for a head dim; the first is the default."""
-    width = tile_width(dim)
+    table, width = _LAUNCHES[kernel], tile_width(dim)
+    sizes = table[min(size for size in table if width <= size)]
     if dtype == torch.float32:  # products without tensor cores
         size = 16 if width > 64 else 32
-        return [Launch({"BLOCK_M": size, "BLOCK_N": size})]
-    table = _LAUNCHES[kernel]
-    sizes = table[min(size for size in table if width <= size)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in sizes]
+        sizes = [(size, size, 4, 2)]
+    streamed, held = [("BLOCK_N", 2), ("BLOCK_M", 1 if kernel in ("prefill", "decode") else 2)]
+    if kernel == "keys":
+        streamed, held = ("BLOCK_M", 2), ("BLOCK_N", 2)
+    return settings(sizes, dim, dtype, streamed=streamed, held=held)
 
 
 def arguments(
@@ -173,10 +177,8 @@ def arguments(
 def _mask_arguments(mask: KeyMask) -> dict[str, Any]:
     numbers = {"mask_batch": 0, "mask_row": 0, "mask_column": 0, "bound_batch": 0, "bound_row": 0}
     if mask.mask is not None and mask.first is not None:
-        # one row for all queries, or for all sequences, is not repeated: its stride is zero
-        steps = [0 if n == 1 else step for n, step in zip(mask.mask.shape, mask.mask.stride(), strict=True)]
-        bounds = [0 if n == 1 else step for n, step in zip(mask.first.shape, mask.first.stride(), strict=True)]
-        numbers = dict(zip(numbers, steps + bounds, strict=True))
+        steps = (*strides_but_of_one(mask.mask), *strides_but_of_one(mask.first))
+        numbers = dict(zip(numbers, steps, strict=True))
     return {
         "mask": mask.mask,
         "first": mask.first,
@@ -191,12 +193,9 @@ def _mask_arguments(mask: KeyMask) -> dict[str, Any]:
     }
 
 
-def launch(
-    kernel: Any, name: str, blocks: Callable[[Mapping[str, int]], int], operands: dict[str, Any], **more: Any
-) -> None:
-    """Run a kernel with the launch settings for its operands; `blocks` gives the number of programs."""
-    query, key = operands["query"], operands["key"]
-    shape = {
+def shape_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
+    """What the choice of launch settings depends on."""
+    return {
         "queries": bucket(query.shape[2]),
         "keys": bucket(key.shape[2]),
         "heads": bucket(query.shape[1]),
@@ -205,11 +204,18 @@ def launch(
         "dtype": query.dtype,
     }
 
-    def run(settings: Launch) -> None:
-        kernel[(blocks(settings.blocks),)](**operands, **more, **settings.arguments())
+
+def launch(
+    kernel: Any, name: str, blocks: Callable[[Mapping[str, int]], int], operands: dict[str, Any], **more: Any
+) -> None:
+    """Run a kernel with the launch settings for its operands; `blocks` gives the number of programs."""
+    query, key = operands["query"], operands["key"]
+
+    def run(chosen: Launch) -> None:
+        kernel[(blocks(chosen.blocks),)](**operands, **more, **chosen.arguments())
 
     candidates = launches(name, max(operands["DIM"], operands["VDIM"]), query.dtype)
-    run(choose(f"routed_attention_{name}", shape, candidates, query.device, run))
+    run_chosen(f"routed_attention_{name}", shape_of(query, key), candidates, query.device, run)
 
 
 def selected_pairs(gate: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

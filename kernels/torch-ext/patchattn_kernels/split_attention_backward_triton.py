@@ -6,6 +6,8 @@ keys, and the gradient of the mass for a set of keys, whose lse is an operand.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,8 @@ from .backend import rowwise
 from .key_mask import KeyMask
 from .split_attention_launch import launch, list_arguments, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import full_keys, load_lse, load_rows, seen, store_rows
-from .tiles import key_range
-from .tuning import Launch
+from .tiles import VARYING, key_range
+from .tuning import Launch, settings
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _query_gradient_of_keys(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     query,
     key,
@@ -196,12 +198,14 @@ def query_gradient_kernel(
     store_rows(query_gradient, rows, queries, query_gradient_token, total * scaling, DIM, BLOCK_D)
 
 
-def launches(dtype: torch.dtype, dim: int) -> list[Launch]:
+@functools.cache
+def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
-    sizes = [(64, 32, 4, 1), (128, 32, 8, 1)] if dim > 128 else [(128, 64, 8, 2), (64, 64, 4, 2)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+        sizes = [(32, 32, 4, 1)]
+    else:
+        sizes = [(64, 32, 4, 1), (128, 32, 8, 1)] if dim > 128 else [(128, 64, 8, 2), (64, 64, 4, 2)]
+    return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 2))
 
 
 def attention_backward(
@@ -240,7 +244,7 @@ def attention_backward(
         "given": upper,
         "lse": lse.float().contiguous(),
         "extra": extra.float().contiguous(),
-        **mask_arguments(mask, batch, queries, keys, lse),
+        **mask_arguments(mask, lse),
         **strides_of(query=query, key=key, value=values, given=upper),
         **sizes_of(query, key, values, scaling),
         "scaling": scaling,

@@ -1,12 +1,15 @@
 """Triton's kernel of `split_attention`'s backward that goes through the keys; the formula: see the other one's file."""
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from .split_attention_tiles_triton import full_queries, load_lse, load_rows, query_range, seen, store_rows
-from .tuning import Launch
+from .tiles import VARYING
+from .tuning import Launch, settings
 
 
 @triton.jit
@@ -69,7 +72,7 @@ def _key_gradient_of_queries(
     return key_total, value_total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
     query,
     key,
@@ -197,14 +200,15 @@ def key_gradient_kernel(
         store_rows(value_gradient, columns, keys, value_gradient_token, value_total, DIM_V, BLOCK_V)
 
 
-def launches(dtype: torch.dtype, dim: int) -> list[Launch]:
+@functools.cache
+def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
-    if dim > 128:
+        sizes = [(32, 32, 4, 1)]
+    elif dim > 128:
         sizes = [(32, 32, 8, 1)]
     elif dim > 64:  # larger tiles spill registers
         sizes = [(32, 128, 8, 2)]
     else:
         sizes = [(64, 128, 8, 2), (64, 64, 4, 2)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    return settings(sizes, dim, dtype, streamed=("BLOCK_M", 2), held=("BLOCK_N", 2))

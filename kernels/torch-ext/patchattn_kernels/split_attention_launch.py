@@ -1,26 +1,24 @@
 """How the kernels of `split_attention` and `column_mass` are launched. Imports triton."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .backend import on_device
-from .key_mask import KeyMask
+from .key_mask import KeyMask, strides_but_of_one
 from .split_attention_tiles_triton import LOG2_E
-from .tuning import Launch, bucket, choose, tile_width
+from .tuning import Launch, bucket, run_chosen, tile_width
 
 
-def mask_arguments(mask: KeyMask, batch: int, queries: int, keys: int, other: torch.Tensor) -> dict[str, Any]:
+def mask_arguments(mask: KeyMask, other: torch.Tensor) -> dict[str, Any]:
     """What kernels take of a key mask; `other` stands for tensors that are not there."""
     strides: tuple[int, ...] = (0, 0, 0)
     bounds: tuple[int, ...] = (0, 0)
     some = {"mask": other, "first": other, "last": other}
     if mask.mask is not None and mask.first is not None and mask.last is not None:
-        bits = mask.mask.view(torch.uint8).expand(batch, queries, keys)
-        first, last = (bound.expand(batch, queries) for bound in (mask.first, mask.last))
-        strides, bounds = bits.stride(), first.stride()
-        some = {"mask": bits, "first": first, "last": last}
+        strides, bounds = strides_but_of_one(mask.mask), strides_but_of_one(mask.first)
+        some = {"mask": mask.mask.view(torch.uint8), "first": mask.first, "last": mask.last}
     return {
         **some,
         **dict(zip(("mask_batch", "mask_row", "mask_column"), strides, strict=True)),
@@ -60,7 +58,7 @@ def launch(
     name: str,
     programs: Callable[[Launch], int],
     arguments: dict[str, Any],
-    candidates: list[Launch],
+    candidates: Sequence[Launch],
     device: torch.device,
 ) -> None:
     """Run a kernel with the launch settings known for its shape.
@@ -81,9 +79,9 @@ def launch(
     same = ("group", "DIM", "DIM_V", "CAUSAL", "WINDOWED", "MASKED")
     shape: dict[str, Any] = {size: bucket(arguments[size]) for size in sizes}
     shape |= {name: arguments[name] for name in same if name in arguments}
-    shape["dtype"] = str(arguments["query"].dtype)
+    shape["dtype"] = arguments["query"].dtype
     with on_device(arguments["query"]):
-        run(choose(name, shape, candidates, device, run))
+        run_chosen(name, shape, candidates, device, run)
 
 
 def list_arguments(index: torch.Tensor, rank: torch.Tensor, batch: int, heads: int) -> dict[str, Any]:

@@ -11,6 +11,8 @@ whole powers of two, not by their largest weight: then both kernels round a weig
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +21,8 @@ from .backend import rowwise
 from .key_mask import KeyMask
 from .split_attention_launch import launch, list_arguments, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import LN_2, full_keys, load_lse, load_rows, seen, store_rows
-from .tiles import key_range
-from .tuning import Launch
+from .tiles import VARYING, key_range
+from .tuning import Launch, settings
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def _add_keys(
     return total, mass, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_kernel(
     query,
     key,
@@ -179,7 +181,7 @@ def attention_kernel(
         store_rows(output, rows, queries, output_token, total / mass[:, None], DIM_V, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_set_kernel(
     query,
     key,
@@ -275,17 +277,18 @@ def key_set_kernel(
     store_rows(output, rows, queries, output_token, total * more[:, None], DIM_V, BLOCK_V)
 
 
-def launches(dtype: torch.dtype, dim: int) -> list[Launch]:
+@functools.cache
+def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        return [Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
-    if dim > 128:
+        sizes = [(32, 32, 4, 1)]
+    elif dim > 128:
         sizes = [(128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2)]
     elif dim > 64:
         sizes = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
     else:
         sizes = [(128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3)]
-    return [Launch({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 1))
 
 
 def attention(
@@ -306,7 +309,7 @@ def attention(
         "value": values,
         "output": outputs,
         "lse": lse,
-        **mask_arguments(mask, batch, queries, key.shape[2], lse),
+        **mask_arguments(mask, lse),
         **strides_of(query=query, key=key, value=values, output=outputs),
         **sizes_of(query, key, values, scaling),
         "OUTPUT": value is not None,
@@ -345,7 +348,7 @@ def key_set_part(
         "mass_of": mass,
         "lse": lse.float().contiguous(),
         **list_arguments(index, rank, batch, heads),
-        **mask_arguments(mask, batch, queries, key.shape[2], mass),
+        **mask_arguments(mask, mass),
         **strides_of(query=query, key=key, value=value, output=output),
         **sizes_of(query, key, value, scaling),
     }

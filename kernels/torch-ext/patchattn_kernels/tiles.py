@@ -4,6 +4,9 @@
 import triton
 import triton.language as tl
 
+# Arguments that change from token to token. No kernel is compiled for those that are 1, nor for multiples of 16.
+VARYING = ["queries", "keys", "offset", "window", "chunk", "splits", "width", "list_batch", "list_head", "order_batch"]
+
 
 @triton.jit
 def visible(
