@@ -19,6 +19,7 @@ import typer
 from torch import nn
 
 import patchattn
+from patchattn.cache.memory import held_bytes
 from patchattn.core.kv_caches import find_cache
 from patchattn.decoding.variant import BranchTokens
 
@@ -75,7 +76,7 @@ def cache_bytes(model: nn.Module) -> tuple[int, int]:
     with torch.inference_mode():
         layers = find_cache(model(**one_picture(), use_cache=True).values()).layers
     border = next(index for index, layer in enumerate(layers) if isinstance(layer, BranchTokens))
-    sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
+    sizes = [held_bytes(layer) for layer in layers]
     return sum(sizes[:border]), sum(sizes[border:])
 
 

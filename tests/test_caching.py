@@ -12,7 +12,8 @@ import transformers as tf
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import patchattn
-from patchattn.cache.state import SequenceState, sequence_state
+from patchattn.cache.state import SequenceState
+from patchattn.cache.tracked import sequence_state
 from patchattn.core.kv_caches import cache_argument
 from patchattn.core.registry import temporarily_registered
 

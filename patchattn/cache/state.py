@@ -1,12 +1,12 @@
 """State along a sequence: what a variant remembers of earlier tokens lives with the layer of the kv cache they are in.
 
 It must follow that layer through beam reordering, repetition and selection of sequences, cropping and reset, so the
-layer object itself carries it: the first state put on it turns its class into a subclass that hands those five calls
-on. Nothing is kept on modules.
+layer object itself carries it (`tracked.py`). Nothing is kept on modules.
 """
 
-from functools import cache
-from typing import Any
+import copy
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 
@@ -18,23 +18,74 @@ class SequenceState:
         owner: who remembers, for messages.
         rewinds: whether it stays right when the last tokens are taken back (`crop`): true of facts about keys, not of
             sums over the rows so far.
+        grows: whether the layer keeps every key at the place it came to, behind the earlier ones.
         tensors: by name, `(B, ...)`.
-        per_key: by name, `(B, ..., Tk)`, one entry per key of the last call.
-        earlier: by name, `(B, ..., n)`, those of keys before them that the layer still holds, to take tokens back.
+        per_key: by name, `(B, h, Tk)`, one entry per key of the last call; h is 1, Hkv, H or a number of chosen heads.
+        earlier: by name, `(B, h, n)`, those of keys before them that the layer still holds, to take tokens back.
+        pages: by name, their length in keys and `(B, Hkv, P, ...)` of `blocks`.
     """
 
-    def __init__(self, owner: str, rewinds: bool) -> None:
+    def __init__(self, owner: str, rewinds: bool, grows: bool = False) -> None:
         self.owner = owner
         self.rewinds = rewinds
+        self.grows = grows
         self.tensors: dict[str, torch.Tensor] = {}
         self.per_key: dict[str, torch.Tensor] = {}
         self.earlier: dict[str, torch.Tensor] = {}
+        self.pages: dict[str, tuple[int, torch.Tensor]] = {}
 
     def write(self, name: str, tensor: torch.Tensor, *, per_key: bool = False) -> None:
-        """Remember `(B, ...)`, or `(B, ..., Tk)` aligned with the keys of the call; without its gradient, and no
-        view of what is in the cache."""
+        """Remember `(B, ...)`, or `(B, h, Tk)` aligned with the keys of the call; without its gradient, and no view of
+        what is in the cache.
+
+        Raises:
+            ValueError: of keys, and without a dimension of heads.
+        """
+        if per_key and tensor.dim() != 3:
+            raise ValueError(
+                f"{self.owner} was to remember {name!r} of every key as (B, h, Tk), got the shape {(*tensor.shape,)}: "
+                "what is alike in all heads has an h of 1."
+            )
         place = self.per_key if per_key else self.tensors
         place[name] = tensor.detach()
+
+    def blocks(
+        self, name: str, block: int, keys: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Facts of complete pages of keys, each made once: `(B, Hkv, P, ...)` of the P = Tk // block pages of a call.
+
+        Args:
+            name: of these facts.
+            block: length of a page, in keys.
+            keys: `(B, Hkv, Tk, D)` all keys of the call.
+            make: of `(B, Hkv, p * block, D)`, keys of p whole pages, their facts `(B, Hkv, p, ...)`.
+
+        Returns:
+            `None` as long as no page is complete.
+
+        Raises:
+            ValueError: they were made of other pages, or `make` gives other than one fact a page.
+            NotImplementedError: the cache gives no key a lasting place.
+        """
+        if not self.grows:
+            raise NotImplementedError(
+                f"{self.owner} reads keys by pages, and in a static or sliding kv cache these do not stay what they "
+                "are: use a dynamic cache, and leave sliding layers out with layers=..."
+            )
+        length, known = self.pages.get(name, (block, keys[:, :, :0, :0]))
+        complete = keys.shape[2] // block
+        have = known.shape[2]
+        if length != block or have > complete:
+            raise ValueError(
+                f"{self.owner} knows {name!r} of {have} pages of {length} keys, got {complete} pages of {block}."
+            )
+        if have < complete:
+            new = make(keys[:, :, have * block : complete * block]).detach()
+            if new.shape[2] != complete - have:
+                raise ValueError(f"{name!r} of {complete - have} pages were expected, got {new.shape[2]}.")
+            known = torch.cat([known, new], dim=2) if have else new
+            self.pages[name] = block, known
+        return known if complete else None
 
     def align(self, layer: Any, keys: int, rows: int) -> None:
         """Bring `per_key` to the keys of a call, which `layer` has just added `rows` to; those start at zero.
@@ -60,15 +111,11 @@ class SequenceState:
 
     def select(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order."""
-        for place in (self.tensors, self.per_key, self.earlier):
-            for name, tensor in place.items():
-                place[name] = tensor[indices.to(tensor.device)]
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
 
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence."""
-        for place in (self.tensors, self.per_key, self.earlier):
-            for name, tensor in place.items():
-                place[name] = tensor.repeat_interleave(repeats, dim=0)
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def crop(self, layer: Any, removed: int) -> None:
         """Forget the last `removed` keys, which `layer` has just done."""
@@ -79,6 +126,38 @@ class SequenceState:
             else:
                 known = self._known(name, tensor)
                 self.per_key[name] = known[..., : known.shape[-1] - removed]
+        for name, (block, facts) in self.pages.items():
+            self.pages[name] = block, facts[:, :, : layer.keys.shape[-2] // block]
+
+    def gather(self, places: torch.Tensor) -> None:
+        """Only the keys in these places `(B, 1 or Hkv, S)` are left, in this order; no page is what it was."""
+        for name, tensor in self.per_key.items():
+            heads = max(tensor.shape[1], places.shape[1])
+            of_heads = places.repeat_interleave(heads // places.shape[1], dim=1).to(tensor.device)
+            self.per_key[name] = tensor.expand(-1, heads, -1).gather(-1, of_heads)
+        self.pages.clear()
+
+    def fork(self) -> Self:
+        """One that goes on by itself; tensors are shared, for none is written to."""
+        twin = copy.copy(self)
+        for place in ("tensors", "per_key", "earlier", "pages"):
+            setattr(twin, place, dict(getattr(self, place)))
+        return twin
+
+    def held(self) -> list[torch.Tensor]:
+        """All tensors that are remembered."""
+        places = (self.tensors, self.per_key, self.earlier)
+        return [
+            *(tensor for place in places for tensor in place.values()),
+            *(facts for _, facts in self.pages.values()),
+        ]
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for place in (self.tensors, self.per_key, self.earlier):
+            for name, tensor in place.items():
+                place[name] = change(tensor)
+        for name, (block, facts) in self.pages.items():
+            self.pages[name] = block, change(facts)
 
     def _known(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The entries of the last call's keys, behind those of earlier ones, which are no longer kept apart."""
@@ -93,95 +172,3 @@ def in_slots(layer: Any) -> bool:
     """
     static = getattr(layer, "is_compileable", False)
     return static and not (layer.is_sliding and layer.get_seq_length() > layer.max_cache_len)
-
-
-def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> SequenceState | None:
-    """The state of `owner` on a cache layer that has just been given `rows` tokens; a new one from an empty cache.
-
-    `None` in the first call on a cache if that call is compiled: what follows on that cache is then refused.
-
-    Raises:
-        ValueError: there is none, but the layer held tokens before these.
-        NotImplementedError: a compiled call on a static cache without one, which cannot tell.
-    """
-    states = getattr(layer, "sequence_states", None)
-    if states is not None and owner in states:
-        found: SequenceState = states[owner]
-        return found
-    if torch.compiler.is_compiling() and in_slots(layer):
-        raise NotImplementedError(
-            f"{owner} must see the first call on a static cache uncompiled, as `generate` does it; compile the others."
-        )
-    if int(layer.get_seq_length()) > rows:
-        raise ValueError(
-            f"{owner} was to continue {int(layer.get_seq_length()) - rows} cached tokens but knows of none: the cache "
-            "was filled without it."
-        )
-    if torch.compiler.is_compiling():
-        return None
-    if states is None:
-        plain: type = type(layer)
-        layer.__class__ = _stateful(plain)
-        layer.sequence_states = states = {}
-    states[owner] = SequenceState(owner, rewinds)
-    new: SequenceState = states[owner]
-    return new
-
-
-@cache
-def _stateful(plain: Any) -> type:
-    """A cache layer's class, with its calls on sequences handed on to the states it carries."""
-
-    class Stateful(plain):
-        _layer_type = None  # transformers would register a subclass that inherits one
-        sequence_states: dict[str, SequenceState]
-
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            for state in self.sequence_states.values():
-                state.select(beam_idx)
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            super().batch_select_indices(indices)
-            for state in self.sequence_states.values():
-                state.select(indices)
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            for state in self.sequence_states.values():
-                state.repeat(repeats)
-
-        def crop(self, tokens_to_remove: int) -> None:
-            # older versions of transformers take a positive number for the length to keep
-            kept = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
-            removed = max(0, self.get_seq_length() - kept)
-            for state in self.sequence_states.values():
-                if removed and not state.rewinds:
-                    raise NotImplementedError(
-                        f"{state.owner} keeps sums over all tokens so far and cannot take back the last {removed} of "
-                        "them: no cropped cache, and so no assisted decoding, under this variant."
-                    )
-                if removed and getattr(self, "is_compileable", False) and not in_slots(self):
-                    raise NotImplementedError(
-                        f"{state.owner} cannot take back the last {removed} tokens of a static sliding cache that is "
-                        "full: what they have pushed out of its window is lost. Use a dynamic one."
-                    )
-            super().crop(tokens_to_remove)
-            for state in self.sequence_states.values():
-                state.crop(self, removed)
-
-        def reset(self) -> None:
-            super().reset()
-            self.sequence_states.clear()
-
-        def __reduce_ex__(self, protocol: Any) -> Any:  # a class made here cannot be found by its name
-            return _restore, (plain, self.__dict__.copy())
-
-    Stateful.__name__ = Stateful.__qualname__ = f"Stateful{plain.__name__}"
-    return Stateful
-
-
-def _restore(plain: type, attributes: dict[str, Any]) -> Any:
-    layer: Any = object.__new__(_stateful(plain))
-    layer.__dict__.update(attributes)
-    return layer

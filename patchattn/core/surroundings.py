@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..cache.state import SequenceState, in_slots, sequence_state
+from ..cache.state import SequenceState, in_slots
+from ..cache.tracked import sequence_state
 from .given import key_length, read_mask, real_tokens
 from .hooks import IMAGE_TOKENS, RESIDUAL
 from .sites import AttentionSite

@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
+from ..cache.tracked import append_in_place
+
 if TYPE_CHECKING:
     from ..hosts.transformers.seam import VariantChain
     from .surroundings import LayerContext
@@ -179,6 +181,7 @@ class TappedCache(Cache):
             key_states, value_states = self._tap.change(key_states, value_states, self._cache, layer_idx)
         held = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         self._tap.layer, self._tap.added = self._cache.layers[layer_idx], key_states.shape[2]
+        append_in_place(self._tap.layer)
         if self._tap.chain.storing:
             self._tap.follow(*held)
         return held

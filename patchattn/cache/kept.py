@@ -1,0 +1,112 @@
+"""Which keys a cache layer that forgets still stores, of which columns they are, and which of them are seen."""
+
+import copy
+from typing import Self
+
+import torch
+
+_NEVER = torch.iinfo(torch.int32).max
+
+
+class KeptKeys:
+    """The keys of a cache layer some of whose keys were dropped.
+
+    A key that is dropped is hidden at once and leaves storage later, when so many tokens have come that no caller takes
+    back as many: until then `crop` is exact.
+
+    Attributes:
+        seen: how many tokens the layer was ever given, those taken back left out.
+        columns: `(B, 1 or Hkv, S)` int32: which of them each stored key is of, ascending; -1 in empty slots, which come
+            first. Of size 1 where all kv heads keep the same.
+        dropped: likewise: how many tokens were seen when the key was dropped; a large number if it was not.
+        decisions: `(seen, bound)` of the latest drops, in their order: at most `bound` keys of a row and head, if that
+            is known, were left then.
+        carried_out: `seen` of the latest drop whose keys have left storage.
+    """
+
+    def __init__(self, stored: int, batch: int, device: torch.device) -> None:
+        self.seen = stored
+        self.columns = torch.arange(stored, dtype=torch.int32, device=device).repeat(batch, 1, 1)
+        self.dropped = torch.full_like(self.columns, _NEVER)
+        self.decisions: list[tuple[int, int | None]] = []
+        self.carried_out = 0
+
+    def seen_columns(self) -> torch.Tensor:
+        """`(B, 1 or Hkv, S)` int64: the column of each stored key, -1 if it is hidden or its slot empty."""
+        return self.columns.masked_fill(self.dropped != _NEVER, -1).long()
+
+    def append(self, rows: int) -> None:
+        """So many new keys have come, in every head."""
+        new = torch.arange(self.seen, self.seen + rows, dtype=torch.int32, device=self.columns.device)
+        new = new.expand(*self.columns.shape[:2], -1)
+        self.columns = torch.cat([self.columns, new], dim=-1)
+        self.dropped = torch.cat([self.dropped, torch.full_like(new, _NEVER)], dim=-1)
+        self.seen += rows
+
+    def drop(self, kept: torch.Tensor, bound: int | None) -> None:
+        """Hide the stored keys that are not among `kept`, `(B, 1 or Hkv, S)` bool; at most `bound` remain."""
+        now = torch.where(kept, _NEVER, self.seen).to(torch.int32)
+        heads = max(kept.shape[1], self.columns.shape[1])
+        self.columns = self.columns.expand(-1, heads, -1)
+        self.dropped = torch.minimum(self.dropped, now)
+        self.decisions.append((self.seen, bound))
+
+    def shrink(self, slack: int) -> torch.Tensor | None:
+        """Take out of storage what was dropped before the last `slack` tokens came.
+
+        Returns:
+            `(B, 1 or Hkv, S')` int64, ascending: the places that storage now consists of, empty slots first; `None` if
+            it stays as it is.
+
+        Raises:
+            ValueError: more keys are left than a bound said.
+        """
+        due = [decision for decision in self.decisions if decision[0] <= self.seen - slack]
+        if not due:
+            return None
+        when, bound = due[-1]
+        stored, since = self.columns.shape[-1], self.seen - when
+        remains = (self.dropped > when) & (self.columns >= 0)
+        if bound is None or self.columns.device.type == "cpu":  # any other device would have to be waited for
+            most = int(remains.sum(-1).max())
+            if bound is not None and most > bound + since:
+                raise ValueError(f"At most {bound} keys of a row and head were to be kept, but {most - since} are.")
+        size = min(stored, most if bound is None else bound + since)
+        # Moving everything costs as much as appending by copying does: not for a key or two.
+        if stored - size < max(1, min(stored // 16, 256)):
+            self.decisions = self.decisions[len(due) - 1 :]
+            return None
+        self.decisions, self.carried_out = self.decisions[len(due) :], when
+        places = remains.to(torch.uint8).argsort(dim=-1, stable=True)[..., stored - size :]
+        self.columns = self.columns.masked_fill(~remains, -1).gather(-1, places)
+        self.dropped = self.dropped.gather(-1, places)
+        return places
+
+    def can_crop(self, removed: int) -> bool:
+        """Whether what was seen before the last `removed` tokens came is all still there."""
+        return self.seen - removed >= self.carried_out
+
+    def crop(self, removed: int) -> None:
+        """The last `removed` keys are taken back, and with them whatever was dropped since they came."""
+        left = self.columns.shape[-1] - removed
+        self.seen -= removed
+        self.columns = self.columns[..., :left]
+        dropped = self.dropped[..., :left]
+        self.dropped = dropped.masked_fill(dropped > self.seen, _NEVER)
+        self.decisions = [decision for decision in self.decisions if decision[0] <= self.seen]
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keep these sequences, in this order."""
+        indices = indices.to(self.columns.device)
+        self.columns, self.dropped = self.columns[indices], self.dropped[indices]
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.columns = self.columns.repeat_interleave(repeats, dim=0)
+        self.dropped = self.dropped.repeat_interleave(repeats, dim=0)
+
+    def fork(self) -> Self:
+        """One that goes on by itself; tensors are shared, for none is written to."""
+        twin = copy.copy(self)
+        twin.decisions = list(self.decisions)
+        return twin

@@ -1,0 +1,64 @@
+"""Keys and values with spare places behind them, so that a token is appended without copying all those before it."""
+
+import torch
+
+_FEWEST, _MOST = 256, 1024  # spare places, in tokens
+
+
+class Room:
+    """Keys and values `(B, Hkv, S, D)` at the start of tensors with spare places behind them.
+
+    No place is written twice: whoever holds what was handed out earlier keeps what it saw.
+
+    Attributes:
+        keys, values: those stored so far, views of the whole tensors.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: int) -> None:
+        """Copy keys and values, with places for `rows` more and some to spare."""
+        self._stored = keys.shape[-2]
+        spare = rows + min(max(self._stored // 8, _FEWEST), _MOST)
+        self._keys, self._values = _extended(keys, spare), _extended(values, spare)
+        self._hand_out()
+
+    def holds(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> bool:
+        """Whether these are what it last handed out, and not what somebody has put in their place."""
+        return self.keys is keys and self.values is values
+
+    def has_places(self, rows: int) -> bool:
+        """Whether so many more fit, and may be written in the mode that torch is in."""
+        writable = torch.is_inference_mode_enabled() or not self._keys.is_inference()
+        return writable and self._stored + rows <= self._keys.shape[-2]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write new keys and values `(B, Hkv, T, D)` behind those stored."""
+        rows = keys.shape[-2]
+        self._keys.narrow(-2, self._stored, rows).copy_(keys)
+        self._values.narrow(-2, self._stored, rows).copy_(values)
+        self._stored += rows
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        self.keys = self._keys.narrow(-2, 0, self._stored)
+        self.values = self._values.narrow(-2, 0, self._stored)
+
+
+def may_append(stored: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether new keys and values can be written behind those stored, and no gradient or graph would be harmed."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return len({tensor.shape[-2] for tensor in new}) == 1 and all(map(_alike, stored, new))
+
+
+def _alike(stored: torch.Tensor, new: torch.Tensor) -> bool:
+    def description(tensor: torch.Tensor) -> object:
+        return type(tensor), tensor.dtype, tensor.device, (*tensor.shape[:-2], tensor.shape[-1])
+
+    return description(stored) == description(new) and type(new) is torch.Tensor
+
+
+def _extended(tensor: torch.Tensor, spare: int) -> torch.Tensor:
+    *outer, stored, width = tensor.shape
+    whole = tensor.new_empty(*outer, stored + spare, width)
+    whole.narrow(-2, 0, stored).copy_(tensor)
+    return whole

@@ -1,0 +1,355 @@
+"""The cache layer of a patched model: it carries what variants remember, may forget keys, and appends in place.
+
+The layers of a cache are transformers' own. One that a variant needs to follow gets a subclass of its class, so that it
+still is what it was to whoever asks; the cache that holds it stays as it is. All that happens to its sequences happens
+here: growing, taking back, reordering, repeating, selecting, starting anew, moving between devices, copying.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, Self
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from .kept import KeptKeys
+from .room import Room, may_append
+from .state import SequenceState, in_slots
+
+
+class TrackedLayer(CacheLayerMixin):
+    """A layer of a kv cache with all that must follow its sequences; among its bases, the class it had comes next.
+
+    Attributes:
+        plain: the class it had.
+        grows: whether it is a dynamic layer that keeps all keys. Only such a one can forget some, and appends in place.
+        sequence_states: what variants remember, by owner.
+        room: where new keys are written without copying the earlier ones; `None` before the second call.
+        owner: who drops keys of this layer, if anybody does.
+        kept: the keys that are left, once some were dropped; the last `crop` may have brought all back.
+        apart: kv heads whose keys are in another layer, as their number differs, and that layer.
+    """
+
+    keys: Any
+    values: Any
+    plain: type
+    grows: bool
+    sequence_states: dict[str, SequenceState]
+    room: Room | None
+    owner: str | None
+    kept: KeptKeys | None
+    apart: "tuple[tuple[int, ...], TrackedLayer] | None"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.track()
+
+    def track(self) -> None:
+        """Start to carry what `plain` does not."""
+        self.sequence_states = {}
+        self.room = self.owner = self.kept = self.apart = None
+
+    # What is stored
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append `(B, Hkv, T, D)`; all keys and values that are stored, without those of heads apart."""
+        if self.apart is not None:
+            heads, other = self.apart
+            rest = [head for head in range(key_states.shape[1]) if head not in heads]
+            other.update(key_states[:, heads], value_states[:, heads], *args, **kwargs)
+            key_states, value_states = key_states[:, rest], value_states[:, rest]
+        held = self._append(key_states, value_states, *args, **kwargs)
+        if self.kept is not None:
+            self.kept.append(key_states.shape[-2])
+        return held
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_filled = self.grows and self.is_initialized and self.keys.numel() > 0
+        if not is_filled or not may_append((self.keys, self.values), (keys, values)):
+            self.room = None
+            return super().update(keys, values, *args, **kwargs)
+        rows = keys.shape[-2]
+        if self.room is None or not self.room.holds(self.keys, self.values) or not self.room.has_places(rows):
+            self.room = Room(self.keys, self.values, rows)
+        self.room.append(keys, values)
+        self.keys, self.values = self.room.keys, self.room.values
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        """How many tokens it was given: also those that it has forgotten count."""
+        return super().get_seq_length() if self.kept is None else self.kept.seen
+
+    def columns(self) -> torch.Tensor | None:
+        """`(B, 1 or Hkv, S)` int64: which of the tokens ever given each stored key is of, ascending.
+
+        -1 where the key is hidden or a slot empty; size 1 says the same in all heads; `None` that key j is of token j.
+        """
+        return None if self.kept is None else self.kept.seen_columns()
+
+    # What is forgotten
+
+    def keep(self, kept: torch.Tensor, *, owner: str, bound: int | None = None, slack: int = 16) -> None:
+        """Drop the stored keys that are not among `kept`.
+
+        They are hidden at once, and leave storage when `slack` more tokens have come. Until then `crop` brings back
+        what the tokens that it takes back have dropped; what it cannot bring back it refuses.
+
+        Args:
+            kept: `(B, 1 or Hkv, S)` bool, over the keys that are stored; what is hidden already stays so.
+            owner: who decides. Only one may do so in a layer.
+            bound: the largest number of keys of a row and head among `kept`; the device is asked for it otherwise.
+            slack: number of tokens that can always be taken back, in tokens.
+
+        Raises:
+            NotImplementedError: this layer cannot forget, another one drops its keys already, or a variant remembers
+                something of every key.
+            ValueError: a mask of another shape, a negative number, or more keys than `bound`.
+        """
+        self._take(owner)
+        batch, heads, stored = self.keys.shape[:3]
+        if kept.dtype != torch.bool or (*kept.shape,) not in {(batch, 1, stored), (batch, heads, stored)}:
+            raise ValueError(
+                f"{owner}: which of {stored} keys to keep is told by bools (B, 1 or Hkv, S) = ({batch}, 1 or {heads}, "
+                f"{stored}), got {kept.dtype} {(*kept.shape,)}."
+            )
+        if slack < 0 or (bound is not None and bound < 0):
+            raise ValueError(f"{owner}: slack and bound must not be negative, got {slack} and {bound}.")
+        if self.kept is None:
+            self.kept = KeptKeys(stored, batch, kept.device)
+        self.kept.drop(kept.to(self.kept.columns.device), bound)
+        places = self.kept.shrink(slack)
+        if places is None:
+            return
+        for state in self.sequence_states.values():
+            state.gather(places)
+        every = places.expand(-1, heads, -1)[..., None].to(self.keys.device)
+        self.keys, self.values, self.room = (
+            self.keys.gather(2, every.expand(-1, -1, -1, self.keys.shape[-1])),
+            self.values.gather(2, every.expand(-1, -1, -1, self.values.shape[-1])),
+            None,
+        )
+
+    def set_apart(self, heads: Sequence[int], *, owner: str) -> "TrackedLayer":
+        """Keep the keys of some kv heads in a layer of their own, which may forget others than this one.
+
+        Raises:
+            NotImplementedError: as `keep`.
+            ValueError: they are not some of the heads, or heads are apart already.
+        """
+        self._take(owner)
+        count = self.keys.shape[1]
+        chosen = tuple(sorted(set(heads)))
+        if not chosen or not set(chosen) < set(range(count)) or self.apart is not None or self.kept is not None:
+            raise ValueError(
+                f"{owner}: some of {count} kv heads, none of which has forgotten a key, can be set apart once; got "
+                f"{list(heads)}, where {'some' if self.apart or self.kept else 'none'} are or have."
+            )
+        rest = [head for head in range(count) if head not in chosen]
+        other: Any = tracked(DynamicLayer)()
+        other.update(self.keys[:, chosen], self.values[:, chosen])
+        other._take(owner)
+        self.keys, self.values, self.room = self.keys[:, rest], self.values[:, rest], None
+        self.apart = chosen, other
+        return self.apart[1]
+
+    def _take(self, owner: str) -> None:
+        """Be the one who drops keys of this layer, or be refused."""
+        if not self.grows:
+            raise NotImplementedError(
+                f"{owner} drops keys, which {self.plain.__name__} cannot follow: use a dynamic kv cache, not a static "
+                "or quantised one, and leave out layers with a sliding window (layers=...), which forget by themselves."
+            )
+        if self.owner not in (None, owner):
+            raise NotImplementedError(
+                f"{owner} was to drop keys of a kv cache from which {self.owner} drops some already: only one may do "
+                "so in a layer. Patch with one of them, and start with a new cache."
+            )
+        for name, state in self.sequence_states.items():
+            if name != owner and (state.per_key or state.earlier):
+                raise NotImplementedError(
+                    f"{state.owner} remembers something of every key and cannot go on where {owner} drops keys: patch "
+                    "with one of them."
+                )
+        if not self.is_initialized:
+            raise ValueError(f"{owner} was to drop keys of a kv cache that has none yet.")
+        self.owner = owner
+
+    # What happens to its sequences
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.room = None
+        for each in self._followers():
+            each.select(beam_idx)
+        if self.apart is not None:
+            self.apart[1].reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
+        for each in self._followers():
+            each.select(indices)
+        if self.apart is not None:
+            self.apart[1].batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
+        for each in self._followers():
+            each.repeat(repeats)
+        if self.apart is not None:
+            self.apart[1].batch_repeat_interleave(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens.
+
+        Raises:
+            NotImplementedError: something that they have changed cannot be undone.
+        """
+        # older versions of transformers take a positive number for the length to keep
+        length = self.get_seq_length()
+        left = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
+        removed = max(0, length - max(0, left))
+        self._refuse_crop(removed)
+        super().crop(tokens_to_remove)
+        if removed:
+            self.room = None  # its places behind those left are written
+        if removed and self.kept is not None:
+            self.kept.crop(removed)
+        for state in self.sequence_states.values():
+            state.crop(self, removed)
+        if self.apart is not None:
+            self.apart[1].crop(-removed)
+
+    def _refuse_crop(self, removed: int) -> None:
+        if not removed:
+            return
+        for state in self.sequence_states.values():
+            if not state.rewinds:
+                raise NotImplementedError(
+                    f"{state.owner} keeps sums over all tokens so far and cannot take back the last {removed} of them: "
+                    "no cropped cache, and so no assisted decoding, under this variant."
+                )
+            if getattr(self, "is_compileable", False) and not in_slots(self):
+                raise NotImplementedError(
+                    f"{state.owner} cannot take back the last {removed} tokens of a static sliding cache that is full: "
+                    "what they have pushed out of its window is lost. Use a dynamic one."
+                )
+        if self.kept is not None and not self.kept.can_crop(removed):
+            raise NotImplementedError(
+                f"{self.owner} cannot take back the last {removed} tokens: it has forgotten keys since "
+                f"{self.kept.carried_out} tokens were there, and {self.kept.seen} are now."
+            )
+        if self.apart is not None:
+            self.apart[1]._refuse_crop(removed)
+
+    def reset(self) -> None:
+        if self.grows:  # not zeroed: whoever was handed keys keeps them
+            self.keys = self.values = None
+            self.is_initialized = False
+        super().reset()
+        self.track()
+
+    def offload(self) -> None:
+        super().offload()
+        self.room = None
+        if self.apart is not None:
+            self.apart[1].offload()
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.apart is not None:
+            self.apart[1].prefetch()
+
+    def _followers(self) -> "Iterable[SequenceState | KeptKeys]":
+        return [*self.sequence_states.values(), *([] if self.kept is None else [self.kept])]
+
+    # Copies
+
+    def __copy__(self) -> Self:
+        """One that goes on by itself; what is stored so far is shared, which a growing layer never writes to."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, room=None)
+        twin.sequence_states = {owner: state.fork() for owner, state in self.sequence_states.items()}
+        twin.kept = None if self.kept is None else self.kept.fork()
+        twin.apart = None if self.apart is None else (self.apart[0], copy.copy(self.apart[1]))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a class made here cannot be found by its name
+        twin = copy.copy(self)
+        if self.room is not None:  # a view would drag the spare places along
+            twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        return _restore, (self.plain, twin.__dict__)
+
+    def held(self) -> list[torch.Tensor]:
+        """All tensors that are there for this layer."""
+        tensors = [tensor for tensor in vars(self).values() if isinstance(tensor, torch.Tensor)]
+        tensors += [tensor for state in self.sequence_states.values() for tensor in state.held()]
+        tensors += [] if self.kept is None else [self.kept.columns, self.kept.dropped]
+        tensors += [] if self.room is None else [self.room.keys, self.room.values]
+        return tensors + ([] if self.apart is None else self.apart[1].held())
+
+
+@cache
+def tracked(plain: Any) -> type[TrackedLayer]:
+    """The class of a layer whose class is `plain` so far."""
+    grows = issubclass(plain, DynamicLayer) and all(
+        getattr(plain, name) is getattr(DynamicLayer, name) for name in ("update", "get_seq_length", "get_mask_sizes")
+    )
+    # transformers would register a subclass that inherits a layer type
+    return type(
+        f"Tracked{plain.__name__}", (TrackedLayer, plain), {"plain": plain, "grows": grows, "_layer_type": None}
+    )
+
+
+def track(layer: Any) -> TrackedLayer:
+    """Have a layer of a cache follow its sequences; the same object."""
+    if not isinstance(layer, TrackedLayer):
+        plain: Any = type(layer)
+        layer.__class__ = tracked(plain)
+        layer.track()
+    return layer
+
+
+def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> SequenceState | None:
+    """The state of `owner` on a cache layer that has just been given `rows` tokens; a new one from an empty cache.
+
+    `None` in the first call on a cache if that call is compiled: what follows on that cache is then refused.
+
+    Raises:
+        ValueError: there is none, but the layer held tokens before these.
+        NotImplementedError: a compiled call on a static cache without one, which cannot tell.
+    """
+    found = layer.sequence_states.get(owner) if isinstance(layer, TrackedLayer) else None
+    if found is not None:
+        return found
+    if torch.compiler.is_compiling() and in_slots(layer):
+        raise NotImplementedError(
+            f"{owner} must see the first call on a static cache uncompiled, as `generate` does it; compile the others."
+        )
+    if int(layer.get_seq_length()) > rows:
+        raise ValueError(
+            f"{owner} was to continue {int(layer.get_seq_length()) - rows} cached tokens but knows of none: the cache "
+            "was filled without it."
+        )
+    if torch.compiler.is_compiling():
+        return None
+    layer = track(layer)
+    new = layer.sequence_states[owner] = SequenceState(owner, rewinds, layer.grows)
+    return new
+
+
+def append_in_place(layer: Any) -> None:
+    """From the next call on, have a layer that grows do so without copying what it holds."""
+    plain: Any = type(layer)
+    if torch.compiler.is_compiling() or isinstance(layer, TrackedLayer) or not isinstance(layer, CacheLayerMixin):
+        return
+    if tracked(plain).grows:
+        track(layer)
+
+
+def _restore(plain: type, attributes: dict[str, Any]) -> Any:
+    layer = object.__new__(tracked(plain))
+    layer.__dict__.update(attributes)
+    return layer
