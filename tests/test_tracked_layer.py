@@ -31,7 +31,9 @@ class Reference:
     """A cache layer as lists: all tokens ever given, and every decision to drop some, by row and head."""
 
     tokens: list[list[list[list[float]]]] = field(default_factory=list)  # row, head, column
-    decisions: list[tuple[int, list[list[set[int]]]]] = field(default_factory=list)  # seen, columns dropped
+    decisions: list[tuple[int, list[list[set[int]]]]] = field(
+        default_factory=list
+    )  # from how many tokens on, columns dropped
     lasting: int = 0  # tokens that need not come back: those before the last SLACK, whenever some were dropped
 
     def seen(self) -> int:
@@ -81,6 +83,7 @@ class Layers(RuleBasedStateMachine):
             for head in range(HEADS):
                 new = torch.cat([keys, values], dim=-1)[row, head].tolist()
                 reference.tokens[row][head] += new
+        layer.is_expected = True
         held = layer.update(keys, values)
         self.handed += [(tensor, tensor.clone()) for tensor in held]
         state = sequence_state(layer, OWNER, rows=rows, rewinds=True)
@@ -116,22 +119,29 @@ class Layers(RuleBasedStateMachine):
         else:
             reference.crop(left)
 
-    @rule(number=st.integers(0, 9), alike=st.booleans(), is_bound_known=st.booleans(), share=st.floats(0.1, 1.0))
-    def keep(self, number: int, alike: bool, is_bound_known: bool, share: float) -> None:
+    @rule(
+        number=st.integers(0, 9),
+        alike=st.booleans(),
+        is_bound_known=st.booleans(),
+        share=st.floats(0.1, 1.0),
+        since=st.integers(0, 6),
+    )
+    def keep(self, number: int, alike: bool, is_bound_known: bool, share: float, since: int) -> None:
         layer, reference = self.of(number)
         batch, _, stored = layer.keys.shape[:3]
         kept = torch.rand(batch, 1 if alike else HEADS, stored) < share
-        columns = layer.columns()
-        columns = torch.arange(stored).expand(batch, 1, -1) if columns is None else columns
-        columns = columns.expand(-1, HEADS, -1)
+        columns = torch.arange(stored).expand(batch, 1, -1) if layer.kept is None else layer.kept.columns
+        columns = columns.expand(-1, HEADS, -1)  # also of what is hidden, and may be dropped once more
         wide = kept.expand(-1, HEADS, -1)
         dropped = [
             [set(columns[row, head][~wide[row, head]].tolist()) - {-1} for head in range(HEADS)] for row in range(batch)
         ]
-        reference.decisions.append((reference.seen(), dropped))
+        before = max(0, reference.seen() - since)
+        dropped = [[{column for column in head if column < before} for head in row] for row in dropped]
+        reference.decisions.append((before, dropped))
         reference.lasting = max(reference.lasting, reference.seen() - SLACK)
         bound = int(kept.sum(-1).max()) if is_bound_known else None
-        layer.keep(kept, owner=OWNER, bound=bound, slack=SLACK)
+        layer.keep(kept, owner=OWNER, bound=bound, slack=SLACK, since=since)
 
     @rule(number=st.integers(0, 9), rows=st.lists(st.integers(0, 9), min_size=1, max_size=3), reorder=st.booleans())
     def select(self, number: int, rows: list[int], reorder: bool) -> None:

@@ -25,7 +25,7 @@ class Follow(patchattn.Variant):
     keeps_state = True
 
     def attend(self, call: Any, inner: Any) -> Any:
-        state = call.sequence_state("follow")
+        state = call.context.sequence_state("follow")
         if state is not None:
             state.write("first", call.key[..., 0].clone(), per_key=True)
         return inner(call)

@@ -1,11 +1,25 @@
 """Which keys a cache layer that forgets still stores, of which columns they are, and which of them are seen."""
 
 import copy
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 _NEVER = torch.iinfo(torch.int32).max
+
+
+class Decision(NamedTuple):
+    """One drop of keys.
+
+    Attributes:
+        holds_from: how many tokens were seen when it was right already.
+        seen: how many when it was made.
+        bound: the largest number of keys of a row and head that were left then, if that is known.
+    """
+
+    holds_from: int
+    seen: int
+    bound: int | None
 
 
 class KeptKeys:
@@ -18,17 +32,16 @@ class KeptKeys:
         seen: how many tokens the layer was ever given, those taken back left out.
         columns: `(B, 1 or Hkv, S)` int32: which of them each stored key is of, ascending; -1 in empty slots, which come
             first. Of size 1 where all kv heads keep the same.
-        dropped: likewise: how many tokens were seen when the key was dropped; a large number if it was not.
-        decisions: `(seen, bound)` of the latest drops, in their order: at most `bound` keys of a row and head, if that
-            is known, were left then.
-        carried_out: `seen` of the latest drop whose keys have left storage.
+        dropped: likewise: from how many tokens on the key is dropped; a large number if it is not.
+        decisions: the drops whose keys are in storage still.
+        carried_out: from how many tokens on the drops hold whose keys have left it.
     """
 
     def __init__(self, stored: int, batch: int, device: torch.device) -> None:
         self.seen = stored
         self.columns = torch.arange(stored, dtype=torch.int32, device=device).repeat(batch, 1, 1)
         self.dropped = torch.full_like(self.columns, _NEVER)
-        self.decisions: list[tuple[int, int | None]] = []
+        self.decisions: list[Decision] = []
         self.carried_out = 0
 
     def seen_columns(self) -> torch.Tensor:
@@ -43,13 +56,18 @@ class KeptKeys:
         self.dropped = torch.cat([self.dropped, torch.full_like(new, _NEVER)], dim=-1)
         self.seen += rows
 
-    def drop(self, kept: torch.Tensor, bound: int | None) -> None:
-        """Hide the stored keys that are not among `kept`, `(B, 1 or Hkv, S)` bool; at most `bound` remain."""
-        now = torch.where(kept, _NEVER, self.seen).to(torch.int32)
+    def drop(self, kept: torch.Tensor, bound: int | None, since: int) -> None:
+        """Hide the stored keys that are not among `kept`, `(B, 1 or Hkv, S)` bool.
+
+        It was right before the last `since` tokens came, which stay; of the others, at most `bound` are among `kept`.
+        """
+        holds_from = max(0, self.seen - since)
         heads = max(kept.shape[1], self.columns.shape[1])
         self.columns = self.columns.expand(-1, heads, -1)
+        now = torch.where(kept | (self.columns >= holds_from), _NEVER, holds_from).to(torch.int32)
         self.dropped = torch.minimum(self.dropped, now)
-        self.decisions.append((self.seen, bound))
+        most = None if bound is None else bound + self.seen - holds_from
+        self.decisions.append(Decision(holds_from, self.seen, most))
 
     def shrink(self, slack: int) -> torch.Tensor | None:
         """Take out of storage what was dropped before the last `slack` tokens came.
@@ -61,22 +79,25 @@ class KeptKeys:
         Raises:
             ValueError: more keys are left than a bound said.
         """
-        due = [decision for decision in self.decisions if decision[0] <= self.seen - slack]
+        due = [decision for decision in self.decisions if decision.holds_from <= self.seen - slack]
         if not due:
             return None
-        when, bound = due[-1]
-        stored, since = self.columns.shape[-1], self.seen - when
+        latest = max(due, key=lambda decision: decision[:2])
+        when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
         remains = (self.dropped > when) & (self.columns >= 0)
-        if bound is None or self.columns.device.type == "cpu":  # any other device would have to be waited for
+        if latest.bound is None or self.columns.device.type == "cpu":  # any other device would have to be waited for
             most = int(remains.sum(-1).max())
-            if bound is not None and most > bound + since:
-                raise ValueError(f"At most {bound} keys of a row and head were to be kept, but {most - since} are.")
-        size = min(stored, most if bound is None else bound + since)
+            if latest.bound is not None and most > latest.bound + since:
+                raise ValueError(
+                    f"At most {latest.bound} keys of a row and head were to be kept, but {most - since} are."
+                )
+        size = min(stored, most if latest.bound is None else latest.bound + since)
         # Moving everything costs as much as appending by copying does: not for a key or two.
         if stored - size < max(1, min(stored // 16, 256)):
-            self.decisions = self.decisions[len(due) - 1 :]
+            self.decisions = [latest, *(decision for decision in self.decisions if decision not in due)]
             return None
-        self.decisions, self.carried_out = self.decisions[len(due) :], when
+        self.decisions = [decision for decision in self.decisions if decision not in due]
+        self.carried_out = max(self.carried_out, when)
         places = remains.to(torch.uint8).argsort(dim=-1, stable=True)[..., stored - size :]
         self.columns = self.columns.masked_fill(~remains, -1).gather(-1, places)
         self.dropped = self.dropped.gather(-1, places)
@@ -93,7 +114,7 @@ class KeptKeys:
         self.columns = self.columns[..., :left]
         dropped = self.dropped[..., :left]
         self.dropped = dropped.masked_fill(dropped > self.seen, _NEVER)
-        self.decisions = [decision for decision in self.decisions if decision[0] <= self.seen]
+        self.decisions = [decision for decision in self.decisions if decision.holds_from <= self.seen]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order."""

@@ -28,6 +28,7 @@ class TrackedLayer(CacheLayerMixin):
         room: where new keys are written without copying the earlier ones; `None` before the second call.
         owner: who drops keys of this layer, if anybody does.
         kept: the keys that are left, once some were dropped; the last `crop` may have brought all back.
+        is_expected: whether the next call comes from a model that knows that keys were forgotten.
         apart: kv heads whose keys are in another layer, as their number differs, and that layer.
     """
 
@@ -39,6 +40,7 @@ class TrackedLayer(CacheLayerMixin):
     room: Room | None
     owner: str | None
     kept: KeptKeys | None
+    is_expected: bool
     apart: "tuple[tuple[int, ...], TrackedLayer] | None"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,14 +51,26 @@ class TrackedLayer(CacheLayerMixin):
         """Start to carry what `plain` does not."""
         self.sequence_states = {}
         self.room = self.owner = self.kept = self.apart = None
+        self.is_expected = False
 
     # What is stored
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Append `(B, Hkv, T, D)`; all keys and values that are stored, without those of heads apart."""
+        """Append `(B, Hkv, T, D)`; all keys and values that are stored, without those of heads apart.
+
+        Raises:
+            NotImplementedError: keys were forgotten, and nobody is there to say so to attention.
+        """
+        if self.kept is not None and not self.is_expected:
+            raise NotImplementedError(
+                f"{self.owner} has dropped keys of this kv cache, which a model without that patch would attend to "
+                "wrongly. Start with a new cache."
+            )
+        self.is_expected = False
         if self.apart is not None:
             heads, other = self.apart
             rest = [head for head in range(key_states.shape[1]) if head not in heads]
+            other.is_expected = True
             other.update(key_states[:, heads], value_states[:, heads], *args, **kwargs)
             key_states, value_states = key_states[:, rest], value_states[:, rest]
         held = self._append(key_states, value_states, *args, **kwargs)
@@ -89,7 +103,9 @@ class TrackedLayer(CacheLayerMixin):
 
     # What is forgotten
 
-    def keep(self, kept: torch.Tensor, *, owner: str, bound: int | None = None, slack: int = 16) -> None:
+    def keep(
+        self, kept: torch.Tensor, *, owner: str, bound: int | None = None, slack: int = 16, since: int = 0
+    ) -> None:
         """Drop the stored keys that are not among `kept`.
 
         They are hidden at once, and leave storage when `slack` more tokens have come. Until then `crop` brings back
@@ -98,8 +114,11 @@ class TrackedLayer(CacheLayerMixin):
         Args:
             kept: `(B, 1 or Hkv, S)` bool, over the keys that are stored; what is hidden already stays so.
             owner: who decides. Only one may do so in a layer.
-            bound: the largest number of keys of a row and head among `kept`; the device is asked for it otherwise.
-            slack: number of tokens that can always be taken back, in tokens.
+            bound: the largest number of keys of a row and head among `kept`, without the last `since`; the device is
+                asked for it otherwise.
+            slack: number of tokens that can always be taken back.
+            since: so many tokens ago it was right already to drop them, so that taking back no more brings none back:
+                of rules on columns, not of scores. The keys of these tokens stay.
 
         Raises:
             NotImplementedError: this layer cannot forget, another one drops its keys already, or a variant remembers
@@ -113,11 +132,11 @@ class TrackedLayer(CacheLayerMixin):
                 f"{owner}: which of {stored} keys to keep is told by bools (B, 1 or Hkv, S) = ({batch}, 1 or {heads}, "
                 f"{stored}), got {kept.dtype} {(*kept.shape,)}."
             )
-        if slack < 0 or (bound is not None and bound < 0):
-            raise ValueError(f"{owner}: slack and bound must not be negative, got {slack} and {bound}.")
+        if min(slack, since, bound or 0) < 0:
+            raise ValueError(f"{owner}: none of slack, since and bound is negative, got {slack}, {since} and {bound}.")
         if self.kept is None:
             self.kept = KeptKeys(stored, batch, kept.device)
-        self.kept.drop(kept.to(self.kept.columns.device), bound)
+        self.kept.drop(kept.to(self.kept.columns.device), bound, since)
         places = self.kept.shrink(slack)
         if places is None:
             return
@@ -210,7 +229,7 @@ class TrackedLayer(CacheLayerMixin):
         # older versions of transformers take a positive number for the length to keep
         length = self.get_seq_length()
         left = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
-        removed = max(0, length - max(0, left))
+        removed = int(max(0, length - max(0, left)))  # a tensor where assisted decoding counted it
         self._refuse_crop(removed)
         super().crop(tokens_to_remove)
         if removed:
@@ -338,6 +357,12 @@ def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> Seque
     layer = track(layer)
     new = layer.sequence_states[owner] = SequenceState(owner, rewinds, layer.grows)
     return new
+
+
+def expect_call(layer: Any) -> None:
+    """The call to come is one of a model that asks for `columns`."""
+    if isinstance(layer, TrackedLayer):
+        layer.is_expected = True
 
 
 def append_in_place(layer: Any) -> None:

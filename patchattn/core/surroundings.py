@@ -1,6 +1,6 @@
 """What is around a call of attention: what its module was called with, what came from further up, and its kv cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache
 
 from ..cache.state import SequenceState, in_slots
-from ..cache.tracked import sequence_state
+from ..cache.tracked import TrackedLayer, sequence_state, track
 from .given import key_length, read_mask, real_tokens
 from .hooks import IMAGE_TOKENS, RESIDUAL
 from .sites import AttentionSite
@@ -86,6 +86,7 @@ class Surroundings:
         layer: what the attention module was called with, for variants whose `needs_context` is true.
         rows: `(R,)` which of its queries the call is about; `None`: all.
         of_some_keys: whether the call is about some of its keys.
+        is_apart: whether it is about the heads whose keys are apart, in a layer of their own (`set_apart`).
     """
 
     module: nn.Module
@@ -96,6 +97,7 @@ class Surroundings:
     layer: LayerContext | None = None
     rows: torch.Tensor | None = None
     of_some_keys: bool = False
+    is_apart: bool = False
 
     def layer_input(self) -> torch.Tensor:
         """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
@@ -151,6 +153,76 @@ class Surroundings:
         seen: int | torch.Tensor = layer.get_seq_length()
         return seen - rows
 
+    def columns(self) -> torch.Tensor | None:
+        """`(B, 1 or Hkv, Tk)` which of all keys there ever were each key is, -1 where it is hidden or its slot empty.
+
+        `None` unless the layer of the kv cache has forgotten some in between.
+        """
+        layer = self._cache_layer()
+        return layer.columns() if isinstance(layer, TrackedLayer) and not self.site.is_cross else None
+
+    def keep(
+        self, owner: str, kept: torch.Tensor, *, bound: int | None = None, slack: int = 16, since: int = 0
+    ) -> None:
+        """Have the kv cache forget the keys of this call that are not among `kept`; later calls do not see them.
+
+        For variants whose `keeps_state` is true, once in a call, after attention. Without a cache there is nothing to
+        forget.
+
+        Args:
+            owner: name of the variant.
+            kept: `(B, 1 or Hkv, Tk)` bool.
+            bound: the largest number of keys of a row and head among `kept`, without the last `since`; the device is
+                asked for it otherwise.
+            slack: how many tokens can be taken back exactly (assisted decoding), after which keys leave memory.
+            since: so many tokens ago it was right already to drop them, as a rule on columns can say: they then leave
+                memory also where every call's last tokens are taken back. The keys of these tokens stay.
+
+        Raises:
+            NotImplementedError: the cache or its layer cannot forget, something else depends on the keys that it holds,
+                or two variants would drop keys.
+            ValueError: a mask of another shape, a negative number, or more keys than `bound`.
+        """
+        layer, who = self._own_layer(owner), f"{owner} in {self.site.name}"
+        if layer is not None:
+            layer.keep(kept, owner=who, bound=bound, slack=slack, since=since)
+
+    def set_apart(self, owner: str, kv_heads: Sequence[int]) -> None:
+        """Have the kv cache keep the keys of some heads apart from now on, where other keys can be dropped.
+
+        Every later call on this cache comes in two: of those heads (`is_apart`), and of the others. In a first call
+        on it, after attention; without a cache there is nothing to set apart.
+
+        Args:
+            owner: name of the variant, which must be alone.
+            kv_heads: their numbers.
+
+        Raises:
+            NotImplementedError: as `keep`.
+            ValueError: they are not some of the heads, or heads are apart already.
+        """
+        layer = self._own_layer(owner)
+        if layer is not None:
+            layer.set_apart(kv_heads, owner=f"{owner} in {self.site.name}")
+
+    def _own_layer(self, owner: str) -> TrackedLayer | None:
+        """The layer of the kv cache, for who drops keys of it; `None` without a cache."""
+        layer = self._cache_layer()
+        if self.layer is None or self.layer.cache is None:
+            return None
+        fault = None
+        if self.site.is_cross or layer is None:
+            fault = "keys of another sequence, or of another layer, are not its own to drop"
+        elif self.of_some_keys or self.rows is not None:
+            fault = "a variant outside of it hands on only some of the keys or queries: patch this one before that one"
+        elif self.kwargs.get("position_bias") is not None:
+            fault = "the model computes its position bias from the number of keys that the cache holds"
+        elif torch.compiler.is_compiling():
+            fault = "the call is compiled"
+        if fault is not None:
+            raise NotImplementedError(f"{owner} in {self.site.name} cannot drop keys: {fault}.")
+        return track(layer)
+
     def dropped(self) -> int:
         """How many keys the layer of the kv cache has let go of before the first one that it gave."""
         layer = self._cache_layer()
@@ -159,7 +231,8 @@ class Surroundings:
         return max(0, int(layer.get_seq_length()) - self.key.shape[2])
 
     def _cache_layer(self) -> Any:
-        return None if self.layer is None or self.layer.tap is None else self.layer.tap.layer
+        layer: Any = None if self.layer is None or self.layer.tap is None else self.layer.tap.layer
+        return layer.apart[1] if self.is_apart else layer
 
     def sequence_state(self, owner: str, *, rewinds: bool = True) -> SequenceState | None:
         """What a variant remembers of these sequences, its `per_key` aligned with the keys of this call, new ones zero.
@@ -185,7 +258,7 @@ class Surroundings:
         layer_context = self.module_call()
         if layer_context.cache is None or layer_context.tap is None:
             return None
-        layer, added = layer_context.tap.layer, layer_context.tap.added
+        layer, added = self._cache_layer(), layer_context.tap.added
         if layer is None:  # put there by an earlier call (cross attention), or by a layer that shares its keys
             layer, added = layer_context.tap.holder(self.key), 0 if self.site.is_cross else self.query.shape[2]
         if layer is None:

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
-from ..cache.tracked import append_in_place
+from ..cache.tracked import append_in_place, expect_call
 
 if TYPE_CHECKING:
     from ..hosts.transformers.seam import VariantChain
@@ -179,6 +179,7 @@ class TappedCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._tap.chain.storing:
             key_states, value_states = self._tap.change(key_states, value_states, self._cache, layer_idx)
+        expect_call(self._cache.layers[layer_idx] if layer_idx < len(self._cache.layers) else None)
         held = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         self._tap.layer, self._tap.added = self._cache.layers[layer_idx], key_states.shape[2]
         append_in_place(self._tap.layer)

@@ -25,6 +25,7 @@ from ...core.sites import AttentionSite
 from ...core.surroundings import LayerContext, Surroundings
 from ...core.tap import is_shared
 from ...core.variant import ALL_CAPABILITIES, AttentionOutput, Variant
+from .apart import attend_apart, layer_with_heads_apart
 from .bases import ModuleCall, as_base_sees, live_chains, register_base
 from .batching import refuse_paged
 from .context import current_context
@@ -120,20 +121,41 @@ class VariantChain(nn.Module):
         live_chains.add(self)
 
     def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
-        module, query = given.module, given.query
-        context = current_context(module) if self.needs_context else None
-        call = attention_call(given, self.site, self.base, context)
-        self._refuse(call)
+        context = current_context(given.module) if self.needs_context else None
+        layer = layer_with_heads_apart(context)
+        if layer is None:
+            output = self._attend_heads(given, base, context)
+        else:
+            output = attend_apart(
+                given,
+                layer,
+                self.site,
+                self.active,
+                lambda part, is_apart: self._attend_heads(part, base, context, are_some=True, is_apart=is_apart),
+            )
+        if context is not None:
+            context.rows_done += given.query.shape[2]
+        return output
+
+    def _attend_heads(
+        self,
+        given: ModuleCall,
+        base: Callable[..., Any],
+        context: LayerContext | None,
+        *,
+        are_some: bool = False,
+        is_apart: bool = False,
+    ) -> AttentionOutput:
+        """One call of all heads, or of those whose keys are in one layer of the kv cache."""
+        call = attention_call(given, self.site, self.base, context, is_apart=is_apart)
+        self._refuse(call, are_some)
         if self.storing and context is not None:
             call = self._store(call, context)
         for name in self.telling:
             told = self._variant(name)("key_facts", call)
             if told:
                 call = call.replace(facts={**call.facts, **call.context.remembered(name, told)})
-        output = self._attend(0, base, call)
-        if context is not None:
-            context.rows_done += query.shape[2]
-        return output
+        return self._attend(0, base, call)
 
     def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
         if depth == len(self.active):
@@ -204,10 +226,10 @@ class VariantChain(nn.Module):
             key, value = self._variant(name)("before_cache", key, value, context, visible)
         return key, value
 
-    def _refuse(self, call: AttentionCall) -> None:
+    def _refuse(self, call: AttentionCall, are_some: bool) -> None:
         """Name what this call needs and cannot get, before anything is computed."""
         site = self.site
-        if site.query_heads is not None and call.query.shape[1] != site.query_heads:
+        if site.query_heads is not None and call.query.shape[1] != site.query_heads and not are_some:
             raise NotImplementedError(
                 f"{site.module_class} ({site.name}) was patched as {site.query_heads} query heads but is called with "
                 f"{call.query.shape[1]}. Tensor parallel shards are not supported."
@@ -222,7 +244,7 @@ class VariantChain(nn.Module):
 
 
 def attention_call(
-    given: ModuleCall, site: AttentionSite, base: str, layer: LayerContext | None = None
+    given: ModuleCall, site: AttentionSite, base: str, layer: LayerContext | None = None, *, is_apart: bool = False
 ) -> AttentionCall:
     """What variants see of a call of an attention function.
 
@@ -231,10 +253,14 @@ def attention_call(
         site: what is known of its attention module.
         base: the base implementation.
         layer: what the attention module was called with, where its hooks ran.
+        is_apart: whether it is about the heads whose keys are apart.
     """
     query, key, kwargs, module = given.query, given.key, given.kwargs, given.module
-    context = Surroundings(module, site, kwargs, query, key, layer)
+    context = Surroundings(module, site, kwargs, query, key, layer, is_apart=is_apart)
     said = kwargs.get("is_causal")
+    columns = context.columns()
+    # Where keys were forgotten in between, the model's mask is about all there ever were.
+    keys = key.shape[2] + (0 if columns is None else context.dropped())
     mask = mask_of_call(
         given.mask,
         base,
@@ -244,13 +270,15 @@ def attention_call(
         batch=max(query.shape[0], key.shape[0]),
         heads=query.shape[1],
         queries=query.shape[2],
-        keys=key.shape[2],
+        keys=keys,
         window=kwargs.get("sliding_window"),
-        own=context.own_key(),
-        dropped=context.dropped(),
+        own=context.own_key() if columns is None else keys - query.shape[2],
+        dropped=context.dropped() if columns is None else 0,
         device=query.device,
         dtype=query.dtype,
     )
+    if columns is not None:
+        mask = mask.at(columns, has_empty=True)
     return AttentionCall(query, key, given.value, mask, kwargs, module, site, base, context)
 
 

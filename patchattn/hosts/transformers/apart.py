@@ -1,0 +1,72 @@
+"""Calls of an attention module some of whose kv heads keep their keys apart: two calls of other lengths, one output.
+
+A rectangle of keys with empty slots would save nothing where half of the heads forget and the others do not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...cache.tracked import TrackedLayer
+from ...core.sites import AttentionSite
+from ...core.surroundings import LayerContext
+from ...core.variant import AttentionOutput
+from .bases import ModuleCall
+
+
+def layer_with_heads_apart(context: LayerContext | None) -> TrackedLayer | None:
+    """The layer of the kv cache that this call has written to, if it keeps the keys of some heads apart."""
+    layer: Any = None if context is None or context.tap is None else context.tap.layer
+    return layer if isinstance(layer, TrackedLayer) and layer.apart is not None else None
+
+
+def attend_apart(
+    given: ModuleCall,
+    layer: TrackedLayer,
+    site: AttentionSite,
+    names: Sequence[str],
+    attend: Callable[[ModuleCall, bool], AttentionOutput],
+) -> AttentionOutput:
+    """Attention of the heads that are apart and of the others, put together.
+
+    Args:
+        given: the call, with the keys and values of the others.
+        layer: the layer of the kv cache.
+        site: the attention module.
+        names: the variants that act on it.
+        attend: one of the two calls, and whether it is that of the heads apart.
+
+    Raises:
+        NotImplementedError: another variant is there, or the call has, or asks for, something by head.
+    """
+    assert layer.apart is not None
+    kv_heads, other = layer.apart
+    held = given.key.shape[1]
+    fault = None
+    if len(names) > 1:
+        fault = (
+            f"the variants {', '.join(map(repr, names))} would have to act on heads with other keys: patch one alone"
+        )
+    elif held != layer.keys.shape[1] or given.query.shape[1] % (held + len(kv_heads)):
+        fault = "its keys are not those that its cache gives"
+    elif given.kwargs.get("output_attentions"):
+        fault = "attention weights over other keys in some heads are no one tensor"
+    elif given.kwargs.get("s_aux") is not None or given.kwargs.get("position_bias") is not None:
+        fault = "it has sinks, or a position bias, by head"
+    if fault is not None:
+        raise NotImplementedError(f"{site.module_class} ({site.name}) keeps keys of some heads apart, and {fault}.")
+    group = given.query.shape[1] // (held + len(kv_heads))
+    is_apart = [head // group in kv_heads for head in range(given.query.shape[1])]
+    chosen = [torch.tensor([head for head, each in enumerate(is_apart) if each is part]) for part in (False, True)]
+    states = ((given.key, given.value), (other.keys, other.values))
+    outputs = []
+    for part, heads, (key, value) in zip((False, True), chosen, states, strict=True):
+        heads, mask = heads.to(given.query.device), given.mask
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        key, value = key.to(given.query.device), value.to(given.query.device)
+        outputs.append(attend(replace(given, query=given.query[:, heads], key=key, value=value, mask=mask), part)[0])
+    order = torch.cat(chosen).argsort().to(given.query.device)
+    return torch.cat(outputs, dim=2)[:, :, order], None
