@@ -229,7 +229,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 import patchattn
-from patchattn.whole_model import model_class
+from patchattn.saving.whole_model import model_class
 
 folder, results = sys.argv[1], {}
 for name in ("llama", "bert"):

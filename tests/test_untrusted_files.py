@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def test_a_pickled_adapter_is_refused(where: str, tmp_path: Path, never_unpickle
     model.save_pretrained(tmp_path / "whole")
     adapted = get_peft_model(FAMILIES["llama"].make(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     place = tmp_path / where
-    adapted.save_pretrained(place)
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", place, dirs_exist_ok=True)
     _edit(place / "adapter_config.json", base_model_name_or_path=str(base))
     source = folder if where == "base" else place
     assert any("lora" in name for name in patchattn.from_pretrained(source).state_dict())
