@@ -14,6 +14,7 @@ from .column_mass import KeyCounts, column_mass, key_counts
 from .routed_attention import routed_attention, routed_attention_if_faster
 from .routing import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 from .rows import AttentionRule
+from .selected_attention import selected_attention
 from .split_attention import SplitAttention, attention_with_lse, split_attention
 from .temperature import scale_tokens
 
@@ -38,6 +39,7 @@ __all__ = [
     "seen_blocks",
     "select_blocks",
     "select_top_k",
+    "selected_attention",
     "sink_and_recent",
     "split_attention",
     "straight_through",

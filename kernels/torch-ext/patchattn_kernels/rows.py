@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 2**23  # weights held at a time: 32 MB in float32
+FEW = 64  # queries times query heads of a kv head that are one tile of the kernels that decode
 # Half of -1e4, the smallest number that masks are filled with: see `seen_by`.
 MASKED = -5000.0
 
@@ -141,6 +142,11 @@ def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows
 def is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether there is no batch, query or key: no weight, so that there is nothing to launch or to go through."""
     return 0 in (query.shape[0], query.shape[2], key.shape[2])
+
+
+def are_few(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the queries of all query heads of a kv head are one tile of the kernels that decode."""
+    return query.shape[2] * query.shape[1] // key.shape[1] <= FEW
 
 
 def empty_weights(

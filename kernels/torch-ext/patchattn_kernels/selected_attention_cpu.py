@@ -1,0 +1,96 @@
+"""Selected pages of keys on a CPU: whole pages are copied one after another, and torch's kernel attends to the copy."""
+
+import math
+import threading
+
+import torch
+
+from .rows import AttentionRule, with_heads
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class _Memory(threading.local):
+    """Memory that a thread's calls reuse: to get as much anew from the system costs more than the copy."""
+
+    def __init__(self) -> None:
+        self.flat: dict[torch.dtype, torch.Tensor] = {}
+
+    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """A tensor that is valid until the next call."""
+        size = math.prod(shape)
+        flat = self.flat.get(dtype)
+        if flat is None or flat.numel() < size:
+            with torch.inference_mode(False):  # outside of it others could not be written to
+                flat = self.flat[dtype] = torch.empty(size, dtype=dtype)
+        return flat[:size].view(shape)
+
+
+_memory = _Memory()
+
+
+def by_whole_pages(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    counts: torch.Tensor,
+    page_size: int,
+    rule: AttentionRule,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `(B, H, Tq, Dv)` and log-sum-exp `(B, H, Tq)`, without a graph; arguments as of `selected_attention`."""
+    batch, heads, rows, dim = query.shape
+    groups, keys, width = value.shape[1:]
+    group = heads // groups
+    whole, rest = divmod(keys, page_size)
+    # whole pages first, the one that the end cuts off after them: then a kv head's keys lie without a gap
+    pages = pages.expand(batch, groups, -1).long()
+    listed = torch.arange(pages.shape[-1]) < counts.expand(batch, groups)[..., None]
+    kind = torch.where(listed & (pages >= 0) & (pages * page_size < keys), (pages == whole).long(), 2)
+    kind, order = kind.sort(dim=-1, stable=True)
+    pages = pages.gather(-1, order)
+    full = (kind == 0).sum(dim=-1)
+    lengths = full * page_size + (kind == 1).sum(dim=-1) * rest
+    longest = int(lengths.max())
+    lse = query.new_full((batch, heads, rows), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
+    if longest == 0:
+        return value.new_zeros(batch, heads, rows, width), lse
+
+    # torch's kernel wants as many channels of values as of queries: zeros change neither logits nor the rest
+    wide = max(dim, width)
+    copies = _memory.take(query.dtype, 2, batch, groups, longest, wide)
+    for copy, tensor in zip(copies, (key, value), strict=True):
+        copy[..., tensor.shape[-1] :] = 0.0
+        for place, (number, length) in enumerate(zip(full.flatten().tolist(), lengths.flatten().tolist(), strict=True)):
+            at = divmod(place, groups)
+            some, own = copy[at][..., : tensor.shape[-1]], tensor[at]
+            paged = own[: whole * page_size].unflatten(0, (whole, page_size))
+            end = number * page_size
+            torch.index_select(paged, 0, pages[at][:number], out=some[:end].unflatten(0, (number, page_size)))
+            some[end:length] = own[whole * page_size :][: length - end]
+            some[length:] = 0.0
+
+    inside = torch.arange(longest) < lengths[..., None]
+    places = torch.arange(longest)
+    columns = pages[..., places // page_size] * page_size + places % page_size
+    hidden = None
+    if not bool(inside.all()) or _hides(rule, rows, keys):
+        columns = columns.clamp(0, keys - 1).repeat_interleave(group, dim=1)[:, :, None].expand(-1, -1, rows, -1)
+        visible = with_heads(rule.visible(slice(0, rows), (rows, keys), key.device)).expand(batch, heads, rows, keys)
+        visible = visible.gather(-1, columns) & inside.repeat_interleave(group, dim=1)[:, :, None]
+        hidden = torch.zeros(visible.shape, dtype=lse.dtype).masked_fill_(~visible, float("-inf"))
+        hidden = hidden.view(batch, groups, -1, longest)
+    grouped = torch.nn.functional.pad(query, (0, wide - dim)).reshape(batch, groups, -1, wide)
+    output, sums = _flash(grouped, *copies, 0.0, False, attn_mask=hidden, scale=rule.scaling)
+    output, sums = output[..., :width].reshape(batch, heads, rows, width), sums.reshape(batch, heads, rows)
+    if hidden is None:
+        return output, sums
+    blind = ~visible.any(dim=-1)
+    return output.masked_fill(blind[..., None], 0.0), sums.masked_fill(blind, float("-inf"))
+
+
+def _hides(rule: AttentionRule, rows: int, keys: int) -> bool:
+    """Whether a rule may hide keys from some query."""
+    offset = keys - rows if rule.offset is None else rule.offset
+    given = (rule.mask, rule.sequence, rule.window)
+    return any(some is not None for some in given) or (rule.causal and offset + 1 < keys)
