@@ -38,8 +38,6 @@ class CountsRowsOfTheChunk(Broken):
 class ForgetsCallsWithoutCache(Broken):
     """Scales what enters a kv cache, and nothing where there is none."""
 
-    changes_cache = True
-
     def attend(self, call, inner):
         return inner(call)
 

@@ -1,5 +1,7 @@
 """What is an attention site, and what only looks like one."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers as tf
@@ -64,3 +66,36 @@ def test_a_model_with_learned_queries_between_its_layers_runs_patched(model_type
     assert not torch.equal(outputs(model, input_ids=tokens)[0], base)
     patchattn.unpatch_model(model)
     assert torch.equal(outputs(model, input_ids=tokens)[0], base)
+
+
+def test_what_a_variant_cannot_do_without_is_required() -> None:
+    (site, *_) = patchattn.find_sites(FAMILIES["llama"].make())
+    for fact in ("query_heads", "kv_heads", "head_dim", "input_size", "memory_size"):
+        assert site.require(fact, by="Toy") == getattr(site, fact)
+        unknown = dataclasses.replace(site, **{fact: None})
+        with pytest.raises(NotImplementedError, match=rf"^Toy cannot tell the .* of {site.name}; give it\.$"):
+            unknown.require(fact, by="Toy", instead="give it")
+    unknown = dataclasses.replace(site, query_heads=None)
+    for variant in ("act", "moh", "shrp", "ssmax"):
+        info = patchattn.variant_info(variant)
+        with pytest.raises(NotImplementedError, match=rf"cannot tell the number of query heads of {site.name}\.$"):
+            info.variant(info.configure(), unknown)
+
+
+def test_a_variant_that_defines_before_cache_changes_the_cache() -> None:
+    (site, *_) = patchattn.find_sites(FAMILIES["llama"].make())
+
+    class Plain(patchattn.Variant):
+        config_class = patchattn.VariantConfig
+
+    class Stores(Plain):
+        def before_cache(self, key, value, context, visible):
+            return key, value
+
+    config = patchattn.VariantConfig()
+    assert not Plain(config, site).changes_cache
+    assert Stores(config, site).changes_cache
+    ssa = patchattn.variant_info("ssa")
+    for key in (True, False):
+        variant = ssa.variant(ssa.configure({"key": key, "value": False}), site)
+        assert variant.changes_cache is key  # some settings leave the cache alone

@@ -64,8 +64,6 @@ class Remembers(Toy):
 class Stores(Toy):
     """Scales keys and values before a cache stores them, by what is in them and by how many keys their token sees."""
 
-    changes_cache = True
-
     def before_cache(self, key, value, context, visible):
         change = (8.0 * value.mean(dim=(1, 3))).tanh() + 1.0 / visible.clamp(min=1)
         factor = (1.0 + self.config.strength * change)[:, None, :, None].to(key.dtype)

@@ -39,6 +39,14 @@ _KV_HEADS = re.compile(r"(?:num|n)_(?:key_value|kv)_heads?")
 _MASK_ARGUMENTS = ("attention_mask", "mask")
 _MEMORY_ARGUMENTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_states")
 
+_SIZES = {
+    "query_heads": "number of query heads",
+    "kv_heads": "number of kv heads",
+    "head_dim": "head dimension",
+    "input_size": "input width",
+    "memory_size": "width of what keys and values are made of",
+}
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -87,6 +95,23 @@ class AttentionSite:
     arguments: tuple[str, ...]
     max_positions: int | None
     shares_keys: bool = False
+
+    def require(self, fact: str, *, by: str, instead: str | None = None) -> int:
+        """A size that a variant cannot do without, such as `query_heads`.
+
+        Args:
+            fact: name of the attribute.
+            by: who needs it, for the message.
+            instead: what the user can do without it, likewise.
+
+        Raises:
+            NotImplementedError: neither the tensors nor the configuration of the model tell it.
+        """
+        value: int | None = getattr(self, fact)
+        if value is None:
+            advice = f"; {instead}" if instead else ""
+            raise NotImplementedError(f"{by} cannot tell the {_SIZES[fact]} of {self.name}{advice}.")
+        return value
 
     def geometry(self) -> dict[str, Any]:
         """What must agree for a patch made on another copy of the model to fit this one."""

@@ -143,8 +143,8 @@ class Variant(nn.Module):
 
     @property
     def changes_cache(self) -> bool:
-        """Whether `before_cache` changes what the kv cache stores."""
-        return False
+        """Whether `before_cache` changes what the kv cache stores: with every setting, where the class defines it."""
+        return type(self).before_cache is not Variant.before_cache
 
     @property
     def keeps_state(self) -> bool:

@@ -77,8 +77,8 @@ class ACT(Variant):
 
     def __init__(self, config: ACTConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        if site.query_heads is None or site.kv_heads is None:
-            raise NotImplementedError(f"ACT cannot tell the number of heads of {site.name}.")
+        for fact in ("query_heads", "kv_heads"):
+            site.require(fact, by="ACT")
         # Not a buffer: one that is not saved holds nothing after a model was built without memory and then loaded.
         self.heads = _chosen(config, site)
 

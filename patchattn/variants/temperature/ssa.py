@@ -87,13 +87,8 @@ class SSA(Variant):
         site = self.site
         if self.config.features == "projection":
             return site.projection_sizes[self._projection(stream)]
-        width = site.memory_size if stream != "query" and site.is_cross else site.input_size
-        if width is None:
-            raise NotImplementedError(
-                f"SSA cannot tell the width of what {site.module_class} ({site.name}) makes its {stream} from; set "
-                "token_aware=False."
-            )
-        return width
+        fact = "memory_size" if stream != "query" and site.is_cross else "input_size"
+        return site.require(fact, by="SSA", instead="set token_aware=False")
 
     def _projection(self, stream: str) -> str:
         """Role of the projection that makes a stream; a fused one makes all, but the queries of cross attention."""

@@ -41,16 +41,15 @@ class SSMax(Variant):
 
     def __init__(self, config: SSMaxConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        if site.query_heads is None:
-            raise NotImplementedError(f"SSMax cannot tell the number of query heads of {site.name}.")
+        heads = site.require("query_heads", by="SSMax")
         if config.initial_scale == 0.0 and not config.bias:
             raise ValueError(
                 "SSMax would start with all logits at 0: without a bias, give an initial_scale other than 0, or take "
                 'preset="from_scratch".'
             )
-        self.scale = nn.Parameter(torch.full((site.query_heads,), float(config.initial_scale)))
+        self.scale = nn.Parameter(torch.full((heads,), float(config.initial_scale)))
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", nn.Parameter(torch.ones(site.query_heads)) if config.bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.ones(heads)) if config.bias else None)
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

@@ -105,9 +105,10 @@ class SHRP(SurgeryVariant):
         self.kept: tuple[int, ...] | None = None
         if not config.heads:
             return
-        heads, width, size = site.query_heads, site.input_size, config.expander_size
-        if heads is None or width is None or site.head_dim is None or size is None or config.activation is None:
-            raise NotImplementedError(f"SHRP cannot tell the geometry of {site.name}.")
+        heads, width, dim = (site.require(fact, by="SHRP") for fact in ("query_heads", "input_size", "head_dim"))
+        size, activation = config.expander_size, config.activation
+        if size is None or activation is None:
+            raise ValueError("SHRP's expander_size and activation are known once the settings are fitted to a model.")
         if config.importance is not None:
             check_weights(config.importance, site)
         if config.kept is not None:
@@ -115,11 +116,11 @@ class SHRP(SurgeryVariant):
         if max(config.heads, 1 + max(self.kept or (0,))) > heads:
             got = f"heads={config.heads}" if self.kept is None else f"kept={list(self.kept)}"
             raise ValueError(f"{site.name} has {heads} heads, counted from 0; got {got}.")
-        self.expander_in_weight = nn.Parameter(torch.empty(size, site.head_dim))
+        self.expander_in_weight = nn.Parameter(torch.empty(size, dim))
         self.expander_in_bias = nn.Parameter(torch.empty(size))
         self.expander_out_weight = nn.Parameter(torch.empty(width, size))
         self.expander_out_bias = nn.Parameter(torch.empty(width))
-        self.activation = ACT2FN[config.activation]
+        self.activation = ACT2FN[activation]
         if self.kept is None:
             self.router_weight = nn.Parameter(torch.empty(heads, width).normal_(std=config.router_std))
             for name in ("usage", "gate_sum"):

@@ -100,10 +100,7 @@ class MoH(Variant):
 
     def __init__(self, config: MoHConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        heads = site.query_heads
-        if heads is None:
-            raise NotImplementedError(f"MoH cannot tell the number of query heads of {site.name}.")
-        self.heads = heads
+        self.heads = heads = site.require("query_heads", by="MoH")
         active = self._count("active", config.active_ratio, config.active_heads)
         active = max(1, int(0.75 * heads + 0.5)) if active is None else active
         shared = self._count("shared", config.shared_ratio, config.shared_heads)
@@ -140,9 +137,7 @@ class MoH(Variant):
         return max(lowest, int(given * self.heads + 0.5)) if count is None else int(given)
 
     def _add_router(self, candidates: int) -> None:
-        width = self.site.input_size
-        if width is None:
-            raise NotImplementedError(f"MoH cannot tell the input width of {self.site.name} for its learned router.")
+        width = self.site.require("input_size", by="MoH", instead="set router='query_norm'")
         rows = {
             "routed_weight": candidates if self.budget else 0,
             "shared_weight": self.shared if self.shared > 1 else 0,
