@@ -167,7 +167,9 @@ def main(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an image-text-to-text model.")],
     output: Annotated[Path, typer.Option(help="Folder for answers and results.")],
     variant: Annotated[str | None, typer.Option(help="Variant to measure beside the plain model.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Its settings, such as alpha=0.5.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the variant, such as alpha=0.5.")
+    ] = None,
     modules: Annotated[str | None, typer.Option(help="Modules it goes on: a regular expression.")] = None,
     seeds: Annotated[int, typer.Option(help="Samplings at temperature 1; 0: greedy alone.", min=0)] = 3,
     pictures: Annotated[int, typer.Option(help="Generated pictures.", min=1)] = 250,

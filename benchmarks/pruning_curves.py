@@ -173,7 +173,7 @@ def stories(
     train_file: Annotated[str, typer.Option(help="Text to score and recover on.")] = "train.txt",
     test_file: Annotated[str, typer.Option(help="Text to evaluate on.")] = "test.txt",
     length: Annotated[int, typer.Option(help="Tokens of a piece.")] = 256,
-    steps: Annotated[int, typer.Option(help="Of LoRA, on eight pieces each.")] = 60,
+    steps: Annotated[int, typer.Option(help="Steps of LoRA, on eight pieces each.")] = 60,
 ) -> None:
     """Perplexity of a language model, and what LoRA recovers at some levels."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

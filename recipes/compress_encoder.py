@@ -42,7 +42,7 @@ class StageTraining(GlueTraining):
     specialise_weight: float = option(0.0, help="Weight of the specialisation loss.", minimum=0.0)
     layer_weight: float = option(0.0, help="Weight of the error of hidden states.", minimum=0.0)
     logit_weight: float = option(0.0, help="Weight of the divergence of logits.", minimum=0.0)
-    temperature: float = option(1.0, help="Of the softmaxes that are compared.", minimum=0.01)
+    temperature: float = option(1.0, help="Temperature of the softmaxes that are compared.", minimum=0.01)
 
     @property
     def distils(self) -> bool:
@@ -64,21 +64,26 @@ class CompressSettings(Settings):
     output: str = option(help="Folder for the stages and metrics.json; the compressed model is in its folder final.")
     shrp: dict[str, Any] = option({}, help="Settings of SHRP, but kept.")
     layers: tuple[int, ...] | None = option(None, help="Layers to convert; None: all but dropped ones.", minimum=0)
-    seed: int = option(0, help="Of data order, head, router and dropout.", minimum=0)
+    seed: int = option(0, help="Seed of data order, head, router and dropout.", minimum=0)
     training: dict[str, Any] = option(
-        help="Of every stage: max_length, train_rows, and what all recipes have but output, variants, seed and LoRA."
+        help="Settings of every stage: max_length, train_rows, and what all recipes have but output, variants, seed "
+        "and LoRA."
     )
     stages: dict[str, Any] = option(
         {}, help=f"Name of a stage ({', '.join(STAGES)}) to what differs for it from training."
     )
-    balance_weight: float = option(0.01, help="Of the load-balance loss in stage balance.", minimum=0.0)
-    specialise_weight: float = option(0.01, help="Of the entropy of usage in stage specialise.", minimum=0.0)
-    layer_weight: float = option(1.0, help="Of the error of hidden states, after the teacher's stage.", minimum=0.0)
-    logit_weight: float = option(1.0, help="Of the divergence of logits, after the teacher's stage.", minimum=0.0)
-    temperature: float = option(2.0, help="Of the softmaxes that are compared.", minimum=0.01)
+    balance_weight: float = option(0.01, help="Weight of the load-balance loss in stage balance.", minimum=0.0)
+    specialise_weight: float = option(0.01, help="Weight of the entropy of usage in stage specialise.", minimum=0.0)
+    layer_weight: float = option(
+        1.0, help="Weight of the error of hidden states, after the teacher's stage.", minimum=0.0
+    )
+    logit_weight: float = option(
+        1.0, help="Weight of the divergence of logits, after the teacher's stage.", minimum=0.0
+    )
+    temperature: float = option(2.0, help="Temperature of the softmaxes that are compared.", minimum=0.01)
     throughput_batches: tuple[int, ...] = option((1, 8, 32), help="Rows of the batches that are timed.", minimum=1)
-    throughput_length: int = option(128, help="Tokens of their rows.", minimum=1)
-    throughput_repeats: int = option(10, help="Forwards of each, in turns.", minimum=1)
+    throughput_length: int = option(128, help="Tokens per row of the batches that are timed.", minimum=1)
+    throughput_repeats: int = option(10, help="Forwards of every form and batch that are timed, in turns.", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,8 +100,8 @@ class GlueSettings(Settings):
     )
     seeds: tuple[int, ...] = option((0,), help="One training of every row for each.", minimum=0)
     training: dict[str, Any] = option(
-        help="Of every run: max_length, train_rows, and what all recipes have but output, variants and seed. What "
-        "only some variants know, such as balance_weight, is left out for rows without them."
+        help="Settings of every run: max_length, train_rows, and what all recipes have but output, variants and seed. "
+        "What only some variants know, such as balance_weight, is left out for rows without them."
     )
     task_training: dict[str, Any] = option({}, help="Name of a task to what differs for it from training.")
     keep_models: bool = option(False, help="Keep the trained model of every run, not only its metrics.")

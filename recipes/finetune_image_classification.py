@@ -143,8 +143,8 @@ class Images(Dataset[dict[str, torch.Tensor]]):
         seed: of the augmentation.
 
     Raises:
-        ValueError: a file is no readable image. Found at once where the split fits into `IN_MEMORY`; elsewhere images
-            are decoded when they are needed.
+        ValueError: a file is not a readable image. Found at once where the split fits into `IN_MEMORY`; elsewhere
+            images are decoded when they are needed.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Images(Dataset[dict[str, torch.Tensor]]):
             with Image.open(io.BytesIO(file.read_bytes())) as image:
                 rgb = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # all of which Pillow raises
-            raise ValueError(f"{file} is no readable image: {error}") from error
+            raise ValueError(f"{file} is not a readable image: {error}") from error
         pixels = self.processor(rgb, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values[0]
         if pixels.dtype != torch.uint8:
             name = type(self.processor).__name__

@@ -83,7 +83,7 @@ class TrainingSettings(Settings):
     accumulation: int = option(1, help="Forwards per optimizer step.", minimum=1)
     learning_rate: float = option(1e-3, help="Peak, after the warm-up; it then falls linearly to zero.", minimum=0.0)
     scale_learning_rate: float | None = option(
-        None, help="Of variants' scales, such as SSA's alpha; None: as all else.", minimum=0.0
+        None, help="Learning rate of variants' scales, such as SSA's alpha; None: that of all else.", minimum=0.0
     )
     weight_decay: float = option(0.0, help="AdamW's decay of matrices.", minimum=0.0)
     warmup_ratio: float = option(0.1, help="Share of the steps in which the rate rises.", minimum=0.0, maximum=0.99)
@@ -94,7 +94,7 @@ class TrainingSettings(Settings):
     )
     gradient_checkpointing: bool = option(False, help="Compute activations again instead of keeping them.")
     bf16: bool = option(False, help="Train in bfloat16 mixed precision.")
-    seed: int = option(0, help="Of data order, adapters, routers, heads and dropout.", minimum=0)
+    seed: int = option(0, help="Seed of data order, adapters, routers, heads and dropout.", minimum=0)
     save_steps: int | None = option(None, help="Steps between checkpoints; None: one at the end.", minimum=1)
     eval_steps: int | None = option(
         None, help="Steps between evaluations; None: before the first and after the last step.", minimum=1

@@ -60,7 +60,7 @@ REFUSALS: dict[str, list[Refusal]] = {
     "damro": [
         _of(
             FAMILIES.keys() - WITH_IMAGES,
-            "is no vision-language model",
+            "is not a vision-language model",
             "it contrasts with a picture reduced to its outliers",
         ),
         _of(

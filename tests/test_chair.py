@@ -129,8 +129,8 @@ def test_bad_tables_are_refused(tmp_path: Path, content: str | None, message: st
     [
         ([], [], "at least one, got 0, 0"),
         (["a cat"], [], "one list of objects per caption .* got 1, 0"),
-        (["a cat"], [["cta"]], r"'cta' is no object of .*synonyms\.txt; did you mean 'cat'"),
-        (["a cat"], [["kitten"]], "'kitten' is no object of"),
+        (["a cat"], [["cta"]], r"'cta' is not an object of .*synonyms\.txt; did you mean 'cat'"),
+        (["a cat"], [["kitten"]], "'kitten' is not an object of"),
     ],
 )
 def test_bad_arguments_are_refused(table: Path, captions: list[str], objects: list[list[str]], message: str) -> None:

@@ -151,7 +151,7 @@ WHOLE_MODEL_DAMAGE = {
     ),
     "architecture": (
         lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=["os"])),
-        "'os', which is no model class",
+        "'os', which is not a model class",
     ),
     "no settings": (
         lambda d: edit_settings(d / "model.safetensors", lambda c: c.clear()),
@@ -253,10 +253,10 @@ DAMAGE = {
         of_tensors(lambda t, k: t.update({k: t[k] > 0})),
         "routed_weight is of torch.bool, expected torch.float",
     ),
-    "no number": (of_tensors(lambda t, k: t.update({k: t[k] * torch.nan})), r"model\.safetensors: .*no finite numbers"),
+    "no number": (of_tensors(lambda t, k: t.update({k: t[k] * torch.nan})), r"safetensors: .*not finite numbers"),
     "beyond the dtype": (
         of_tensors(lambda t, k: t.update({k: t[k].double() * 1e300})),
-        "no finite numbers in torch.float",
+        "not finite numbers in torch.float",
     ),
     "a key twice": (
         lambda d: (d / "patchattn_config.json").write_text('{"patches": [], "patches": []}'),
@@ -278,7 +278,7 @@ DAMAGE = {
     "left over": (of_tensors(lambda t, k: t.update(more=torch.ones(2))), r"1 tensor left over.*\(more\)"),
     "shape": (of_tensors(lambda t, k: t.update({k: torch.ones(5, 32)})), r"routed_weight has .* \(5, 32\), expected"),
     "no config": (lambda d: (d / "patchattn_config.json").unlink(), "There is no patchattn_config.json"),
-    "json": (lambda d: truncate(d / "patchattn_config.json"), r"config\.json, line [0-9]+: no JSON: Expecting"),
+    "json": (lambda d: truncate(d / "patchattn_config.json"), r"config\.json, line [0-9]+: not valid JSON: Expecting"),
     "bytes": (lambda d: (d / "patchattn_config.json").write_bytes(b"\xff\xfe"), r"config\.json, line 1: no UTF-8"),
     "list": (lambda d: (d / "patchattn_config.json").write_text("[]"), "must hold a dictionary, got list"),
     "newer": (of_config(lambda c: c.update(format_version=2)), "version 2; this patchattn reads up to 1. Upgrade"),

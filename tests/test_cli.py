@@ -111,7 +111,7 @@ def test_coverage_of_one_type(run, tmp_path):
         (["check", "BERT", "--variant", "moh", "--set", "active_ratio"], "name=value"),
         (
             ["check", "BERT", "--variant", "moh", "--set", "active_ratio=[1"],
-            "--set active_ratio=[1: no YAML that is read here",
+            "--set active_ratio=[1: not valid YAML",
         ),
         (["bench", "--suite", "smoke", "--device", "gpu"], "There is no device 'gpu' on this machine"),
         (["check", "BERT", "--variant", "ssa", "--set", "preset=releasd"], "did you mean 'released'"),

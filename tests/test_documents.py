@@ -67,7 +67,7 @@ def test_files_that_cannot_be_read(read, tmp_path):
 def test_json_says_the_line(tmp_path):
     path = tmp_path / "f.json"
     path.write_text('{\n"a": 1,\n"b": x\n}')
-    with pytest.raises(ValueError, match=r"f\.json, line 3: no JSON: Expecting value\."):
+    with pytest.raises(ValueError, match=r"f\.json, line 3: not valid JSON: Expecting value\."):
         read_json(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"f\.json must hold a dictionary, got list"):
@@ -78,9 +78,9 @@ def test_json_lines_end_at_line_feeds_alone():
     text = json.dumps({"a": "x\u2028y\x85z"}, ensure_ascii=False) + '\n\n{"b": 2}\n'
     assert list(json_lines(text, "f", skip_empty=True)) == [(1, {"a": "x\u2028y\x85z"}), (3, {"b": 2})]
     assert list(json_lines("", "f")) == []
-    with pytest.raises(ValueError, match="f, line 2: no JSON"):
+    with pytest.raises(ValueError, match="f, line 2: not valid JSON"):
         list(json_lines(text, "f"))
-    with pytest.raises(ValueError, match="f, line 3: no JSON"):
+    with pytest.raises(ValueError, match="f, line 3: not valid JSON"):
         list(json_lines("1\n2\n{\n", "f"))
     with pytest.raises(ValueError, match="f, line 2: the key 'a' is there twice"):
         list(json_lines('1\n{"a": 1, "a": 1}\n', "f"))
@@ -107,11 +107,11 @@ YAML = {
     "a tag": ("a: 1\nb: !!binary aGk=\n", "line 2: .* the tag .*binary"),
     "a bool tag": ("!!bool x", "the tag"),
     "an object": ("!!python/object/apply:os.system [ls]", "the tag"),
-    "no YAML": ("a: 1\nb: [1, 2\nc: 3\n", "line 3: no YAML"),
-    "tabs": ("a:\n\t- 1\n", "line 2: no YAML"),
-    "control characters": ("a: 1\nb: \x01\n", "line 2: no YAML"),
-    "two documents": ("a: 1\n---\nb: 1\n", "line 2: no YAML"),
-    "a mapping as key": ("? {a: 1}\n: 2\n", "line 1: no YAML"),
+    "not YAML": ("a: 1\nb: [1, 2\nc: 3\n", "line 3: not valid YAML"),
+    "tabs": ("a:\n\t- 1\n", "line 2: not valid YAML"),
+    "control characters": ("a: 1\nb: \x01\n", "line 2: not valid YAML"),
+    "two documents": ("a: 1\n---\nb: 1\n", "line 2: not valid YAML"),
+    "a mapping as key": ("? {a: 1}\n: 2\n", "line 1: not valid YAML"),
 }
 
 

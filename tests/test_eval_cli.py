@@ -71,7 +71,7 @@ MOH = ("--variant", "moh", "--set", "active_ratio=0.5")
         (("--variant", "moh", "--set", "ratio", "--tasks", "glue/sst2"), "--set expects name=value"),
         (
             (*MOH, "--tasks", "glue/sst2", "--task-set", "glue.data={"),
-            "--task-set glue.data={: no YAML that is read here",
+            "--task-set glue.data={: not valid YAML",
         ),
         ((*MOH, "--tasks", "glue/sst2", "--device", "gpu"), "There is no device 'gpu'"),
         (("--variant", "moh+ssa", "--set", "active_ratio=1", "--tasks", "glue/sst2"), "needs the name of its variant"),
@@ -146,7 +146,9 @@ def test_an_output_that_is_no_folder(call: Any, folder: Path, monkeypatch: pytes
     assert "out' cannot be made: File exists" in err
 
 
-@pytest.mark.parametrize(("content", "message"), [('{"batch": ', "line 1: no JSON"), ("[]", "hold a dictionary")])
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"batch": ', "line 1: not valid JSON"), ("[]", "hold a dictionary")]
+)
 def test_a_note_that_was_damaged(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rows.settings.json").write_text(content)
     with pytest.raises(ValueError, match=rf"rows.settings.json.*{message}"):

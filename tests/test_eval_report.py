@@ -227,7 +227,7 @@ def test_reports_are_read_back(report: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="schema version 2; this patchattn reads 1"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text("[")
-    with pytest.raises(ValueError, match="line 1: no JSON"):
+    with pytest.raises(ValueError, match="line 1: not valid JSON"):
         read_report(tmp_path)
 
 

@@ -94,7 +94,7 @@ def test_mistakes(settings: dict[str, dict[str, Any]], tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="questions, images must be given"):
         make_tasks(["pope"], "vision_language")
-    with pytest.raises(ValueError, match="batch is no setting of pope"):
+    with pytest.raises(ValueError, match="batch is not a setting of pope"):
         make("pope", batch=2)
     with pytest.raises(ValueError, match="There is no image folder"):
         make("pope", images=str(tmp_path / "nowhere"))

@@ -218,7 +218,7 @@ def test_an_unreadable_image_is_refused_before_a_model_is_made(
     file = data / "test" / "red" / "001.png"
     file.write_bytes(b"no image" if damage == "text" else file.read_bytes()[:-40])
     monkeypatch.setattr(module, "make_model", lambda *_: pytest.fail("a model was made"))
-    with pytest.raises(ValueError, match=r"red/001\.png is no readable image"):
+    with pytest.raises(ValueError, match=r"red/001\.png is not a readable image"):
         module.run(module.ImageSettings.from_dict({**settings, "data": str(data)}))
 
 

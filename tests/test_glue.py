@@ -217,7 +217,7 @@ def write(folder: Path, task: str, content: str | bytes) -> Path:
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "number from 0 to 5, got 'nan'"),
         ("cola", "s\t1\t\tA.\ns\t1\t\n", "line 2: expected 4 columns"),
         ("cola", "s\t*\t\tA.\n", r"line 1: the label must be 0 or 1, got '\*'"),
-        ("qnli", '{"0": {"text_a": "a",\n "text', r"train\.json, line 2: no JSON: Unterminated"),
+        ("qnli", '{"0": {"text_a": "a",\n "text', r"train\.json, line 2: not valid JSON: Unterminated"),
         ("qnli", '["a"]', "must hold a mapping of ids to rows"),
         (
             "qnli",

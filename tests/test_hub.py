@@ -35,7 +35,7 @@ def test_a_place_that_is_not_there(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(checkpoint, "snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"'someone/patch' is no folder, nor a Hub repository .* no network"):
+    with pytest.raises(ValueError, match=r"'someone/patch' is neither a folder nor a Hub repository .* no network"):
         patchattn.from_pretrained("someone/patch")
 
 

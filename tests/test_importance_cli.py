@@ -85,7 +85,7 @@ def test_texts_of_every_kind(tmp_path: Path) -> None:
     [
         ("a.txt", " ", "holds no text"),
         ("a.csv", "x", "expected a file of the kinds"),
-        ("a.jsonl", '{"text": "x"}\n{', "line 2: no JSON"),
+        ("a.jsonl", '{"text": "x"}\n{', "line 2: not valid JSON"),
         ("a.jsonl", '{"txt": "x"}', "line 1 must have a text named text or sentence"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "line 1: a label"),
         ("a.jsonl", "[1]", "line 1 must have"),

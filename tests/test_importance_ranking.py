@@ -126,7 +126,7 @@ def broken_files() -> Iterator[Any]:
         "tokens": 3,
         "sites": [good],
     }
-    yield "{", "no JSON"
+    yield "{", "not valid JSON"
     yield json.dumps([1]), "expected an object"
     yield json.dumps({**whole, "format": "other"}), "expected an object"
     yield json.dumps({**whole, "extra": 1}), "has the fields"

@@ -98,7 +98,7 @@ def test_read_choices(tmp_path: Path) -> None:
     (example,) = read_choices(path)
     assert (example.prompt, example.choices, example.label) == ("p", ("a", "b"), 1)
     for bad, message in [
-        ("{", "line 2: no JSON"),
+        ("{", "line 2: not valid JSON"),
         ("[]", "must have prompt"),
         (json.dumps({**good, "label": 2}), "label must be 0 to 1"),
         (json.dumps({**good, "label": True}), "label must be 0 to 1"),

@@ -115,8 +115,8 @@ def changed(**changes: Any) -> str:
     ("content", "message"),
     [
         ("", "line 1: no samples"),
-        (f"{changed()}\n{{", "line 2: no JSON"),
-        (f"{changed()}\n\n{changed()}", "line 2: no JSON"),
+        (f"{changed()}\n{{", "line 2: not valid JSON"),
+        (f"{changed()}\n\n{changed()}", "line 2: not valid JSON"),
         ("[3]", "line 1: expected an object, got [3]"),
         (f"{changed()}\n{changed(_id='x2', input=None)}", "line 2: input must be a text, got None"),
         (changed(context=3), "line 1: context must be a text, got 3"),
@@ -137,14 +137,14 @@ def test_bad_files_name_file_and_line(tmp_path: Path, content: str | bytes, mess
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{\n"0": 3,\n}', "line 3: no JSON"),
+        ('{\n"0": 3,\n}', "line 3: not valid JSON"),
         ("[]", "line 1: expected an object of samples, got a list"),
         ("{}", "line 1: no samples"),
         ('{"0": 3}', "sample '0': origin_prompt must be a text"),
         ('{"0": {"origin_prompt": "?", "prediction": "x"}}', "sample '0': answers must be a list of texts"),
         (
             '{"0": {"origin_prompt": "?", "gold": ["Food"]}}',
-            "sample '0': the answer 'Food' is none of all_classes, []",
+            "sample '0': the answer 'Food' is not one of all_classes, []",
         ),
     ],
 )

@@ -143,7 +143,9 @@ class OwnLlama(LlamaForCausalLM):
 def test_a_class_of_ones_own(tmp_path):
     model = patch(OwnLlama(base().config).eval())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'OwnLlama', which is no model class of transformers .* model_class=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"'OwnLlama', which is not a model class of transformers .* model_class=\.\.\."
+    ):
         patchattn.from_pretrained(tmp_path)
     loaded = patchattn.from_pretrained(tmp_path, model_class=OwnLlama)
     assert type(loaded) is OwnLlama

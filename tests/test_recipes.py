@@ -70,7 +70,7 @@ def test_bad_files_are_refused_in_one_line(settings: dict[str, Any], tmp_path: P
         recipe("finetune_causal_lm").CausalLMSettings.from_yaml(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
     for text, message in (
-        ("a: [", "no YAML that is read here"),
+        ("a: [", "not valid YAML"),
         ("- a", "must hold a mapping"),
         ("steps: 3", "output, model.* must be given"),
     ):

@@ -50,7 +50,7 @@ def _set(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config.update({field: value})
 
 
-UNKNOWN = r"patchattn_config\.json: .*has {} for '{}', which is none of the attention modules it is on"
+UNKNOWN = r"patchattn_config\.json: .*has {} for '{}', which is not one of the attention modules it is on"
 CASES: dict[str, tuple[tuple[str, str, dict[str, Any]], Callable[[dict[str, Any]], Any], str]] = {
     "prune": (PRUNE, _renamed("heads", FIRST), UNKNOWN.format("heads", FIRST + "x")),
     "prune, masked": (MASK, _renamed("heads", FIRST), UNKNOWN.format("heads", FIRST + "x")),

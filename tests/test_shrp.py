@@ -282,7 +282,7 @@ def test_a_decoder_of_berts_kind_is_refused() -> None:
 
 def test_adapters_come_after() -> None:
     model = get_peft_model(encoder("bert"), LoraConfig(target_modules=["query"]))
-    with pytest.raises(NotImplementedError, match="no plain linear layer; adapters"):
+    with pytest.raises(NotImplementedError, match="not a plain linear layer; adapters"):
         patchattn.patch_model(model, "shrp")
 
 

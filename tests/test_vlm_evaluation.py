@@ -179,7 +179,7 @@ def test_what_an_answer_needs(vlm: tuple[Any, Any], requests: list[Request], tmp
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} lacks 1 of the 8 images, such as gone\.jpg"):
         answer(model, processor, nowhere, path)
     (tmp_path / "gone.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"gone\.jpg is no readable image"):
+    with pytest.raises(ValueError, match=r"gone\.jpg is not a readable image"):
         answer(model, processor, nowhere, tmp_path / "bad.jsonl")
     other = copy.deepcopy(processor)
     other.tokenizer.pad_token = None
@@ -261,9 +261,9 @@ GOOD = '{"question_id": 1, "image": "a.jpg", "text": "Is there a cat?", "label":
     [
         ("", "line 1: no questions"),
         ("[]", "line 1: no questions"),
-        (f"{GOOD}\n{{", "line 2: no JSON: "),
-        (f"{GOOD}\n\n", "line 2: no JSON: "),
-        (f"[\n{GOOD},\n{{]", "line 3: no JSON: "),
+        (f"{GOOD}\n{{", "line 2: not valid JSON: "),
+        (f"{GOOD}\n\n", "line 2: not valid JSON: "),
+        (f"[\n{GOOD},\n{{]", "line 3: not valid JSON: "),
         (f"{GOOD}\n{GOOD}", "line 2: question_id 1 has been used above"),
         (f"[\n\n  {GOOD}\n,\n {GOOD}]", "line 5: question_id 1 has been used above"),
         (f"{GOOD}\n3", "line 2: expected an object, got 3"),
@@ -330,7 +330,7 @@ def test_objects_are_those_segmented_and_those_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "There is no file"),
-        ('{\n"3": [,]}', "line 2: no JSON"),
+        ('{\n"3": [,]}', "line 2: not valid JSON"),
         ("[]", "must hold an object, got a list"),
         ('{"x": []}', "'x': expected an image id and a list of names"),
         ('{"3": "cat"}', "'3': expected an image id and a list of names, got 'cat'"),

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        str, typer.Option(help="goals (minutes on a GPU), full (hours) or smoke (seconds, also on a CPU).")
+        str, typer.Option(help="Suite: goals (minutes on a GPU), full (hours) or smoke (seconds, also on a CPU).")
     ] = "goals",
     op: Annotated[list[str] | None, typer.Option(help="Only this operation, such as routed; may be repeated.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and the pictures.")] = Path(
         "patchattn_bench"
     ),
     device: Annotated[
-        str | None, typer.Option(help="Such as cuda:1 or cpu; a GPU by default where there is one.")
+        str | None, typer.Option(help="Device, such as cuda:1 or cpu; a GPU by default where there is one.")
     ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Choose launch settings first, for shapes that none are known for.")

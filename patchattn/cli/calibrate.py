@@ -14,20 +14,27 @@ if TYPE_CHECKING:
     from ..calibration.data import Task
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a language model, a classifier or an encoder.")]
-Method = Annotated[str, typer.Option(help="michel, flap, amp or entropy; magnitude or random, which need no data.")]
+Method = Annotated[
+    str, typer.Option(help="Method: michel, flap, amp or entropy; magnitude or random, which need no data.")
+]
 Texts = Annotated[
     Path | None,
     typer.Option(help="Texts: a .txt, .jsonl or .tsv file, or a folder of these; a classifier needs labels."),
 ]
-Per = Annotated[str | None, typer.Option(help="Of michel: sum gradients over a token (default), example or batch.")]
-FlapMetric = Annotated[str | None, typer.Option("--metric", help="Of flap: wifv (default), ifv or wifn.")]
-Seed = Annotated[int | None, typer.Option(help="Of random.")]
+Per = Annotated[
+    str | None,
+    typer.Option(
+        help="Gradients that michel sums before taking their size: those of a token (default), example or batch."
+    ),
+]
+FlapMetric = Annotated[str | None, typer.Option("--metric", help="Score of flap: wifv (default), ifv or wifn.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the method random.")]
 Normalise = Annotated[bool, typer.Option(help="Compare heads within their layer.")]
 Modules = Annotated[str | None, typer.Option(help="Regular expression that chooses attention modules.")]
 Samples = Annotated[int | None, typer.Option(help="Rows to use, from the first on; all by default.", min=1)]
 Length = Annotated[int, typer.Option(help="Longest row, in tokens.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Rows of a forward.", min=1)]
-Device = Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")]
+Device = Annotated[str | None, typer.Option(help="Device, such as cuda; a GPU by default where there is one.")]
 
 
 def calibrate_heads(

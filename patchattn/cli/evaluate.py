@@ -31,9 +31,9 @@ class EvalSettings(Settings):
     task_settings: dict[str, Any] = option({}, help="Name of a task or a benchmark to its settings.")
     data: str | None = option(None, help="Files of every task that reads files; the Hub without.")
     tokenizer: str | None = option(None, help="Folder or Hub id of the tokenizer or processor; the model's without.")
-    device: str | None = option(None, help="Such as cuda; a GPU per process by default where there are some.")
+    device: str | None = option(None, help="Device, such as cuda; a GPU per process by default where there are some.")
     batch: int = option(8, help="Samples that a task answers at once.", minimum=1)
-    seed: int = option(0, help="Of what a new patch starts from, and of what draws in the model.", minimum=0)
+    seed: int = option(0, help="Seed of what a new patch starts from, and of what draws in the model.", minimum=0)
     limit: int | None = option(None, help="Only so many samples of each task, the first ones.", minimum=1)
 
 
@@ -63,9 +63,11 @@ def evaluate_model(
         str | None, typer.Option(help="Folder or Hub id of the tokenizer; the model's without.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Samples that a task answers at once; 8 by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of new patches and of what draws in the model; 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of new patches and of what draws in the model; 0.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many samples of each task.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device, such as cuda; a GPU by default where there is one.")
+    ] = None,
 ) -> None:
     """Measure a model without patches and with them: scores, time and memory, in one report.
 

@@ -193,7 +193,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     task: Annotated[
-        str | None, typer.Option(help="recall (a tiny Llama, trained here) or sst2 (with --model).")
+        str | None, typer.Option(help="Task: recall (a tiny Llama, trained here) or sst2 (with --model).")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of an encoder, for sst2.")] = None,
     data: Annotated[
@@ -237,14 +237,19 @@ def calibrate_act(
         int, typer.Option(help="Heads tried together first; a group that does not help is dropped. 1: each alone.")
     ] = 4,
     metric: Annotated[
-        str, typer.Option(help="accuracy, or likelihood: mean log-probability of the right choice among the choices.")
+        str,
+        typer.Option(
+            help="Metric: accuracy, or likelihood: mean log-probability of the right choice among the choices."
+        ),
     ] = "accuracy",
     min_gain: Annotated[float, typer.Option(help="By how much the metric must rise for a head to be kept.")] = 0.0,
     normalise: Annotated[
         str, typer.Option(help="Divide a choice's log-likelihood by its tokens or characters, or by none.")
     ] = "none",
     batch_size: Annotated[int, typer.Option(help="Rows of a forward.")] = 8,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device, such as cuda; a GPU by default where there is one.")
+    ] = None,
 ) -> None:
     """Search the heads that ACT is to calibrate; a killed search goes on where it was.
 

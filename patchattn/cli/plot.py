@@ -29,8 +29,8 @@ Modules = Annotated[str | None, typer.Option(help="Regular expression that choos
 Samples = Annotated[int | None, typer.Option(help="Rows to use, from the first on; all by default.", min=1)]
 Length = Annotated[int, typer.Option(help="Longest row, in tokens.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Rows of a forward.", min=1)]
-Device = Annotated[str | None, typer.Option(help="Such as cuda; a GPU by default where there is one.")]
-Title = Annotated[str | None, typer.Option(help="Of the picture.")]
+Device = Annotated[str | None, typer.Option(help="Device, such as cuda; a GPU by default where there is one.")]
+Title = Annotated[str | None, typer.Option(help="Title of the picture.")]
 Output = Annotated[Path, typer.Option(help="The picture: .png, .pdf or .svg.")]
 Reports = Annotated[list[Path], typer.Argument(help="Output folders of `patchattn eval`, or their report.json.")]
 
@@ -246,7 +246,8 @@ def pareto(
     reports: Reports,
     task: Annotated[str | None, typer.Option(help="Which task; may be left out where there is one.")] = None,
     cost: Annotated[
-        str | None, typer.Option(help="Such as tokens_per_second; by default the first that was measured of all runs.")
+        str | None,
+        typer.Option(help="Cost, such as tokens_per_second; by default the first that was measured of all runs."),
     ] = None,
     title: Title = None,
     output: Output = Path("pareto.png"),

@@ -157,7 +157,7 @@ def image_inputs(processor: Any, path: Path, prompt: str, model: Any) -> tuple[d
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # all of which Pillow raises
-        raise ValueError(f"{path} is no readable image: {error}") from error
+        raise ValueError(f"{path} is not a readable image: {error}") from error
     if processor.image_token not in prompt:
         if not getattr(processor, "chat_template", None):
             raise ValueError(f"{type(processor).__name__} has no chat template: write {processor.image_token} into it.")

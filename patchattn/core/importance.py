@@ -188,7 +188,9 @@ class HeadImportance:
     @classmethod
     def _parse(cls, content: Any) -> Self:
         if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
-            raise ValueError(f"expected an object with format={_FORMAT!r}: this file holds no importance of heads.")
+            raise ValueError(
+                f"expected an object with format={_FORMAT!r}: this file does not hold the importance of heads."
+            )
         kinds = {"format": str, "method": str, "settings": dict, "base": dict, "tokens": int, "sites": list}
         _check_fields("an importance", content, kinds)
         sites: dict[str, SiteScores] = {}

@@ -37,7 +37,7 @@ class Patch:
             for name in given if isinstance(given, Mapping) else ():
                 if name not in self.sites:
                     raise ValueError(
-                        f"{self.variant!r} has {field} for {name!r}, which is none of the attention modules it is on"
+                        f"{self.variant!r} has {field} for {name!r}, which is not one of the attention modules it is on"
                         f"{nearest(str(name), list(self.sites))}"
                     )
 

@@ -24,7 +24,7 @@ class Renaming:
             return cls(added=new[: -len(old)])
         if old.endswith(f".{new}"):
             return cls(removed=old[: -len(new)])
-        raise ValueError(f"{old!r} and {new!r} are no names of one module, seen from two objects.")
+        raise ValueError(f"{old!r} and {new!r} are not names of one module, seen from two objects.")
 
     def get(self, name: str) -> str | None:
         """The new name; `None` for what is not in the object."""

@@ -53,12 +53,12 @@ def parse_json(text: str, where: str | os.PathLike[str], *, line: int = 1) -> An
         line: at which the text begins there.
 
     Raises:
-        ValueError: no JSON, a key twice, an integer beyond every float, or nested too deep.
+        ValueError: not valid JSON, a key twice, an integer beyond every float, or nested too deep.
     """
     try:
         content = _DECODER.decode(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{os.fspath(where)}, line {line + error.lineno - 1}: no JSON: {error.msg}.") from error
+        raise ValueError(f"{os.fspath(where)}, line {line + error.lineno - 1}: not valid JSON: {error.msg}.") from error
     except RecursionError as error:
         raise ValueError(f"{os.fspath(where)}: nested more than {MAX_DEPTH} deep.") from error
     except ValueError as error:
@@ -116,7 +116,7 @@ def parse_yaml(text: str, where: str | os.PathLike[str], *, has_lines: bool = Tr
         has_lines: whether messages say the line.
 
     Raises:
-        ValueError: no YAML, an alias, a tag, a key twice, an integer beyond every float, or nested too deep.
+        ValueError: not valid YAML, an alias, a tag, a key twice, an integer beyond every float, or nested too deep.
     """
     try:
         return _load_yaml(text)
@@ -125,9 +125,7 @@ def parse_yaml(text: str, where: str | os.PathLike[str], *, has_lines: bool = Tr
         line, problem = (mark.line + 1 if mark else 1), error.problem or error.context
     except yaml.reader.ReaderError as error:
         line, problem = text.count("\n", 0, error.position) + 1, f"{error.reason} ({error.character:#x})"
-    raise ValueError(
-        f"{os.fspath(where)}{f', line {line}' if has_lines else ''}: no YAML that is read here: {problem}."
-    )
+    raise ValueError(f"{os.fspath(where)}{f', line {line}' if has_lines else ''}: not valid YAML: {problem}.")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

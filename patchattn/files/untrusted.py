@@ -27,7 +27,7 @@ def found_file(source: str | PathLike[str], name: str, *, subfolder: str | None 
         return None
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{quoted(str(source))} is no folder, nor a Hub repository that can be read: {error}"
+            f"{quoted(str(source))} is neither a folder nor a Hub repository that can be read: {error}"
         ) from error
 
 

@@ -51,7 +51,7 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
         directory: is made if it does not exist.
 
     Raises:
-        ValueError: the model is not patched, or a variant's tensor holds what is no finite number.
+        ValueError: the model is not patched, or a variant's tensor holds what is not a finite number.
         TypeError: `model` is not a transformers model.
         OSError: the folder cannot be written; what it held is then as it was.
     """
@@ -193,7 +193,7 @@ def from_pretrained(
 
     Raises:
         ValueError: nothing there is a patch, a file is damaged, or as `load_patch`.
-        TypeError: `model_class` is no model class of transformers, nor derived from one.
+        TypeError: `model_class` is not a model class of transformers, nor derived from one.
     """
     if model_class is not None and not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise TypeError(f"model_class must be a class derived from transformers.PreTrainedModel, got {model_class!r}.")
@@ -288,7 +288,7 @@ def _small_files(source: str | PathLike[str], subfolder: str | None = None, **wh
         return Path(snapshot_download(str(source), allow_patterns=names, **where)) / inside
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{quoted(str(source))} is no folder, nor a Hub repository that can be read: {str(error)[:500]}"
+            f"{quoted(str(source))} is neither a folder nor a Hub repository that can be read: {str(error)[:500]}"
         ) from error
 
 
@@ -352,7 +352,7 @@ def _fill(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor
         if own.is_meta:
             raise ValueError("The base model is on the meta device; load its weights before its patch.")
         if not is_finite(tensors[key].to(own.dtype)):
-            raise ValueError(f"{path}: {key} holds values that are no finite numbers in {own.dtype}.")
+            raise ValueError(f"{path}: {key} holds values that are not finite numbers in {own.dtype}.")
     with torch.no_grad():
         for key, own in wanted.items():
             own.copy_(tensors[key])

@@ -52,10 +52,10 @@ def write_patch(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, 
         tensors: contiguous, on the CPU.
 
     Raises:
-        ValueError: a tensor holds what is no finite number; nothing is then written.
+        ValueError: a tensor holds what is not a finite number; nothing is then written.
     """
     if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-        raise ValueError(f"{bad[0]} holds values that are no finite numbers: nothing was saved.")
+        raise ValueError(f"{bad[0]} holds values that are not finite numbers: nothing was saved.")
     save_file(dict(tensors), folder / TENSORS_FILE, metadata={"format": "pt"})
     with open(folder / TENSORS_FILE, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -70,7 +70,7 @@ def model_class(architecture: str | None) -> Any:
     found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
-            f"The model's class is given as {quoted(architecture)}, which is no model class of transformers "
+            f"The model's class is given as {quoted(architecture)}, which is not a model class of transformers "
             f"{transformers.__version__}. If it is yours, say so: patchattn.from_pretrained(..., model_class=...)."
         )
     return found
@@ -131,7 +131,7 @@ def patched_class(architecture: str | type | None) -> Any:
             _refuse_incomplete(source, info, may_mismatch, carried)
             for name, tensor in model.state_dict().items():
                 if f".{CHILD}." in name and not is_finite(tensor):
-                    raise ValueError(f"{str(source)!r}: {name} holds values that are no finite numbers.")
+                    raise ValueError(f"{str(source)!r}: {name} holds values that are not finite numbers.")
             model.__class__ = original
             # A copy saved from here has no code file beside it.
             if CODE_MODULE in str(getattr(model.config, "auto_map", None)):

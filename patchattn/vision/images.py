@@ -85,8 +85,8 @@ def image_layout(model: nn.Module) -> ImageLayout:
     family = base.config.model_type
     if family not in _FAMILIES:
         raise NotImplementedError(
-            f"{type(base).__name__} (model type {family!r}) is no vision-language model whose image tokens patchattn "
-            f"knows. Known model types: {', '.join(sorted(_FAMILIES))}."
+            f"{type(base).__name__} (model type {family!r}) is not a vision-language model whose image tokens "
+            f"patchattn knows. Known model types: {', '.join(sorted(_FAMILIES))}."
         )
     return _FAMILIES[family](base)
 

@@ -161,7 +161,9 @@ def chair_scores(
     for name in set().union(*truths):
         if name not in table.names:
             close = difflib.get_close_matches(name, table.names, n=1)
-            raise ValueError(f"{name!r} is no object of {synonyms}{f'; did you mean {close[0]!r}?' if close else '.'}")
+            raise ValueError(
+                f"{name!r} is not an object of {synonyms}{f'; did you mean {close[0]!r}?' if close else '.'}"
+            )
     named = [table.mentions(caption) for caption in captions]
     wrong = [sum(name not in truth for name in names) for names, truth in zip(named, truths, strict=True)]
     seen = sum(len(truth.intersection(names)) for names, truth in zip(named, truths, strict=True))

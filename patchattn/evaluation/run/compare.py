@@ -45,7 +45,7 @@ class RunSettings(Settings):
     """
 
     batch: int = option(8, help="Samples that a task answers at once.", minimum=1)
-    seed: int = option(0, help="Of what a new patch starts from, and of what draws in the model.", minimum=0)
+    seed: int = option(0, help="Seed of what a new patch starts from, and of what draws in the model.", minimum=0)
     limit: int | None = option(None, help="Only so many samples of each task, the first ones.", minimum=1)
 
 

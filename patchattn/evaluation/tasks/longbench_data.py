@@ -198,7 +198,7 @@ def _sample(place: str, number: str, prompt: str, row: dict[str, Any], task: Lon
     if not _is_texts(classes):
         raise ValueError(f"{place}: all_classes must be a list of texts or null, got {quoted(classes)}.")
     if task.has_classes and (unknown := [answer for answer in answers if answer not in classes]):
-        raise ValueError(f"{place}: the answer {quoted(unknown[0])} is none of all_classes, {quoted(classes)}.")
+        raise ValueError(f"{place}: the answer {quoted(unknown[0])} is not one of all_classes, {quoted(classes)}.")
     return LongBenchSample(number, prompt, tuple(answers), tuple(classes))
 
 

@@ -35,7 +35,7 @@ class NeedleSettings(RetrievalSettings):
     needle: str = option(
         "The spare key of the observatory lies in a blue teapot on the third shelf.", help="The sentence to be found."
     )
-    question: str = option("Where does the spare key of the observatory lie?", help="What is asked about it.")
+    question: str = option("Where does the spare key of the observatory lie?", help="What is asked about the needle.")
     answers: tuple[str, ...] = option(
         ("blue teapot", "third shelf"), help="Strings that an answer should hold; each counts the same."
     )

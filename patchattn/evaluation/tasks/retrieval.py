@@ -37,7 +37,9 @@ class RetrievalSettings(Settings):
         "auto", help="Use the tokenizer's chat template; auto: if it has one."
     )
     max_new_tokens: int = option(128, help="Longest answer.", unit="tokens", minimum=1)
-    seed: int = option(0, help="Of the statements, their depths, and where in the text a prompt begins.", minimum=0)
+    seed: int = option(
+        0, help="Seed of the statements, their depths, and where in the text a prompt begins.", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

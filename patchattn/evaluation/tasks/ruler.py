@@ -39,7 +39,9 @@ class NiahSettings(RetrievalSettings):
     keys: Literal["words", "numbers", "uuids"] = option(
         "words", help="What keys are: two words, numbers of seven digits or UUIDs.", source="section 3.1"
     )
-    values: Literal["words", "numbers", "uuids"] = option("numbers", help="What values are.", source="section 3.1")
+    values: Literal["words", "numbers", "uuids"] = option(
+        "numbers", help="What values are: the choices of keys.", source="section 3.1"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ class MultikeySettings(NiahSettings):
 
     needles: int = option(4, help="Keys in all, one of which is asked for.", minimum=2, maximum=1000)
     haystack: Literal["text", "needles"] = option(
-        "text", help="needles: the text consists of nothing but other keys with values.", source="section 3.1"
+        "text",
+        help="What keys are hidden in. needles: the text consists of nothing but other keys with values.",
+        source="section 3.1",
     )
 
 

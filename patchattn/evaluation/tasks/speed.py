@@ -27,10 +27,10 @@ class SpeedSettings(Settings):
     prompt_lengths: tuple[int, ...] = option((512, 2048), help="Lengths of the prompts.", unit="tokens", minimum=1)
     # with one new token there would be none to time after the first
     new_tokens: tuple[int, ...] = option((64,), help="Lengths of the answers.", unit="tokens", minimum=2)
-    batch_sizes: tuple[int, ...] = option((1,), help="Prompts at once.", minimum=1)
+    batch_sizes: tuple[int, ...] = option((1,), help="Numbers of prompts at once.", minimum=1)
     warmup: int = option(1, help="Runs before those that count, per combination.", minimum=0)
     repeats: int = option(5, help="Runs that count, per combination; medians of them are stated.", minimum=1)
-    seed: int = option(0, help="Of the prompts.", minimum=0)
+    seed: int = option(0, help="Seed of the prompts.", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

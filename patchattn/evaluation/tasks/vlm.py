@@ -36,9 +36,9 @@ class GenerationSettings(Settings):
     batch: int = option(8, help="Prompts per call of generate.", minimum=1)
     max_new_tokens: int = option(16, help="Longest answer.", unit="tokens", minimum=1)
     do_sample: bool = option(False, help="Draw from the whole distribution; else the likeliest token is taken.")
-    temperature: float = option(1.0, help="Of sampling.", minimum=1e-3)
-    top_p: float = option(1.0, help="Of sampling: share of the probability that is kept.", minimum=1e-3, maximum=1.0)
-    seed: int = option(0, help="Of sampling.", minimum=0)
+    temperature: float = option(1.0, help="Temperature of sampling.", minimum=1e-3)
+    top_p: float = option(1.0, help="Share of the probability that sampling keeps.", minimum=1e-3, maximum=1.0)
+    seed: int = option(0, help="Seed of sampling.", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +188,7 @@ def _image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # all of which Pillow raises
-        raise ValueError(f"{path} is no readable image: {error}") from error
+        raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from .vlm import GenerationSettings, Request, check_images, check_processor, fil
 class PopeSettings(GenerationSettings):
     """Which questions are asked, and how."""
 
-    questions: str = option(help="An official file of questions.")
-    images: str = option(help="Folder with their images.")
-    suffix: str = option("", help="Put after each question, such as 'Please answer this question with one word.'.")
+    questions: str = option(help="Official file of POPE's questions.")
+    images: str = option(help="Folder with the images that the questions are about.")
+    suffix: str = option(
+        "", help="Text that is put after each question, such as 'Please answer this question with one word.'."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class ChairSettings(GenerationSettings):
     images: str = option(help="Folder with the images.")
     synonyms: str = option(help="The table of objects and their synonyms.")
     pattern: str = option("COCO_val2014_{:012d}.jpg", help="How an image's file is called, given its id.")
-    prompt: str = option("Generate a short caption of this image.", help="The request.")
+    prompt: str = option("Generate a short caption of this image.", help="Request that every image is described by.")
     max_new_tokens: int = option(64, help="Longest answer.", unit="tokens", minimum=1)
 
 
@@ -53,7 +55,7 @@ class ImageTask(EvalTask):
 
     def __init__(self, **settings: Any) -> None:
         if "batch" in settings:
-            raise ValueError(f"batch is no setting of {self.name}: give it to the runner.")
+            raise ValueError(f"batch is not a setting of {self.name}: give it to the runner.")
         self.settings: Any = self.settings_class.from_dict(settings)
         self.requests = self.read()
         check_images(self.requests)

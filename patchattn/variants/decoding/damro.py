@@ -34,7 +34,8 @@ class DAMROConfig(VariantConfig):
 
     alpha: float | None = option(
         None,
-        help="Strength of the contrast: (1 + alpha) logits - alpha negative logits. None: by model and task.",
+        help="Strength of the contrast: (1 + alpha) logits - alpha negative logits. None: from the paper, by "
+        "model and task.",
         source="paper and released code: LLaVA 2 and 0.5, InstructBLIP 0.5 and 1.5 (pope, chair)",
         minimum=0.0,
         maximum=1000.0,
@@ -48,7 +49,7 @@ class DAMROConfig(VariantConfig):
     )
     top_k: int | None = option(
         None,
-        help="Number of outlier tokens that the negative branch sees. None: by model.",
+        help="Number of outlier tokens that the negative branch sees. None: the paper's, by model.",
         source="paper and released code: LLaVA 10, InstructBLIP 4",
         unit="tokens",
         minimum=1,

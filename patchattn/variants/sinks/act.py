@@ -32,13 +32,18 @@ class ACTConfig(VariantConfig):
     )
     alpha: float = option(
         5.0,
-        help="With sink_rule=mean: a key is a sink above alpha / N.",
+        help="With sink_rule=mean: a key is a sink if the mean attention it receives exceeds alpha / N, N the length "
+        "of the sequence.",
         source="paper, second-hand",
         minimum=0.0,
         maximum=1e6,
     )
     threshold: float = option(
-        0.1, help="With sink_rule=fixed: a key is a sink above this.", source="released code", minimum=0.0, maximum=1.0
+        0.1,
+        help="With sink_rule=fixed: a key is a sink if the mean attention it receives exceeds this.",
+        source="released code",
+        minimum=0.0,
+        maximum=1.0,
     )
     beta: float = option(
         0.4,

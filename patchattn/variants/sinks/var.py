@@ -50,7 +50,7 @@ class VARConfig(VariantConfig):
     )
     sink_threshold: float = option(
         20.0,
-        help="A token is a sink in a layer if one of these dimensions of the layer's input exceeds this many times its "
+        help="A token is a sink in a layer if one of the sink_dims of the layer's input exceeds this many times its "
         "root mean square (tau).",
         source="released code",
         minimum=0.0,

@@ -26,7 +26,7 @@ class SSAConfig(VariantConfig):
     """Settings of SSA; every field is described by `patchattn info ssa`."""
 
     query: bool = option(True, help="Scale queries: how sharply a token attends.", source="paper: main recipe")
-    key: bool = option(False, help="Scale keys.", source="paper: an ablation")
+    key: bool = option(False, help="Scale keys: how sharply others attend to a token.", source="paper: an ablation")
     value: bool = option(True, help="Scale values: how much a token gives to others.", source="paper: main recipe")
     token_aware: bool = option(
         True,

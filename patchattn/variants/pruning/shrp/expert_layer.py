@@ -65,7 +65,7 @@ def host_layer(model: nn.Module, site: AttentionSite) -> HostLayer:
             "form is for encoders."
         )
     if not {"query", "key", "value"} <= set(site.projections) or site.is_cross:
-        raise refusal(site, "it is no self-attention with separate projections of queries, keys and values")
+        raise refusal(site, "it is not self-attention with separate projections of queries, keys and values")
     try:
         layer, output = layer_path(site), output_projection(model, site)
         makers, reader = mlp_projections(model, site)
@@ -188,7 +188,7 @@ def _check_plain(path: str, module: nn.Module, site: AttentionSite) -> None:
     if type(module) is not nn.Linear or plain_weight(module) is None or hasattr(module, "_hf_hook"):
         raise refusal(
             site,
-            f"{path} ({type(module).__name__}) is no plain linear layer; adapters, quantisation and offloading come "
+            f"{path} ({type(module).__name__}) is not a plain linear layer; adapters, quantisation and offloading come "
             "after conversion",
         )
 
