@@ -104,3 +104,23 @@ def test_sinks_that_a_sliding_window_has_left_behind_are_none_any_more(kind: str
             want = by_loops(call, real, done - rows, dropped, window)
             np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-4)
     assert dropped == done - call.key.shape[2] > 0
+
+
+def test_sinks_are_refused_where_nobody_counted_what_a_sliding_cache_has_let_go_of() -> None:
+    model = FAMILIES["mistral"].make()
+    cache = DynamicCache(config=model.config)
+    keep, recent = sink_and_recent(SINKS, RECENT, HEADS), sink_and_recent(0, RECENT, HEADS)
+    with torch.no_grad(), looking(False) as (name, calls), patchattn.patched(model, name):
+        for part in TOKENS.split([6, 2, 1], dim=1):
+            model(part, **cache_argument(model, cache))
+    first, *later = calls[::2]
+    first.seeing(keep).mask.counts()
+    for call in later:
+        tensors = (call.query, call.key, call.value)
+        with pytest.raises(NotImplementedError, match="must say keeps_state"):
+            block_sparse_attention(*tensors, keep, call.rule())
+        with pytest.raises(NotImplementedError, match="must say keeps_state"):
+            call.seeing(keep).mask.counts()
+        seen = call.seeing(recent).mask.seen()
+        block_sparse_attention(*tensors, recent, call.rule())
+        assert seen.sum(-1)[..., -1].tolist() == [[min(size, 4) for size in RECENT]] * len(seen)

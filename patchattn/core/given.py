@@ -28,7 +28,7 @@ def read_mask(
     window: int | None = None,
     sequence: torch.Tensor | None = None,
     own: int | torch.Tensor | None = None,
-    dropped: int = 0,
+    dropped: int | None = 0,
 ) -> Mask:
     """The mask of a call.
 
@@ -48,7 +48,7 @@ def read_mask(
         window: sliding window of the module, in tokens. Flash attention applies it; in other masks it is contained.
         sequence: `(Tk,)` number of the packed sequence each token is of (flash attention).
         own: place of the first query's own key, where a kv cache tells it.
-        dropped: keys that the cache has let go of before the first one.
+        dropped: keys that the cache has let go of before the first one; `None`: not known.
     """
     causal = is_causal and not is_cross
     if own is None and not is_cross and queries == keys:
@@ -60,14 +60,15 @@ def read_mask(
         heads=heads,
         queries=queries,
         keys=keys,
-        columns=keys + dropped,
+        columns=keys + (dropped or 0),
         device=device,
         dtype=dtype,
         causal=causal,
         window=window,
         own=own,
         is_cross=is_cross,
-        dropped=dropped,
+        dropped=dropped or 0,
+        uncounted=dropped is None,
     )
     if given is None:
         return replace(mask, **_without(meaning, queries, keys, window, sequence, mask))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from patchattn_kernels import BlockLists, SinkAndRecent
-from patchattn_kernels.block_lists import mask_from_lists
+from patchattn_kernels.block_lists import check_counted, mask_from_lists
 from patchattn_kernels.block_sparse_attention_cpu import kept
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def as_mask(keep: "Keep", mask: "Mask") -> torch.Tensor:
         blocks = mask_from_lists(keep, -(-mask.keys // keep.block_k))
         row, key = (torch.arange(size, device=blocks.device) for size in (mask.queries, mask.keys))
         return blocks[:, :, row // keep.block_q][..., key // keep.block_k]
+    check_counted(keep, uncounted=mask.uncounted)
     order = of_query_heads(mask.key_order(), mask.heads)
     place = order if mask.sequence is None else of_query_heads(_in_sequence(mask), mask.heads)
     return kept(keep.sinks, keep.recent, order, place, mask.row_order())

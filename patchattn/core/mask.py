@@ -42,6 +42,7 @@ class Mask:
         own: column of the first query's own key; of every query's `(B or 1, Tq)`; or `None`: not told.
         is_cross: keys are of another sequence than queries.
         dropped: columns before the first key, which are in the cache no longer.
+        uncounted: whether there may be more of those, of which nobody knows; sinks are then refused.
         index: `(B or 1, 1 or Hkv, Tk)` column of each key, ascending, -1 of empty slots, which come first; `None`: key
             j is column `dropped + j`. A head dimension of 1 says "the same in all heads".
         has_empty: whether there are empty slots; true where that is not known on the host.
@@ -68,6 +69,7 @@ class Mask:
     own: int | torch.Tensor | None = None
     is_cross: bool = False
     dropped: int = 0
+    uncounted: bool = False
     index: torch.Tensor | None = None
     has_empty: bool = False
     extra: int = 0
@@ -225,7 +227,7 @@ class Mask:
             pairs=pairs,
             queries=rows.shape[-1],
             real_columns=self.real_columns if self.pairs is None else self._real_columns,
-            own=None if self.own is None and not self._infers_own else _taken(self._own_columns(), rows),
+            own=None if self.own is None and not self._knows_own else _taken(self._own_columns(), rows),
             keeps=tuple(keeping.of_rows(keep, rows, self) for keep in self.keeps),
             changed=True,
         )
@@ -365,12 +367,12 @@ class Mask:
     @property
     def _window_hides(self) -> bool:
         """Whether the window may hide keys from all queries, which a dense mask then shows to none."""
-        if self.window is None or not self._infers_own:
+        if self.window is None or not self._knows_own:
             return False
         return not isinstance(self.own, int) or self.own >= self.window
 
     @property
-    def _infers_own(self) -> bool:
+    def _knows_own(self) -> bool:
         return self.own is not None or (self.causal and not self.is_cross)
 
     def _own_columns(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from patchattn_kernels import SinkAndRecent
+from patchattn_kernels.block_lists import check_counted
 
 from . import keeping
 
@@ -77,6 +78,7 @@ def _blocks(mask: "Mask") -> BlockMask:
         order, own = mask.key_order()[:, 0].expand(mask.batch, -1), mask.row_order().expand(mask.batch, -1)
     for keep in mask.keeps:
         if isinstance(keep, SinkAndRecent):
+            check_counted(keep, uncounted=mask.uncounted)
 
             def near(b: Any, h: Any, i: Any, j: Any, keep: Any = keep, order: Any = order, own: Any = own) -> Any:
                 return ((own[b, i] - order[b, j]).abs() < keep.recent[h]) | (order[b, j] <= keep.sinks[h])
@@ -136,10 +138,10 @@ def structure(mask: "Mask") -> dict[str, Any]:
     if told:
         found["offset"] = own
     # One row ends at the last real key, and without a window the keys that it sees are all real ones.
-    by_mask = told and (own is not None or mask.queries == 1 or not mask._infers_own)
+    by_mask = told and (own is not None or mask.queries == 1 or not mask._knows_own)
     if mask.dropped or not by_mask or (mask.pairs is not None and mask._window_hides):
         found |= {"order": mask.key_order(), "own": mask.row_order()}
-    return found
+    return {**found, "uncounted": mask.uncounted}
 
 
 def _gathered(mask: "Mask") -> dict[str, Any]:
@@ -149,9 +151,9 @@ def _gathered(mask: "Mask") -> dict[str, Any]:
     elif mask.queries == 1 and seen.shape[1] == 1:  # by key alone, which kernels read faster
         seen = seen[:, 0, 0]
     ranks = {}
-    if mask._infers_own:
+    if mask._knows_own:
         ranks = {"order": keeping.of_query_heads(mask.key_order(), mask.heads), "own": mask.row_order()}
-    return {"mask": seen, **ranks}
+    return {"mask": seen, **ranks, "uncounted": mask.uncounted}
 
 
 def _refused(base: str, what: str) -> NotImplementedError:

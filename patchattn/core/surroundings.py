@@ -223,9 +223,14 @@ class Surroundings:
             raise NotImplementedError(f"{owner} in {self.site.name} cannot drop keys: {fault}.")
         return track(layer)
 
-    def dropped(self) -> int:
-        """How many keys the layer of the kv cache has let go of before the first one that it gave."""
+    def dropped(self) -> int | None:
+        """How many keys the layer of the kv cache has let go of before the first one that it gave.
+
+        `None`: not known, of a sliding one whose layer is not.
+        """
         layer = self._cache_layer()
+        if layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]:
+            return None if not self.site.is_cross else 0
         if layer is None or self.site.is_cross or in_slots(layer):
             return 0
         return max(0, int(layer.get_seq_length()) - self.key.shape[2])
@@ -291,10 +296,12 @@ class Surroundings:
             return by_head
         own, rows = self.own_key(), self.query.shape[2]
         place = torch.arange(rows, device=self.key.device) + (0 if own is None else own)
-        for name, fact in by_head.items():
+        found = {}
+        for name, fact in by_head.items():  # what is remembered has no gradient, but that of these tokens goes on
             past = state.per_key.get(name, fact.new_zeros(*fact.shape[:2], keys))
-            state.write(name, past.index_copy(-1, place, fact), per_key=True)
-        return {name: state.per_key[name] for name in now}
+            found[name] = past.to(fact.dtype).index_copy(-1, place, fact)
+            state.write(name, found[name], per_key=True)
+        return found
 
     def module_call(self) -> LayerContext:
         """What the attention module was called with; RuntimeError if no hook of it ran."""

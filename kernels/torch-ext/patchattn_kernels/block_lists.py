@@ -133,6 +133,15 @@ def key_order(rule: AttentionRule, queries: int, keys: int, device: torch.device
     return real.cumsum(dim=-1, dtype=torch.int32)
 
 
+def check_counted(keep: SinkAndRecent, *, uncounted: bool) -> None:
+    """NotImplementedError where first keys are asked for and it is not known which ones are."""
+    if uncounted and keep.most_sinks:
+        raise NotImplementedError(
+            "It is not known how many keys a sliding kv cache has let go of, so that none of them is known to be among "
+            "the first: a variant that counts sinks must say keeps_state."
+        )
+
+
 def ranks(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """`(B or 1, H or 1, Tk)` and `(B or 1, Tq)`: real keys up to each key, and up to each query's own one."""
     if rule.order is not None and rule.own is not None:
@@ -202,6 +211,7 @@ def seen_blocks(
     if rule.window is not None and (rule.mask is None or rule.mask.dim() == 2):
         seen = seen & (gap() < rule.window)
     if window is not None:
+        check_counted(window, uncounted=rule.uncounted)
         seen = seen & ((gap() < window.recent[:, None, None]) | (before[:, :, None] < window.sinks[:, None, None]))
     return seen
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .backend import triton_runs
-from .block_lists import BlockLists, SinkAndRecent
+from .block_lists import BlockLists, SinkAndRecent, check_counted
 from .block_sparse_attention_cpu import gathered, gathered_backward, selected
 from .key_mask import unsupported
 from .namespace import add_op_namespace_prefix
@@ -76,7 +76,8 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes do not fit each other, or own keys of queries are not among the keys.
-        NotImplementedError: PATCHATTN_KERNELS is `triton`, and the kernel cannot compute the call.
+        NotImplementedError: PATCHATTN_KERNELS is `triton`, and the kernel cannot compute the call; or sinks of a rule
+            that is `uncounted`.
     """
     _check(query, key, value, keep, rule)
     lacking = unsupported(rule)
@@ -112,6 +113,7 @@ def _check(
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
         )
     if isinstance(keep, SinkAndRecent):
+        check_counted(keep, uncounted=rule.uncounted)
         if keep.sinks.shape != (heads,) or keep.recent.shape != (heads,):
             raise ValueError(
                 f"Expected sinks and recent of {heads} heads, got {tuple(keep.sinks.shape)} and "

@@ -32,6 +32,7 @@ class AttentionRule:
         order: `(B or 1, H or 1, Tk)` int, ascending: real keys of the sequence up to each one, itself included, those
             counted that are not among the Tk. For sinks and recent keys; `None`: the Tk are all there ever were.
         own: `(B or 1, Tq)` int: the same of the queries' own keys, which need not be among the Tk; with `order`.
+        uncounted: whether keys may have left the cache that nobody counted; sinks are then refused.
     """
 
     scaling: float
@@ -45,6 +46,7 @@ class AttentionRule:
     sequence: torch.Tensor | None = None
     order: torch.Tensor | None = None
     own: torch.Tensor | None = None
+    uncounted: bool = False
 
     def visible(
         self,

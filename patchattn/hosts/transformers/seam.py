@@ -260,7 +260,7 @@ def attention_call(
     said = kwargs.get("is_causal")
     columns = context.columns()
     # Where keys were forgotten in between, the model's mask is about all there ever were.
-    keys = key.shape[2] + (0 if columns is None else context.dropped())
+    keys = key.shape[2] + (0 if columns is None else context.dropped() or 0)
     mask = mask_of_call(
         given.mask,
         base,
