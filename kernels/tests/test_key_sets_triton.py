@@ -15,7 +15,9 @@ from patchattn_kernels import (
     attention_with_lse,
     column_mass,
     column_mass_triton,
+    decoding_triton,
     key_counts,
+    rows,
     split_attention,
     split_attention_backward_triton,
     split_attention_keys_triton,
@@ -30,12 +32,14 @@ Tensors = list[torch.Tensor]
 MODULES = (split_attention_triton, split_attention_backward_triton, split_attention_keys_triton, column_mass_triton)
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton runs, with tiles so small that a few tokens fill several."""
+@pytest.fixture(autouse=True, params=[rows.FEW, 0], ids=["decoding", "prefill"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton runs, with tiles so small that a few tokens fill several; few queries as while generating, or as many."""
     if torch.cuda.is_available():
         pytest.skip("Triton's interpreter is for machines without a GPU; test_key_sets_gpu.py runs here")
     monkeypatch.setenv("PATCHATTN_KERNELS", "triton")
+    monkeypatch.setattr(rows, "FEW", request.param)
+    monkeypatch.setattr(decoding_triton, "launches", lambda *_: [Launch({"BLOCK_N": 16})])
     for module in MODULES:
         monkeypatch.setattr(module, "launches", lambda *_: [Launch({"BLOCK_M": 16, "BLOCK_N": 16})])
     monkeypatch.setattr(column_mass_triton, "COUNTS", Launch({"BLOCK_M": 16, "BLOCK_N": 16}))
@@ -115,6 +119,25 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], torch.Tensor]] = {
     ),
     "any mask": ({"mask": ANY[:, None]}, {"batch": 2, "heads": 1}, ANY),
 }
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_queries_are_decoded(monkeypatch: pytest.MonkeyPatch, few: bool) -> None:
+    """One program for a kv head and a part of its keys, while all its query heads' queries fit a tile."""
+    grids: list[int] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            grids.append(grid[0])
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(rows, "FEW", 64)
+    monkeypatch.setattr(decoding_triton, "decode_kernel", Counted())
+    monkeypatch.setattr(decoding_triton, "merge_kernel", Counted())
+    monkeypatch.setattr(decoding_triton, "shares", lambda *_: 3)
+    states, _ = operands(2, 8, 2, 16 if few else 17)
+    attention_with_lse(*states, AttentionRule(0.4))
+    assert grids == ([2 * 2 * 3, 2 * 8 * 16] if few else [])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -38,6 +38,9 @@ def _operations(name: str, dim: int, padded: bool) -> Callable[[int], Any]:
             return kernels.key_counts(rule, 1, keys, query.device)
         if name == "sinks":
             return kernels.block_sparse_attention(query, key, value, kernels.sink_and_recent(4, 64, heads), rule)
+        if name == "selected":
+            pages = torch.arange(-(-keys // 16)).expand(batch, groups, -1).contiguous()
+            return kernels.selected_attention(query, key, value, pages, pages[..., 0], 16, rule)
         blocks = torch.ones(1, 1, 1, -(-keys // 16), dtype=torch.bool)
         return kernels.block_sparse_attention(query, key, value, kernels.lists_from_mask(blocks, 16, 16), rule)
 
@@ -79,7 +82,7 @@ def _counted(name: str, dim: int, padded: bool, first: int) -> dict[str, int]:
     return {kernel: len(found) for kernel, found in versions.items()}
 
 
-@pytest.mark.parametrize("name", ["routed", "split", "column mass", "sinks", "lists"])
+@pytest.mark.parametrize("name", ["routed", "split", "column mass", "sinks", "lists", "selected"])
 def test_two_compilations_in_two_hundred_tokens(name: str) -> None:
     # few keys of wide heads are cut into 1, 2 and 4 parts
     cases = [(name, dim, padded, first) for padded in (False, True) for dim, first in ((64, 900), (256, 90))]

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from .backend import rowwise
+from .decoding_triton import attend
 from .key_mask import KeyMask
+from .rows import are_few
 from .split_attention_launch import launch, list_arguments, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import LN_2, full_keys, load_lse, load_rows, seen, store_rows
 from .tiles import VARYING, key_range
@@ -295,6 +297,8 @@ def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, scaling: float, mask: KeyMask
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Attention `(B, H, Tq, Dv)` (`None` without values) and log-sum-exp `(B, H, Tq)`, both float32."""
+    if are_few(query, key):
+        return attend(query, key, value, scaling, mask)
     query, key = rowwise(query), rowwise(key)
     value = None if value is None else rowwise(value)
     batch, heads, queries, _ = query.shape
