@@ -6,6 +6,7 @@ Importing it is quick: like transformers, it loads torch only when a name is fir
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .core.host import offer_host
 from .core.registry import offer
 from .version import __version__ as __version__
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .checking.check import check_patch as check_patch
     from .core.call import AttentionCall as AttentionCall
     from .core.call import Observation as Observation
+    from .core.host import find_sites as find_sites
     from .core.importance import HeadImportance as HeadImportance
     from .core.info import PatchInfo as PatchInfo
     from .core.info import patch_info as patch_info
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from .core.settings import Settings as Settings
     from .core.settings import option as option
     from .core.sites import AttentionSite as AttentionSite
-    from .core.sites import find_sites as find_sites
     from .core.surroundings import LayerContext as LayerContext
     from .core.variant import Attend as Attend
     from .core.variant import AttentionOutput as AttentionOutput
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .vision.images import image_spans as image_spans
     from .vision.images import image_token_mask as image_token_mask
 
+offer_host(f"{__name__}.hosts.transformers.seam")
 # The shipped variants, each registered by its module when it is first asked for.
 offer(
     {
@@ -115,10 +117,8 @@ _NAMES = {
         "Settings",
         "option",
     ),
-    "core.sites": (
-        "AttentionSite",
-        "find_sites",
-    ),
+    "core.host": ("find_sites",),
+    "core.sites": ("AttentionSite",),
     "core.surroundings": ("LayerContext",),
     "core.variant": (
         "Attend",

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.hosts.transformers.bases import ModuleCall
-from patchattn.hosts.transformers.seam import attention_call
+from patchattn.core.call import ModuleCall
+from patchattn.core.chain import attention_call
 
 from .families import FAMILIES
 from .test_act import calibrate

@@ -9,10 +9,9 @@ from packaging.version import Version
 import patchattn
 from patchattn.checking import doctor
 from patchattn.cli.main import main
+from patchattn.core import chain, tested_releases
 from patchattn.core import tap as storage
-from patchattn.core import tested_releases
 from patchattn.core.patching import unpatch_model
-from patchattn.hosts.transformers import seam
 
 from .behaviour import registered
 
@@ -57,7 +56,7 @@ def test_a_seam_that_is_never_called(run, monkeypatch):
     """As if transformers looked attention functions up elsewhere: a patched model computes the unpatched one."""
     only(monkeypatch, "moh")
     monkeypatch.setattr(
-        seam.VariantChain,
+        chain.VariantChain,
         "_attend",
         lambda chain, depth, base, call: base(
             call.module, call.query, call.key, call.value, call.mask.given, **call.kwargs
@@ -71,13 +70,13 @@ def test_a_seam_that_is_never_called(run, monkeypatch):
 
 def test_a_seam_that_computes_something_else(run, monkeypatch):
     only(monkeypatch, "ssmax")
-    attend = seam.VariantChain._attend
+    attend = chain.VariantChain._attend
 
     def wrong(chain, depth, base, call):
         output, weights = attend(chain, depth, base, call)
         return output + 0.01, weights
 
-    monkeypatch.setattr(seam.VariantChain, "_attend", wrong)
+    monkeypatch.setattr(chain.VariantChain, "_attend", wrong)
     code, out = run()
     assert code == 1
     assert any("neutral settings equal the unpatched model" in line for line in problems(out))

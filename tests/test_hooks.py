@@ -12,10 +12,9 @@ from torch import nn
 from transformers import DynamicCache
 
 import patchattn
-from patchattn.core import hooks
+from patchattn.core import context, hooks
 from patchattn.core.kv_caches import cache_argument
 from patchattn.decoding import variant as decoding
-from patchattn.hosts.transformers import context
 from patchattn.variants.decoding import damro
 
 from .behaviour import assert_same, randomise, snapshot

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from patchattn.core.mask import Mask
-from patchattn.core.masks import mask_of_call, packed_sequences
+from patchattn.hosts.transformers.masks import mask_of_call, packed_sequences
 
 SIZES = st.integers(1, 6)
 

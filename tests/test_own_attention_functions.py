@@ -11,9 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
 
 import patchattn
-from patchattn.hosts.transformers.bases import ModuleCall
+from patchattn.core.call import ModuleCall
+from patchattn.core.chain import attention_call
 from patchattn.hosts.transformers.compatibility import seam_name
-from patchattn.hosts.transformers.seam import attention_call
 
 from .behaviour import randomise
 from .test_masks_of_users import TOKENS, VARIANTS, llama

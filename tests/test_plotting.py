@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from patchattn.core.heads import BaseFacts
+from patchattn.core.host import find_sites
 from patchattn.core.importance import HeadImportance, SiteScores
-from patchattn.core.sites import find_sites
 from patchattn.inspection.temperatures import LayerTemperatures, Spread
 from patchattn.plotting import plot_head_importance, plot_head_usage, plot_temperatures
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from patchattn.core.sites import find_sites
+from patchattn.core.host import find_sites
 from patchattn.inspection.attention_maps import AttentionMap, ImageAttention, ReceivedAttention, attention_received
 from patchattn.plotting import (
     ParetoPoint,

@@ -13,12 +13,11 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import patchattn
-from patchattn.core.call import AttentionCall
+from patchattn.core.call import AttentionCall, ModuleCall
+from patchattn.core.chain import attention_call
 from patchattn.core.hooks import IMAGE_TOKENS, RESIDUAL
 from patchattn.core.kv_caches import cache_argument
 from patchattn.core.surroundings import LayerContext
-from patchattn.hosts.transformers.bases import ModuleCall
-from patchattn.hosts.transformers.seam import attention_call
 from patchattn.variants.sinks.var import VAR, VARConfig
 
 from . import vlms

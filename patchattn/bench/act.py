@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, ModuleCall
+from ..core.chain import attention_call
 from ..core.sites import AttentionSite
 from ..core.surroundings import LayerContext
-from ..hosts.transformers.bases import ModuleCall
-from ..hosts.transformers.seam import attention_call
 from ..variants.sinks.act import ACT, ACTConfig
 from .attention import DENSE, AttentionProblem, dense, dense_under, step
 from .problem import EAGER, OURS, Implementation, Outcome, Work

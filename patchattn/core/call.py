@@ -6,15 +6,12 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from patchattn_kernels import AttentionRule
 
+from .host import host
 from .keeping import of_query_heads
 from .mask import Keep, Mask
-from .masks import is_flash
 from .sites import AttentionSite
 from .surroundings import LayerContext, Surroundings
 
@@ -31,6 +28,27 @@ class Places:
 
     index: torch.Tensor
     has_empty: bool = False
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """What an attention module calls its function with.
+    from .apart import attend_apart, layer_with_heads_apart
+
+        One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
+        would move the attention module itself, whose weights may lie on disk.
+    """
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+    def __len__(self) -> int:
+        """Rows of the batch: PEFT, asked for another adapter per row, counts them before it refuses."""
+        return len(self.query)
 
 
 @dataclass(eq=False)
@@ -90,9 +108,7 @@ class AttentionCall:
         for nothing that `rule()` does not say: attention weights, dropout, or queries shared by all sequences.
         """
         asked = self.kwargs.get("output_attentions") or self.kwargs.get("dropout")
-        function = ALL_ATTENTION_FUNCTIONS.get(self.base)  # one of the user's own may compute something else
-        softmax = function in (sdpa_attention_forward, flash_attention_forward)
-        replaceable = self.innermost and (softmax or (function is None and is_flash(self.base)))
+        replaceable = self.innermost and host().computes_softmax(self.base)
         return replaceable and not asked and self.query.shape[0] == self.key.shape[0]
 
     def replace(self, **changes: Any) -> Self:

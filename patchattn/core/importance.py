@@ -11,8 +11,8 @@ from torch import nn
 
 from ..files.documents import naming, quoted, read_json, write_json
 from .heads import BaseFacts, parse_facts
+from .host import find_sites
 from .settings import nearest
-from .sites import find_sites
 
 Scope = Literal["global", "layer"]
 _FORMAT = "patchattn head importance 1"

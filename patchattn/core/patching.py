@@ -2,30 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from ..decoding.variant import DecodingVariant, refuse_second
-from ..hosts.transformers.bases import base_function, original_config, release_bases, seam_config
-from ..hosts.transformers.batching import allow_batching, forbid_batching
-from ..hosts.transformers.compatibility import name_branches, seam_name
-from ..hosts.transformers.context import close_context, note_raw_query, open_context
-from ..hosts.transformers.seam import VariantChain, active_chain, recall, retire
-from ..surgery.change import SurgeryVariant, surgeries
-from .hooks import install_hooks, register_last, remove_hooks
+from .chain import VariantChain, active_chain, recall, retire
+from .hooks import install_hooks, remove_hooks
+from .host import find_sites, host
 from .notices import note_patched, note_releases, note_unpatched
 from .packing import CHILD
 from .plan import Patch, gathered
 from .registry import variant_info
 from .selection import base_model, select_sites
 from .settings import nearest
-from .sites import AttentionSite, find_sites
+from .sites import AttentionSite
 from .variant import Variant, VariantConfig, VariantInfo
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_HOOKS = (open_context, close_context, note_raw_query)
 
 
 def patch_model(
@@ -83,7 +77,7 @@ def patch_model(
     base = base_model(model)
     chosen = _settings_per_variant(variant, config, settings)
     sites: list[AttentionSite] = []
-    if any(not issubclass(info.variant, DecodingVariant) for info, _ in chosen):
+    if any(info.kind != "decoding" for info, _ in chosen):
         sites = select_sites(base, layers=layers, modules=modules)
     elif layers is not None or modules is not None:
         raise ValueError(
@@ -91,12 +85,26 @@ def patch_model(
         )
     patches = []
     for info, given in chosen:
-        offered = find_sites(base) if issubclass(info.variant, DecodingVariant) else sites
+        offered = find_sites(base) if info.kind == "decoding" else sites
         configured, own = info.fitted(given, base, offered)
         patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
     apply_patches(base, patches)
     note_patched(base, patches)
     return model
+
+
+class Built(NamedTuple):
+    """A variant that is made for an attention module, and not on it yet.
+
+    Attributes:
+        name: of the variant.
+        site: name of the attention module.
+        variant: the module.
+    """
+
+    name: str
+    site: str
+    variant: Variant
 
 
 def apply_patches(
@@ -118,57 +126,56 @@ def apply_patches(
     for name in names:
         if name not in known:
             raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
-    bases = {name: _base_of(model, name) for name in names}
-    for base in dict.fromkeys(bases.values()):
-        chosen = [model.get_submodule(name) for name in names if bases[name] == base]
-        if questions := name_branches(chosen, base):
-            raise NotImplementedError(
-                f"{type(model).__name__} cannot be patched under the attention implementation {base!r}: its code asks "
-                f"for the implementation by name and would compute something else ({'; '.join(questions)}). Load it "
-                "with another attn_implementation."
-            )
-    existing = applied_patches(model)
-    refuse_second([variant_info(patch.variant).variant for patch in (*existing, *patches)])
-    # Build everything before touching the model, so that a failure leaves it as it was. Surgery is the exception: who
-    # comes after it must find the new shapes.
-    built: list[tuple[str, str, Variant]] = []
-    done: list[SurgeryVariant] = []
+    host().refuse_bases(model, names)
+    _refuse_second_branch([*applied_patches(model), *patches])
     numbers = [variant.number for chain in active_chains(model).values() for variant in chain.variants().values()]
+    # Build everything before touching the model, so that a failure leaves it as it was. What exchanges parts of it is
+    # the exception: who comes after must find the new shapes.
+    built: list[Built] = []
+    exchanged: list[Variant] = []
     try:
         for number, patch in enumerate(patches, 1 + max(numbers, default=-1)):
-            operations = []
-            for name in patch.sites:
-                taken = _taken(model, name, built)
-                _refuse_order(patch.variant, name, taken)
-                _refuse_site(variant_info(patch.variant), known[name])
-                variant = _like(
-                    variant_info(patch.variant).variant(patch.config, known[name]), model.get_submodule(name)
-                )
-                variant.number = number
-                if isinstance(variant, DecodingVariant):
-                    variant.prepare(model)
-                if isinstance(variant, SurgeryVariant):
-                    variant.changes = variant.plan(model)
-                    operations.append(variant)
-                built.append((patch.variant, name, variant))
-            for operation in operations:
-                operation.exchange(model)
-                done.append(operation)
-            if operations:
+            added = _build(model, patch, number, known, built)
+            built += added
+            for one in added:
+                one.variant.exchange(model)
+                exchanged.append(one.variant)
+            if variant_info(patch.variant).kind == "surgery":
                 known = {site.name: site for site in find_sites(model)}
         if initialise is not None:
-            own = {f"{name}.{CHILD}.{kind}.{key}": t for kind, name, v in built for key, t in v.state_dict().items()}
-            changed = {name: model.get_parameter(name).detach() for operation in done for name in operation.carried()}
-            initialise({**own, **changed})
-        for name in names:
-            base_function(type(model.get_submodule(name)), bases[name])
+            initialise(_values(model, built))
     except BaseException:
-        for operation in reversed(done):
-            operation.exchange(model)
+        for variant in reversed(exchanged):
+            variant.exchange(model)
         raise
-    for kind, name, variant in built:
-        _attach(model.get_submodule(name), known[name], bases[name], kind, variant)
+    for one in built:
+        _attach(model.get_submodule(one.site), known[one.site], one)
     _install(model, [model.get_submodule(name) for name in names])
+
+
+def _build(
+    model: nn.Module, patch: Patch, number: int, known: Mapping[str, AttentionSite], before: Sequence[Built]
+) -> list[Built]:
+    """The variants of one patch, made for the model as it is now, which is not touched."""
+    info, built = variant_info(patch.variant), []
+    for name in patch.sites:
+        _refuse_order(patch.variant, name, _taken(model, name, before))
+        _refuse_site(info, known[name])
+        variant = _like(info.variant(patch.config, known[name]), model.get_submodule(name))
+        variant.number = number
+        variant.prepare(model)
+        built.append(Built(info.name, name, variant))
+    return built
+
+
+def _values(model: nn.Module, built: Sequence[Built]) -> dict[str, torch.Tensor]:
+    """What a patch is saved with, by names in the model's state dict: of the variants, and of what they exchanged."""
+    own = {
+        f"{one.site}.{CHILD}.{one.name}.{key}": tensor
+        for one in built
+        for key, tensor in one.variant.state_dict().items()
+    }
+    return {**own, **{name: model.get_parameter(name).detach() for one in built for name in one.variant.carried()}}
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -184,18 +191,18 @@ def unpatch_model(model: ModelT) -> ModelT:
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")
-    operations = surgeries(list(active_chains(base).values()))
-    for operation in operations:
-        operation.check_undo(base)
-    for operation in reversed(operations):
-        operation.exchange(base)
+    variants = [variant for chain in active_chains(base).values() for variant in chain.variants().values()]
+    for variant in variants:
+        variant.check_undo(base)
+    for variant in reversed(variants):
+        variant.exchange(base)
     for module in base.modules():
         if (child := module._modules.pop(CHILD, None)) is not None:
-            vars(module)["config"] = original_config(module)
+            host().disconnect(module)
             retire(child)
         remove_hooks(module, is_ours)
-        allow_batching(module)
-    release_bases()
+        host().forget(module)
+    host().release()
     note_unpatched(base)
     return model
 
@@ -232,8 +239,9 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
     finally:
         for module, child in children:
             module.add_module(CHILD, child)
-        for operation in surgeries([active_chain(child) for _, child in children]):
-            operation.exchange(base)
+        for _, child in children:
+            for variant in active_chain(child).variants().values():
+                variant.exchange(base)
         _install(base, [module for module, _ in children])
 
 
@@ -258,9 +266,9 @@ def active_chains(model: nn.Module, adapter: str | None = None) -> dict[str, Var
 def applied_patches(model: nn.Module) -> list[Patch]:
     """The patches on a model, outermost first, as its attention modules carry them."""
     return gathered(
-        (variant.number, kind, variant.config, name)
+        (variant.number, variant_name, variant.config, name)
         for name, chain in active_chains(model).items()
-        for kind, variant in chain.variants().items()
+        for variant_name, variant in chain.variants().items()
     )
 
 
@@ -290,7 +298,7 @@ def _settings_per_variant(
     return [(info, (config or {}).get(info.name, {})) for info in infos]
 
 
-def _taken(model: nn.Module, name: str, built: Sequence[tuple[str, str, Variant]]) -> list[str]:
+def _taken(model: nn.Module, name: str, built: Sequence[Built]) -> list[str]:
     """The variants of an attention module, those that are being added included."""
     chain = model.get_submodule(name)._modules.get(CHILD)
     if chain is not None and not isinstance(chain, VariantChain):
@@ -298,7 +306,7 @@ def _taken(model: nn.Module, name: str, built: Sequence[tuple[str, str, Variant]
             f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, or "
             "unload it first."
         )
-    return [*(chain.names() if chain else ()), *(kind for kind, place, _ in built if place == name)]
+    return [*(chain.names() if chain else ()), *(one.name for one in built if one.site == name)]
 
 
 def _refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
@@ -310,7 +318,7 @@ def _refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
             "layers."
         )
     last = next((other for other in taken if variant_info(other).innermost), None)
-    if last is not None and info.kind == "attention":
+    if last is not None and info.variant.attends:
         raise ValueError(
             f"{last!r} computes attention weights itself, so that nothing can come after it: put {variant!r} before "
             f"it, as in [{variant!r}, {last!r}]."
@@ -320,6 +328,16 @@ def _refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
         raise ValueError(
             f"{variant!r} changes the shapes of {name}, which {others[0]!r} was made for: put it first, as in "
             f"[{variant!r}, {others[0]!r}]."
+        )
+
+
+def _refuse_second_branch(patches: Sequence[Patch]) -> None:
+    """ValueError if there is more than one decoding variant: a model has one second branch."""
+    decoding = [info.variant.__name__ for patch in patches if (info := variant_info(patch.variant)).kind == "decoding"]
+    if len(decoding) > 1:
+        raise ValueError(
+            f"A model decodes with one decoding variant at a time, got {', '.join(decoding)}. Call "
+            "patchattn.unpatch_model(model) first."
         )
 
 
@@ -335,16 +353,7 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
 
 
 def is_ours(hook: Any) -> bool:
-    return hook in _HOOKS or isinstance(getattr(hook, "__self__", None), Variant)
-
-
-def _base_of(model: nn.Module, name: str) -> str:
-    return original_config(model.get_submodule(name))._attn_implementation or "eager"
-
-
-def _config(module: nn.Module) -> Any:
-    """The configuration of a model or an attention module; nn.Module types every attribute as a tensor."""
-    return module.config
+    return host().owns(hook) or isinstance(getattr(hook, "__self__", None), Variant)
 
 
 def _like(variant: Variant, module: nn.Module) -> Variant:
@@ -358,25 +367,18 @@ def _like(variant: Variant, module: nn.Module) -> Variant:
     return variant.train(module.training)
 
 
-def _attach(module: nn.Module, site: AttentionSite, base: str, name: str, variant: Variant) -> None:
+def _attach(module: nn.Module, site: AttentionSite, built: Built) -> None:
     if CHILD not in module._modules:
-        module.add_module(CHILD, VariantChain(site, base).train(module.training))
+        module.add_module(CHILD, VariantChain(site, host().base_of(module)).train(module.training))
     chain: Any = module._modules[CHILD]
     chain.site = site  # as the last surgery leaves it
-    chain.attach(name, variant)
+    chain.attach(built.name, built.variant)
 
 
 def _install(model: nn.Module, modules: list[nn.Module]) -> None:
-    """Point configurations at the seam and place the hooks that the attached variants need."""
-    forbid_batching(model)
+    """Connect attention modules with the variants that they carry, and place the hooks that these need."""
     for module in modules:
         chain: Any = module._modules[CHILD]
         recall(chain)
-        if _config(module)._attn_implementation != seam_name(chain.base):
-            vars(module)["config"] = seam_config(module.config, chain.base)
-        if chain.needs_context and open_context not in module._forward_pre_hooks.values():
-            register_last(module, open_context)
-            module.register_forward_hook(close_context, always_call=True)
-            if chain.site.query_norm is not None:
-                register_last(module.get_submodule(chain.site.query_norm), note_raw_query, with_kwargs=False)
+        host().connect(model, module)
         install_hooks(model, active_chain(chain))

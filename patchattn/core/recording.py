@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..hosts.transformers.bases import original_config, release_bases
-from ..hosts.transformers.seam import VariantChain
 from .call import AttentionCall
+from .chain import VariantChain
+from .host import host
 from .packing import CHILD
 from .patching import apply_patches
 from .plan import Patch
@@ -84,7 +84,7 @@ def recording(
         finally:
             for module in modules:
                 _take_off(module, name)
-            release_bases()
+            host().release()
 
 
 def _chain(module: nn.Module) -> VariantChain:
@@ -142,4 +142,4 @@ def _take_off(module: nn.Module, name: str) -> None:
     chain._refresh()
     if not chain.names():
         del module._modules[CHILD]
-        vars(module)["config"] = original_config(module)
+        host().disconnect(module)

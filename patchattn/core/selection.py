@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .sites import AttentionSite, find_sites, find_undispatched
+from .host import find_sites, host
+from .sites import AttentionSite
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -31,7 +32,7 @@ def select_sites(
 ) -> list[AttentionSite]:
     """The attention sites that `layers` and `modules` choose; see `patch_model`."""
     sites = find_sites(model)
-    undispatched = find_undispatched(model)
+    undispatched = host().find_undispatched(model)
     family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if undispatched and (not sites or modules is None):
         name, module = undispatched[0]

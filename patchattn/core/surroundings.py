@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,7 +13,26 @@ from ..cache.tracked import TrackedLayer, sequence_state, track
 from .given import key_length, read_mask, real_tokens
 from .hooks import IMAGE_TOKENS, RESIDUAL
 from .sites import AttentionSite
-from .tap import CacheTap
+
+
+class Tap(Protocol):
+    """What stands between an attention module and its kv cache; see `core/tap.py`."""
+
+    is_used: bool  # new entries have passed
+    layer: Any  # of the cache, where they went
+    added: int  # how many they were, in tokens
+
+    def covers(self, key: torch.Tensor) -> bool:
+        """Whether these keys came through the cache, in this call or an earlier one."""
+
+    def fault(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
+        """Why what attention is called with is not what was stored; `None` if it is."""
+
+    def close(self) -> None:
+        """The module's call is over."""
+
+    def holder(self, key: torch.Tensor) -> Any:
+        """The cache layer whose keys these are, or `None`."""
 
 
 @dataclass(eq=False)
@@ -39,7 +58,7 @@ class LayerContext:
     arguments: Mapping[str, Any]
     cache: Cache | None = None
     raw_query: torch.Tensor | None = None
-    tap: CacheTap | None = None
+    tap: Tap | None = None
     rows_done: int = 0
 
     def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:

@@ -9,17 +9,16 @@ after the projection, its norm and the rotary embedding, and is the same in ever
 
 from collections import UserDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
 from ..cache.tracked import append_in_place, expect_call
-
-if TYPE_CHECKING:
-    from ..hosts.transformers.seam import VariantChain
-    from .surroundings import LayerContext
+from .mask import Mask
+from .sites import AttentionSite
+from .surroundings import LayerContext
 
 # Functions of torch that bring a tensor into another shape, place or type, and compute nothing from it.
 _MOVES = frozenset(
@@ -97,10 +96,24 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+class Storing(Protocol):
+    """What a tap asks of the variants of an attention module."""
+
+    site: AttentionSite
+    storing: tuple[str, ...]  # those that change what is stored
+    stores_what_it_attends: bool
+
+    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int) -> Mask: ...
+
+    def before_cache(
+        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class CacheTap:
     """Changes keys and values of one call of one attention module on their way into its cache; sees where they go."""
 
-    def __init__(self, context: "LayerContext", chain: "VariantChain") -> None:
+    def __init__(self, context: LayerContext, chain: Storing) -> None:
         self.context: LayerContext | None = context
         self.chain = chain
         self.is_used = False  # new entries have passed
@@ -138,7 +151,7 @@ class CacheTap:
         self._stop_following()
         self.context = self.returned = None
 
-    def running_context(self) -> "LayerContext":
+    def running_context(self) -> LayerContext:
         """The context of the call, while it lasts."""
         if self.context is None:
             raise RuntimeError("The cache of an attention module's call was used after that call.")
@@ -207,7 +220,7 @@ class TappedEncoderDecoderCache(EncoderDecoderCache):
         return getattr(self.__dict__["_cache"], name)
 
 
-def is_shared(key: torch.Tensor, context: "LayerContext") -> bool:
+def is_shared(key: torch.Tensor, context: LayerContext) -> bool:
     """Whether a module hands its keys to another layer, or has them from one, in a dictionary it is called with."""
     places = [value for value in context.arguments.values() if isinstance(value, dict | UserDict)]
     return any(tensor is key for place in places for tensor in _tensors(tuple(place.values())))

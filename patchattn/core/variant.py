@@ -73,6 +73,7 @@ class Variant(nn.Module):
 
     config_class: ClassVar[type[VariantConfig]]
     kind: ClassVar[Kind] = "attention"
+    attends: ClassVar[bool] = True  # changes calls of attention, so that its place among other variants counts
 
     def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__()
@@ -130,6 +131,20 @@ class Variant(nn.Module):
             ValueError, NotImplementedError: they do not fit. The model is then as it was.
         """
         return config, sites
+
+    def prepare(self, model: nn.Module) -> None:
+        """Read off the model, before this patch touches it, what the variant must know; what it raises leaves the model
+        as it was."""
+
+    def exchange(self, model: nn.Module) -> None:
+        """Swap what the variant holds with what it takes the place of in the model; twice changes nothing."""
+
+    def check_undo(self, model: nn.Module) -> None:
+        """ValueError if what `exchange` took out cannot be put back."""
+
+    def carried(self) -> list[str]:
+        """Names, in the model's state dict, of exchanged parameters whose values only this patch knows."""
+        return []
 
     @property
     def is_identity(self) -> bool:

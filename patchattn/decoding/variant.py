@@ -9,7 +9,7 @@ follows it through beam reordering, cropping and a second turn.
 import copy
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,7 @@ class DecodingVariant(Variant):
     """
 
     kind = "decoding"
+    attends = False
     generator = ""  # module whose output holds the logits; set by `prepare`
 
     def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
@@ -98,7 +99,6 @@ class DecodingVariant(Variant):
         self.generator = generator
 
     def prepare(self, model: nn.Module) -> None:
-        """Read off the model what the hooks need to know; what it raises leaves the model as it was."""
         if model.get_submodule(self.generator).config.is_encoder_decoder:  # type: ignore[union-attr]
             raise NotImplementedError(f"{type(self).__name__} needs a decoder-only language model.")
         if not model.can_generate():  # type: ignore[operator]
@@ -236,16 +236,6 @@ def _run_branch(
             logits_to_keep=min(keep, inputs.real.shape[1]),
             return_dict=True,
         ).logits
-
-
-def refuse_second(variants: Sequence[type[Variant]]) -> None:
-    """ValueError if there is more than one decoding variant: a model has one second branch."""
-    decoding = [variant.__name__ for variant in variants if issubclass(variant, DecodingVariant)]
-    if len(decoding) > 1:
-        raise ValueError(
-            f"A model decodes with one decoding variant at a time, got {', '.join(decoding)}. Call "
-            "patchattn.unpatch_model(model) first."
-        )
 
 
 @contextmanager

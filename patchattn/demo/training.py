@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.sites import find_sites
+from ..core.host import find_sites
 from .tasks import Batch, Task
 
 _WARMUP = 0.1  # share of the steps

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..core.call import AttentionCall
+from ..core.host import find_sites
 from ..core.recording import recording
 from ..core.selection import base_model
 from ..core.settings import nearest
-from ..core.sites import find_sites, linear_shape, plain_weight
+from ..core.sites import linear_shape, plain_weight
 
 Metric = Literal["wifv", "ifv", "wifn"]
 

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.host import find_sites
 from ..core.notices import note_patched
 from ..core.packing import CHILD
 from ..core.patching import active_chains, applied_patches, apply_patches, is_patched
@@ -24,12 +25,10 @@ from ..core.plan import Patch, plan_dict, renamed_config
 from ..core.renaming import Renaming
 from ..core.selection import base_model
 from ..core.settings import nearest
-from ..core.sites import find_sites
 from ..core.variant import Variant
 from ..files.documents import concerning, naming, quoted, read_json_object
 from ..files.folders import replacing, settled
 from ..files.untrusted import ADAPTER_CONFIG, refuse_code, refuse_pickled_adapter
-from ..surgery.change import surgeries
 from ..version import __version__
 from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, is_finite, read_patch, read_tensors, write_patch
 from .pretrained import readable
@@ -100,7 +99,8 @@ def learnt(base: nn.Module, adapter: str | None = None) -> dict[str, torch.Tenso
     """The model's own tensors that a saved patch holds the values of, by the names they have there."""
     chains = active_chains(base, adapter)
     own = {f"{name}.{CHILD}.{key}": t for name, chain in chains.items() for key, t in chain.tensors().items()}
-    carried = [name for operation in surgeries(list(chains.values())) for name in operation.carried()]
+    variants = [variant for chain in chains.values() for variant in chain.variants().values()]
+    carried = [name for variant in variants for name in variant.carried()]
     return own | {name: base.get_parameter(name) for name in carried}
 
 

@@ -16,7 +16,6 @@ from ..core.patching import active_chains, apply_patches
 from ..core.plan import Patch
 from ..files.documents import quoted, read_json_object
 from ..files.untrusted import found_file, refuse_code
-from ..surgery.change import surgeries
 from .patch_files import is_finite
 from .pretrained import readable
 
@@ -127,7 +126,8 @@ def patched_class(architecture: str | type | None) -> Any:
                 raise
             finally:
                 _building.reset(token)
-            carried = [name for variant in surgeries(list(active_chains(model).values())) for name in variant.carried()]
+            variants = [variant for chain in active_chains(model).values() for variant in chain.variants().values()]
+            carried = [name for variant in variants for name in variant.carried()]
             _refuse_incomplete(source, info, may_mismatch, carried)
             for name, tensor in model.state_dict().items():
                 if f".{CHILD}." in name and not is_finite(tensor):

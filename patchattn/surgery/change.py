@@ -1,6 +1,6 @@
 """Variants that change a model's weights and shapes, keeping what they take out so that it can be put back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -59,6 +59,7 @@ class SurgeryVariant(Variant):
     """
 
     kind = "surgery"
+    attends = False
 
     def __init__(self, config: Any, site: Any) -> None:
         super().__init__(config, site)
@@ -78,20 +79,17 @@ class SurgeryVariant(Variant):
         """
         raise NotImplementedError(f"{type(self).__name__} must define plan(model).")
 
-    def carried(self) -> list[str]:
-        """Names, in the model's state dict, of exchanged parameters whose values only this patch knows."""
-        return []
+    def prepare(self, model: nn.Module) -> None:
+        self.changes = self.plan(model)
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         return inner(call)
 
     def exchange(self, model: nn.Module) -> None:
-        """Put the changes into the model, or take them out again."""
         for change in self.changes:
             change.exchange(model)
 
     def check_undo(self, model: nn.Module) -> None:
-        """ValueError if what was there before cannot be put back."""
         for change in self.changes:
             change.check_undo(model, type(self).__name__)
 
@@ -112,11 +110,6 @@ class SurgeryVariant(Variant):
             elif isinstance(value, nn.Parameter):
                 value.data = fn(value.data)
         return super()._apply(fn, recurse)
-
-
-def surgeries(chains: Sequence[nn.Module]) -> list[SurgeryVariant]:
-    """The surgeries on attention modules, by their chains of variants, in the order they were done."""
-    return [variant for chain in chains for variant in chain.children() if isinstance(variant, SurgeryVariant)]
 
 
 def _is_meta(value: Any) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.host import find_sites
 from ..core.settings import nearest
-from ..core.sites import AttentionSite, attention_forward, find_sites, linear_shape
+from ..core.sites import AttentionSite, linear_shape
 from ..files.documents import quoted
+from ..hosts.transformers.sites import attention_forward
 from .change import Change
 from .projections import check_linear, head_projections_paths, layer_path, sliced
 

@@ -12,8 +12,9 @@ from ..core.heads import HeadList, Heads
 from ..core.hooks import Hook
 from ..core.kv_caches import find_cache, stored_heads
 from ..core.settings import nearest
-from ..core.sites import AttentionSite, attention_forward
+from ..core.sites import AttentionSite
 from ..hosts.transformers.bases import own_config
+from ..hosts.transformers.sites import attention_forward
 from .change import Change, SurgeryVariant
 from .projections import head_projections, kept_index, selected, sliced, unrecognised
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..core.hooks import enclosing_layer
-from ..core.sites import AttentionSite, attention_forward, linear_shape, plain_weight
+from ..core.sites import AttentionSite, linear_shape, plain_weight
+from ..hosts.transformers.sites import attention_forward
 
 # How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
 _IN_BLOCKS = re.compile(r"c_attn|qkv_proj|w?qkv|in_proj", re.I)  # all queries, then all keys, then all values

@@ -14,10 +14,11 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ...core.host import find_sites
 from ...core.patching import patch_model, unpatch_model
 from ...core.registry import list_variants, variant_info
 from ...core.selection import select_sites
-from ...core.sites import AttentionSite, find_sites
+from ...core.sites import AttentionSite
 from .checks import Findings, _line, check, find_runs
 from .tiny import SCALES, TooLargeError, default_config, meta_model, model_classes, tiny_config, tiny_model
 

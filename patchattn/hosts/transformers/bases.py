@@ -7,7 +7,7 @@ model's own configuration names.
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ...core.masks import is_flash
+from ...core.call import ModuleCall
+from ...core.host import PatchedModule
 from ...core.packing import CHILD
-from ...core.sites import REGISTRY_NAME, attention_forward
 from ...core.variant import AttentionOutput
-from .batching import REFUSAL
+from .batching import REFUSAL, refuse_paged
 from .compatibility import name_branches, seam_name
+from .masks import is_flash
+from .sites import REGISTRY_NAME, attention_forward
 
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
 
@@ -31,33 +33,11 @@ _lookups: dict[type[nn.Module], tuple[dict[str, Any], str | None]] = {}
 live_chains: "weakref.WeakSet[Any]" = weakref.WeakSet()  # chains of variants that are on a module, each with a `base`
 
 
-@dataclass(eq=False)
-class ModuleCall:
-    """What an attention module calls its function with.
-
-    One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
-    would move the attention module itself, whose weights may lie on disk.
-    """
-
-    module: nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: Any
-    kwargs: dict[str, Any]
-
-    def __len__(self) -> int:
-        """Rows of the batch: PEFT, asked for another adapter per row, counts them before it refuses."""
-        return len(self.query)
-
-
 def register_base(base: str) -> str:
     """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
     name = seam_name(base)
     if name in _base_names:
         return name
-
-    shown = as_base_sees if is_flash(base) else None
 
     def patched_attention(
         module: nn.Module,
@@ -68,10 +48,13 @@ def register_base(base: str) -> str:
         **kwargs: Any,
     ) -> AttentionOutput:
         attend = base_function(type(module), base_in_force(module, base))
+        if is_flash(base):
+            attend = partial(_as_base_sees, attend, base)
         chain = module._modules.get(CHILD)
         if chain is not None and chain.active:
+            refuse_paged(kwargs)
             return chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend)
-        return attend(shown(module, base) if shown else module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
     _base_names[name] = base
     AttentionInterface.register(name, patched_attention)
@@ -112,7 +95,18 @@ def base_in_force(module: nn.Module, base: str) -> str:
     return wanted
 
 
-def release_bases() -> None:
+def keep(chain: PatchedModule) -> None:
+    """Have the functions of a chain's base registered, as long as the chain is on a module."""
+    register_base(chain.base)
+    live_chains.add(chain)
+
+
+def let_go(chain: PatchedModule) -> None:
+    """The inverse of `keep`."""
+    live_chains.discard(chain)
+
+
+def release() -> None:
     """Take the names out of transformers' registries that no patched model uses any more."""
     used = {chain.base for chain in live_chains}
     for name, base in list(_base_names.items()):
@@ -145,9 +139,9 @@ class _View:
         return getattr(self.__dict__["_target"], name)
 
 
-def as_base_sees(module: nn.Module, base: str) -> Any:
+def _as_base_sees(attend: Callable[..., Any], base: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Flash attention loads the kernel that `module.config` names: show it the base's name there, not ours."""
-    return _View(module, config=_View(module.config, _attn_implementation=base))
+    return attend(_View(module, config=_View(module.config, _attn_implementation=base)), *args, **kwargs)
 
 
 def own_config(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The chain of variants on an attention module, which transformers reaches through the functions of `bases.py`.
+"""transformers as a host: what the core asks of one, see `core/host.py`.
 
 A patched attention module gets a copy of its configuration that names `patchattn_<base>` as the attention
 implementation, where `<base>` is what the model's own configuration names. transformers then calls our function, which
@@ -6,333 +6,88 @@ runs the variants attached to the calling module, outermost first, and last the 
 with nothing attached goes straight to the base.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import nn
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...core.call import AttentionCall
-from ...core.capabilities import needed_capabilities
-from ...core.mask import Mask
-from ...core.masks import is_flash, mask_of_call
-from ...core.packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
-from ...core.plan import renamed_config
-from ...core.registry import variant_info
-from ...core.renaming import Renaming
-from ...core.sites import AttentionSite
-from ...core.surroundings import LayerContext, Surroundings
-from ...core.tap import is_shared
-from ...core.variant import ALL_CAPABILITIES, AttentionOutput, Variant
-from .apart import attend_apart, layer_with_heads_apart
-from .bases import ModuleCall, as_base_sees, live_chains, register_base
-from .batching import refuse_paged
-from .context import current_context
+from ...core.context import close_context, note_raw_query
+from ...core.hooks import register_last
+from ...core.packing import CHILD
+from .bases import base_function, keep, let_go, original_config, release, seam_config
+from .batching import allow_batching as forget
+from .batching import forbid_batching
+from .compatibility import name_branches, seam_name
+from .context import open_context
+from .masks import is_flash, mask_of_call
+from .sites import find_sites, find_undispatched
+
+__all__ = [
+    "base_of",
+    "computes_softmax",
+    "connect",
+    "disconnect",
+    "find_sites",
+    "find_undispatched",
+    "forget",
+    "keep",
+    "let_go",
+    "mask_of_call",
+    "owns",
+    "refuse_bases",
+    "release",
+]
+_HOOKS = (open_context, close_context, note_raw_query)
 
 
-class VariantChain(nn.Module):
-    """The variants attached to one attention module, outermost first; a child of that module.
+def base_of(module: nn.Module) -> str:
+    """Name of the base implementation of an attention module, patched or not."""
+    return original_config(module)._attn_implementation or "eager"
 
-    Not an nn.ModuleDict: PEFT refuses those in `modules_to_save`.
-    """
 
-    def __init__(self, site: AttentionSite, base: str) -> None:
-        super().__init__()
-        self.site = site
-        self.base = base
-        self.stores_what_it_attends = False  # seen to be so, of the keys and values that it gives to a kv cache
-        self._refresh()
-        live_chains.add(self)
-
-    def attach(self, name: str, variant: Variant) -> None:
-        """Append a variant: it becomes the innermost one."""
-        self.add_module(name, variant)
-        self._refresh()
-
-    def names(self) -> list[str]:
-        """Names of the variants, outermost first."""
-        return list(self._modules)
-
-    def locate(self, name: str) -> None:
-        """Go by the name that the attention module has in the model at hand, which may hold, or be a part of, the one
-        that was patched; ValueError if a variant changed what is outside of it."""
-        if name != self.site.name:
-            renaming = Renaming.of(self.site.name, name)
-            for variant in self.variants().values():
-                config = renamed_config(variant.config, renaming)
-                variant.rename(replace(variant.site, name=name), config, renaming)
-            self.site = replace(self.site, name=name)
-
-    def get_extra_state(self) -> torch.Tensor:
-        """The variants and their settings as bytes, for the state dict: whatever saves the tensors saves the patch."""
-        return self._settings_at(self.site.name)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """ValueError unless the tensors that come with it are of the same variants with the same settings."""
-        refuse_other_settings(self.site.name, state, self.get_extra_state())
-
-    def _settings_at(self, module: str) -> torch.Tensor:
-        variants = [
-            {"patch": variant.number, "variant": name, "config": variant.config.to_dict()}
-            for name, variant in self.variants().items()
-        ]
-        return packed_settings(module, self.site.name, variants)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + SETTINGS] = self._settings_at(prefix.split(f"{CHILD}.")[0].rstrip("."))
-
-    def variants(self) -> dict[str, Variant]:
-        """The variants by name, outermost first."""
-        return {name: self._variant(name) for name in self.names()}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the variants have learnt or counted, by names in this module: the tensors themselves."""
-        return {
-            f"{kind}.{name}": tensor
-            for kind, variant in self.variants().items()
-            for name, tensor in variant.state_dict(keep_vars=True).items()
-        }
-
-    def _variant(self, name: str) -> Variant:
-        return cast(Variant, self._modules[name])
-
-    def _refresh(self) -> None:
-        active = [(name, v) for name in self.names() if not (v := self._variant(name)).is_identity]
-        self.active = tuple(name for name, _ in active)
-        self.telling = tuple(name for name, v in active if type(v).key_facts is not Variant.key_facts)
-        self.taps_cache = bool(self.telling) or any(v.changes_cache or v.keeps_state for _, v in active)
-        self.needs_context = self.taps_cache or any(v.needs_context for _, v in active)
-        self.storing = tuple(name for name, v in active if v.changes_cache)
-        self.lacking = {
-            name: missing
-            for name, _ in active
-            if (missing := frozenset(ALL_CAPABILITIES - variant_info(name).capabilities))
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy or an unpickled chain needs the registration too
-        super().__setstate__(state)
-        self.come_alive()
-
-    def come_alive(self) -> None:
-        """Have the base's functions registered for as long as this chain is on a module."""
-        register_base(self.base)
-        live_chains.add(self)
-
-    def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
-        context = current_context(given.module) if self.needs_context else None
-        layer = layer_with_heads_apart(context)
-        if layer is None:
-            output = self._attend_heads(given, base, context)
-        else:
-            output = attend_apart(
-                given,
-                layer,
-                self.site,
-                self.active,
-                lambda part, is_apart: self._attend_heads(part, base, context, are_some=True, is_apart=is_apart),
-            )
-        if context is not None:
-            context.rows_done += given.query.shape[2]
-        return output
-
-    def _attend_heads(
-        self,
-        given: ModuleCall,
-        base: Callable[..., Any],
-        context: LayerContext | None,
-        *,
-        are_some: bool = False,
-        is_apart: bool = False,
-    ) -> AttentionOutput:
-        """One call of all heads, or of those whose keys are in one layer of the kv cache."""
-        call = attention_call(given, self.site, self.base, context, is_apart=is_apart)
-        self._refuse(call, are_some)
-        if self.storing and context is not None:
-            call = self._store(call, context)
-        for name in self.telling:
-            told = self._variant(name)("key_facts", call)
-            if told:
-                call = call.replace(facts={**call.facts, **call.context.remembered(name, told)})
-        return self._attend(0, base, call)
-
-    def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
-        if depth == len(self.active):
-            module = as_base_sees(call.module, self.base) if is_flash(self.base) else call.module
-            mask, words = call.mask.rendered()
-            return base(module, call.query, call.key, call.value, mask, **{**call.kwargs, **words})
-
-        def inner(inner_call: AttentionCall) -> AttentionOutput:
-            return self._attend(depth + 1, base, inner_call)
-
-        if depth + 1 == len(self.active):
-            call = call.replace(innermost=True)
-        return self._variant(self.active[depth])("attend", call, inner)
-
-    def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
-        """Without a cache the new keys and values are all there are; with one, the tap has changed them already."""
-        tap, fault = context.tap, None
-        if self.site.shares_keys and is_shared(call.key, context):
-            fault = "shares its keys and values with other layers"
-        elif tap is not None and tap.is_used:
-            fault = tap.fault(call.key, call.value)
-        elif tap is not None and not tap.covers(call.key) and not self.site.is_cross:
-            fault = "takes its keys from no layer of its kv cache"
-        if fault is not None:
+def refuse_bases(model: nn.Module, sites: Sequence[str]) -> None:
+    """NotImplementedError if some attention modules, by name, would compute something else once patched."""
+    modules = [model.get_submodule(name) for name in sites]
+    bases = [base_of(module) for module in modules]
+    for base in dict.fromkeys(bases):
+        if questions := name_branches([m for m, own in zip(modules, bases, strict=True) if own == base], base):
             raise NotImplementedError(
-                f"{self.site.module_class} ({self.site.name}) {fault}: {', '.join(map(repr, self.storing))} cannot "
-                "change what is stored so that cached and uncached calls agree. Leave it out with modules=... or "
-                "layers=..., or choose settings that leave keys and values as they are."
+                f"{type(model).__name__} cannot be patched under the attention implementation {base!r}: its code asks "
+                f"for the implementation by name and would compute something else ({'; '.join(questions)}). Load it "
+                "with another attn_implementation."
             )
-        if tap is not None and tap.covers(call.key):
-            return call
-        visible = call.mask.counts()
-        key, value = self.before_cache(call.key, call.value, context, visible)
-        return call.replace(key=key, value=value)
-
-    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int) -> Mask:
-        """The mask of a call whose new keys `(B, Hkv, T, D)` are on their way into a cache that then gives `keys`."""
-        batch, length = context.layer_input.shape[:2]
-        return mask_of_call(
-            context.attention_mask,
-            self.base,
-            context.arguments,
-            is_causal=bool(getattr(context.module, "is_causal", True)),
-            is_cross=self.site.is_cross,
-            batch=batch,
-            heads=self.site.query_heads or key.shape[1],
-            queries=length,
-            keys=keys,
-            window=_window(context.module),
-            device=key.device,
-        )
-
-    def before_cache(
-        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let every variant change new keys and values, outermost first."""
-        if not self.site.is_cross and context.memory is not None and context.memory is not context.layer_input:
-            raise NotImplementedError(
-                f"{self.site.module_class} ({self.site.name}) mixes its own sequence with another one in its keys; "
-                f"{', '.join(map(repr, self.storing))} cannot tell which key is whose. Leave it out with modules=..."
-            )
-        # A token of another sequence, or one whose queries are pooled, is seen by whoever sees that sequence.
-        if self.site.is_cross or visible.shape[1] != key.shape[2]:
-            visible = visible.amax(dim=1, keepdim=True)
-        if visible.dim() == 3:
-            visible = _of_kv_heads(visible, key.shape[1], self.site)
-        for name in self.storing:
-            key, value = self._variant(name)("before_cache", key, value, context, visible)
-        return key, value
-
-    def _refuse(self, call: AttentionCall, are_some: bool) -> None:
-        """Name what this call needs and cannot get, before anything is computed."""
-        site = self.site
-        if site.query_heads is not None and call.query.shape[1] != site.query_heads and not are_some:
-            raise NotImplementedError(
-                f"{site.module_class} ({site.name}) was patched as {site.query_heads} query heads but is called with "
-                f"{call.query.shape[1]}. Tensor parallel shards are not supported."
-            )
-        refuse_paged(call.kwargs)
-        for name, lacking in self.lacking.items():
-            if needed := needed_capabilities(call, lacking):
-                raise NotImplementedError(
-                    f"The variant {name!r} does not support {', '.join(sorted(needed))}, which {site.module_class} "
-                    f"({site.name}) needs in this call. See patchattn.variant_info({name!r}).capabilities."
-                )
+    for module, base in zip(modules, bases, strict=True):
+        base_function(type(module), base)
 
 
-def attention_call(
-    given: ModuleCall, site: AttentionSite, base: str, layer: LayerContext | None = None, *, is_apart: bool = False
-) -> AttentionCall:
-    """What variants see of a call of an attention function.
-
-    Args:
-        given: the call.
-        site: what is known of its attention module.
-        base: the base implementation.
-        layer: what the attention module was called with, where its hooks ran.
-        is_apart: whether it is about the heads whose keys are apart.
-    """
-    query, key, kwargs, module = given.query, given.key, given.kwargs, given.module
-    context = Surroundings(module, site, kwargs, query, key, layer, is_apart=is_apart)
-    said = kwargs.get("is_causal")
-    columns = context.columns()
-    # Where keys were forgotten in between, the model's mask is about all there ever were.
-    keys = key.shape[2] + (0 if columns is None else context.dropped() or 0)
-    mask = mask_of_call(
-        given.mask,
-        base,
-        kwargs,
-        is_causal=bool(getattr(module, "is_causal", True) if said is None else said),
-        is_cross=site.is_cross,
-        batch=max(query.shape[0], key.shape[0]),
-        heads=query.shape[1],
-        queries=query.shape[2],
-        keys=keys,
-        window=kwargs.get("sliding_window"),
-        own=context.own_key() if columns is None else keys - query.shape[2],
-        dropped=context.dropped() if columns is None else 0,
-        device=query.device,
-        dtype=query.dtype,
-    )
-    if columns is not None:
-        mask = mask.at(columns, has_empty=True)
-    return AttentionCall(query, key, given.value, mask, kwargs, module, site, base, context)
+def connect(model: nn.Module, module: nn.Module) -> None:
+    """Point a module's configuration at the seam, and place the hooks that its variants need."""
+    forbid_batching(model)
+    chain: Any = module._modules[CHILD]  # or PEFT's wrapper around one, which passes attributes on
+    config: Any = module.config
+    if config._attn_implementation != seam_name(chain.base):
+        vars(module)["config"] = seam_config(config, chain.base)
+    if chain.needs_context and open_context not in module._forward_pre_hooks.values():
+        register_last(module, open_context)
+        module.register_forward_hook(close_context, always_call=True)
+        if chain.site.query_norm is not None:
+            register_last(module.get_submodule(chain.site.query_norm), note_raw_query, with_kwargs=False)
 
 
-def _window(module: Any) -> int | None:
-    """The sliding window of a module: its own where the model's layers differ, else the configuration's."""
-    if not getattr(module, "is_sliding", True):
-        return None
-    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    return window
+def disconnect(module: nn.Module) -> None:
+    """Give a module the configuration that it had."""
+    vars(module)["config"] = original_config(module)
 
 
-def _of_kv_heads(visible: torch.Tensor, kv_heads: int, site: AttentionSite) -> torch.Tensor:
-    """`(B or 1, T, G)` numbers of keys that tokens see by kv head, of those by query head `(B or 1, T, H)`."""
-    groups = visible.unflatten(-1, (kv_heads, -1))
-    alike = groups.shape[-1] == 1 or (
-        not torch.compiler.is_compiling() and bool((groups == groups[..., :1]).all())  # which waits for the device
-    )
-    if not alike:
-        raise NotImplementedError(
-            f"The mask of {site.module_class} ({site.name}) differs between query heads that share keys and values: "
-            "under such a mask per head a token sees no one number of keys that its key and value could be scaled by."
-        )
-    return groups[..., 0]
+def owns(hook: Any) -> bool:
+    """Whether a hook on a module was placed by `connect`."""
+    return hook in _HOOKS
 
 
-def chains_in(child: nn.Module) -> list[VariantChain]:
-    """All chains of an attention module: PEFT keeps one per adapter."""
-    return [chain for chain in child.modules() if isinstance(chain, VariantChain)]
-
-
-def retire(child: nn.Module) -> None:
-    """A chain that is taken off its module needs no registration, whoever still holds it."""
-    for chain in chains_in(child):
-        live_chains.discard(chain)
-
-
-def recall(child: nn.Module) -> None:
-    """The inverse of `retire`."""
-    for chain in chains_in(child):
-        chain.come_alive()
-
-
-def active_chain(child: nn.Module, adapter: str | None = None) -> VariantChain:
-    """The chain that computes: PEFT's `modules_to_save` keeps the attached one and a copy per adapter in a wrapper.
-
-    Args:
-        child: of the attention module.
-        adapter: whose copy is meant; the active one by default.
-    """
-    wrapper = cast(Any, child)
-    if isinstance(child, VariantChain):
-        return child
-    if adapter is not None and adapter in wrapper.modules_to_save:
-        return cast(VariantChain, wrapper.modules_to_save[adapter])
-    if adapter is not None or wrapper.disable_adapters or not wrapper.active_adapters:
-        return cast(VariantChain, wrapper.original_module)
-    return cast(VariantChain, wrapper.modules_to_save[wrapper.active_adapters[0]])
+def computes_softmax(base: str) -> bool:
+    """Whether a base implementation is sdpa or flash attention as transformers has them, or a Hub kernel."""
+    function = ALL_ATTENTION_FUNCTIONS.get(base)  # one of the user's own may compute something else
+    return function in (sdpa_attention_forward, flash_attention_forward) or (function is None and is_flash(base))

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ....core.heads import BaseFacts, parse_facts
+from ....core.host import find_sites
 from ....core.selection import base_model
 from ....core.settings import nearest
-from ....core.sites import AttentionSite, find_sites, linear_shape
+from ....core.sites import AttentionSite, linear_shape
 from ....files.documents import parse_json, quoted
 from ....files.tensors import write_tensors
 from ....inspection.channels import ChannelStatistics, channel_statistics

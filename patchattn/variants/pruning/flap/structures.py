@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ....core.sites import AttentionSite, find_sites, linear_shape
+from ....core.host import find_sites
+from ....core.sites import AttentionSite, linear_shape
 from ....inspection.channels import Metric, fluctuation, projection_weight, standardised
 from ....surgery.channels import mlp_projections
 from ....surgery.projections import head_projections, output_projection

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ....core.hooks import remove_hooks
+from ....core.host import find_sites
 from ....core.patching import active_chains, applied_patches, is_ours
 from ....core.selection import base_model
-from ....core.sites import find_sites
 from .expander import check_kept, heads_by_module, parse_kept
 from .variant import SHRP
 

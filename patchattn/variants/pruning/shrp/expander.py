@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....core.host import find_sites
 from ....core.importance import HeadImportance
 from ....core.settings import nearest
-from ....core.sites import AttentionSite, find_sites
+from ....core.sites import AttentionSite
 from ....files.documents import concerning, quoted
 from ....surgery.projections import layer_path
 from .expert_layer import HostLayer

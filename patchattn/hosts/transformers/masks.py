@@ -12,8 +12,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from .given import Meaning, read_mask
-from .mask import Form, Mask
+from ...core.given import Meaning, read_mask
+from ...core.mask import Form, Mask
 
 # What an implementation takes, and what it computes without one, by the function that makes its masks.
 _KINDS: dict[Any, tuple[Form, Meaning]] = {

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ...cache.tracked import TrackedLayer
-from ...core.sites import AttentionSite
-from ...core.surroundings import LayerContext
-from ...core.variant import AttentionOutput
-from .bases import ModuleCall
+from ..cache.tracked import TrackedLayer
+from .call import ModuleCall
+from .sites import AttentionSite
+from .surroundings import LayerContext
+from .variant import AttentionOutput
 
 
 def layer_with_heads_apart(context: LayerContext | None) -> TrackedLayer | None:
