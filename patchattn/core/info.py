@@ -8,7 +8,7 @@ from torch import nn
 
 from .patching import active_chains, applied_patches
 from .selection import base_model
-from .sites import find_sites
+from .host import find_sites
 
 
 @dataclass(frozen=True, eq=False, repr=False)
