@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.host import offer_host
 from .core.registry import offer
+from .saving.card_report import offer_card_report
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .vision.images import image_token_mask as image_token_mask
 
 offer_host(f"{__name__}.hosts.transformers.seam")
+offer_card_report(f"{__name__}.evaluation.report.card")
 # The shipped variants, each registered by its module when it is first asked for.
 offer(
     {

@@ -18,7 +18,7 @@ from patchattn.bench.operands import make_operands
 from patchattn.bench.problem import Check, Implementation, UnavailableError, Work, worst
 from patchattn.bench.registry import PROBLEMS
 from patchattn.bench.report import OPERATIONS
-from patchattn.bench.results import Result
+from patchattn.bench.result import Result
 from patchattn.bench.routed import RoutedProblem, ours
 from patchattn.bench.runner import run_case
 from patchattn.bench.timing import LEAST, MOST, CPUStopwatch, Timing, measure

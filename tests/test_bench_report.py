@@ -11,7 +11,8 @@ from patchattn.bench import cases, plots
 from patchattn.bench.cases import Case
 from patchattn.bench.goals import judged
 from patchattn.bench.report import to_markdown
-from patchattn.bench.results import Report, Result
+from patchattn.bench.result import Result
+from patchattn.bench.results import Report
 from patchattn.cli.main import main
 
 from .test_bench import CEILINGS

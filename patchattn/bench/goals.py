@@ -7,7 +7,7 @@ from typing import Literal
 from . import cases
 from .attention import DENSE
 from .cases import Case
-from .results import Result
+from .result import Result
 
 OURS = ("patchattn",)
 FLASH = ("SDPA flash",)

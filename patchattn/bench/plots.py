@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .report import OPERATIONS
-from .results import Result
+from .result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from .goals import judged
-from .results import Report, Result
+from .result import Result
+from .results import Report
 
 OPERATIONS = {
     "routed": "Routed attention (MoH)",

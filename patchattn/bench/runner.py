@@ -16,7 +16,7 @@ from .cases import Case
 from .ceilings import Ceilings
 from .problem import Implementation, Outcome, Problem, UnavailableError
 from .registry import PROBLEMS
-from .results import Result, Status
+from .result import Result, Status
 from .timing import Stopwatch, as_graph, measure, peak_memory, stopwatch
 
 

@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from ..bench.results import Report, Result
+    from ..bench.result import Result
+    from ..bench.results import Report
 
 
 def bench(

@@ -202,7 +202,7 @@ class _Loading:
 
         from ..calibration.data import read_texts, task_of
         from ..saving.pretrained import load_pretrained
-        from .main import quiet
+        from .common import quiet
 
         if self.wanted.needs_data != (data is not None):
             raise ValueError(

@@ -73,7 +73,7 @@ def evaluate_model(
 
     A killed run goes on where it was. Under accelerate launch, processes share the work.
     """
-    from .main import parse_settings
+    from .common import parse_settings
 
     values = {} if config is None else read_yaml(config)  # to be checked together with the options
     runs = _runs(variant or [], parse_settings(settings or []), patch or [])
@@ -115,8 +115,8 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     from ..evaluation.run.compare import check_runs, compare, processes
     from ..evaluation.run.loading import find_source
     from ..evaluation.tasks.registry import make_tasks, task_names
+    from .common import quiet
     from .devices import choose_device
-    from .main import quiet
 
     task_names(settings.tasks)
     for run in settings.runs.values():

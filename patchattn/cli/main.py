@@ -2,7 +2,7 @@
 lm-eval`."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from .bench import bench
 from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads
+from .common import parse_settings, quiet
 from .evaluate import evaluate_model
 from .plot import plot
 
@@ -318,30 +319,6 @@ calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
 app.command("eval")(evaluate_model)
 app.command("bench")(bench)
-
-
-def quiet() -> None:
-    """What transformers says while loading, such as that an encoder's head is new, is no news here."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
-    from ..files.documents import parse_yaml
-
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(f"{option} expects name=value, got {pair!r}.")
-        settings[key.strip()] = parse_yaml(value, f"{option} {pair}", has_lines=False)
-    return settings
 
 
 def _allowed(field: dict[str, Any], hint: Any) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.settings import nearest
-from ..evaluation.report.report import COSTS, read_report
+from ..evaluation.report.report import read_report
+from ..evaluation.report.report_figures import COSTS
 from ..evaluation.run.compare import folder_name
 from ..files.documents import decoded, json_lines, laid_out
 from ..plotting.pareto import ParetoPoint

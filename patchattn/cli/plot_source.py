@@ -31,7 +31,7 @@ class Source:
         from ..core.registry import variant_info
         from ..saving.patch_files import read_patch
         from ..saving.whole_model import model_class
-        from .main import quiet
+        from .common import quiet
 
         if variant is not None and patch is not None:
             raise ValueError("Give --variant or --patch, not both: a saved patch says what it is.")
@@ -92,7 +92,7 @@ def refuse_variant(patch: str | Path) -> None:
 def _plan(variant: str | None, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Variants to their settings, of `name=value`, or `variant.name=value` where there are several."""
     from ..core.registry import variant_info
-    from .main import parse_settings
+    from .common import parse_settings
 
     plan: dict[str, dict[str, Any]] = {name.strip(): {} for name in variant.split("+")} if variant else {}
     for key, value in parse_settings(settings).items():

@@ -33,10 +33,9 @@ class Places:
 @dataclass(eq=False)
 class ModuleCall:
     """What an attention module calls its function with.
-    from .apart import attend_apart, layer_with_heads_apart
 
-        One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
-        would move the attention module itself, whose weights may lie on disk.
+    One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
+    would move the attention module itself, whose weights may lie on disk.
     """
 
     module: nn.Module

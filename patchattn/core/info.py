@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from .host import find_sites
 from .patching import active_chains, applied_patches
 from .selection import base_model
-from .host import find_sites
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,6 +1,6 @@
 """What a mask is narrowed by: keys, sinks and recent keys, or blocks of keys; and how that follows other changes."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from patchattn_kernels import BlockLists, SinkAndRecent
 from patchattn_kernels.block_lists import check_counted, mask_from_lists
 from patchattn_kernels.block_sparse_attention_cpu import kept
 
-if TYPE_CHECKING:
-    from .mask import Keep, Mask
+Keep = torch.Tensor | SinkAndRecent | BlockLists
+# In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module.
 
 
-def checked(keep: Any, mask: "Mask") -> "Keep":
+def checked(keep: Any, mask: Any) -> Keep:
     """It in the form that a mask keeps it in, tensors as `(B or 1, H or 1, Tq or 1, Tk)`.
 
     Raises:
@@ -47,7 +47,7 @@ def checked(keep: Any, mask: "Mask") -> "Keep":
     return of_query_heads(whole, mask.heads)
 
 
-def as_mask(keep: "Keep", mask: "Mask") -> torch.Tensor:
+def as_mask(keep: Keep, mask: Any) -> torch.Tensor:
     """`(B or 1, H or 1, Tq or 1, Tk)` bool."""
     if isinstance(keep, torch.Tensor):
         return keep
@@ -61,7 +61,7 @@ def as_mask(keep: "Keep", mask: "Mask") -> torch.Tensor:
     return kept(keep.sinks, keep.recent, order, place, mask.row_order())
 
 
-def _in_sequence(mask: "Mask") -> torch.Tensor:
+def _in_sequence(mask: Any) -> torch.Tensor:
     """`(B or 1, 1 or Hkv, Tk)` ranks counted from the start of each key's packed sequence."""
     assert mask.sequence is not None
     start = torch.searchsorted(mask.sequence, mask.sequence)[None, None]  # all columns of a packed row are real
@@ -70,7 +70,7 @@ def _in_sequence(mask: "Mask") -> torch.Tensor:
     return mask.key_order() - F.pad(start, (mask.extra, 0))
 
 
-def gathered(keep: "Keep", index: torch.Tensor, mask: "Mask") -> "Keep":
+def gathered(keep: Keep, index: torch.Tensor, mask: Any) -> Keep:
     """Of some keys; ranks stay what they are."""
     if isinstance(keep, SinkAndRecent):
         return keep
@@ -82,7 +82,7 @@ def gathered(keep: "Keep", index: torch.Tensor, mask: "Mask") -> "Keep":
     return whole.expand(batch, heads, -1, -1).gather(-1, index)
 
 
-def of_rows(keep: "Keep", rows: torch.Tensor, mask: "Mask") -> "Keep":
+def of_rows(keep: Keep, rows: torch.Tensor, mask: Any) -> Keep:
     """Of some queries, `(B or 1, R)`."""
     if isinstance(keep, SinkAndRecent):
         return keep
@@ -98,7 +98,7 @@ def rows_of(pairs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return pairs.expand(len(rows), -1, -1, -1).gather(2, place)
 
 
-def of_heads(keep: "Keep", heads: torch.Tensor, mask: "Mask") -> "Keep":
+def of_heads(keep: Keep, heads: torch.Tensor, mask: Any) -> Keep:
     """Of some query heads."""
     if isinstance(keep, SinkAndRecent):
         return SinkAndRecent(keep.sinks[heads], keep.recent[heads], keep.most_sinks, keep.window)
@@ -109,7 +109,7 @@ def of_heads(keep: "Keep", heads: torch.Tensor, mask: "Mask") -> "Keep":
     return keep if keep.shape[1] == 1 else keep.index_select(1, heads)
 
 
-def prepended(keep: "Keep", count: int, mask: "Mask") -> "Keep":
+def prepended(keep: Keep, count: int, mask: Any) -> Keep:
     """With keys in front, all of which stay."""
     return keep if isinstance(keep, SinkAndRecent) else F.pad(as_mask(keep, mask), (count, 0), value=True)
 

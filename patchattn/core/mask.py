@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from patchattn_kernels import AttentionRule, BlockLists, SinkAndRecent
+from patchattn_kernels import AttentionRule, SinkAndRecent
 from patchattn_kernels.rows import seen_by
 
 from . import keeping, rendering
+from .keeping import Keep as Keep
 
 Form = Literal["bool", "added", "tokens", "blocks"]
-Keep = torch.Tensor | SinkAndRecent | BlockLists
 
 
 @dataclass(frozen=True, eq=False)

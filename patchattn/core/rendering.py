@@ -1,6 +1,6 @@
 """A mask as others take it: a base implementation in its own format, the kernels as a rule."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -10,11 +10,10 @@ from patchattn_kernels.block_lists import check_counted
 
 from . import keeping
 
-if TYPE_CHECKING:
-    from .mask import Mask
+# In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module.
 
 
-def rendered(mask: "Mask") -> tuple[Any, dict[str, Any]]:
+def rendered(mask: Any) -> tuple[Any, dict[str, Any]]:
     """As `Mask.rendered`."""
     if not mask.changed:
         if mask.form == "blocks" and isinstance(mask.given, torch.Tensor) and mask.given.shape[1] > 1:
@@ -40,7 +39,7 @@ def rendered(mask: "Mask") -> tuple[Any, dict[str, Any]]:
     return torch.where(seen, values, torch.finfo(dtype).min), {}
 
 
-def _all_seen(mask: "Mask") -> bool:
+def _all_seen(mask: Any) -> bool:
     """Whether a single row sees every key, as structure alone says: it then needs no mask."""
     ends = not mask.causal or (isinstance(mask.own, int) and mask.own == mask.columns - mask.dropped - 1)
     structure = (mask.pairs, mask.real_columns, mask.window, mask.sequence)
@@ -48,7 +47,7 @@ def _all_seen(mask: "Mask") -> bool:
     return mask.queries == 1 and ends and not bounded
 
 
-def _tokens(mask: "Mask") -> tuple[Any, dict[str, Any]]:
+def _tokens(mask: Any) -> tuple[Any, dict[str, Any]]:
     """Flash attention aligns causal rows to the last keys and drops the rows of hidden ones: a window, or one row."""
     if mask.index is None and not mask.keeps and not mask.extra and not isinstance(mask.own, torch.Tensor):
         return mask.given, {"sliding_window": mask.window}
@@ -63,7 +62,7 @@ def _tokens(mask: "Mask") -> tuple[Any, dict[str, Any]]:
     return (None if _all_seen(mask) else seen[:, 0, 0].expand(mask.batch, -1)), words
 
 
-def _blocks(mask: "Mask") -> BlockMask:
+def _blocks(mask: Any) -> BlockMask:
     """Functions that read tensors of up to two dimensions: those of four compile for one shape alone."""
     if isinstance(mask.given, torch.Tensor) or isinstance(mask.pairs, torch.Tensor):
         raise _refused("flex attention", "other keys, or rows, than those of a mask that is a tensor")
@@ -119,7 +118,7 @@ def _blocks(mask: "Mask") -> BlockMask:
     return create_block_mask(shown, *sizes, device=str(mask.device))
 
 
-def structure(mask: "Mask") -> dict[str, Any]:
+def structure(mask: Any) -> dict[str, Any]:
     """Fields of an `AttentionRule`: structure where it lasts, else a dense mask and ranks."""
     mask._check()
     if mask.index is not None or mask.keeps or mask.extra:
@@ -144,7 +143,7 @@ def structure(mask: "Mask") -> dict[str, Any]:
     return {**found, "uncounted": mask.uncounted}
 
 
-def _gathered(mask: "Mask") -> dict[str, Any]:
+def _gathered(mask: Any) -> dict[str, Any]:
     seen, added = mask.seen(), mask.added()
     if added is not None:
         seen = torch.where(seen, added, torch.finfo(added.dtype).min)

@@ -1,15 +1,23 @@
 """Pictures of heads: how often each is used, how much it matters, what is left without some."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .style import COLOURS, SERIES, WITH_NUMBERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..calibration.pruning_curve import CurvePoint
     from ..core.importance import HeadImportance
+
+
+class Point(Protocol):
+    """What is drawn of a point of a pruning curve: `calibration.pruning_curve.CurvePoint`."""
+
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def value(self) -> float: ...
 
 
 def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of heads") -> "Figure":
@@ -101,7 +109,7 @@ def plot_head_importance(importance: "HeadImportance", *, title: str | None = No
 
 
 def plot_pruning_curve(
-    curves: "Mapping[str, Sequence[CurvePoint]]", *, metric: str = "value", title: str = "Pruning of heads"
+    curves: Mapping[str, Sequence[Point]], *, metric: str = "value", title: str = "Pruning of heads"
 ) -> "Figure":
     """A metric over the share of heads removed, one line per curve.
 

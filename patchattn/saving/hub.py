@@ -18,6 +18,7 @@ from ..core.selection import base_model
 from ..files.documents import read_json_object
 from ..files.folders import replacing
 from .adapters import guard_adapters
+from .card_report import card_report
 from .checkpoint import patch_content
 from .patch_files import write_patch
 from .whole_model import CODE_MODULE
@@ -150,11 +151,9 @@ def _card(base: nn.Module, report: str | PathLike[str] | None) -> ModelCard:
     sections = [_section(patch) for patch in patches]
     metadata: dict[str, Any] = {}
     if report is not None:
-        from ..evaluation.report.card import card_section, eval_results
-
         plan = [patch.to_dict() for patch in patches]
-        metadata = {"model_name": title, "eval_results": eval_results(report, plan)}
-        sections.append(card_section(report, plan))
+        metadata = {"model_name": title, "eval_results": card_report().eval_results(report, plan)}
+        sections.append(card_report().card_section(report, plan))
     data = ModelCardData(
         library_name="patchattn",
         base_model=_repo_id(config._name_or_path),

@@ -19,17 +19,11 @@ from ...files.documents import quoted, read_json
 from ...version import __version__
 from ..tasks.cost import cuda_devices, memory_kind
 from ..tasks.task import EvalTask, Row
+from .report_figures import COSTS, plot_costs, plot_scores
 
 SCHEMA_VERSION = 1
 UNPATCHED = "unpatched"
 REPORT = "report.json"
-# name of a cost, its heading, unit and divisor
-COSTS = (
-    ("first_token_seconds", "first token", "s", 1.0),
-    ("tokens_per_second", "decoding", "tokens/s", 1.0),
-    ("samples_per_second", "throughput", "samples/s", 1.0),
-    ("peak_memory", "peak memory", "GiB", 2.0**30),
-)
 _MEMORY = {
     "cuda_allocated": "Peak memory is that of tensors allocated on the GPUs, weights included.",
     "process_resident": "Peak memory is the resident size of the whole process.",
@@ -169,8 +163,6 @@ def write_report(report: Mapping[str, Any], folder: Path, more: Sequence[tuple[s
         folder: made if missing.
         more: title and figure of pictures for the page, beside scores and costs.
     """
-    from .report_figures import plot_costs, plot_scores
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")

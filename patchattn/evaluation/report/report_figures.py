@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...plotting.style import run_styles
-from .report import COSTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# name of a cost, its heading, unit and divisor
+COSTS = (
+    ("first_token_seconds", "first token", "s", 1.0),
+    ("tokens_per_second", "decoding", "tokens/s", 1.0),
+    ("samples_per_second", "throughput", "samples/s", 1.0),
+    ("peak_memory", "peak memory", "GiB", 2.0**30),
+)
 _WIDTH = 7.2
 
 

@@ -1,7 +1,7 @@
 """Pictures of what long contexts do to a model. matplotlib is imported only when one is drawn."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ...plotting.style import run_styles
 
@@ -10,13 +10,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from .needle import NeedleGrid
-    from .perplexity import PositionLoss
+
+class Grid(Protocol):
+    """What is drawn of a needle's grid: `evaluation.tasks.needle.NeedleGrid`."""
+
+    @property
+    def depths(self) -> Sequence[float]: ...
+    @property
+    def lengths(self) -> Sequence[int]: ...
+    @property
+    def scores(self) -> Sequence[Sequence[float]]: ...
+
+
+class Bucket(Protocol):
+    """What is drawn of some positions: `evaluation.tasks.perplexity.PositionLoss`."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    @property
+    def nats(self) -> float: ...
+
 
 _WITH_NUMBERS = 200  # cells up to which each shows its number
 
 
-def plot_needle(grids: "Mapping[str, NeedleGrid]", *, title: str = "Needle in a haystack") -> "Figure":
+def plot_needle(grids: Mapping[str, Grid], *, title: str = "Needle in a haystack") -> "Figure":
     """Heat maps of how well a needle is found, by its depth and the length of the prompt.
 
     Args:
@@ -49,7 +69,7 @@ def plot_needle(grids: "Mapping[str, NeedleGrid]", *, title: str = "Needle in a 
     return figure
 
 
-def _draw_grid(axes: "Axes", grid: "NeedleGrid") -> "AxesImage":
+def _draw_grid(axes: "Axes", grid: Grid) -> "AxesImage":
     # cividis looks the same with and without colour vision deficiencies, and lightens evenly in print
     image = axes.imshow(grid.scores, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     axes.set_xlabel("length of the prompt, tokens")
@@ -65,7 +85,7 @@ def _draw_grid(axes: "Axes", grid: "NeedleGrid") -> "AxesImage":
     return image
 
 
-def plot_positions(losses: "Mapping[str, Sequence[PositionLoss]]", *, title: str = "Loss by position") -> "Figure":
+def plot_positions(losses: Mapping[str, Sequence[Bucket]], *, title: str = "Loss by position") -> "Figure":
     """The loss per token over the number of tokens before it, one line per model.
 
     Args:

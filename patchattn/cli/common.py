@@ -1,0 +1,28 @@
+"""What several commands do: keep transformers quiet, and read settings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def quiet() -> None:
+    """What transformers says while loading, such as that an encoder's head is new, is no news here."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
+    from ..files.documents import parse_yaml
+
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{option} expects name=value, got {pair!r}.")
+        settings[key.strip()] = parse_yaml(value, f"{option} {pair}", has_lines=False)
+    return settings
