@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from patchattn_kernels import decoding_triton
+from patchattn_kernels import column_mass_few_triton, decoding_triton
 from patchattn_kernels.tuning import Launch
 
 from .test_compilation import check, compilation, compiled
@@ -37,12 +37,23 @@ def merge(dim: int, dtype: str = "*bf16") -> Any:
     )
 
 
-QUICK = [decode(32, page=16), decode(32, mask="rows", split=False), merge(80)]
+def few(dim: int, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90, padded: bool = False) -> Any:
+    """`column_mass` of few queries."""
+    launch = column_mass_few_triton.launches(compilation.DTYPES[dtype], dim)[0]
+    like = compilation.key_set("column_mass_kernel", dim, launch, dtype=dtype, mask=mask, PADDED=padded)
+    constants = {**like.constants, "HEADS": 4}
+    name = "column_mass_few_triton.column_mass_few_kernel"
+    return compilation.Kernel(name, launch, constants, like.types, like.multiples, capability)
+
+
+QUICK = [few(64, mask="rows"), decode(32, page=16), decode(32, mask="rows", split=False), merge(80)]
 ALL = [decode(dim, rows, page=page) for dim in (64, 80, 128, 256) for rows in FEW for page in (0, 16)]
 ALL += [decode(dim, rows, capability=80) for dim in (64, 80, 128, 256) for rows in FEW]
 ALL += [decode(128, rows, mask=mask) for mask in ("all", "window", "keys", "rows") for rows in FEW]
 ALL += [decode(dim, 16, output=False) for dim in (64, 128, 256)]
 ALL += [decode(dim, 64, dtype=dtype, page=64) for dtype in ("*fp16", "*fp32") for dim in (64, 128, 256)]
+ALL += [few(dim, mask=mask) for dim in (64, 80, 128, 256) for mask in ("none", "rows")]
+ALL += [few(128, capability=80), few(64, padded=True), few(128, dtype="*fp32"), few(128, dtype="*fp16", mask="keys")]
 ALL += [merge(dim) for dim in (64, 80, 256)]
 
 

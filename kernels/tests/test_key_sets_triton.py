@@ -14,6 +14,7 @@ from patchattn_kernels import (
     AttentionRule,
     attention_with_lse,
     column_mass,
+    column_mass_few_triton,
     column_mass_triton,
     decoding_triton,
     key_counts,
@@ -29,7 +30,13 @@ from patchattn_kernels.key_mask import key_mask
 from patchattn_kernels.tuning import Launch
 
 Tensors = list[torch.Tensor]
-MODULES = (split_attention_triton, split_attention_backward_triton, split_attention_keys_triton, column_mass_triton)
+MODULES = (
+    split_attention_triton,
+    split_attention_backward_triton,
+    split_attention_keys_triton,
+    column_mass_triton,
+    column_mass_few_triton,
+)
 
 
 @pytest.fixture(autouse=True, params=[rows.FEW, 0], ids=["decoding", "prefill"])
@@ -39,6 +46,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         pytest.skip("Triton's interpreter is for machines without a GPU; test_key_sets_gpu.py runs here")
     monkeypatch.setenv("PATCHATTN_KERNELS", "triton")
     monkeypatch.setattr(rows, "FEW", request.param)
+    monkeypatch.setattr(column_mass_few_triton, "QUERIES", request.param)
     monkeypatch.setattr(decoding_triton, "launches", lambda *_: [Launch({"BLOCK_N": 16})])
     for module in MODULES:
         monkeypatch.setattr(module, "launches", lambda *_: [Launch({"BLOCK_M": 16, "BLOCK_N": 16})])
@@ -138,6 +146,21 @@ def test_few_queries_are_decoded(monkeypatch: pytest.MonkeyPatch, few: bool) -> 
     states, _ = operands(2, 8, 2, 16 if few else 17)
     attention_with_lse(*states, AttentionRule(0.4))
     assert grids == ([2 * 2 * 3, 2 * 8 * 16] if few else [])
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_mass_of_the_last_rows(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """As SnapKV scores keys by: some rows of a prompt, under the log-sum-exp of its attention."""
+    monkeypatch.setattr(column_mass_few_triton, "launches", lambda *_: [Launch({"BLOCK_M": block, "BLOCK_N": 16})])
+    (query, key, value), key_set = operands(2, 6, 2, 41, 41)
+    rule = AttentionRule(0.4, causal=True)
+    real = torch.arange(41).ge(2).expand(2, -1)
+    visible = all_seen(2, 41, 41).tril()
+    only = torch.arange(41).ge(30).expand(2, -1)
+    wanted = dense([query, key, value], key_set, 0.4, visible, only)[-1]
+    _, lse = attention_with_lse(query, key, value, rule)
+    mass, _ = column_mass(query[:, :, 30:], key, rule, lse=lse[:, :, 30:], real=real[:, 30:])
+    torch.testing.assert_close(mass.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .backend import on_device, rowwise
+from .column_mass_few_triton import are_few, column_mass_few
 from .key_mask import KeyMask
 from .split_attention_launch import launch, mask_arguments, sizes_of, strides_of
 from .split_attention_tiles_triton import full_queries, load_lse, load_rows, query_range, seen
@@ -301,6 +302,9 @@ def column_mass(
         **strides_of(query=query, key=key),
         **{name: size for name, size in sizes.items() if name not in ("DIM_V", "BLOCK_V")},
     }
+    if are_few(query, key):
+        column_mass_few(arguments, batch)
+        return mass
     launch(
         column_mass_kernel,
         "column_mass",
