@@ -1,5 +1,6 @@
 """The load-balance loss, against formulas written here in float64."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,12 +92,9 @@ def test_a_perfectly_even_router_has_the_least_loss(heads: int, tokens: int, k: 
     even = BalanceLoss(1.0, "paper")
     site = patchattn.find_sites(tiny_llama())[0]
 
-    class Source:
-        def real_tokens(self) -> torch.Tensor:
-            return real
-
+    source = SimpleNamespace(mask=SimpleNamespace(real=lambda: real))
     values = {"router_probability": torch.full((1, tokens, heads), 1 / heads), "router_choice": choice}
-    even.note(Observation(site, values, Source()))
+    even.note(Observation(site, values, source))
     assert even().item() == pytest.approx(k / heads, rel=1e-5)
 
 
