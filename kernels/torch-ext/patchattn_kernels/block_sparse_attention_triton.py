@@ -161,12 +161,20 @@ def attend(
         )
         tiles += sink_tiles
     split, splits = tl.program_id(1), tl.num_programs(1)
+    output += split.to(tl.int64) * o_split + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
+    lse += (split.to(tl.int64) * lines + head_line) * queries
+    first_step, end_step = tiles * split // splits, tiles * (split + 1) // splits
+    if first_step >= end_step:
+        store_rows(output, tl.zeros([BLOCK_M, VPAD], tl.float32), rows, o_row, queries, VDIM, VPAD)
+        tl.store(lse + rows, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows < queries)
+        return
+    tl.assume(first_step < end_step)  # a loop that may be skipped makes the products wait for each other
 
     some = rows_of(query, rows, q_row, queries, DIM, PAD)
     acc = tl.zeros([BLOCK_M, VPAD], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for step in range(tiles * split // splits, tiles * (split + 1) // splits):
+    for step in range(first_step, end_step):
         if LISTED:
             begin = tl.load(first + step // (BLOCK_K // BLOCK_N)) * BLOCK_K + step % (BLOCK_K // BLOCK_N) * BLOCK_N
         else:
@@ -194,10 +202,8 @@ def attend(
     some_seen = total > 0
     acc = acc / tl.where(some_seen, total, 1.0)[:, None]
     sums = tl.where(some_seen, (top + tl.log2(tl.where(some_seen, total, 1.0))) / LOG2E, float("-inf"))
-    output += split.to(tl.int64) * o_split + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
     store_rows(output, acc, rows, o_row, queries, VDIM, VPAD)
-    line = split.to(tl.int64) * lines + head_line
-    tl.store(lse + line * queries + rows, sums, mask=rows < queries)
+    tl.store(lse + rows, sums, mask=rows < queries)
 
 
 @triton.jit(do_not_specialize=VARYING)

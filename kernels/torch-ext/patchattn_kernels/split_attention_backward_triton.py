@@ -167,6 +167,11 @@ def query_gradient_kernel(
     if LISTED:
         low = tl.load(rank + start - 1, mask=(start > 0) & (start <= keys), other=0)
         high = tl.load(rank + end - 1, mask=end > 0, other=0)
+        if PER_ROW:  # a loop that may be skipped makes the products wait for each other
+            if low >= high:
+                store_rows(query_gradient, rows, queries, query_gradient_token, total, DIM, BLOCK_D)
+                return
+            tl.assume(high > low)
         total = _query_gradient_of_keys(
             total, tile, upper, base, more, key, value, index, key_token, value_token, rows, low, high, queries, keys,
             mask, mask_row, mask_column, offset, window, scale, DIM, DIM_V, BLOCK_D, BLOCK_V,
@@ -175,9 +180,14 @@ def query_gradient_kernel(
     else:
         highest = tl.minimum(lowest + BLOCK_M, queries) - 1
         start = start // BLOCK_N * BLOCK_N
+        if PER_ROW:  # as in the forward
+            end = tl.maximum(end, start + 1)
+            tl.assume(end > start)
         begins, ends = full_keys(
             lowest, highest, start, end, keys, offset, window, CAUSAL, WINDOWED, MASKED, BLOCK_N
         )  # fmt: skip
+        if PER_ROW:
+            ends = start
         if WINDOWED:
             total = _query_gradient_of_keys(
                 total, tile, upper, base, more, key, value, index, key_token, value_token, rows, start, begins,
