@@ -145,9 +145,9 @@ def _check_neutral(model: nn.Module, inputs: dict[str, Any], plan: list[Patch]) 
     expected = _output(model, inputs)
     neutral = []
     for patch in plan:
-        kind = variant_info(patch.variant).variant
-        settings = {**patch.config.to_dict(), **kind.neutral_config()}
-        neutral.append(Patch(patch.variant, kind.config_class.from_dict(settings), patch.sites))
+        variant = variant_info(patch.variant).variant
+        settings = {**patch.config.to_dict(), **variant.neutral_config()}
+        neutral.append(Patch(patch.variant, variant.config_class.from_dict(settings), patch.sites))
     apply_patches(base_model(model), neutral)
     try:
         error = _difference(_output(model, inputs), expected)
