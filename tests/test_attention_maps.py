@@ -145,7 +145,7 @@ def test_what_is_not_there_is_refused(call, message):
 
 
 def test_images_that_cannot_be_drawn_are_refused():
-    with pytest.raises(NotImplementedError, match="no vision-language model"):
+    with pytest.raises(NotImplementedError, match="not a vision-language model"):
         image_attention(model_of("llama"), FAMILIES["llama"].inputs())
     model, inputs = vlms.make("instructblip"), vlms.inputs("instructblip")
     with pytest.raises(NotImplementedError, match="no place in the picture"):

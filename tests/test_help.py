@@ -7,7 +7,7 @@ from pathlib import Path
 
 import patchattn
 
-ROOT = Path(patchattn.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 # How a text begins that leans on another one, or on the name of its option.
 LEANING = re.compile(r"(Of|As|Such|Same|The same|See|Likewise|Its|Their|Also|Ditto|Put|That|This|It|And|Or|But)\b")
 

@@ -145,7 +145,7 @@ def test_rows_of_a_masked_language_model() -> None:
     (again,) = make_batches(tokenizer(), [TextExample(letters)], "masked", length=22, batch_size=16)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert "labels" not in make_batches(tokenizer(), [TextExample(letters)], "none", length=22)[0]
-    with pytest.raises(ValueError, match="no row of two tokens"):
+    with pytest.raises(ValueError, match="single row of two tokens"):
         make_batches(tokenizer(), [TextExample("a")], "causal", length=1)
 
 

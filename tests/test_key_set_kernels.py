@@ -33,6 +33,19 @@ def by_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             launch(kernel, name, *args)
 
         monkeypatch.setattr(module, "launch", noted)
+    # Few queries have kernels of their own.
+    attend, few = split_attention_triton.attend, column_mass_triton.column_mass_few
+
+    def noted_attend(query: Any, key: Any, value: Any, *args: Any) -> Any:
+        names.append("log_sum_exp" if value is None else "attention")
+        return attend(query, key, value, *args)
+
+    def noted_few(*args: Any) -> Any:
+        names.append("column_mass")
+        return few(*args)
+
+    monkeypatch.setattr(split_attention_triton, "attend", noted_attend)
+    monkeypatch.setattr(column_mass_triton, "column_mass_few", noted_few)
     return names
 
 
