@@ -1,10 +1,12 @@
 """torch.compile of patched models, over every registered variant; none is named. These tests take seconds each."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import InternalTorchDynamoError
 from transformers import StaticCache
 
 import patchattn
@@ -27,8 +29,22 @@ def compiled(model: torch.nn.Module) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
+@functools.cache
+def trains_compiled(family: str) -> bool:
+    """Whether this release of torch compiles a training step of the unpatched model: 2.11 does not that of LLaVA."""
+    model, inputs = FAMILIES[family].make().train(), FAMILIES[family].inputs()
+    outputs(model, **inputs)
+    try:
+        compiled(model)(**inputs).logits.mean().backward()
+    except InternalTorchDynamoError:
+        return False
+    return True
+
+
 @on(["llama", "bert", "llava"], once=True)
 def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None:
+    if not trains_compiled(family):
+        pytest.skip("the installed torch does not compile this model's training unpatched")
     results = []
     for wrapped in (lambda model: model, compiled):
         model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
