@@ -5,26 +5,19 @@ A rectangle of keys with empty slots would save nothing where half of the heads 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from ..cache.tracked import TrackedLayer
 from .call import ModuleCall
 from .sites import AttentionSite
-from .surroundings import LayerContext
 from .variant import AttentionOutput
-
-
-def layer_with_heads_apart(context: LayerContext | None) -> TrackedLayer | None:
-    """The layer of the kv cache that this call has written to, if it keeps the keys of some heads apart."""
-    layer: Any = None if context is None or context.tap is None else context.tap.layer
-    return layer if isinstance(layer, TrackedLayer) and layer.apart is not None else None
 
 
 def attend_apart(
     given: ModuleCall,
-    layer: TrackedLayer,
+    keys: torch.Tensor,
+    apart: tuple[Sequence[int], TrackedLayer],
     site: AttentionSite,
     names: Sequence[str],
     attend: Callable[[ModuleCall, bool], AttentionOutput],
@@ -33,7 +26,8 @@ def attend_apart(
 
     Args:
         given: the call, with the keys and values of the others.
-        layer: the layer of the kv cache.
+        keys: those of the others, as their layer of the kv cache holds them.
+        apart: numbers of the kv heads that are apart, and the layer that holds their keys.
         site: the attention module.
         names: the variants that act on it.
         attend: one of the two calls, and whether it is that of the heads apart.
@@ -41,15 +35,14 @@ def attend_apart(
     Raises:
         NotImplementedError: another variant is there, or the call has, or asks for, something by head.
     """
-    assert layer.apart is not None
-    kv_heads, other = layer.apart
+    kv_heads, other = apart
     held = given.key.shape[1]
     fault = None
     if len(names) > 1:
         fault = (
             f"the variants {', '.join(map(repr, names))} would have to act on heads with other keys: patch one alone"
         )
-    elif held != layer.keys.shape[1] or given.query.shape[1] % (held + len(kv_heads)):
+    elif held != keys.shape[1] or given.query.shape[1] % (held + len(kv_heads)):
         fault = "its keys are not those that its cache gives"
     elif given.kwargs.get("output_attentions"):
         fault = "attention weights over other keys in some heads are no one tensor"

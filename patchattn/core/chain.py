@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .apart import attend_apart, layer_with_heads_apart
+from ..cache.tracked import TrackedLayer
+from .apart import attend_apart
 from .call import AttentionCall, ModuleCall
 from .capabilities import needed_capabilities
 from .context import current_context
@@ -113,13 +114,14 @@ class VariantChain(nn.Module):
 
     def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
         context = current_context(given.module) if self.needs_context else None
-        layer = layer_with_heads_apart(context)
-        if layer is None:
+        layer: Any = None if context is None or context.tap is None else context.tap.layer
+        if not isinstance(layer, TrackedLayer) or layer.apart is None:
             output = self._attend_heads(given, base, context)
         else:
             output = attend_apart(
                 given,
-                layer,
+                layer.keys,
+                layer.apart,
                 self.site,
                 self.active,
                 lambda part, is_apart: self._attend_heads(part, base, context, are_some=True, is_apart=is_apart),

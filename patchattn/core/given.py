@@ -1,6 +1,5 @@
 """A mask read off what a model passed to its attention function."""
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -50,10 +49,31 @@ def read_mask(
         own: place of the first query's own key, where a kv cache tells it.
         dropped: keys that the cache has let go of before the first one; `None`: not known.
     """
-    causal = is_causal and not is_cross
     if own is None and not is_cross and queries == keys:
         own = 0
-    mask = Mask(
+    said: dict[str, Any] = {"causal": is_causal and not is_cross, "window": window, "own": own}
+    last = None if is_cross else keys - queries  # where the last query's own key is the last one
+    if given is None and meaning == "flash":
+        said |= {"own": last, "sequence": sequence if queries == keys else None}
+    elif given is None and meaning == "causal":  # from an empty cache only
+        said |= {"causal": True, "window": None, "own": 0}
+    elif given is None and meaning == "all":
+        said |= {"causal": False, "window": None, "own": last if own is None else own}
+    elif given is None:
+        said["fault"] = meaning
+    elif isinstance(given, BlockMask):
+        said["pairs"] = given
+    elif isinstance(given, torch.Tensor) and given.dim() == 4 and given.shape[-1] >= keys:
+        said["pairs"] = given[..., :keys].expand(-1, -1, queries, -1)
+    elif isinstance(given, torch.Tensor) and given.dim() == 2:
+        said |= {"real_columns": given[:, -keys:].bool(), "own": last}
+    else:
+        shape = getattr(given, "shape", None)
+        said["fault"] = (
+            f"Masks of type {type(given).__name__} and shape {shape} are not known, for {queries} queries and {keys} "
+            "keys."
+        )
+    return Mask(
         given=given,
         form=form,
         batch=batch,
@@ -63,41 +83,11 @@ def read_mask(
         columns=keys + (dropped or 0),
         device=device,
         dtype=dtype,
-        causal=causal,
-        window=window,
-        own=own,
         is_cross=is_cross,
         dropped=dropped or 0,
         uncounted=dropped is None,
+        **said,
     )
-    if given is None:
-        return replace(mask, **_without(meaning, queries, keys, window, sequence, mask))
-    if isinstance(given, BlockMask):
-        return replace(mask, pairs=given)
-    if isinstance(given, torch.Tensor) and given.dim() == 4 and given.shape[-1] >= keys:
-        return replace(mask, pairs=given[..., :keys].expand(-1, -1, queries, -1))
-    if isinstance(given, torch.Tensor) and given.dim() == 2:
-        last = None if is_cross else keys - queries
-        return replace(mask, real_columns=given[:, -keys:].bool(), own=last)
-    return replace(
-        mask,
-        fault=f"Masks of type {type(given).__name__} and shape {getattr(given, 'shape', None)} are not known, for "
-        f"{queries} queries and {keys} keys.",
-    )
-
-
-def _without(
-    meaning: Meaning | str, queries: int, keys: int, window: int | None, sequence: torch.Tensor | None, mask: Mask
-) -> dict[str, Any]:
-    """The structure where there is no mask."""
-    last = None if mask.is_cross else keys - queries
-    if meaning == "flash":
-        return {"own": last, "sequence": sequence if queries == keys else None}
-    if meaning == "causal":  # from an empty cache only
-        return {"causal": True, "window": None, "own": 0}
-    if meaning == "all":
-        return {"causal": False, "window": None, "own": last if mask.own is None else mask.own}
-    return {"fault": meaning}
 
 
 def real_tokens(given: Any, *, queries: int, keys: int, device: torch.device, is_cross: bool = False) -> torch.Tensor:

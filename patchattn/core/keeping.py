@@ -57,14 +57,13 @@ def as_mask(keep: Keep, mask: Any) -> torch.Tensor:
         return blocks[:, :, row // keep.block_q][..., key // keep.block_k]
     check_counted(keep, uncounted=mask.uncounted)
     order = of_query_heads(mask.key_order(), mask.heads)
-    place = order if mask.sequence is None else of_query_heads(_in_sequence(mask), mask.heads)
+    place = order if mask.sequence is None else of_query_heads(_in_sequence(mask, mask.sequence), mask.heads)
     return kept(keep.sinks, keep.recent, order, place, mask.row_order())
 
 
-def _in_sequence(mask: Any) -> torch.Tensor:
+def _in_sequence(mask: Any, sequence: torch.Tensor) -> torch.Tensor:
     """`(B or 1, 1 or Hkv, Tk)` ranks counted from the start of each key's packed sequence."""
-    assert mask.sequence is not None
-    start = torch.searchsorted(mask.sequence, mask.sequence)[None, None]  # all columns of a packed row are real
+    start = torch.searchsorted(sequence, sequence)[None, None]  # all columns of a packed row are real
     if mask.index is not None:
         start = start.expand(*mask.index.shape[:2], -1).gather(-1, mask.index.clamp(min=0))
     return mask.key_order() - F.pad(start, (mask.extra, 0))

@@ -106,8 +106,8 @@ class Mask:
             first, end = (torch.searchsorted(self.sequence, of_own, right=right) for right in (False, True))
             order, total = own - first + 1, end - first
         else:
-            real = self._real_columns
-            total = real.sum(-1, keepdim=True)
+            real, size = self.real_columns, self.columns - self.dropped
+            total = torch.full((1, 1), size, device=self.device) if real is None else real.sum(-1, keepdim=True)
             order = self.row_order() - self.dropped if self.causal or self.window is not None else total
             order = order.expand(-1, self.queries)
         counts = order if self.causal else total.expand_as(order)
@@ -139,7 +139,7 @@ class Mask:
         In front of them come the extra keys, which are.
         """
         real = self._real_columns
-        found = real[:, None] if self.index is None else self._of_index(real) & (self.index >= 0)
+        found = real[:, None] if self.index is None else self._of_keys(real, self.index) & (self.index >= 0)
         return F.pad(found, (self.extra, 0), value=True)
 
     def key_order(self) -> torch.Tensor:
@@ -149,7 +149,9 @@ class Mask:
         the real ones are those that some query of the call sees, and those that a window hides from all.
         """
         order = self._real_columns.long().cumsum(-1) + self.dropped
-        order = order[:, None] if self.index is None else self._of_index(order).masked_fill(self.index < 0, 0)
+        order = (
+            order[:, None] if self.index is None else self._of_keys(order, self.index).masked_fill(self.index < 0, 0)
+        )
         return F.pad(order, (self.extra, 0))
 
     def row_order(self) -> torch.Tensor:
@@ -305,23 +307,22 @@ class Mask:
         """What is said by column `(B or 1, H or 1, Tq, columns)` by key, without the extra ones."""
         if self.index is None:
             return pairs
-        places = self._places()
+        places = self._places(self.index)
         if places.shape[1] > 1:
             places = keeping.of_query_heads(places, self.heads)
         batch, heads = (max(one, other) for one, other in zip(pairs.shape[:2], places.shape[:2], strict=True))
         places = places[:, :, None].expand(batch, heads, pairs.shape[2], -1)
         return pairs.expand(batch, heads, -1, -1).gather(-1, places)
 
-    def _of_index(self, columns: torch.Tensor) -> torch.Tensor:
+    def _of_keys(self, columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """`(B or 1, 1 or Hkv, Tk)` of what is said by column, `(B or 1, columns)`."""
-        places = self._places()
+        places = self._places(index)
         shape = (max(len(columns), len(places)), places.shape[1], -1)
         return columns[:, None].expand(shape).gather(-1, places.expand(shape))
 
-    def _places(self) -> torch.Tensor:
+    def _places(self, index: torch.Tensor) -> torch.Tensor:
         """`index` on the axis of a dense mask, 0 of empty slots."""
-        assert self.index is not None
-        return (self.index - self.dropped).clamp(min=0)
+        return (index - self.dropped).clamp(min=0)
 
     def _before_keeps(self) -> torch.Tensor:
         self._check()
@@ -334,7 +335,7 @@ class Mask:
         seen = bare.real_keys()[:, :, None].expand(-1, -1, self.queries, -1)
         if self.causal or self.sequence is not None:
             size = self.columns - self.dropped
-            key = torch.arange(size, device=self.device)[None, None] if self.index is None else self._places()
+            key = torch.arange(size, device=self.device)[None, None] if self.index is None else self._places(self.index)
             own = self._own_columns()
             if self.causal:
                 seen = seen & (key[:, :, None] <= own[:, None, :, None])
