@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import importlib
+import inspect
 import io
 import json
 import re
@@ -151,7 +152,7 @@ def block_sparse(
 
 
 Build = Callable[..., Kernel]
-_Choice = tuple[Build, Callable[[int, torch.dtype], Sequence[Launch]]]
+_Choice = tuple[Build, Callable[..., Sequence[Launch]]]
 
 
 def choices() -> Iterator[_Choice]:
@@ -162,11 +163,15 @@ def choices() -> Iterator[_Choice]:
 
     for part in ("prefill", "decode", "queries", "keys"):
         yield of(routed, part), lambda dim, dtype, part=part: routed_pairs_triton.launches(part, dim, dtype)  # type: ignore[misc]
+
+    def forward_launches(dim: int, dtype: torch.dtype, per_row: bool = False) -> Sequence[Launch]:
+        return split_attention_triton.launches(dtype, dim, per_row)
+
     for name, module in KEY_SETS.items():
         launches = lambda dim, dtype, module=module: module.launches(dtype, dim)  # type: ignore[misc]  # noqa: E731
-        yield of(key_set, name), launches
+        yield of(key_set, name), forward_launches if name == "attention_kernel" else launches
         if name == "attention_kernel":
-            yield of(key_set, name, OUTPUT=False), launches
+            yield of(key_set, name, OUTPUT=False), forward_launches
         if "gradient" in name:
             yield of(key_set, name, LISTED=True), launches
         if name == "column_mass_kernel":
@@ -174,10 +179,20 @@ def choices() -> Iterator[_Choice]:
     forward, backward = block_sparse_attention_triton.launches, block_sparse_attention_backward_triton.launches
     for listed in (False, True):
         for few in (False, True):
-            yield of(block_sparse, "attend", listed=listed), lambda dim, dtype, few=few: forward(dim, dtype, few)  # type: ignore[misc]
+
+            def sparse(dim: int, dtype: torch.dtype, per_row: bool = False, few: bool = few) -> Sequence[Launch]:
+                return forward(dim, dtype, few, per_row)
+
+            yield of(block_sparse, "attend", listed=listed), sparse
         yield of(block_sparse, "query_gradients", listed=listed), backward
         yield of(block_sparse, "key_gradients", listed=listed), backward
     yield of(block_sparse, "key_gradients", sinks=True), backward
+
+
+def _for_mask(launches: Callable[..., Sequence[Launch]], dim: int, dtype: str, mask: str) -> Sequence[Launch]:
+    """Some kernels have settings of their own for masks with a row per query."""
+    own = "per_row" in inspect.signature(launches).parameters
+    return launches(dim, DTYPES[dtype], **({"per_row": mask == "rows"} if own else {}))
 
 
 def first_candidates(
@@ -189,7 +204,7 @@ def first_candidates(
     """Every kernel as a device would launch it first."""
     return [
         build(
-            dim, fitting(launches(dim, DTYPES[dtype]), capability // 10, SHARED[capability])[0],
+            dim, fitting(_for_mask(launches, dim, dtype, mask), capability // 10, SHARED[capability])[0],
             dtype=dtype, mask=mask, capability=capability,
         )
         for dtype in dtypes for capability in capabilities for mask in masks for dim in dims

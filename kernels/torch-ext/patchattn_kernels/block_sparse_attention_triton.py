@@ -230,12 +230,17 @@ def merge(
 
 
 @functools.cache
-def launches(dim: int, dtype: torch.dtype, few: bool) -> tuple[Launch, ...]:
-    """Candidates for the forward kernel, the default first; `few`: up to 16 rows, as in decoding."""
+def launches(dim: int, dtype: torch.dtype, few: bool, per_row: bool = False) -> tuple[Launch, ...]:
+    """Candidates for the forward kernel, the default first.
+
+    `few`: up to 16 rows, as in decoding; `per_row`: with a mask row per query, whose places take registers.
+    """
     if dtype == torch.float32:
         sizes = [(16 if few else 32, 32, 4, 2)]
     elif few:  # decoding reads, and hardly computes
         sizes = [(16, 64, 4, 3), (16, 128, 4, 2)] if dim <= 128 else [(16, 64, 4, 2), (16, 32, 4, 3)]
+    elif per_row and dim > 64:
+        sizes = [(64, 32, 8, 2), (64, 16, 8, 2)] if dim <= 128 else [(64, 16, 8, 2), (32, 32, 8, 2)]
     elif dim <= 64:
         sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
     elif dim <= 128:
@@ -346,6 +351,6 @@ def forward(
             )  # fmt: skip
 
     with on_device(query):
-        candidates = launches(max(dim, width), query.dtype, rows <= 16)
+        candidates = launches(max(dim, width), query.dtype, rows <= 16, constants["PER_ROW"])
         run_chosen("block_sparse_attention", shape_of(query, value, constants), candidates, query.device, run)
     return output, lse

@@ -76,7 +76,7 @@ def launch(
         kernel[(programs(settings),)](**arguments, **settings.arguments())
 
     sizes = ("queries", "keys")
-    same = ("group", "DIM", "DIM_V", "CAUSAL", "WINDOWED", "MASKED")
+    same = ("group", "DIM", "DIM_V", "CAUSAL", "WINDOWED", "MASKED", "PER_ROW")
     shape: dict[str, Any] = {size: bucket(arguments[size]) for size in sizes}
     shape |= {name: arguments[name] for name in same if name in arguments}
     shape["dtype"] = arguments["query"].dtype

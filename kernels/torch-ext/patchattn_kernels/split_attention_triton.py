@@ -286,10 +286,12 @@ def key_set_kernel(
 
 
 @functools.cache
-def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
-    """Tiles worth trying, the default first."""
+def launches(dtype: torch.dtype, dim: int, per_row: bool = False) -> tuple[Launch, ...]:
+    """Tiles worth trying, the default first; `per_row`: with a mask row per query, whose places take registers."""
     if dtype == torch.float32:
         sizes = [(32, 32, 4, 1)]
+    elif per_row and dim > 64:
+        sizes = [(128, 32, 8, 2), (64, 32, 8, 2)] if dim <= 128 else [(64, 32, 8, 2), (128, 32, 8, 2)]
     elif dim > 128:
         sizes = [(128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2)]
     elif dim > 64:
@@ -329,7 +331,7 @@ def attention(
         "attention" if value is not None else "log_sum_exp",
         lambda settings: triton.cdiv(queries, settings.blocks["BLOCK_M"]) * batch * heads,
         arguments,
-        launches(query.dtype, max(query.shape[-1], values.shape[-1])),
+        launches(query.dtype, max(query.shape[-1], values.shape[-1]), bool(arguments["PER_ROW"])),
         query.device,
     )
     return output, lse
