@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .core.patching import patched as patched
     from .core.patching import unpatch_model as unpatch_model
     from .core.patching import unpatched as unpatched
+    from .core.probing import PlacedProbe as PlacedProbe
+    from .core.probing import probed as probed
     from .core.registry import list_variants as list_variants
     from .core.registry import register_variant as register_variant
     from .core.registry import variant_info as variant_info
@@ -109,6 +111,10 @@ _NAMES = {
         "patched",
         "unpatch_model",
         "unpatched",
+    ),
+    "core.probing": (
+        "PlacedProbe",
+        "probed",
     ),
     "core.registry": (
         "list_variants",

@@ -198,8 +198,30 @@ def test_var_is_looked_at_by_its_weights():
     assert after.total == pytest.approx(float(weights[image].sum()), abs=1e-4)
 
 
-def test_a_variant_that_computes_attention_itself_needs_eager_attention():
-    model = patchattn.patch_model(model_of("llama"), "act", alpha=1.0)
-    with pytest.raises(NotImplementedError, match='attn_implementation="eager"'):
-        attention_received(model, FAMILIES["llama"].inputs())
-    assert patchattn.patch_info(model)["patches"][0]["variant"] == "act"
+def test_act_is_looked_at_under_a_base_that_gives_no_weights():
+    """The weights that the same patch returns under eager attention."""
+    settings = {"alpha": 1.0, "keep_first": False, "heads": [[1, 0], [1, 3]]}
+    found = {}
+    for implementation in ("eager", "sdpa"):
+        model, inputs = model_of("llama"), padded("left")
+        model.set_attn_implementation(implementation)
+        plain = attention_maps(model, inputs, layers=1, heads=[0], row=1)
+        patchattn.patch_model(model, "act", **settings)
+        found[implementation] = attention_maps(model, inputs, row=1)
+        assert (found[implementation][4].weights - plain[0].weights).abs().max() > 0.01
+        if implementation == "eager":
+            wanted = [layer[1, head][3:, 3:].double() for layer in own_weights(model, inputs) for head in range(4)]
+    for one, weights in zip(found["sdpa"], wanted, strict=True):
+        close(one.weights, weights)
+
+
+def test_var_is_looked_at_under_sdpa():
+    after = {}
+    for implementation in ("eager", "sdpa"):
+        model, inputs = vlms.make("llava"), vlms.inputs("llava")
+        model.set_attn_implementation(implementation)
+        before = image_attention(model, inputs, row=1)
+        patchattn.patch_model(model, "var", patchattn.variant_info("var").examples[0])
+        after[implementation] = image_attention(model, inputs, row=1)
+        assert float((after[implementation].grid - before.grid).abs().max()) > 1e-4
+    close(after["sdpa"].grid, after["eager"].grid)

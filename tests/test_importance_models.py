@@ -70,7 +70,18 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert not any("patchattn" in name for name, _ in model.named_modules())
     assert torch.equal(model(**data[0]).logits, before)
     with patchattn.patched(model, "act"), pytest.raises(NotImplementedError, match="'act'"):
-        head_importance(model, data)
+        head_importance(model, data, "entropy")
+
+
+def test_heads_of_a_model_with_act_are_scored_by_what_it_leaves_of_them() -> None:
+    model, data = make("llama"), examples("llama")
+    plain = head_importance(model, data, "flap", metric="ifv", normalise=False)
+    patchattn.patch_model(model, "act", alpha=1.0, keep_first=False)
+    found = head_importance(model, data, "flap", metric="ifv", normalise=False)
+    for name, projection in OUTPUTS["llama"].items():
+        variance = inputs_of(model, projection, data).var(0, ddof=1).reshape(HEADS, -1).mean(1)
+        np.testing.assert_allclose(found.scores[name], variance, rtol=1e-6)
+        assert not np.allclose(plain.scores[name], variance, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OUTPUTS])

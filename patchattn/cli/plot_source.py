@@ -45,7 +45,7 @@ class Source:
         self.is_patched = bool(saved)
         if self.is_patched and (variant or patch):
             raise ValueError(f"{model} was saved patched: leave out --variant and --patch, or give its base model.")
-        # of those that compute attention weights themselves, weights are to be had under eager attention alone
+        # of those that compute attention weights themselves, eager attention gives the weights; others compute anew
         self.needs_eager = any(variant_info(name).innermost for name in [*named, *saved])
         self.has_patch = self.is_patched or bool(self.plan) or patch is not None
         self.kind = model_class(self.architecture)

@@ -82,7 +82,6 @@ def refuse_later_hooks(module: nn.Module) -> None:
 
 def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
     """Take the hooks of patches off a module."""
-    vars(module).pop(_REGISTER, None)
     places = (module._forward_pre_hooks, module._forward_hooks)
     keyed = (
         module._forward_pre_hooks_with_kwargs,
@@ -93,6 +92,9 @@ def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
         for key in [key for key, hook in place.items() if is_ours(hook)]:
             for hooks in (place, *keyed):
                 hooks.pop(key, None)
+    order = vars(module).get(_REGISTER)
+    if order is not None and not any(key in module._forward_pre_hooks for key in order.ours):
+        del vars(module)[_REGISTER]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from .chain import VariantChain, active_chain, recall, retire
+from .chain import VariantChain, active_chain, recall, refuse_probed, retire
 from .hooks import install_hooks, remove_hooks
 from .host import find_sites, host
 from .notices import note_patched, note_releases, note_unpatched
@@ -55,7 +55,8 @@ def patch_model(
         The same model.
 
     Raises:
-        ValueError: unknown variant, setting or layer, a pattern that matches nothing, or the variant is there already.
+        ValueError: unknown variant, setting or layer, a pattern that matches nothing, the variant is there already, or
+            a probe is on the model.
         TypeError: an argument of the wrong type.
         NotImplementedError: the model's attention does not go through transformers' registry, or the variant lacks
             something that the model needs. The model is then as it was.
@@ -126,6 +127,7 @@ def apply_patches(
     for name in names:
         if name not in known:
             raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
+    refuse_probed(model)
     host().refuse_bases(model, names)
     _refuse_second_branch([*applied_patches(model), *patches])
     numbers = [variant.number for chain in active_chains(model).values() for variant in chain.variants().values()]
@@ -182,8 +184,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     """Take every patch off a model: outputs, parameters, configuration and hooks are those of before, bit for bit.
 
     Raises:
-        ValueError: the model is not patched; or weights that a patch took out were not saved with the model, or carry
-            an adapter.
+        ValueError: the model is not patched, or a probe is on it; or weights that a patch took out were not saved with
+            the model, or carry an adapter.
         TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
@@ -191,6 +193,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")
+    refuse_probed(base)
     variants = [variant for chain in active_chains(base).values() for variant in chain.variants().values()]
     for variant in variants:
         variant.check_undo(base)
@@ -243,6 +246,7 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
             for variant in active_chain(child).variants().values():
                 variant.exchange(base)
         _install(base, [module for module, _ in children])
+        refuse_probed(base)
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 Attention is computed anew from the queries and keys that the base implementation gets, whichever it is, in a patched
 model and in an unpatched one: after variants that change queries, keys or the mask, and before what they do to the
 output. One head's queries x keys are held at a time. Of a variant that computes attention weights itself (`act`, `var`)
-the weights that it returns are taken, which it does under eager attention alone; all heads of a layer are then held.
+the weights that it returns are taken, and where the base implementation gives it none, what it makes of those computed
+anew; all heads of a layer are then held.
 """
 
 import re
@@ -19,12 +20,12 @@ from patchattn_kernels import KeyCounts, column_mass, key_counts
 
 from ..core.call import AttentionCall
 from ..core.patching import active_chains
-from ..core.recording import recording
+from ..core.probing import recording
 from ..core.registry import variant_info
 from ..core.selection import base_model, evaluating, select_sites
 from ..core.sites import AttentionSite
 from ..vision.images import ImageSpan, image_layout, image_spans
-from .probabilities import attention_probabilities, seen_by_all_heads
+from .probabilities import all_probabilities, attention_probabilities, seen_by_all_heads
 
 SINK_FACTOR = 5.0  # ACT's alpha (arXiv 2406.15765): a sink gets that many times what it would if all got the same
 SINK_SEEN = 0.25  # and is seen by that share of the queries or more
@@ -116,8 +117,7 @@ def attention_received(
 
     Raises:
         ValueError: no such layer or module; or a module attended more than once, or not at all.
-        NotImplementedError: the model cannot be patched, or carries a variant that computes attention weights itself
-            (`act`, `var`) on another base implementation than eager.
+        NotImplementedError: the model cannot be patched.
     """
     found: dict[str, ReceivedAttention] = {}
 
@@ -264,7 +264,7 @@ def _look(
         see(call, weights if call.site.name in computing else None)
         return output
 
-    with evaluating(base), recording(base, sites, seen, outermost=False, weights=True):
+    with evaluating(base), recording(base, sites, seen, at="base", weights=all_probabilities):
         base(**inputs)
     if missing := [site.name for site in sites if site.name not in calls]:
         raise ValueError(f"{missing[0]} was not run on these inputs. Leave it out with modules=...")

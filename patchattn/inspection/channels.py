@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.call import AttentionCall
 from ..core.host import find_sites
-from ..core.recording import recording
+from ..core.probing import recording
 from ..core.selection import base_model
 from ..core.settings import nearest
 from ..core.sites import linear_shape, plain_weight

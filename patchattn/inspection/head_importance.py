@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.heads import BaseFacts
 from ..core.importance import HeadImportance, SiteScores
-from ..core.recording import recording
+from ..core.probing import recording
 from ..core.selection import base_model, select_sites
 from ..core.settings import nearest
 from ..core.sites import AttentionSite
@@ -147,7 +147,7 @@ def _run(
 ) -> None:
     done = notes.restore(scorer)
     seen = 0
-    with recording(model, sites, scorer.see, outermost=scorer.outermost):
+    with recording(model, sites, scorer.see, at=scorer.at):
         for batch in batches:
             seen += 1
             inputs = on_device(model, batch)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.call import AttentionCall
+from ..core.probe import Place
 from ..core.selection import base_model
 from ..core.sites import AttentionSite
 from ..surgery.projections import head_projections, output_projection
@@ -39,7 +40,7 @@ class Method(ABC):
 
     needs_data: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = False
-    outermost: ClassVar[bool] = True  # see `recording`
+    at: ClassVar[Place] = "model"  # see `recording`
 
     def __init__(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         self.model = model
@@ -183,7 +184,7 @@ class Entropy(SummedMethod):
     Rows that see a single key are left out. With learned sinks, attention to keys is scaled to a sum of one first.
     """
 
-    outermost = False  # the weights that the base implementation computes
+    at = "base"  # the weights that the base implementation computes
 
     def add(self, call: AttentionCall, output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         visible = seen_by_all_heads(call)

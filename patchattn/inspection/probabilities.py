@@ -34,6 +34,12 @@ def attention_probabilities(call: AttentionCall, head: int, seen: torch.Tensor |
     return logits.softmax(dim=-1)[..., : visible.shape[-1]] * visible
 
 
+def all_probabilities(call: AttentionCall) -> torch.Tensor:
+    """`(B, H, Tq, Tk)` of all heads."""
+    seen = call.mask.seen()
+    return torch.stack([attention_probabilities(call, head, seen) for head in range(call.query.shape[1])], dim=1)
+
+
 def of_head(pairs: torch.Tensor, head: int) -> torch.Tensor:
     """`(B or 1, Tq, Tk)` of `(B or 1, H or 1, Tq, Tk)`."""
     return pairs[:, min(head, pairs.shape[1] - 1)]

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from ...core.call import AttentionCall
 from ...core.patching import patch_model, unpatch_model
-from ...core.registry import list_variants, temporarily_registered, variant_info
+from ...core.probing import probed
+from ...core.registry import list_variants, variant_info
 from ...core.sites import AttentionSite
-from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
+from ...core.variant import Variant
 from ...surgery.projections import head_projections
 from .inputs import guesses
 
@@ -221,7 +222,7 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
     seen: set[str] = set()
     notes: list[str] = []
 
-    def compare(call: AttentionCall) -> None:
+    def compare(call: AttentionCall, output: torch.Tensor) -> None:
         site = call.site
         seen.add(site.name)
         stated = (site.query_heads, site.kv_heads, site.head_dim)
@@ -241,44 +242,15 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
         if memory is not None and not site.is_cross:
             notes.append(f"self attention called with another sequence in {site.module_class}")
 
-    with _probing(compare) as name:
-        try:
-            patch_model(model, name)
+    try:
+        with probed(model, compare):
             _outputs(model, runs)
-        except Exception as error:  # see _check_neutral
-            findings.problems.append(f"probe: {_line(error)}")
-        finally:
-            _clean(model)
+    except Exception as error:  # see _check_neutral
+        findings.problems.append(f"probe: {_line(error)}")
     if unseen := sorted({type(model.get_submodule(n)).__name__ for n in reached - seen}):
         wrong.append(f"{', '.join(unseen)}: run, but attention was not called through the seam")
     findings.problems += dict.fromkeys(wrong)
     return "; ".join(dict.fromkeys([*wrong, *notes])) or "right"
-
-
-@contextmanager
-def _probing(compare: Callable[[AttentionCall], None]) -> Iterator[str]:
-    """A variant that computes nothing and shows every call to `compare`; known for the length of the block."""
-
-    class Probe(Variant):
-        config_class = VariantConfig
-        needs_context = True
-
-        def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-            compare(call)
-            return inner(call)
-
-    info = VariantInfo(
-        name="coverage_probe",
-        variant=Probe,
-        title="",
-        arxiv_id=None,
-        year=0,
-        summary="",
-        extra_parameters="",
-        needs_training=False,
-    )
-    with temporarily_registered(info) as name:
-        yield name
 
 
 def _clean(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ...core.call import ModuleCall
 from ...core.host import PatchedModule
-from ...core.packing import CHILD
+from ...core.packing import chain_on
 from ...core.variant import AttentionOutput
 from .batching import REFUSAL, refuse_paged
 from .compatibility import name_branches, seam_name
@@ -50,10 +50,10 @@ def register_base(base: str) -> str:
         attend = base_function(type(module), base_in_force(module, base))
         if is_flash(base):
             attend = partial(_as_base_sees, attend, base)
-        chain = module._modules.get(CHILD)
-        if chain is not None and chain.active:
+        chain: Any = chain_on(module)
+        if chain is not None and (chain.active or chain.probes):
             refuse_paged(kwargs)
-            return chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend)
+            return cast(AttentionOutput, chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     _base_names[name] = base
@@ -89,7 +89,7 @@ def base_in_force(module: nn.Module, base: str) -> str:
         )
     base_function(type(module), wanted)
     vars(module)["config"] = seam_config(module.config, wanted)
-    for chain in cast(nn.Module, module._modules[CHILD]).modules():  # PEFT keeps one chain per adapter
+    for chain in cast(nn.Module, chain_on(module)).modules():  # PEFT keeps one chain per adapter
         if chain in live_chains:
             chain.base = wanted  # type: ignore[assignment]
     return wanted

@@ -8,7 +8,7 @@ from transformers import Cache
 
 from ...core.context import begin_context
 from ...core.hooks import refuse_later_hooks
-from ...core.packing import CHILD
+from ...core.packing import chain_on
 from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
@@ -17,7 +17,7 @@ from .batching import refuse_paged
 
 def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-hook of a patched module: note what it is called with, and tap its cache where a variant needs that."""
-    chain: Any = module._modules[CHILD]  # or PEFT's wrapper around one, which passes attributes on
+    chain: Any = chain_on(module)  # or PEFT's wrapper around one, which passes attributes on
     if not torch.compiler.is_compiling():
         refuse_later_hooks(module)
     site = chain.site

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.context import close_context, note_raw_query
 from ...core.hooks import register_last
-from ...core.packing import CHILD
+from ...core.packing import chain_on
 from .bases import base_function, keep, let_go, original_config, release, seam_config
 from .batching import allow_batching as forget
 from .batching import forbid_batching
@@ -66,7 +66,7 @@ def refuse_bases(model: nn.Module, sites: Sequence[str]) -> None:
 def connect(model: nn.Module, module: nn.Module) -> None:
     """Point a module's configuration at the seam, and place the hooks that its variants need."""
     forbid_batching(model)
-    chain: Any = module._modules[CHILD]  # or PEFT's wrapper around one, which passes attributes on
+    chain: Any = chain_on(module)  # or PEFT's wrapper around one, which passes attributes on
     config: Any = module.config
     if config._attn_implementation != seam_name(chain.base):
         vars(module)["config"] = seam_config(config, chain.base)
