@@ -9,207 +9,24 @@ writes a table. What `--records` holds already is not compiled again, so that a 
 import argparse
 import contextlib
 import datetime
+import functools
+import hashlib
 import importlib
 import inspect
 import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from compiled_kernels import KIB, MASKS, SHARED, Kernel, first_candidates
+from triton import language as tl
 
-from patchattn_kernels import (
-    block_sparse_attention_backward_triton,
-    block_sparse_attention_triton,
-    column_mass_triton,
-    routed_pairs_triton,
-    split_attention_backward_triton,
-    split_attention_keys_triton,
-    split_attention_triton,
-)
-from patchattn_kernels.tuning import Launch, fitting, tile_width
-
-KIB = 1024
-SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB}  # that a program may have, by compute capability
 SPILLS = 64  # bytes of registers that a thread may spill in half precision
-MASKS = ("none", "rows", "keys", "window", "all")
-DIMS = (64, 80, 96, 128, 256)
-DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32, "*fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel and what it is compiled for.
-
-    Attributes:
-        name: module and function.
-        launch: tiles, warps, stages.
-        constants: values of constexpr arguments, those of `launch` apart; `None` for a pointer that is not given.
-        types: of arguments, in Triton's words; int32 of those that are not named.
-        multiples: numbers that are multiples of 16, as strides are; pointers are all taken for aligned.
-        capability: of the GPU.
-        products: whether it multiplies matrices.
-        label: what it is called in the table, with its mask.
-    """
-
-    name: str
-    launch: Launch
-    constants: dict[str, Any]
-    types: dict[str, str]
-    multiples: list[str] = field(default_factory=list)
-    capability: int = 90
-    products: bool = True
-    label: tuple[str, str] = ("", "")
-
-    @property
-    def id(self) -> str:
-        settings = "x".join(map(str, [*self.launch.blocks.values(), self.launch.num_warps, self.launch.num_stages]))
-        what = f"{self.name}-{self.types.get('query')}-{self.constants.get('DIM')}-{settings}-{self.capability}"
-        return f"{what}-{'-'.join(self.label)}"
-
-
-def routed(
-    part: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90
-) -> Kernel:
-    """A kernel of `routed_attention`; masks: `none` or a `window` (causal), `all` seen, `keys`, `rows`."""
-    width = tile_width(dim)
-    module = "routed_attention_backward_triton" if part in ("queries", "keys") else "routed_attention_triton"
-    floats = ["gate", "lse", "delta", "gate_gradient", "parts", "sums"]
-    states = ["query", "key", "value", "output", "upstream", "query_gradient", "key_gradient", "value_gradient"]
-    constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width}
-    constants |= {"CAUSAL": mask not in ("rows", "all"), "WINDOWED": mask == "window"}
-    constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
-    if mask not in ("keys", "rows"):
-        constants |= {"mask": None, "first": None, "last": None}
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(states, dtype)
-    types |= dict.fromkeys(["pairs", "starts", "first", "last"], "*i32") | {"mask": "*i1", "scale": "fp32"}
-    strides = [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("batch", "head", "row")]
-    label = (f"routed, {part}", mask)
-    return Kernel(f"{module}._{part}", launch, constants, types, strides, capability, label=label)
-
-
-KEY_SETS = {
-    "attention_kernel": split_attention_triton,
-    "key_set_kernel": split_attention_triton,
-    "query_gradient_kernel": split_attention_backward_triton,
-    "key_gradient_kernel": split_attention_keys_triton,
-    "column_mass_kernel": column_mass_triton,
-}
-
-
-def key_set(
-    name: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90, **how: bool
-) -> Kernel:
-    """A kernel of `split_attention` or `column_mass`; masks as of `routed`; `how`: what it leaves out or takes in."""
-    constants: dict[str, Any] = {"DIM": dim, "DIM_V": dim, "BLOCK_D": tile_width(dim), "BLOCK_V": tile_width(dim)}
-    constants |= {"CAUSAL": mask not in ("rows", "all"), "WINDOWED": mask == "window"}
-    constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
-    constants |= {"OUTPUT": True, "LISTED": False, "PADDED": False, **how}
-    states = ["query", "key", "value", "given", "query_gradient", "key_gradient", "value_gradient"]
-    types = dict.fromkeys(states, dtype) | dict.fromkeys(["output", "lse", "extra", "mass", "mass_of"], "*fp32")
-    types |= dict.fromkeys(["index", "rank", "first", "last", "counts", "nearest", "seeing", "longest"], "*i32")
-    types |= dict.fromkeys(["mask", "real", "chosen", "leading"], "*u8") | dict.fromkeys(["scale", "scaling"], "fp32")
-    strides = [f"{tensor}_{axis}" for tensor in [*states, "output"] for axis in ("batch", "head", "token")]
-    module = KEY_SETS[name].__name__.split(".")[-1]
-    label = " ".join([name.removesuffix("_kernel").replace("_", " "), *(k.lower() for k, v in how.items() if v)])
-    label = "log-sum-exp" if not constants["OUTPUT"] and name == "attention_kernel" else label
-    return Kernel(
-        f"{module}.{name}", launch, constants, types, strides, capability, label=(f"split, {label}", mask)
-    )  # fmt: skip
-
-
-BLOCK_SPARSE = {
-    "attend": block_sparse_attention_triton,
-    "query_gradients": block_sparse_attention_backward_triton,
-    "key_gradients": block_sparse_attention_backward_triton,
-}
-
-
-def block_sparse(
-    name: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90,
-    listed: bool = False, sinks: bool = False,
-) -> Kernel:  # fmt: skip
-    """A kernel of `block_sparse_attention`; masks as of `routed`; of blocks of 128, or of windows."""
-    block, width = 128 if listed else 0, tile_width(dim)
-    constants: dict[str, Any] = {"DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width}
-    constants |= {"CAUSAL": mask not in ("rows", "all"), "WINDOWED": mask == "window"}
-    constants |= {"BLOCK_Q": block, "BLOCK_K": block, "LISTED": listed}
-    constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows", "SINKS": sinks}
-    constants |= {"PADDED": mask in ("keys", "rows") and not listed, "ADDED": not listed and not sinks}
-    states = ["query", "key", "value", "gradient", "output", "result", "key_result", "value_result"]
-    types = dict.fromkeys(states, dtype) | dict.fromkeys(["lse", "power", "delta", "key_part", "value_part"], "*fp32")
-    types |= dict.fromkeys(["first", "second", "order", "places"], "*i32")
-    types |= {"mask": "*i1", "scale": "fp32", "scaling": "fp32"}
-    strides = [f"{name}_{axis}" for name in "qkvgor" for axis in ("batch", "head", "row")]
-    few = " few rows" if launch.blocks["BLOCK_M"] == 16 and name == "attend" else ""
-    label = f"sparse, {name.replace('_', ' ')}{few}, {'lists' if listed else 'of sinks' if sinks else 'windows'}"
-    module = BLOCK_SPARSE[name].__name__.split(".")[-1]
-    return Kernel(f"{module}.{name}", launch, constants, types, strides, capability, label=(label, mask))
-
-
-Build = Callable[..., Kernel]
-_Choice = tuple[Build, Callable[..., Sequence[Launch]]]
-
-
-def choices() -> Iterator[_Choice]:
-    """All kernels that multiply matrices, and the launch settings of each."""
-
-    def of(build: Callable[..., Kernel], name: str, **how: Any) -> Build:
-        return lambda dim, launch, **more: build(name, dim, launch, **how, **more)
-
-    for part in ("prefill", "decode", "queries", "keys"):
-        yield of(routed, part), lambda dim, dtype, part=part: routed_pairs_triton.launches(part, dim, dtype)  # type: ignore[misc]
-
-    def forward_launches(dim: int, dtype: torch.dtype, per_row: bool = False) -> Sequence[Launch]:
-        return split_attention_triton.launches(dtype, dim, per_row)
-
-    for name, module in KEY_SETS.items():
-        launches = lambda dim, dtype, module=module: module.launches(dtype, dim)  # type: ignore[misc]  # noqa: E731
-        yield of(key_set, name), forward_launches if name == "attention_kernel" else launches
-        if name == "attention_kernel":
-            yield of(key_set, name, OUTPUT=False), forward_launches
-        if "gradient" in name:
-            yield of(key_set, name, LISTED=True), launches
-        if name == "column_mass_kernel":
-            yield of(key_set, name, PADDED=True), launches
-    forward, backward = block_sparse_attention_triton.launches, block_sparse_attention_backward_triton.launches
-    for listed in (False, True):
-        for few in (False, True):
-
-            def sparse(dim: int, dtype: torch.dtype, per_row: bool = False, few: bool = few) -> Sequence[Launch]:
-                return forward(dim, dtype, few, per_row)
-
-            yield of(block_sparse, "attend", listed=listed), sparse
-        yield of(block_sparse, "query_gradients", listed=listed), backward
-        yield of(block_sparse, "key_gradients", listed=listed), backward
-    yield of(block_sparse, "key_gradients", sinks=True), backward
-
-
-def _for_mask(launches: Callable[..., Sequence[Launch]], dim: int, dtype: str, mask: str) -> Sequence[Launch]:
-    """Some kernels have settings of their own for masks with a row per query."""
-    own = "per_row" in inspect.signature(launches).parameters
-    return launches(dim, DTYPES[dtype], **({"per_row": mask == "rows"} if own else {}))
-
-
-def first_candidates(
-    dims: Iterable[int] = DIMS,
-    masks: Iterable[str] = MASKS,
-    dtypes: Iterable[str] = ("*bf16", "*fp32"),
-    capabilities: Iterable[int] = tuple(SHARED),
-) -> list[Kernel]:
-    """Every kernel as a device would launch it first."""
-    return [
-        build(
-            dim, fitting(_for_mask(launches, dim, dtype, mask), capability // 10, SHARED[capability])[0],
-            dtype=dtype, mask=mask, capability=capability,
-        )
-        for dtype in dtypes for capability in capabilities for mask in masks for dim in dims
-        for build, launches in choices()
-    ]  # fmt: skip
 
 
 def narrow_strides(code: str) -> list[str]:
@@ -243,7 +60,6 @@ def compile_kernel(launch: dict[str, Any], name: str, **kernel: Any) -> dict[str
         `registers` of a thread, `spills` in bytes a thread, `shared` memory in bytes, which `products` there are
         (`wgmma`, `mma` or none), whether they are `serialized`, and `narrow` strides.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -301,19 +117,40 @@ def faults(found: dict[str, Any], unmasked: dict[str, Any] | None, *, dtype: str
     return wrong
 
 
+def sources_of(name: str) -> dict[str, str]:
+    """Sources of a kernel and of the functions and constants that it uses, by name; `name` as of `Kernel`."""
+    module, function = name.split(".")
+    found, left = {}, [getattr(importlib.import_module(f"patchattn_kernels.{module}"), function).fn]
+    while left:
+        one = left.pop()
+        found[one.__qualname__] = inspect.getsource(one)
+        for used in one.__code__.co_names:
+            value = one.__globals__.get(used)
+            if isinstance(value, tl.constexpr):
+                found[used] = repr(value.value)
+            elif used not in found and hasattr(value, "fn"):
+                left.append(value.fn)
+    return found
+
+
+@functools.cache
+def code_of(name: str) -> str:
+    """A digest of `sources_of`."""
+    return hashlib.sha256(json.dumps(sources_of(name), sort_keys=True).encode()).hexdigest()[:12]
+
+
 def record(kernel: Kernel) -> dict[str, Any]:
-    """What is compiled, without how."""
+    """What is compiled, and by what: once the kernel's code or Triton is another, so is the record."""
     label, mask = kernel.label
     launch = "x".join(map(str, [*kernel.launch.blocks.values(), kernel.launch.num_warps, kernel.launch.num_stages]))
     return {
         "kernel": label, "mask": mask, "dtype": kernel.types["query"], "dim": kernel.constants["DIM"],
-        "capability": kernel.capability, "launch": launch,
+        "capability": kernel.capability, "launch": launch, "code": code_of(kernel.name), "triton": triton.__version__,
     }  # fmt: skip
 
 
 def table(records: list[dict[str, Any]], planned: int) -> str:
     """Markdown: a row per kernel, dtype, mask and head dim, a column per compute capability."""
-    import triton
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     capabilities = sorted(SHARED)

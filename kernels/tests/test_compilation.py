@@ -1,12 +1,13 @@
 """Kernels compile for a GPU, without one: Triton's interpreter, which other tests use, accepts more than its compiler.
 
 To add a kernel, add it to QUICK, in a shape that compiles within a few seconds, and to `choices` of
-`benchmarks/compilation.py`, which compiles its launch settings.
+`benchmarks/compiled_kernels.py`: the table of `compilation.py` has its first launch settings.
 """
 
-import importlib.util
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,26 +16,16 @@ from typing import Any
 
 import pytest
 
+import patchattn_kernels
+from patchattn_kernels import decoding_triton
 from patchattn_kernels.tuning import Launch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compilation.py"
-
-
-def _load(path: Path) -> Any:
-    """The script as a module."""
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[path.stem] = module  # dataclasses look there
-    specification.loader.exec_module(module)
-    return module
-
-
-compilation = _load(SCRIPT)
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+compilation = importlib.import_module("compilation")
+compiled_kernels = importlib.import_module("compiled_kernels")
 Kernel, routed, key_set, block_sparse = (
-    *(compilation.Kernel, compilation.routed),
-    *(compilation.key_set, compilation.block_sparse),
+    *(compiled_kernels.Kernel, compiled_kernels.routed),
+    *(compiled_kernels.key_set, compiled_kernels.block_sparse),
 )
 
 
@@ -71,9 +62,9 @@ def all_settings() -> list[Any]:
     """Every candidate of every kernel, for the compute capability that it is meant for."""
     return [
         build(dim, launch, capability=90)
-        for build, launches in compilation.choices()
+        for build, launches in compiled_kernels.choices()
         for dim in (64, 80, 128, 256)
-        for launch in launches(dim, compilation.DTYPES["*bf16"])
+        for launch in launches(dim, compiled_kernels.DTYPES["*bf16"])
     ]
 
 
@@ -96,7 +87,7 @@ def compiled(kernels: list[Any]) -> list[dict[str, Any]]:
 
 def check(kernels: list[Any]) -> None:
     for kernel, found in zip(kernels, compiled(kernels), strict=True):
-        assert found["shared"] <= compilation.SHARED[kernel.capability], kernel.id
+        assert found["shared"] <= compiled_kernels.SHARED[kernel.capability], kernel.id
         assert bool(found["products"]) == (kernel.products and kernel.types["query"] != "*fp32"), kernel.id
         assert not found["narrow"], (kernel.id, found["narrow"])
 
@@ -128,17 +119,17 @@ def test_kernels_compile(operation: str) -> None:
 @pytest.mark.slow
 def test_some_first_settings_are_as_they_should_be() -> None:
     """The largest and the smallest of shared memory, one head dim that is padded, the mask that costs most."""
-    small = compilation.first_candidates(dims=[128], masks=["all"], dtypes=["*bf16"], capabilities=[86])
-    large = compilation.first_candidates(dims=[80], masks=["all", "rows"], dtypes=["*bf16"], capabilities=[90])
+    small = compiled_kernels.first_candidates(dims=[128], masks=["all"], dtypes=["*bf16"], capabilities=[86])
+    large = compiled_kernels.first_candidates(dims=[80], masks=["all", "rows"], dtypes=["*bf16"], capabilities=[90])
     check_first(small + large)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("capability", compilation.SHARED)
+@pytest.mark.parametrize("capability", compiled_kernels.SHARED)
 def test_all_first_settings_are_as_they_should_be(capability: int, dtype: str) -> None:
-    check_first(compilation.first_candidates(dtypes=[dtype], capabilities=[capability]))
+    check_first(compiled_kernels.first_candidates(dtypes=[dtype], capabilities=[capability]))
 
 
 @pytest.mark.slow
@@ -169,13 +160,48 @@ def test_what_is_not_as_it_should_be(change: dict[str, Any], word: str | None) -
 def test_table_says_what_is_missing_and_what_is_wrong() -> None:
     (kernel,) = [
         one
-        for one in compilation.first_candidates([64], ["rows"], ["*bf16"], [90])
+        for one in compiled_kernels.first_candidates([64], ["rows"], ["*bf16"], [90])
         if one.label[0] == "routed, prefill"
     ]
     text = compilation.table([compilation.record(kernel) | GOOD | {"spills": 1000}], planned=7)
     assert "1 of 7 are compiled" in text
     assert "routed, prefill, bf16, mask rows, D 64, sm_90, 128x64x8x3: 1000 bytes spilled" in text
     assert "| routed, prefill | bf16 | rows | 64 |  |  |  | **255, 1000 B, 99 KiB, 128x64x8x3** |" in text
+
+
+def test_no_kernel_with_products_is_missing_from_the_table() -> None:
+    planned = {kernel.name for kernel in compiled_kernels.first_candidates([64], ["none"], ["*bf16"], [90])}
+    used = {function for name in planned for function in compilation.sources_of(name)}
+    code = "".join(file.read_text() for file in Path(patchattn_kernels.__file__).parent.glob("*_triton.py"))
+    functions = re.findall(r"\ndef (\w+)\((.*?)(?=\n\n\n|\Z)", code, re.DOTALL)
+    products = {name for name, body in functions if "tl.dot(" in body}
+    assert len(products) >= 13
+    assert products <= used
+
+
+def test_records_of_other_code_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel, *_) = compiled_kernels.first_candidates([64], ["none"], ["*bf16"], [90])
+    now = compilation.record(kernel)
+    records, output = tmp_path / "records.jsonl", tmp_path / "table.md"
+    lines = [{"what": what, "found": GOOD} for what in (now, now | {"code": "0" * 12}, now | {"triton": "3.0.0"})]
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(
+        sys, "argv", ["compilation", "--records", str(records), "--output", str(output), "--table-only"]
+    )
+    compilation.main()
+    planned = len(compiled_kernels.first_candidates())
+    assert f"1 of {planned} are compiled" in output.read_text()
+
+
+def test_code_of_a_kernel_includes_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "decoding_triton.decode_kernel"
+    before = compilation.code_of(name)
+    monkeypatch.setattr(decoding_triton, "load_rows", decoding_triton.columns_of)
+    compilation.code_of.cache_clear()
+    other = compilation.code_of(name)
+    monkeypatch.undo()
+    compilation.code_of.cache_clear()
+    assert other != before == compilation.code_of(name)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,15 @@ class AttentionRule:
             visible = visible & (key <= query[:, None])
         if self.window is not None:
             order = real.long().cumsum(-1)
-            visible = visible & ((order[:, query, None] - order[:, None, key]).abs() < self.window)
+            own = query.clamp(0, keys - 1)
+            own = order[:, own] + (query - own)  # beyond either end every place counts
+            visible = visible & ((own[..., None] - order[:, None, key]).abs() < self.window)
         if self.sequence is not None:
+            if self.offset is not None and (self.offset < 0 or self.offset + queries > keys):
+                raise ValueError(
+                    f"Expected own keys of queries among the {keys} keys where sequences are packed, got "
+                    f"{self.offset} to {self.offset + queries - 1}: their sequence would not be known."
+                )
             visible = visible & (self.sequence[query, None] == self.sequence[key])
         return visible
 
