@@ -20,9 +20,10 @@ from .reference import HEADS, tiny_llama
 from .training import LEARNED, ROUTERS, TOKENS, gradients, patched, rows, trainer
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("family", "label_smoothing", "accumulation"),
+    [("llama", 0.0, 1), ("llama", 0.1, 4), ("bert", 0.1, 1), ("bert", 0.0, 4)],
+)
 def test_trainer_adds_the_loss_once_whatever_the_accumulation(
     family: str, label_smoothing: float, accumulation: int, tmp_path: Path
 ) -> None:
