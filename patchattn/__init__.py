@@ -79,6 +79,7 @@ offer(
             "act": "sinks.act",
             "damro": "decoding.damro",
             "flap": "pruning.flap.variant",
+            "heads": "editing.heads",
             "logn": "temperature.logn",
             "moh": "routing.moh",
             "prune": "pruning.prune",

@@ -45,6 +45,15 @@ REFUSALS: dict[str, list[Refusal]] = {
             "it moves attention to image tokens",
         ),
     ],
+    "heads": [
+        _of(
+            of_kind("encoder_decoder"),
+            "is cross attention, where rows are not counted",
+            "rows of cross attention have no key of their own, by which tokens are told apart",
+            1,
+            2,
+        ),
+    ],
     "shrp": [
         _of(
             [*of_kind("decoder"), "clip", "llava"],

@@ -215,7 +215,7 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     """Largest relative error of one forward with a kv cache, and of decoding in chunks with one, against a forward
     without; or why there is none."""
     base: Any = base_model(model)
-    if ahead := [p.variant for p in applied_patches(base) if variant_info(p.variant).looks_ahead]:
+    if ahead := [p.variant for p in applied_patches(base) if p.looks_ahead]:
         return f"under {ahead[0]!r} the rows of one forward depend on later ones"
     paired = base.config.is_encoder_decoder
     if not (paired or _is_causal(model)):

@@ -41,6 +41,11 @@ class Patch:
                         f"{nearest(str(name), list(self.sites))}"
                     )
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether rows of one call depend on later rows of it; see `VariantInfo.looks_ahead`."""
+        return variant_info(self.variant).looks_ahead or self.config.looks_ahead
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON and YAML types."""
         return {"variant": self.variant, "config": self.config.to_dict(), "sites": list(self.sites)}

@@ -55,6 +55,11 @@ class VariantConfig(Settings):
 
     by_module: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether these settings let rows depend on later ones, as `VariantInfo.looks_ahead` says of all settings."""
+        return False
+
 
 class Variant(nn.Module):
     """One published attention, attached to one attention module.

@@ -69,7 +69,7 @@ class PatchattnLM(HFLM):
         if accelerator is not None:  # on CPUs lm-eval would let every process do all of the work
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         plan = applied_patches(base_model(self.model)) if is_patched(self.model) else []
-        self._looks_ahead = any(variant_info(part.variant).looks_ahead for part in plan)
+        self._looks_ahead = any(part.looks_ahead for part in plan)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         """Patch between loading the weights and putting an adapter on, which may hold a variant's parameters."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...core.patching import applied_patches
-from ...core.registry import variant_info
 from ...core.selection import base_model
 from ...core.settings import Settings, option
 from .cost import measured
@@ -132,7 +131,7 @@ class PerplexityTask(EvalTask):
         """
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} has an encoder; expected a model with a decoder alone.")
-        if ahead := [p.variant for p in applied_patches(base_model(model)) if variant_info(p.variant).looks_ahead]:
+        if ahead := [p.variant for p in applied_patches(base_model(model)) if p.looks_ahead]:
             raise ValueError(
                 f"Under {ahead[0]!r} the rows of one forward depend on later ones: it would know what it is to predict."
             )
