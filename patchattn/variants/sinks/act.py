@@ -125,21 +125,25 @@ class ACT(Variant):
         counts = key_counts(rule, query.shape[2], key.shape[2], key.device, real)
         counts = KeyCounts(*(count if count.dim() == 3 else count[:, None] for count in counts))
         sinks = self.sinks(*self._with_earlier_rows(call, mass, counts))
-        split = split_attention(query, key, value, sinks, rule, output=whole, lse=lse)
         total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
-        rest, others = total - split.mass, split.output - split.part
-        if not (_is_half(output) or torch.compiler.is_compiling()):
+        # What is left of a row after a subtraction has lost digits, and a large factor shows it: that of the other keys
+        # is large, that of the sinks at most 1.
+        others_first = _waits(query) and not _is_half(output)
+        split = split_attention(query, key, value, ~sinks if others_first else sinks, rule, output=whole, lse=lse)
+        chosen, left = (split.mass, split.part), (total - split.mass, split.output - split.part)
+        (rest, others), (sink_mass, part) = (chosen, left) if others_first else (left, chosen)
+        if not (_is_half(output) or others_first or torch.compiler.is_compiling()):
             rest, others = _where_little_is_left(rest, others, query, key, value, sinks, rule, lse)
         # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
         movable = rest > torch.finfo(rest.dtype).eps ** 0.5
         kept = 1.0 - (1.0 - self.config.beta) * movable.to(rest.dtype)
-        factor = torch.where(movable, (total - kept * split.mass) / rest.where(movable, 1.0), 1.0)
-        changed = factor[..., None] * others + kept[..., None] * split.part
-        self.report(call, sink_keys=sinks, sink_mass=split.mass.transpose(1, 2))
+        factor = torch.where(movable, (total - kept * sink_mass) / rest.where(movable, 1.0), 1.0)
+        changed = factor[..., None] * others + kept[..., None] * part
+        self.report(call, sink_keys=sinks, sink_mass=sink_mass.transpose(1, 2))
 
         if weights is not None:
-            part = weights if heads is None else weights[:, heads]
-            scaled = part * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
+            own = weights if heads is None else weights[:, heads]
+            scaled = own * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
             weights = _put(weights, heads, scaled, dim=1)
         return _put(output, heads, changed.transpose(1, 2), dim=2), weights
 
@@ -194,7 +198,8 @@ def _where_little_is_left(
     """Mass `(B, h, Tq)` and output `(B, h, Tq, D)` of all keys but the sinks, summed up anew in rows with little mass.
 
     As a difference to the whole they are rounded to the whole's precision, which the factor of such a row blows up:
-    without this, padding changes the output of a float32 model by 3e-4. It asks the device whether there is such a row.
+    without this, padding changes the output of a float32 model by 3e-4. It asks the device whether there is such a row:
+    only for one that does not wait to be told (`_waits`).
     """
     rows = (rest < _LITTLE).flatten(0, 1).any(dim=0).nonzero().flatten()
     if not len(rows):
@@ -208,6 +213,11 @@ def _where_little_is_left(
         rest = rest.index_copy(2, some, weights.sum(dim=-1))
         others = others.index_copy(2, some, summed.view(*weights.shape[:3], -1))
     return rest, others
+
+
+def _waits(tensor: torch.Tensor) -> bool:
+    """Whether to be told a value of this tensor would hold up what is queued on its device."""
+    return tensor.device.type != "cpu"
 
 
 def _is_half(tensor: torch.Tensor) -> bool:
