@@ -12,6 +12,9 @@ from .saving.card_report import offer_card_report
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .cache.memory import CacheReport as CacheReport
+    from .cache.memory import LayerMemory as LayerMemory
+    from .cache.memory import cache_report as cache_report
     from .checking.check import Check as Check
     from .checking.check import CheckReport as CheckReport
     from .checking.check import check_patch as check_patch
@@ -78,6 +81,8 @@ offer(
         for name, module in {
             "act": "sinks.act",
             "damro": "decoding.damro",
+            "knorm": "eviction.knorm",
+            "streaming_llm": "eviction.streaming_llm",
             "flap": "pruning.flap.variant",
             "heads": "editing.heads",
             "logn": "temperature.logn",
@@ -92,6 +97,11 @@ offer(
 )
 
 _NAMES = {
+    "cache.memory": (
+        "CacheReport",
+        "LayerMemory",
+        "cache_report",
+    ),
     "checking.check": (
         "Check",
         "CheckReport",

@@ -14,6 +14,7 @@ from torch import nn
 
 import patchattn
 from patchattn.decoding.variant import DecodingVariant
+from patchattn.reading.eviction import EvictionVariant, ScoredEviction
 from patchattn.surgery.change import SurgeryVariant
 
 FACTOR = 1.5
@@ -22,17 +23,18 @@ STAGES = {
     "attention": ("attend", "before_cache"),
     "surgery": ("attend", "plan"),
     "decoding": ("combine",),
+    "cache": ("rule", "scores"),
 }
 TESTS = Path(__file__).parent
 
 
 def stages(variant: type[patchattn.Variant]) -> list[str]:
     """The methods by which a variant changes a model."""
-    contract = (patchattn.Variant, SurgeryVariant, DecodingVariant)
+    contract = (patchattn.Variant, SurgeryVariant, DecodingVariant, EvictionVariant, ScoredEviction)
     return [
         stage
         for stage in STAGES.get(variant.kind, ())
-        if all(getattr(variant, stage) is not getattr(base, stage, None) for base in contract)
+        if all(getattr(variant, stage, None) is not getattr(base, stage, None) for base in contract)
     ]
 
 
@@ -81,7 +83,29 @@ def _plan(original: Callable[..., Any], factor: float, *, difference: bool) -> C
     return plan
 
 
-_MUTATORS = {"attend": _attend, "before_cache": _before_cache, "combine": _combine, "plan": _plan}
+def _rule(original: Callable[..., Any], factor: float, *, difference: bool) -> Callable[..., Any]:
+    """One more recent key is seen: sinks and windows are whole numbers."""
+
+    def rule(self: Any, call: Any) -> Any:
+        found = original(self, call)
+        return found if found is None else found._replace(recent=found.recent + 1)
+
+    return rule
+
+
+def _scores(original: Callable[..., Any], factor: float, *, difference: bool) -> Callable[..., Any]:
+    """The worst keys are kept: a factor would change no order."""
+    return lambda self, *rest: -original(self, *rest)
+
+
+_MUTATORS = {
+    "attend": _attend,
+    "before_cache": _before_cache,
+    "combine": _combine,
+    "plan": _plan,
+    "rule": _rule,
+    "scores": _scores,
+}
 
 
 def mutated(variant: type[patchattn.Variant], stage: str, factor: float = FACTOR, *, difference: bool = True) -> Any:

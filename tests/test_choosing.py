@@ -11,7 +11,10 @@ from patchattn.cli.main import main
 from .families import FAMILIES
 from .toy import registered_toy
 
-SHIPPED = ["act", "damro", "flap", "logn", "moh", "prune", "shrp", "ssa", "ssmax", "var"]
+SHIPPED = [
+    *("act", "damro", "flap", "heads", "knorm", "logn", "moh", "prune", "shrp", "ssa", "ssmax"),
+    *("streaming_llm", "var"),
+]
 
 
 def patched_sites(model) -> list[str]:

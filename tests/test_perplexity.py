@@ -218,6 +218,17 @@ def test_a_variant_that_looks_ahead_is_refused(path: str) -> None:
         task.check_model(model, BYTES)
 
 
+def test_a_variant_that_drops_keys_between_calls_is_refused(path: str) -> None:
+    model, task = tiny_llama(), PerplexityTask(data=path, max_length=16)
+    with patchattn.patched(model, "streaming_llm", recent=8):
+        task.check_model(model, BYTES)
+    with (
+        patchattn.patched(model, "knorm", budget=8),
+        pytest.raises(ValueError, match="Under 'knorm' a window in one forward is that of the unpatched model"),
+    ):
+        task.check_model(model, BYTES)
+
+
 def test_a_model_that_is_lost(path: str) -> None:
     sums = {"max_length": 16, "position_nll": [1e5], "position_tokens": [10]}
     scores = PerplexityTask(data=path).score([{"nll": 1e5, "tokens": 10, "bytes": 9, **sums}])

@@ -11,7 +11,7 @@ from .refusals import REFUSALS
 from .toys import TOYS
 
 pytestmark = pytest.mark.usefixtures("toys")
-KINDS = ("attention", "surgery", "decoding")
+KINDS = ("attention", "surgery", "decoding", "cache")
 
 
 def declared() -> list:

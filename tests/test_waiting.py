@@ -83,7 +83,7 @@ def test_asking_a_device_would_be_noticed() -> None:
             decode(model, torch.zeros(2, 7, dtype=torch.long, device="meta"))
 
 
-@pytest.mark.parametrize("lacking", ["dropout", "padding"])
+@pytest.mark.parametrize("lacking", ["dropout", "static_cache", "padding"])
 def test_values_of_a_mask_are_asked_for_by_who_lacks_padding_alone(lacking: str, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(torch.Tensor, "__bool__", _noting(asked))

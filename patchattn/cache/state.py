@@ -18,6 +18,7 @@ class SequenceState:
         owner: who remembers, for messages.
         rewinds: whether it stays right when the last tokens are taken back (`crop`): true of facts about keys, not of
             sums over the rows so far.
+        settled: why not even a `crop` of nothing may come, which assisted decoding makes after every call; or `None`.
         grows: whether the layer keeps every key at the place it came to, behind the earlier ones.
         tensors: by name, `(B, ...)`.
         per_key: by name, `(B, h, Tk)`, one entry per key of the last call; h is 1, Hkv, H or a number of chosen heads.
@@ -28,6 +29,7 @@ class SequenceState:
     def __init__(self, owner: str, rewinds: bool, grows: bool = False) -> None:
         self.owner = owner
         self.rewinds = rewinds
+        self.settled: str | None = None
         self.grows = grows
         self.tensors: dict[str, torch.Tensor] = {}
         self.per_key: dict[str, torch.Tensor] = {}

@@ -125,7 +125,7 @@ class TrackedLayer(CacheLayerMixin):
                 something of every key.
             ValueError: a mask of another shape, a negative number, or more keys than `bound`.
         """
-        self._take(owner)
+        self.claim(owner)
         batch, heads, stored = self.keys.shape[:3]
         if kept.dtype != torch.bool or (*kept.shape,) not in {(batch, 1, stored), (batch, heads, stored)}:
             raise ValueError(
@@ -156,7 +156,7 @@ class TrackedLayer(CacheLayerMixin):
             NotImplementedError: as `keep`.
             ValueError: they are not some of the heads, or heads are apart already.
         """
-        self._take(owner)
+        self.claim(owner)
         count = self.keys.shape[1]
         chosen = tuple(sorted(set(heads)))
         if not chosen or not set(chosen) < set(range(count)) or self.apart is not None or self.kept is not None:
@@ -167,13 +167,18 @@ class TrackedLayer(CacheLayerMixin):
         rest = [head for head in range(count) if head not in chosen]
         other: Any = tracked(DynamicLayer)()
         other.update(self.keys[:, chosen], self.values[:, chosen])
-        other._take(owner)
+        other.claim(owner)
         self.keys, self.values, self.room = self.keys[:, rest], self.values[:, rest], None
         self.apart = chosen, other
         return self.apart[1]
 
-    def _take(self, owner: str) -> None:
-        """Be the one who drops keys of this layer, or be refused."""
+    def claim(self, owner: str) -> None:
+        """Be the only one who drops keys of this layer.
+
+        Raises:
+            NotImplementedError: this layer cannot forget, another one drops its keys already, or a variant remembers
+                something of every key.
+        """
         if not self.grows:
             raise NotImplementedError(
                 f"{owner} drops keys, which {self.plain.__name__} cannot follow: use a dynamic kv cache, not a static "
@@ -242,6 +247,9 @@ class TrackedLayer(CacheLayerMixin):
             self.apart[1].crop(-removed)
 
     def _refuse_crop(self, removed: int) -> None:
+        for state in self.sequence_states.values():
+            if state.settled is not None:
+                raise NotImplementedError(f"{state.owner} {state.settled}")
         if not removed:
             return
         for state in self.sequence_states.values():

@@ -216,7 +216,7 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     without; or why there is none."""
     base: Any = base_model(model)
     if ahead := [p.variant for p in applied_patches(base) if p.looks_ahead]:
-        return f"under {ahead[0]!r} the rows of one forward depend on later ones"
+        return f"under {ahead[0]!r} the rows of one forward depend on later ones, or on where calls end"
     paired = base.config.is_encoder_decoder
     if not (paired or _is_causal(model)):
         return "the model has no causal decoder"

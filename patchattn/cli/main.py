@@ -64,7 +64,7 @@ def list_(
     for name in chosen:
         info = variant_info(name)
         paper = f"arXiv {info.arxiv_id}" if info.arxiv_id else info.title
-        acts_on = {"attention": "attention", "surgery": "weights", "decoding": "logits"}[info.kind]
+        acts_on = {"attention": "attention", "surgery": "weights", "decoding": "logits", "cache": "kv cache"}[info.kind]
         table.add_row(name, info.summary, acts_on, paper, str(info.year), "yes" if info.needs_training else "no")
     Console().print(table)
 

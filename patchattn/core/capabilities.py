@@ -25,10 +25,10 @@ def _needed(call: AttentionCall, asked: Collection[str]) -> set[str]:
     if torch.compiler.is_compiling():
         needed.add("compile")
         return needed  # what follows reads values
-    asked_of_values = not {"padding", "static_cache"}.isdisjoint(asked)
     if keys > rows and call.is_causal and not call.site.is_cross:
         needed.add("kv_cache")
-    if asked_of_values and call.mask.given is not None and bool((call.mask.counts()[:, -1] < keys).any()):
-        cache = call.context.layer.cache if call.context.layer is not None else None
-        needed.add("static_cache" if getattr(cache, "is_compileable", False) else "padding")
+    cache = call.context.layer.cache if call.context.layer is not None else None
+    unseen = "static_cache" if getattr(cache, "is_compileable", False) else "padding"
+    if unseen in asked and call.mask.given is not None and bool((call.mask.counts()[:, -1] < keys).any()):
+        needed.add(unseen)
     return needed

@@ -107,6 +107,7 @@ class VariantChain(nn.Module):
         active = [(name, v) for name in self.names() if not (v := self._variant(name)).is_identity]
         self.active = tuple(name for name, _ in active)
         self.telling = tuple(name for name, v in active if type(v).key_facts is not Variant.key_facts)
+        self.ruling = tuple(name for name, v in active if type(v).rule is not Variant.rule)
         self.taps_cache = bool(self.telling) or any(v.changes_cache or v.keeps_state for _, v in active)
         self.needs_context = self.taps_cache or bool(self.probes) or any(v.needs_context for _, v in active)
         own_weights = [variant_info(name).innermost for name, _ in active]
@@ -169,6 +170,8 @@ class VariantChain(nn.Module):
             told = self._variant(name)("key_facts", call)
             if told:
                 call = call.replace(facts={**call.facts, **call.context.remembered(name, told)})
+        for name in self.ruling:
+            call = call.seeing(self._variant(name)("rule", call))
         if any(probe.at == "base" for probe in self.probes):
             return self._attend_through(base, call)
         return self._attend(0, base, call)

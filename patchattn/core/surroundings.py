@@ -180,6 +180,17 @@ class Surroundings:
         layer = self._cache_layer()
         return layer.columns() if isinstance(layer, TrackedLayer) and not self.site.is_cross else None
 
+    def claim(self, owner: str) -> bool:
+        """Be the only one who drops keys of the kv cache that this call writes to; false without a cache.
+
+        Raises:
+            NotImplementedError: as `keep`.
+        """
+        layer = self._own_layer(owner)
+        if layer is not None:
+            layer.claim(f"{owner} in {self.site.name}")
+        return layer is not None
+
     def keep(
         self, owner: str, kept: torch.Tensor, *, bound: int | None = None, slack: int = 16, since: int = 0
     ) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from ..files.documents import concerning, quoted
 from .call import AttentionCall, Observation
 from .hooks import Hook
+from .mask import Keep
 from .renaming import Renaming
 from .settings import Settings, nearest
 from .sites import AttentionSite
@@ -21,7 +22,7 @@ Attend = Callable[[AttentionCall], AttentionOutput]
 
 Observer = Callable[[Observation], None]
 
-Kind = Literal["attention", "surgery", "decoding"]
+Kind = Literal["attention", "surgery", "decoding", "cache"]
 Capability = Literal[
     "causal",  # causal self-attention
     "bidirectional",  # encoders
@@ -113,7 +114,7 @@ class Variant(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define attend(call, inner).")
 
-    def forward(self, stage: Literal["attend", "before_cache", "key_facts"], *arguments: Any) -> Any:
+    def forward(self, stage: Literal["attend", "before_cache", "key_facts", "rule"], *arguments: Any) -> Any:
         """Run one stage. What gathers parameters before a forward (FSDP, accelerate's offloading) relies on it."""
         return getattr(self, stage)(*arguments)
 
@@ -197,6 +198,13 @@ class Variant(nn.Module):
         """
         return {}
 
+    def rule(self, call: AttentionCall) -> Keep | None:
+        """What queries see at most, told from columns or from earlier calls; `None`: everything.
+
+        The chain asks before the outermost variant, all of which then see that mask, in whatever order they are.
+        """
+        return None
+
     def hooks(self, model: nn.Module) -> list[Hook]:
         """Methods of this variant to be called around modules of the model other than the attention module.
 
@@ -239,8 +247,8 @@ class VariantInfo:
         title, arxiv_id, year: the paper.
         code: where the authors' own code is, `None` if none was released.
         needs_training: whether it is of use only after training.
-        looks_ahead: whether the rows of one call depend on later rows of it, so that decoding token by token is not one
-            forward over all tokens; its page says what is.
+        looks_ahead: whether the rows of one call depend on later rows of it, or those of later calls on where one ends,
+            so that decoding token by token is not one forward over all tokens; its page says what is.
         innermost: whether it computes attention weights itself, from the call as it gets it, so that no other variant
             can come after it.
         capabilities: what it supports; anything else is refused.
@@ -267,7 +275,8 @@ class VariantInfo:
 
     @property
     def kind(self) -> Kind:
-        """`attention` changes calls of attention; `surgery` weights and shapes; `decoding` the logits."""
+        """`attention` changes calls of attention; `surgery` weights and shapes; `decoding` the logits; `cache` which
+        keys a kv cache keeps."""
         return self.variant.kind
 
     @property

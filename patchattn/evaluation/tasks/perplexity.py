@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...core.patching import applied_patches
+from ...core.registry import variant_info
 from ...core.selection import base_model
 from ...core.settings import Settings, option
 from .cost import measured
@@ -131,7 +132,13 @@ class PerplexityTask(EvalTask):
         """
         if model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} has an encoder; expected a model with a decoder alone.")
-        if ahead := [p.variant for p in applied_patches(base_model(model)) if p.looks_ahead]:
+        ahead = [patch.variant for patch in applied_patches(base_model(model)) if patch.looks_ahead]
+        if dropping := [name for name in ahead if variant_info(name).kind == "cache"]:
+            raise ValueError(
+                f"Under {dropping[0]!r} a window in one forward is that of the unpatched model: keys are dropped "
+                "between calls, by scores of the calls before."
+            )
+        if ahead:
             raise ValueError(
                 f"Under {ahead[0]!r} the rows of one forward depend on later ones: it would know what it is to predict."
             )

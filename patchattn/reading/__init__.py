@@ -1,0 +1,1 @@
+"""Bases of variants that choose which keys are read or kept."""

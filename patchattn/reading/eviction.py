@@ -1,0 +1,158 @@
+"""Variants that choose which keys a kv cache keeps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..cache.state import SequenceState
+from ..core.call import AttentionCall
+from ..core.mask import Keep
+from ..core.settings import option
+from ..core.sites import AttentionSite
+from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
+from .budgets import Budget, BudgetConfig, best
+
+# Encoders, other sequences and position biases of the stored length have no keys that could be dropped; static caches
+# and compiled calls cannot let go of any.
+CAPABILITIES = ALL_CAPABILITIES - {"bidirectional", "cross", "position_bias", "static_cache", "compile"}
+
+Event = Literal["prompt", "chunk", "call"]
+_DECIDED = "kept"  # keys that the next single token will see, of those stored
+_MAY_BE_GUESSES = (
+    "chooses keys at the end of a prompt, and what it was just given may hold guesses that are taken back: no assisted "
+    "decoding, and no crop before the next single token, under this variant."
+)
+_DROPPED = (
+    "has dropped keys by scores of the last tokens, and takes none of those back: no cropped cache, and so no assisted "
+    "decoding, under this variant."
+)
+
+
+class EvictionVariant(Variant):
+    """A variant that drops keys of the kv cache; without one it drops nothing.
+
+    A subclass gives `rule`, what queries see at most, and `forget`, which keys no later call will see.
+    """
+
+    kind = "cache"
+    keeps_state = True
+    name: ClassVar[str]  # as it is registered
+
+    def __init__(self, config: Any, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        given = [
+            f"{item.name}={value}" for item in fields(config) if (value := getattr(config, item.name)) != item.default
+        ]
+        self.owner = f"{self.name}({', '.join(given)})"  # whoever has other settings is another one
+
+    @classmethod
+    def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
+        """Leave out attention without a kv cache of its own: of encoders, and to other sequences."""
+        own = [
+            site for site in sites if not site.is_cross and getattr(model.get_submodule(site.name), "is_causal", True)
+        ]
+        if not own:
+            raise NotImplementedError(
+                f"{cls.name!r} drops keys of a kv cache, and no attention module that was chosen in "
+                f"{type(model).__name__} is causal self-attention, which has one."
+            )
+        return config, own
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        has_cache = call.context.claim(self.owner)
+        output = inner(call)
+        if has_cache:
+            self.forget(call)
+        return output
+
+    def forget(self, call: AttentionCall) -> None:
+        """After attention: tell the kv cache by `call.context.keep` what is left."""
+        raise NotImplementedError(f"{type(self).__name__} must define forget(call).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredConfig(BudgetConfig):
+    """Settings of variants that keep the keys with the highest scores."""
+
+    event: Event = option(
+        "prompt",
+        help="When keys are dropped: 'prompt', at the first single token after calls of several, so that chunks of a "
+        "prompt do not matter; 'chunk', at the end of every call of several tokens; 'call', at the end of every call.",
+        source="the papers compress a prompt once",
+        choices=("prompt", "chunk", "call"),
+    )
+
+
+class ScoredEviction(EvictionVariant):
+    """Keeps the keys with the highest scores of each kv head, of equal ones those that came first.
+
+    A subclass gives `scores` and `default_budget`, and may reserve `last` keys.
+    """
+
+    config: ScoredConfig
+    default_budget: ClassVar[int]
+
+    def __init__(self, config: ScoredConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        self.budget = Budget(config, self.default_budget, site)
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"budget": 1 << 30, "compression_ratio": None}
+
+    @property
+    def last(self) -> int:
+        """So many last keys are kept whatever their scores."""
+        return 0
+
+    def scores(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
+        """`(B, 1 or Hkv, Tk)` of the keys of a call, in float32 at least; a dimension of 1: one set for all heads.
+
+        Args:
+            call: the call whose end decides.
+            state: what may be remembered of the sequence.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define scores(call, state).")
+
+    def observe(self, call: AttentionCall, state: SequenceState) -> None:
+        """Remember what scores will need of a call, in every call."""
+
+    def chosen(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
+        """`(B, 1 or Hkv, Tk)` bool: the keys that are kept."""
+        return best(self.scores(call, state), call.mask.real_keys(), self.budget.of(call), self.last)
+
+    def bound(self, columns: int) -> int | None:
+        """Most keys that are kept of a row and head that has seen so many, padding included; `None`: ask the device."""
+        return self.budget.most(columns)
+
+    def rule(self, call: AttentionCall) -> Keep | None:
+        if self.config.event != "prompt" or call.query.shape[2] > 1:
+            return None
+        state = call.context.sequence_state(self.owner)
+        kept = None if state is None else state.tensors.get(_DECIDED)
+        return None if kept is None else F.pad(kept, (0, 1), value=True)
+
+    def forget(self, call: AttentionCall) -> None:
+        state, event, is_single = call.context.sequence_state(self.owner), self.config.event, call.query.shape[2] == 1
+        if state is None:
+            return
+        self.observe(call, state)
+        columns = call.mask.columns
+        kept = state.tensors.pop(_DECIDED, None)
+        if is_single and kept is not None:
+            kept = F.pad(kept, (0, 1), value=True)
+            call.context.keep(self.owner, kept, bound=self.bound(columns - 1), slack=0, since=1)
+            state.settled = None
+        if (is_single and event != "call") or call.mask.keys <= self.budget.least(columns):
+            return
+        kept = self.chosen(call, state)
+        if event == "prompt":
+            state.write(_DECIDED, kept)
+            state.settled = _MAY_BE_GUESSES
+        else:
+            call.context.keep(self.owner, kept, bound=self.bound(columns), slack=0)
+            state.settled = _DROPPED

@@ -1,0 +1,1 @@
+"""Keys are dropped from the kv cache."""

@@ -1,0 +1,117 @@
+"""What tests of caches that forget are made of: prompts, what attention saw in each call, one forward under that."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import patchattn
+from patchattn.core.kv_caches import cache_argument
+from patchattn.core.registry import temporarily_registered
+
+from .families import FAMILIES
+
+LENGTHS = (12, 9, 7)  # of three left-padded prompts
+HOW = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
+
+
+class Watch(patchattn.Variant):
+    """Notes of every call which columns of which keys each query sees, and queries, keys and values."""
+
+    config_class = patchattn.VariantConfig
+    calls: list[dict[str, Any]] = []
+
+    def attend(self, call: Any, inner: Any) -> Any:
+        seen, index = call.mask.seen(), call.mask.index
+        heads, columns = call.query.shape[1], call.mask.columns
+        seen = seen.expand(len(call.query), heads, -1, -1)
+        if index is not None:
+            found = torch.zeros(*seen.shape[:3], columns, dtype=torch.int32)
+            places = index.expand(len(seen), -1, -1).repeat_interleave(heads // index.shape[1], dim=1)
+            places = places[:, :, None].expand(seen.shape)
+            seen = found.scatter_add_(-1, places.clamp(min=0), (seen & (places >= 0)).int()) > 0
+        states = {"query": call.query, "key": call.key, "value": call.value}
+        self.calls.append({"layer": self.site.layer_index, "seen": seen, "index": index, **states})
+        return inner(call)
+
+
+class Told(patchattn.Variant):
+    """Sees of the keys of one forward what it is told, by layer."""
+
+    config_class = patchattn.VariantConfig
+    seen: dict[int, torch.Tensor] = {}
+
+    def attend(self, call: Any, inner: Any) -> Any:
+        return inner(call.seeing(self.seen[self.site.layer_index]))
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    words = {"title": "", "summary": "", "extra_parameters": "", "arxiv_id": None, "year": 2026}
+    with ExitStack() as stack:
+        for name, variant in (("watch", Watch), ("told", Told)):
+            info = patchattn.VariantInfo(name=name, variant=variant, needs_training=False, **words)
+            stack.enter_context(temporarily_registered(info))
+        yield
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `(3, 12)` of prompts, and bool which of them are text."""
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    real = torch.tensor([[place >= 12 - length for place in range(12)] for length in LENGTHS])
+    return ids.masked_fill(~real, 0), real
+
+
+def extended(real: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(real, (0, length - real.shape[1]), value=True)
+
+
+def fed(model: Any, cache: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Logits of calls of these sizes, one after the other, behind what the cache has seen."""
+    start, parts = cache.get_seq_length(), []
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    for size in sizes:
+        given = {"attention_mask": real[:, : start + size].long(), "position_ids": positions[:, start : start + size]}
+        with torch.no_grad():
+            parts.append(model(ids[:, start : start + size], **given, **cache_argument(model, cache)).logits)
+        start += size
+    return torch.cat(parts, dim=1)
+
+
+def watched(
+    variant: str, settings: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Sequence[int]
+) -> tuple[torch.Tensor, list[list[dict[str, Any]]], Any]:
+    """Logits of calls of these sizes, what attention saw, by layer and call, and the cache afterwards."""
+    model = FAMILIES["llama"].make_exact()
+    patchattn.patch_model(model, [variant, "watch"], {variant: settings})
+    Watch.calls.clear()
+    cache = DynamicCache()
+    logits = fed(model, cache, ids, real, sizes)
+    layers = sorted({call["layer"] for call in Watch.calls})
+    return logits, [[call for call in Watch.calls if call["layer"] == layer] for layer in layers], cache
+
+
+def seen_by_row(calls: list[dict[str, Any]]) -> torch.Tensor:
+    """`(B, H, T, T)` bool: what the rows of the calls of a layer saw, over all columns."""
+    total = calls[-1]["seen"].shape[-1]
+    parts = [torch.nn.functional.pad(call["seen"], (0, total - call["seen"].shape[-1])) for call in calls]
+    return torch.cat(parts, dim=2)
+
+
+def dense(seen: Sequence[torch.Tensor], ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Logits of one forward without a cache in which the rows of every layer see just that."""
+    Told.seen = dict(enumerate(seen))
+    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "told")
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(ids, attention_mask=real.long(), position_ids=positions, use_cache=False).logits
+
+
+def kept_by_loops(scores: Sequence[float], real: Sequence[bool], count: int, last: int = 0) -> list[int]:
+    """The places of the best real keys, ascending; of equal ones the first; the last ones come before all."""
+    places = [place for place, each in enumerate(real) if each]
+    near = places[max(0, len(places) - min(last, count)) :]
+    rest = sorted((place for place in places if place not in near), key=lambda place: -scores[place])
+    return sorted([*near, *rest[: max(0, count - len(near))]])

@@ -1,0 +1,90 @@
+"""StreamingLLM against masks written by loops from the definition."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import patchattn
+from patchattn.core.kv_caches import find_cache
+
+from .evictions import HOW, dense, extended, fed, padded, registered
+from .families import FAMILIES
+
+SINKS, RECENT, SLACK = 2, 4, 3
+SETTINGS = {"sinks": SINKS, "recent": RECENT, "slack": SLACK}
+
+
+def visible(real: torch.Tensor, sinks: int = SINKS, recent: int = RECENT) -> torch.Tensor:
+    """`(B, 1, T, T)` bool: the first real keys, the last ones before a row, and its own."""
+    batch, length = real.shape
+    seen = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    for row, tokens in enumerate(real.tolist()):
+        places = [place for place in range(length) if tokens[place]]
+        for query in range(length):
+            before = [place for place in places if place < query]
+            for key in {*places[:sinks], *before[-recent:], query} & set(range(query + 1)):
+                seen[row, 0, query, key] = True
+    return seen
+
+
+@pytest.mark.parametrize("sizes", [[36], [12, *[1] * 24], [5, 7, 1, 6, *[1] * 17], [1] * 36])
+def test_any_calls_are_one_forward_under_that_mask(sizes: list[int]) -> None:
+    ids, real = padded()
+    ids, real = torch.cat([ids, ids.clamp(min=3), ids.clamp(min=3)], dim=1), extended(real, 36)
+    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "streaming_llm", SETTINGS)
+    cache = DynamicCache()
+    found = fed(model, cache, ids, real, sizes)
+    with registered():
+        expected = dense([visible(real)] * 2, ids, real)
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+    for layer in cache.layers:
+        assert layer.keys.shape[2] == SINKS + RECENT + SLACK
+
+
+def test_a_row_sees_sinks_recent_and_its_own() -> None:
+    real = torch.ones(1, 30, dtype=torch.bool)
+    assert visible(real).sum(-1).max() == SINKS + RECENT + 1
+    model, ids = FAMILIES["llama"].make_exact(), torch.arange(3, 33)[None]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits[0]
+        found = patchattn.patch_model(model, "streaming_llm", SETTINGS)(ids, use_cache=False).logits[0]
+    same = [torch.equal(one, other) for one, other in zip(plain.float(), found.float(), strict=True)]
+    assert same[: SINKS + RECENT + 1] == [True] * (SINKS + RECENT + 1)
+    assert not any(same[SINKS + RECENT + 1 :])
+
+
+def test_as_many_as_the_slack_are_taken_back() -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "streaming_llm", SETTINGS)
+    ids, real = torch.arange(3, 43)[None], torch.ones(1, 40, dtype=torch.bool)
+    cache, straight = DynamicCache(), DynamicCache()
+    fed(model, cache, ids, real, [1] * 25)
+    cache.crop(-SLACK)
+    other = torch.cat([ids[:, : 25 - SLACK], ids[:, :9]], dim=1)
+    found = fed(model, cache, other, real, [4, 1, 2])
+    fed(model, straight, other, real, [1] * (25 - SLACK))
+    torch.testing.assert_close(found, fed(model, straight, other, real, [1] * 7), rtol=1e-9, atol=1e-9)
+    with pytest.raises(NotImplementedError, match=r"streaming_llm\(.*cannot take back the last 6 tokens"):
+        cache.crop(-6)
+
+
+def test_right_padding_is_not_among_the_recent_keys() -> None:
+    ids, real = padded()
+    ids, real = torch.cat([ids.clamp(min=3), ids.clamp(min=3)], dim=1), torch.ones(3, 24, dtype=torch.bool)
+    real[0, 20:] = real[1, 13:15] = False
+    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "streaming_llm", SETTINGS)
+    found = fed(model, DynamicCache(), ids, real, [12, 8, *[1] * 4])
+    with registered():
+        expected = dense([visible(real)] * 2, ids, real)
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+def test_memory_does_not_grow() -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "streaming_llm", SETTINGS)
+    caches = [find_cache(model.generate(padded()[0], max_new_tokens=length, **HOW).values()) for length in (20, 60)]
+    assert patchattn.cache_report(caches[0]).stored_bytes == patchattn.cache_report(caches[1]).stored_bytes
+
+
+@pytest.mark.parametrize(("setting", "value"), [("sinks", -1), ("recent", 0), ("slack", -1), ("recent", 1 << 40)])
+def test_settings_out_of_range(setting: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{setting} must lie between"):
+        patchattn.patch_model(FAMILIES["llama"].make(), "streaming_llm", **{setting: value})
