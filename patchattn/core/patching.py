@@ -78,7 +78,7 @@ def patch_model(
     base = base_model(model)
     chosen = _settings_per_variant(variant, config, settings)
     sites: list[AttentionSite] = []
-    if any(info.kind != "decoding" for info, _ in chosen):
+    if not all(info.variant.acts_on_logits for info, _ in chosen):
         sites = select_sites(base, layers=layers, modules=modules)
     elif layers is not None or modules is not None:
         raise ValueError(
@@ -86,7 +86,7 @@ def patch_model(
         )
     patches = []
     for info, given in chosen:
-        offered = find_sites(base) if info.kind == "decoding" else sites
+        offered = find_sites(base) if info.variant.acts_on_logits else sites
         configured, own = info.fitted(given, base, offered)
         patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
     apply_patches(base, patches)
@@ -129,7 +129,7 @@ def apply_patches(
             raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
     refuse_probed(model)
     host().refuse_bases(model, names)
-    _refuse_second_branch([*applied_patches(model), *patches])
+    _refuse_two_on_logits([*applied_patches(model), *patches])
     numbers = [variant.number for chain in active_chains(model).values() for variant in chain.variants().values()]
     # Build everything before touching the model, so that a failure leaves it as it was. What exchanges parts of it is
     # the exception: who comes after must find the new shapes.
@@ -142,7 +142,7 @@ def apply_patches(
             for one in added:
                 one.variant.exchange(model)
                 exchanged.append(one.variant)
-            if variant_info(patch.variant).kind == "surgery":
+            if variant_info(patch.variant).variant.exchanges():
                 known = {site.name: site for site in find_sites(model)}
         if initialise is not None:
             initialise(_values(model, built))
@@ -327,17 +327,18 @@ def _refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
             f"{last!r} computes attention weights itself, so that nothing can come after it: put {variant!r} before "
             f"it, as in [{variant!r}, {last!r}]."
         )
-    others = [other for other in taken if variant_info(other).kind != "surgery"]
-    if others and info.kind == "surgery":
+    others = [other for other in taken if not variant_info(other).variant.exchanges()]
+    if others and info.variant.exchanges():
         raise ValueError(
             f"{variant!r} changes the shapes of {name}, which {others[0]!r} was made for: put it first, as in "
             f"[{variant!r}, {others[0]!r}]."
         )
 
 
-def _refuse_second_branch(patches: Sequence[Patch]) -> None:
-    """ValueError if there is more than one decoding variant: a model has one second branch."""
-    decoding = [info.variant.__name__ for patch in patches if (info := variant_info(patch.variant)).kind == "decoding"]
+def _refuse_two_on_logits(patches: Sequence[Patch]) -> None:
+    """ValueError if more than one variant acts on logits."""
+    variants = [variant_info(patch.variant).variant for patch in patches]
+    decoding = [variant.__name__ for variant in variants if variant.acts_on_logits]
     if len(decoding) > 1:
         raise ValueError(
             f"A model decodes with one decoding variant at a time, got {', '.join(decoding)}. Call "

@@ -78,8 +78,9 @@ class Variant(nn.Module):
     """
 
     config_class: ClassVar[type[VariantConfig]]
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[Kind] = "attention"  # for who lists variants; the core reads what the class does
     attends: ClassVar[bool] = True  # changes calls of attention, so that its place among other variants counts
+    acts_on_logits: ClassVar[bool] = False  # it chooses its own attention modules, and is the model's only such variant
 
     def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__()
@@ -147,6 +148,11 @@ class Variant(nn.Module):
 
     def check_undo(self, model: nn.Module) -> None:
         """ValueError if what `exchange` took out cannot be put back."""
+
+    @classmethod
+    def exchanges(cls) -> bool:
+        """Whether it changes the model itself: it then comes before all that is made for the shapes it leaves."""
+        return cls.exchange is not Variant.exchange
 
     def carried(self) -> list[str]:
         """Names, in the model's state dict, of exchanged parameters whose values only this patch knows."""

@@ -91,6 +91,7 @@ class DecodingVariant(Variant):
 
     kind = "decoding"
     attends = False
+    acts_on_logits = True
     generator = ""  # module whose output holds the logits; set by `prepare`
 
     def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:

@@ -161,7 +161,7 @@ def _card(base: nn.Module, report: str | PathLike[str] | None) -> ModelCard:
         **metadata,
     )
     body = "\n\n".join([f"# {title}", *sections])
-    changes_shapes = any(variant_info(patch.variant).kind == "surgery" for patch in patches)
+    changes_shapes = any(variant_info(patch.variant).variant.exchanges() for patch in patches)
     alone = "it is refused, for the shapes of its weights" if changes_shapes else "the attention variants are left out"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{_USAGE.format(alone=alone)}")
 
