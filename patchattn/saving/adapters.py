@@ -7,7 +7,8 @@ every adapter of a patched model, and what loads adapters, PEFT's or transformer
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from ..core.patching import applied_patches, is_patched
 from ..core.plan import Patch
 from ..core.selection import base_model
 from ..files.documents import read_json_object
-from ..files.folders import replacing, settled
+from ..files.folders import replacing
 from ..files.untrusted import ADAPTER_CONFIG, found_file
 from .checkpoint import as_named_in, learnt, patch_content
-from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, read_patch, read_tensors, write_patch
+from .patch_files import CONFIG_FILE, TENSORS_FILE, read_both, write_patch
 
 _PLACE = ("subfolder", "revision", "token", "cache_dir")
 
@@ -37,75 +38,65 @@ def guard_adapters() -> None:
     for owner in (PeftModel, PeftMixedModel, PreTrainedModel):
         _change(owner, "load_adapter", _loading)
     for owner in (PeftModel, PeftMixedModel):
-        # A class method, so that what it is bound to comes before the model.
-        changed = _checking(owner.from_pretrained.__func__)
-        owner.from_pretrained = classmethod(changed)
+        _change(owner, "from_pretrained", _checking)
 
 
-def _change(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
-    setattr(owner, name, around(getattr(owner, name)))
-
-
-def _saving(original: Any) -> Any:
-    """`PeftModel.save_pretrained` that writes the patch into the folder of every adapter it saves."""
+def _change(owner: Any, name: str, around: Callable[[dict[str, Any]], AbstractContextManager[None]]) -> None:
+    """Have a method, of objects or of the class, run within what `around` makes of its arguments by name."""
+    found = inspect.getattr_static(owner, name)
+    original = getattr(found, "__func__", found)
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = _given(signature, self, *args, **kwargs)
-        if not given["is_main_process"]:
-            return original(self, *args, **kwargs)
-        names = [name for name in given["selected_adapters"] or self.peft_config if name in self.peft_config]
-        root = Path(given["save_directory"])
-        folders = {name: root if name == "default" else root / name for name in names}
-        if not is_patched(self):
-            for folder in folders.values():
-                if (folder / CONFIG_FILE).is_file():
-                    raise ValueError(
-                        f"{folder} holds a patch, and this model has none: beside it, its adapter would be taken for "
-                        f"one of a patched model. Save elsewhere, or take {CONFIG_FILE} away first."
-                    )
-            return original(self, *args, **kwargs)
-        contents = {name: patch_content(self, adapter=name, whole=given.get("state_dict")) for name in names}
-        result = original(self, *args, **kwargs)
-        for name, (content, tensors) in contents.items():
-            with replacing(folders[name]) as folder:
-                write_patch(folder, content, tensors)
-        return result
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with around(_given(signature, *args, **kwargs)):
+            return original(*args, **kwargs)
 
-    return save_pretrained
+    setattr(owner, name, classmethod(changed) if isinstance(found, classmethod) else changed)
 
 
-def _loading(original: Any) -> Any:
-    """A model's `load_adapter` that refuses what was trained on another patch, and fills in what only the patch has."""
-    signature = inspect.signature(original)
+@contextmanager
+def _saving(given: dict[str, Any]) -> Iterator[None]:
+    """`PeftModel.save_pretrained`, which then writes the patch into the folder of every adapter that it saves."""
+    model, *_ = given.values()
+    if not given["is_main_process"]:
+        yield
+        return
+    names = [name for name in given["selected_adapters"] or model.peft_config if name in model.peft_config]
+    root = Path(given["save_directory"])
+    folders = {name: root if name == "default" else root / name for name in names}
+    contents = {}
+    if is_patched(model):
+        contents = {name: patch_content(model, adapter=name, whole=given.get("state_dict")) for name in names}
+    elif taken := [folder for folder in folders.values() if (folder / CONFIG_FILE).is_file()]:
+        raise ValueError(
+            f"{taken[0]} holds a patch, and this model has none: beside it, its adapter would be taken for one of a "
+            f"patched model. Save elsewhere, or take {CONFIG_FILE} away first."
+        )
+    yield
+    for name, (content, tensors) in contents.items():
+        with replacing(folders[name]) as folder:
+            write_patch(folder, content, tensors)
 
-    @functools.wraps(original)
-    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = _given(signature, self, *args, **kwargs)
-        others = set(getattr(self, "peft_config", {})) - {given["adapter_name"] or "default"}
-        tensors = _beside(self, list(given.values())[1], given, others)
-        result = original(self, *args, **kwargs)
-        with torch.no_grad():
-            for name, own in learnt(base_model(self)).items() if tensors else ():
-                own.copy_(tensors[name])
-        return result
 
-    return load_adapter
+@contextmanager
+def _loading(given: dict[str, Any]) -> Iterator[None]:
+    """A model's `load_adapter`: it refuses what was trained on another patch, and fills in what only the patch has."""
+    model, source, *_ = given.values()
+    others = set(getattr(model, "peft_config", {})) - {given["adapter_name"] or "default"}
+    tensors = _beside(model, source, given, others)
+    yield
+    with torch.no_grad():
+        for name, own in learnt(base_model(model)).items() if tensors else ():
+            own.copy_(tensors[name])
 
 
-def _checking(original: Any) -> Any:
-    """`from_pretrained` of a class of PEFT that refuses before it changes the model."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        given = _given(signature, cls, *args, **kwargs)
-        _, model, source, *_ = given.values()
-        _beside(model, source, given, set(getattr(model, "peft_config", {})))
-        return original(cls, *args, **kwargs)
-
-    return from_pretrained
+@contextmanager
+def _checking(given: dict[str, Any]) -> Iterator[None]:
+    """`from_pretrained` of a class of PEFT, which refuses before it changes the model."""
+    _, model, source, *_ = given.values()
+    _beside(model, source, given, set(getattr(model, "peft_config", {})))
+    yield
 
 
 def _given(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -137,14 +128,9 @@ def _beside(
     adapter = None if path is None else found_file(source, ADAPTER_CONFIG, **place)
     if path is None or adapter is None:
         return {}
-
-    def read() -> tuple[SavedPatch, dict[str, torch.Tensor]]:
-        found_file(source, TENSORS_FILE, **place)
-        saved = read_patch(path.parent)
-        return saved, read_tensors(saved)
-
+    found_file(source, TENSORS_FILE, **place)  # of a Hub repository, brings it to the same folder
     base = base_model(model)
-    saved, tensors = as_named_in(base, *settled(path.parent, read))
+    saved, tensors = as_named_in(base, *read_both(path.parent))
     here = applied_patches(base)
     ways = (
         f"patchattn.from_pretrained({str(source)!r}) loads base model, patch and adapter; or call "

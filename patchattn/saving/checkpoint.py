@@ -30,7 +30,7 @@ from ..files.documents import concerning, naming, quoted, read_json_object
 from ..files.folders import replacing, settled
 from ..files.untrusted import ADAPTER_CONFIG, refuse_code, refuse_pickled_adapter
 from ..version import __version__
-from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, is_finite, read_patch, read_tensors, write_patch
+from .patch_files import CONFIG_FILE, TENSORS_FILE, SavedPatch, is_finite, read_both, read_patch, write_patch
 from .pretrained import readable
 from .whole_model import listed, patched_class, saved_plan
 from .whole_model import model_class as transformers_class
@@ -137,13 +137,7 @@ def load_patch(
     if is_patched(base):
         raise ValueError("load_patch expects an unpatched model; this one is patched. Call unpatch_model first.")
     folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
-
-    def read() -> tuple[SavedPatch, dict[str, torch.Tensor]]:
-        found = read_patch(folder)
-        return found, read_tensors(found)
-
-    saved, tensors = settled(folder, read)
-    saved, tensors = as_named_in(base, saved, tensors)
+    saved, tensors = as_named_in(base, *read_both(folder))
     _refuse_other_base(base, saved)
     try:
         initialise = functools.partial(_fill, tensors=tensors, path=folder / TENSORS_FILE)
@@ -264,7 +258,7 @@ def _patched_base(kind: Any, name: str, where: Mapping[str, Any], folder: Path, 
             refuse_code(kind, name, kwargs, **where)
             unpatched = kind.from_pretrained(name, **where, **{"use_safetensors": True, **kwargs})
         return load_patch(unpatched, folder)
-    saved = read_patch(folder)
+    saved, tensors = read_both(folder)
     count = len(plan)
     if [patch.to_dict() for patch in plan] != [patch.to_dict() for patch in saved.patches[:count]]:
         raise ValueError(
@@ -274,7 +268,7 @@ def _patched_base(kind: Any, name: str, where: Mapping[str, Any], folder: Path, 
     base = patched_class(kind).from_plan(plan, name, **where, **kwargs)
     apply_patches(base, saved.patches[count:])
     with concerning(folder):
-        _fill(learnt(base), read_tensors(saved), folder / TENSORS_FILE)
+        _fill(learnt(base), tensors, folder / TENSORS_FILE)
     return base
 
 

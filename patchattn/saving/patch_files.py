@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 
 from ..core.plan import FORMAT_VERSION, Patch
 from ..files.documents import naming, quoted, read_json_object, write_json
+from ..files.folders import settled
 
 CONFIG_FILE = "patchattn_config.json"
 TENSORS_FILE = "patchattn_model.safetensors"
@@ -119,6 +120,16 @@ def read_tensors(saved: SavedPatch) -> dict[str, torch.Tensor]:
         return load(content)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}.") from error
+
+
+def read_both(folder: Path) -> tuple[SavedPatch, dict[str, torch.Tensor]]:
+    """Both files, of one save; ValueError as `read_patch` and `read_tensors`."""
+
+    def read() -> tuple[SavedPatch, dict[str, torch.Tensor]]:
+        saved = read_patch(folder)
+        return saved, read_tensors(saved)
+
+    return settled(folder, read)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
