@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import patchattn
-from patchattn.core.call import Places
+from patchattn.core.places import Places
 from patchattn.core.registry import temporarily_registered
 from patchattn_kernels import sink_and_recent
 

@@ -12,8 +12,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.integrations import flash_attention
 
 import patchattn
-from patchattn.core.call import Places
 from patchattn.core.kv_caches import cache_argument
+from patchattn.core.places import Places
 from patchattn.core.registry import temporarily_registered
 from patchattn_kernels import sink_and_recent
 

@@ -12,22 +12,9 @@ from patchattn_kernels import AttentionRule
 from .host import host
 from .keeping import of_query_heads
 from .mask import Keep, Mask
+from .places import Places, gathered, of_places, taken
 from .sites import AttentionSite
 from .surroundings import LayerContext, Surroundings
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Some of the keys of a call.
-
-    Attributes:
-        index: `(B or 1, 1 or Hkv, K)` which ones, ascending, -1 of empty slots, which come first. A head dimension of 1
-            says "the same in all heads".
-        has_empty: whether there are empty slots; true where that is not known without asking the device.
-    """
-
-    index: torch.Tensor
-    has_empty: bool = False
 
 
 @dataclass(eq=False)
@@ -126,19 +113,18 @@ class AttentionCall:
 
         No variant that remembers something of every key may come after it.
         """
+        places = places.of_keys(self.key.shape[2])
         index, kwargs = places.index, self.kwargs
+        mask = self.mask.at(index, has_empty=places.has_empty)
         bias = kwargs.get("position_bias")
         if bias is not None:
             heads = of_query_heads(index, self.query.shape[1])[:, :, None]
-            kwargs = {**kwargs, "position_bias": _gathered(bias, heads)}
+            kwargs = {**kwargs, "position_bias": gathered(bias, heads)}
         return self.replace(
-            key=_taken(self.key, index),
-            value=_taken(self.value, index),
-            mask=self.mask.at(index, has_empty=places.has_empty),
-            facts={
-                name: _gathered(fact, index if fact.shape[1] == 1 else of_query_heads(index, fact.shape[1]))
-                for name, fact in self.facts.items()
-            },
+            key=taken(self.key, index),
+            value=taken(self.value, index),
+            mask=mask,
+            facts={name: of_places(fact, index) for name, fact in self.facts.items()},
             kwargs=kwargs,
             context=replace(self.context, of_some_keys=True),
         )
@@ -178,20 +164,6 @@ class AttentionCall:
             bias = bias if heads is None or bias.shape[1] == 1 else bias[:, heads]
         sinks = sinks if sinks is None or heads is None else sinks[heads]
         return mask.rule(self.scaling, softcap=self.kwargs.get("softcap"), bias=bias, sinks=sinks)
-
-
-def _taken(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`(B, Hkv, K, D)` some of the keys or values; rows of a matrix are taken faster than gathered one by one."""
-    batch, groups, keys, dim = tensor.shape
-    lines = torch.arange(batch * groups, device=tensor.device).view(batch, groups, 1)
-    places = lines * keys + index.clamp(min=0)
-    return tensor.reshape(-1, dim).index_select(0, places.flatten()).view(*places.shape, dim)
-
-
-def _gathered(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Entries `(..., K)` of `(..., N)` at places that are broadcast to it; those of empty slots are any."""
-    shape = torch.broadcast_shapes(tensor.shape[:-1], index.shape[:-1])
-    return tensor.expand(*shape, -1).gather(-1, index.clamp(min=0).expand(*shape, -1))
 
 
 @dataclass(eq=False)
