@@ -112,6 +112,10 @@ class AttentionCall:
         """The call on some of its keys: keys, values, mask, facts and position bias together.
 
         No variant that remembers something of every key may come after it.
+
+        Raises:
+            ValueError: the places are those of another number of heads or sequences.
+            IndexError: there is no such key or page; told on a CPU alone, for no other device is waited for.
         """
         places = places.of_keys(self.key.shape[2])
         index, kwargs = places.index, self.kwargs
