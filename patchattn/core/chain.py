@@ -14,15 +14,17 @@ from .capabilities import needed_capabilities
 from .context import current_context
 from .host import host
 from .mask import Mask
-from .packing import CHILD, SETTINGS, chain_on, packed_settings, refuse_other_settings
+from .packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
 from .plan import renamed_config
-from .probe import Probe
+from .probe import Looks, probes_on
 from .registry import variant_info
 from .renaming import Renaming
 from .sites import AttentionSite
 from .surroundings import LayerContext, Surroundings
 from .tap import is_shared
 from .variant import ALL_CAPABILITIES, AttentionOutput, Variant
+
+_NO_LOOKS = Looks()
 
 
 class VariantChain(nn.Module):
@@ -35,7 +37,6 @@ class VariantChain(nn.Module):
         super().__init__()
         self.site = site
         self.base = base
-        self.probes: tuple[Probe, ...] = ()
         self.stores_what_it_attends = False  # seen to be so, of the keys and values that it gives to a kv cache
         self._refresh()
         host().keep(self)
@@ -43,16 +44,6 @@ class VariantChain(nn.Module):
     def attach(self, name: str, variant: Variant) -> None:
         """Append a variant: it becomes the innermost one."""
         self.add_module(name, variant)
-        self._refresh()
-
-    def look(self, probe: Probe) -> None:
-        """Show every call to a probe."""
-        self.probes = (*self.probes, probe)
-        self._refresh()
-
-    def look_away(self, probe: Probe) -> None:
-        """The inverse of `look`."""
-        self.probes = tuple(other for other in self.probes if other is not probe)
         self._refresh()
 
     def names(self) -> list[str]:
@@ -109,22 +100,14 @@ class VariantChain(nn.Module):
         self.telling = tuple(name for name, v in active if type(v).key_facts is not Variant.key_facts)
         self.ruling = tuple(name for name, v in active if type(v).rule is not Variant.rule)
         self.taps_cache = bool(self.telling) or any(v.changes_cache or v.keeps_state for _, v in active)
-        self.needs_context = self.taps_cache or bool(self.probes) or any(v.needs_context for _, v in active)
-        own_weights = [variant_info(name).innermost for name, _ in active]
-        self.looks = tuple((probe.depth(own_weights), probe) for probe in self.probes)
-        fills = (probe.weights for probe in self.probes if any(own_weights))
-        self.fill_weights = next((fill for fill in fills if fill is not None), None)
-        self.reaches_base = any(probe.reaches_base for probe in self.probes)
+        self.needs_context = self.taps_cache or any(v.needs_context for _, v in active)
+        self.own_weights = tuple(variant_info(name).innermost for name, _ in active)
         self.storing = tuple(name for name, v in active if v.changes_cache)
         self.lacking = {
             name: missing
             for name, _ in active
             if (missing := frozenset(ALL_CAPABILITIES - variant_info(name).capabilities))
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        unseen = {"probes": (), "looks": (), "fill_weights": None, "reaches_base": False}
-        return {**self.__dict__, **unseen}  # who looks at this one does not look at its copies
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy or an unpickled chain needs the registration too
         super().__setstate__(state)
@@ -135,10 +118,11 @@ class VariantChain(nn.Module):
         host().keep(self)
 
     def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
-        context = current_context(given.module) if self.needs_context else None
+        looks = self._looks(given.module)
+        context = current_context(given.module) if self.needs_context or looks.probes else None
         layer: Any = None if context is None or context.tap is None else context.tap.layer
         if not isinstance(layer, TrackedLayer) or layer.apart is None:
-            output = self._attend_heads(given, base, context)
+            output = self._attend_heads(given, base, context, looks)
         else:
             output = attend_apart(
                 given,
@@ -146,17 +130,22 @@ class VariantChain(nn.Module):
                 layer.apart,
                 self.site,
                 self.active,
-                lambda part, is_apart: self._attend_heads(part, base, context, are_some=True, is_apart=is_apart),
+                lambda part, is_apart: self._attend_heads(part, base, context, looks, are_some=True, is_apart=is_apart),
             )
         if context is not None:
             context.rows_done += given.query.shape[2]
         return output
+
+    def _looks(self, module: nn.Module) -> Looks:
+        probes = probes_on(module)
+        return Looks(probes, self.own_weights) if probes else _NO_LOOKS
 
     def _attend_heads(
         self,
         given: ModuleCall,
         base: Callable[..., Any],
         context: LayerContext | None,
+        looks: Looks,
         *,
         are_some: bool = False,
         is_apart: bool = False,
@@ -172,11 +161,11 @@ class VariantChain(nn.Module):
                 call = call.replace(facts={**call.facts, **call.context.remembered(name, told)})
         for name in self.ruling:
             call = call.seeing(self._variant(name)("rule", call))
-        if any(probe.at == "base" for probe in self.probes):
-            return self._attend_through(base, call)
-        return self._attend(0, base, call)
+        if looks.at_base:
+            return self._attend_through(base, call, looks)
+        return self._attend(0, base, call, looks)
 
-    def _attend_through(self, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
+    def _attend_through(self, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
         """Attend, and refuse where the base implementation, which a probe looks at, was left out."""
         calls = 0
 
@@ -185,7 +174,7 @@ class VariantChain(nn.Module):
             calls += 1
             return base(*args, **kwargs)
 
-        output = self._attend(0, counted, call)
+        output = self._attend(0, counted, call, looks)
         if not calls:
             raise NotImplementedError(
                 f"{', '.join(map(repr, self.active))} computed a call of {self.site.name} without the base "
@@ -194,24 +183,19 @@ class VariantChain(nn.Module):
             )
         return output
 
-    def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
-        output, weights = self._attend_from(depth, base, call)
-        if weights is None and self.fill_weights is not None and depth == len(self.active):
-            weights = self.fill_weights(call)
-        for place, probe in self.looks:
-            if place == depth:
-                output = probe.see(call, output, weights)
-        return output, weights
+    def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
+        output, weights = self._attend_from(depth, base, call, looks)
+        return looks.shown(depth, call, output, weights)
 
-    def _attend_from(self, depth: int, base: Callable[..., Any], call: AttentionCall) -> AttentionOutput:
+    def _attend_from(self, depth: int, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
         if depth == len(self.active):
             mask, words = call.mask.rendered()
             return base(call.module, call.query, call.key, call.value, mask, **{**call.kwargs, **words})
 
         def inner(inner_call: AttentionCall) -> AttentionOutput:
-            return self._attend(depth + 1, base, inner_call)
+            return self._attend(depth + 1, base, inner_call, looks)
 
-        if depth + 1 == len(self.active) and not self.reaches_base:
+        if depth + 1 == len(self.active) and not looks.reaches_base:
             call = call.replace(innermost=True)
         return self._variant(self.active[depth])("attend", call, inner)
 
@@ -380,15 +364,3 @@ def active_chain(child: nn.Module, adapter: str | None = None) -> VariantChain:
     if adapter is not None or wrapper.disable_adapters or not wrapper.active_adapters:
         return cast(VariantChain, wrapper.original_module)
     return cast(VariantChain, wrapper.modules_to_save[wrapper.active_adapters[0]])
-
-
-def is_probed(model: nn.Module) -> bool:
-    """Whether a probe is on any attention module of the model."""
-    children = (child for module in model.modules() if (child := chain_on(module)) is not None)
-    return any(chain.probes for child in children for chain in chains_in(child))
-
-
-def refuse_probed(model: nn.Module) -> None:
-    """ValueError while a probe is on the model, which would not see what is exchanged under it."""
-    if is_probed(model):
-        raise ValueError(f"A probe is on this {type(model).__name__}: close it, then patch or unpatch the model.")

@@ -54,6 +54,13 @@ def close_context(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
         context.tap.close()
 
 
+def leave(module: nn.Module) -> None:
+    """The hooks of a module are taken off; if it runs now, none of them ends its call."""
+    context: LayerContext | None = getattr(_local, "context", None)
+    if context is not None and context.module is module:
+        _local.context = None
+
+
 def note_raw_query(norm: nn.Module, args: tuple[Any, ...]) -> None:
     """Pre-hook of a query norm: keep what it is about to normalise."""
     context = getattr(_local, "context", None)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..files.documents import parse_json
 from .plan import FORMAT_VERSION, Patch, gathered, narrowed, renamed_config
@@ -18,14 +17,7 @@ from .renaming import Renaming
 from .variant import VariantConfig
 
 CHILD = "patchattn"  # the name under which a chain of variants is attached to an attention module
-PROBED = "_patchattn_probed"  # attribute of one without variants that a probe looks at: an empty chain, no child
 SETTINGS = "_extra_state"  # and torch's name for what a module adds to its state dict
-
-
-def chain_on(module: nn.Module) -> nn.Module | None:
-    """The chain that an attention module runs, or PEFT's wrapper around several."""
-    child = module._modules.get(CHILD)
-    return getattr(module, PROBED, None) if child is None else child
 
 
 class Packed(NamedTuple):

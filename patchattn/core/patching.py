@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from .chain import VariantChain, active_chain, recall, refuse_probed, retire
+from .chain import VariantChain, active_chain, recall, retire
 from .hooks import install_hooks, remove_hooks
 from .host import find_sites, host
 from .notices import note_patched, note_releases, note_unpatched
 from .packing import CHILD
 from .plan import Patch, gathered
+from .probe import forget_probes, refuse_probed
 from .registry import variant_info
 from .selection import base_model, select_sites
 from .settings import nearest
@@ -374,6 +375,7 @@ def _like(variant: Variant, module: nn.Module) -> Variant:
 
 def _attach(module: nn.Module, site: AttentionSite, built: Built) -> None:
     if CHILD not in module._modules:
+        forget_probes(module)  # what a copy of a probed model keeps of it
         module.add_module(CHILD, VariantChain(site, host().base_of(module)).train(module.training))
     chain: Any = module._modules[CHILD]
     chain.site = site  # as the last surgery leaves it

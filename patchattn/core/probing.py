@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .call import AttentionCall
-from .chain import VariantChain, active_chain, chains_in, is_probed, retire
+from .chain import VariantChain, active_chain, retire
+from .context import leave
 from .hooks import remove_hooks
 from .host import host
-from .packing import CHILD, PROBED, chain_on
+from .packing import CHILD
 from .patching import active_chains, is_patched
-from .probe import Place, Probe, See
+from .probe import Place, Probe, See, chain_on, is_probed, place, probes_on, take_off
 from .registry import variant_info
 from .selection import base_model, select_sites
 from .sites import AttentionSite
@@ -69,7 +70,8 @@ def probed(
     The model, patched or not, computes the same to the last bit. Nothing is detached: gradients reach what `see` keeps,
     and what it gets must not be changed in place. It is called as often as attention is: again where checkpointing runs
     a forward again, in `backward`; for each chunk, where a module attends in chunks; for each part, where a kv cache
-    keeps some heads' keys apart. A model that is copied meanwhile is not looked at. What `see` raises ends the forward.
+    keeps some heads' keys apart. A model that is copied meanwhile is not looked at; an adapter that is added is. Where
+    the model is compiled, so is `see`. What `see` raises ends the forward.
 
     Args:
         model: a transformers model, in whatever wrapper.
@@ -143,30 +145,20 @@ def recording(
         yield
 
 
-def _chains(module: nn.Module) -> list[VariantChain]:
-    child = chain_on(module)
-    return [] if child is None else chains_in(child)
-
-
 def _place(model: nn.Module, module: nn.Module, site: AttentionSite, probe: Probe) -> None:
-    if chain_on(module) is None:
-        vars(module)[PROBED] = VariantChain(site, host().base_of(module))
-    for chain in _chains(module):
-        chain.look(probe)
+    place(module, probe, lambda: VariantChain(site, host().base_of(module)))
     host().connect(model, module)
 
 
 def _take_off(module: nn.Module, probe: Probe) -> None:
-    own: VariantChain | None = vars(module).get(PROBED)
-    for chain in [*_chains(module), *([] if own is None else [own])]:
-        chain.look_away(probe)
-    running: Any = chain_on(module)
-    if running is not None and not running.needs_context:
+    own = take_off(module, probe)
+    running: Any = own if chain_on(module) is None else chain_on(module)
+    if not probes_on(module) and running is not None and not running.needs_context:
         norm = running.site.query_norm
-        for place in [module] if norm is None else [module, module.get_submodule(norm)]:
-            remove_hooks(place, host().owns)
-    if own is not None and not own.probes:
-        del vars(module)[PROBED]
+        for hooked in [module] if norm is None else [module, module.get_submodule(norm)]:
+            remove_hooks(hooked, host().owns)
+        leave(module)
+    if own is not None:
         retire(own)
         if CHILD not in module._modules:
             host().disconnect(module)

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ...core.call import ModuleCall
 from ...core.host import PatchedModule
-from ...core.packing import chain_on
+from ...core.probe import chain_on, probes_on
 from ...core.variant import AttentionOutput
 from .batching import REFUSAL, refuse_paged
 from .compatibility import name_branches, seam_name
@@ -51,7 +51,7 @@ def register_base(base: str) -> str:
         if is_flash(base):
             attend = partial(_as_base_sees, attend, base)
         chain: Any = chain_on(module)
-        if chain is not None and (chain.active or chain.probes):
+        if chain is not None and (chain.active or probes_on(module)):
             refuse_paged(kwargs)
             return cast(AttentionOutput, chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend))
         return attend(module, query, key, value, attention_mask, **kwargs)

@@ -8,7 +8,7 @@ from transformers import Cache
 
 from ...core.context import begin_context
 from ...core.hooks import refuse_later_hooks
-from ...core.packing import chain_on
+from ...core.probe import chain_on
 from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.context import close_context, note_raw_query
 from ...core.hooks import register_last
-from ...core.packing import chain_on
+from ...core.probe import chain_on, probes_on
 from .bases import base_function, keep, let_go, original_config, release, seam_config
 from .batching import allow_batching as forget
 from .batching import forbid_batching
@@ -70,7 +70,7 @@ def connect(model: nn.Module, module: nn.Module) -> None:
     config: Any = module.config
     if config._attn_implementation != seam_name(chain.base):
         vars(module)["config"] = seam_config(config, chain.base)
-    if chain.needs_context and open_context not in module._forward_pre_hooks.values():
+    if (chain.needs_context or probes_on(module)) and open_context not in module._forward_pre_hooks.values():
         register_last(module, open_context)
         module.register_forward_hook(close_context, always_call=True)
         if chain.site.query_norm is not None:
