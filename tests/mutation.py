@@ -65,7 +65,7 @@ def _before_cache(original: Callable[..., Any], factor: float, *, difference: bo
 
 
 def _combine(original: Callable[..., Any], factor: float, *, difference: bool) -> Callable[..., Any]:
-    def combine(self: Any, logits: torch.Tensor, branch_logits: torch.Tensor) -> torch.Tensor:
+    def combine(self: Any, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
         combined = original(self, logits, branch_logits)
         return logits + (combined - logits) * factor if difference else combined * factor
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import patchattn
 from patchattn.core.registry import temporarily_registered
-from patchattn.decoding.variant import BranchStep, DecodingVariant, Step
+from patchattn.decoding.variant import BranchStep, DecodingVariant, Step, text_generator
 from patchattn.surgery.heads import HeadSurgery, KeptHeads, cut_heads
 from patchattn_kernels import attention_with_lse
 
@@ -133,24 +133,25 @@ class Cuts(HeadSurgery):
 
 
 class Branches(DecodingVariant, Toy):
-    """Contrasts the logits with those of the same tokens, made fainter, in a branch of their own."""
+    """Contrasts the logits with those of the same tokens, made fainter, in two branches of their own."""
 
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         return config, sites[-1:]
 
     def prepare(self, model: nn.Module) -> None:
-        writers = [name for name, module in model.named_modules() if getattr(module, "can_generate", bool)()]
-        self.generator = writers[-1] if writers else ""
+        self.generator = text_generator(model)
         super().prepare(model)
 
-    def branch(self, step: Step) -> BranchStep:
+    def branches(self, step: Step) -> list[BranchStep]:
         rows, length = step.real.shape
         source = torch.arange(length, device=step.real.device).expand(rows, -1)
-        return BranchStep(step.embeddings * 0.5, step.real, source, torch.zeros_like(step.real))
+        image = torch.zeros_like(step.real)
+        return [BranchStep(step.embeddings * factor, step.real, source, image) for factor in (0.5, 0.25)]
 
-    def combine(self, logits: torch.Tensor, branch_logits: torch.Tensor) -> torch.Tensor:
-        return logits + self.config.strength * (logits - branch_logits)
+    def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
+        fainter, faintest = branch_logits
+        return logits + self.config.strength * (logits - 0.75 * fainter - 0.25 * faintest)
 
 
 def _info(name: str, variant: type[patchattn.Variant], **facts: Any) -> patchattn.VariantInfo:

@@ -9,6 +9,7 @@ from torch import nn
 
 from patchattn_kernels import AttentionRule
 
+from .branches import current_branch
 from .host import host
 from .keeping import of_query_heads
 from .mask import Keep, Mask
@@ -76,6 +77,11 @@ class AttentionCall:
         """Causal or not, by the rule of transformers: the call's argument, else the module's attribute."""
         given = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    @property
+    def branch(self) -> int:
+        """Which branch of a decoding variant runs: 0 is the model itself, branches are counted from 1."""
+        return current_branch()
 
     @property
     def decodes(self) -> bool:

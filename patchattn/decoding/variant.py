@@ -1,24 +1,27 @@
-"""Variants that act on logits: a second branch runs beside the model's own, with a kv cache of its own.
+"""Variants that act on logits: branches run beside the model's own, each with a kv cache of its own.
 
 A decoding variant is reached through hooks on modules of the model, so that whatever generates with the model uses it
 and no line of `generate` is copied. The logits are changed where the model returns them: before every logits processor,
-and before beam search normalises them. The branch's cache lives in the model's own cache object, behind its layers, and
-follows it through beam reordering, cropping and a second turn.
+and before beam search normalises them. The branches' caches live in the model's own cache object, behind its layers,
+and follow it through beam reordering, cropping and a second turn.
+
+A branch that forks takes the keys and values of some first tokens from the model, which saves computing them. It saves
+no memory: a cache's `update` concatenates, so that after one token each branch holds keys of its own.
 """
 
 import copy
 import inspect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..core.branches import current_branch, running_branch
 from ..core.call import AttentionCall
 from ..core.given import real_tokens
 from ..core.hooks import Hook, image_tokens_known, unknown_ids
@@ -29,7 +32,7 @@ from ..core.variant import Attend, AttentionOutput, Variant
 from ..vision.images import is_replaced
 
 # .token_ids, .step, .unfilled: of the forward that runs in this thread, and the layers of its new cache as they were
-# given; .inside: it is a branch's own.
+# given.
 _local = threading.local()
 
 
@@ -43,6 +46,7 @@ class Step:
         real: `(B, T)` bool: which are no padding.
         is_first: nothing precedes them.
         embedding: what the model embeds ids with.
+        positions: `(B or 1, T)` or, of several axes, `(A, B, T)`: as the model gives them; `None`: its default.
     """
 
     token_ids: torch.Tensor
@@ -50,6 +54,7 @@ class Step:
     real: torch.Tensor
     is_first: bool
     embedding: nn.Module
+    positions: torch.Tensor | None = None
 
     def where(self, token_id: int) -> torch.Tensor:
         """`(B, T)` bool: the tokens of that id; behind a prompt, without those that the model wrote itself."""
@@ -57,36 +62,42 @@ class Step:
         found = found.repeat_interleave(len(self.embeddings) // len(found), dim=0).to(self.embeddings.device)
         if self.is_first or not bool(found.any()):
             return found
-        with _inside_branch():
+        with running_branch(1):  # hooks have nothing to note
             return found & is_replaced(self.embeddings, token_id, self.embedding)
 
 
 @dataclass(eq=False)
 class BranchStep:
-    """What the branch gets instead.
+    """What one branch gets instead.
 
     Attributes:
         embeddings: `(B, T', E)`.
         real: `(B, T')` bool.
-        source: `(B, T)` which token of the branch corresponds to a token of the step, -1 where none does.
+        source: `(B, T)` which token of the branch corresponds to a token of the step, -1 where none does: the logits
+            there are then the model's in this branch too.
         image: `(B, T')` bool, which are image tokens.
+        positions: `(B or 1, T')` or `(A, B, T')`; `None`: the model's default; `"counted"`: by real tokens, from 0.
+        fork: that many first tokens of a step that begins a text are in this branch as in the model, whose keys and
+            values are then taken; not with layers that drop or share keys, where they are computed again.
     """
 
     embeddings: torch.Tensor
     real: torch.Tensor
     source: torch.Tensor
     image: torch.Tensor
+    positions: torch.Tensor | Literal["counted"] | None = "counted"
+    fork: int = 0
 
 
 class BranchTokens(DynamicLayer):
-    """Which tokens of the branch are real, as keys `(B, 1, T, 1)` bool; the branch's own layers come behind it."""
+    """Which tokens of a branch are real, as keys `(B, 1, T, 1)` bool; the branch's own layers come behind it."""
 
 
 class DecodingVariant(Variant):
     """A variant that changes logits; it attaches itself to the attention modules it wants to see, if only one.
 
-    A subclass gives `fit`, which chooses those, `branch` and `combine`. Like every variant it holds no reference to a
-    module.
+    A subclass gives `fit`, which chooses those, `branches` and `combine`; and `attend`, where attention differs in a
+    branch, which `call.branch` tells. Like every variant it holds no reference to a module.
     """
 
     kind = "decoding"
@@ -115,12 +126,12 @@ class DecodingVariant(Variant):
             Hook(model, "finally", self.after_model),
         ]
 
-    def branch(self, step: Step) -> BranchStep:
-        """The branch's tokens for the tokens of this step."""
-        raise NotImplementedError(f"{type(self).__name__} must define branch(step).")
+    def branches(self, step: Step) -> list[BranchStep]:
+        """The tokens of every branch for the tokens of this step; in every step of as many branches."""
+        raise NotImplementedError(f"{type(self).__name__} must define branches(step).")
 
-    def combine(self, logits: torch.Tensor, branch_logits: torch.Tensor) -> torch.Tensor:
-        """New logits `(..., V)` from those of the model and of the branch."""
+    def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
+        """New logits `(B, n, V)` from those of the model and of each branch, in float32 at least."""
         raise NotImplementedError(f"{type(self).__name__} must define combine(logits, branch_logits).")
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
@@ -128,8 +139,8 @@ class DecodingVariant(Variant):
 
     @property
     def is_active(self) -> bool:
-        """Whether hooks have something to do: not within the branch itself."""
-        return not getattr(_local, "inside", False)
+        """Whether hooks have something to do: not within a branch itself."""
+        return current_branch() == 0
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_active and _arguments(module, args, kwargs).get("labels") is not None:
@@ -159,7 +170,7 @@ class DecodingVariant(Variant):
         past = 0 if cache is None else int(cache.get_seq_length())
         where = {"queries": length, "keys": past + length, "device": embeddings.device}
         real = real_tokens(given.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
-        _local.step = Step(ids, embeddings, real, past == 0, embedding)
+        _local.step = Step(ids, embeddings, real, past == 0, embedding, given.get("position_ids"))
         _local.unfilled = None if cache is None or past else copy.deepcopy(cache.layers)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -173,22 +184,35 @@ class DecodingVariant(Variant):
         step: Step = vars(_local).pop("step")
         values = list(output) if isinstance(output, tuple) else list(output.values())
         cache, unfilled = find_cache(values), vars(_local).pop("unfilled")
-        branch = None if cache is None else _branch_of(cache, module, step, unfilled)
-        inputs = self.branch(step)
+        held = None if cache is None else _held_by(cache, module, step, unfilled)
+        steps = self.branches(step)
+        if held is not None and not held.branches:
+            held.add(len(steps))
         keep = _arguments(module, args, kwargs).get("logits_to_keep", 0)
         logits = values[0]  # without labels there is no loss before them
-        branch_logits = _run_branch(module, inputs, branch, keep if isinstance(keep, int) else 0)
-        source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
-        rows = source - (inputs.real.shape[1] - branch_logits.shape[1])
-        aligned = branch_logits.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
         # The difference of two half-precision logits, amplified, would be noise.
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        combined = self.combine(logits.to(dtype), aligned.to(dtype))
-        combined = torch.where((source >= 0)[..., None], combined, logits.to(dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        found, known = [], None
+        for number, inputs in enumerate(steps):
+            run = _run_branch(module, inputs, held, number, step, keep if isinstance(keep, int) else 0)
+            source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
+            rows = source - (inputs.real.shape[1] - run.shape[1])
+            aligned = run.to(logits).gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
+            found.append(torch.where((source >= 0)[..., None], aligned, logits))
+            known = source >= 0 if known is None else known | (source >= 0)
+        combined = self.combine(logits, found)
+        if known is not None:
+            combined = torch.where(known[..., None], combined, logits)
         if isinstance(output, tuple):
             return (combined, *output[1:])
         output.logits = combined
         return output
+
+
+def text_generator(model: nn.Module) -> str:
+    """Name of the module whose output holds the logits, `""` for the model itself or where nothing writes text."""
+    writers = [name for name, module in model.named_modules() if getattr(module, "can_generate", bool)()]
+    return writers[-1] if writers else ""
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -196,13 +220,39 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
-def _branch_of(cache: Cache, module: nn.Module, step: Step, unfilled: list[Any] | None) -> tuple[BranchTokens, Cache]:
-    """The branch's part of a cache, made when the cache is new, of layers like those that the model was `unfilled`
-    given: of the same kind, and with what was asked of them, such as to keep what assisted decoding may take back."""
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, BranchTokens):
-            step.is_first = layer.get_seq_length() == 0
-            return layer, Cache(layers=cache.layers[index + 1 :])
+@dataclass(eq=False)
+class _Held:
+    """A kv cache, with what it holds of branches.
+
+    Attributes:
+        cache: the cache object.
+        own: layers of the model itself.
+        branches: tokens and layers of each branch.
+        unfilled: layers like those that the model was given, while the cache is new.
+    """
+
+    cache: Cache
+    own: list[Any]
+    branches: list[tuple[BranchTokens, list[Any]]]
+    unfilled: list[Any]
+
+    def add(self, count: int) -> None:
+        """Make layers for so many branches."""
+        for _ in range(count):
+            tokens, layers = BranchTokens(), copy.deepcopy(self.unfilled)
+            self.cache.layers += [tokens, *layers]
+            self.branches.append((tokens, layers))
+
+
+def _held_by(cache: Cache, module: nn.Module, step: Step, unfilled: list[Any] | None) -> _Held:
+    """What a cache holds of branches; in a new one, layers to come are of the same kind as those that the model was
+    `unfilled` given, and with what was asked of them, such as to keep what assisted decoding may take back."""
+    starts = [index for index, layer in enumerate(cache.layers) if isinstance(layer, BranchTokens)]
+    bounds = [*starts, len(cache.layers)]
+    own, found = cache.layers[: bounds[0]], [(cache.layers[i], cache.layers[i + 1 : j]) for i, j in pairwise(bounds)]
+    if found:
+        step.is_first = found[0][0].get_seq_length() == 0
+        return _Held(cache, own, found, [])
     if not step.is_first:
         raise ValueError(
             "This kv cache was filled before the model was patched, or by prefix tuning: it lacks the second branch. "
@@ -211,38 +261,34 @@ def _branch_of(cache: Cache, module: nn.Module, step: Step, unfilled: list[Any] 
     if unfilled is None:  # the model has made its cache itself
         unfilled = DynamicCache(config=module.config).layers
     elif not unfilled:  # a cache that makes its layers when they are filled
-        unfilled = [type(layer)() for layer in cache.layers]
-    tokens = BranchTokens()
-    cache.layers += [tokens, *unfilled]
-    return tokens, Cache(layers=unfilled)
+        unfilled = [type(layer)() for layer in own]
+    return _Held(cache, own, [], unfilled)
 
 
 def _run_branch(
-    module: nn.Module, inputs: BranchStep, branch: tuple[BranchTokens, Cache] | None, keep: int
+    module: nn.Module, inputs: BranchStep, held: _Held | None, number: int, step: Step, keep: int
 ) -> torch.Tensor:
-    """`(B, n, V)` logits of the branch's last n tokens, of all if `keep` is 0. Positions count real tokens only."""
-    real, cache = inputs.real, None
-    if branch is not None:
-        tokens, cache = branch
-        seen = inputs.real[:, None, :, None]
+    """`(B, n, V)` logits of a branch's last n tokens, of all if `keep` is 0."""
+    real, cache, done = inputs.real, None, 0
+    length = real.shape[1]
+    if held is not None:
+        tokens, layers = held.branches[number]
+        cache, seen = Cache(layers=layers), real[:, None, :, None]
         real = tokens.update(seen, seen)[0][:, 0, :, 0]
-    positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs.real.shape[1] :]
-    with _inside_branch(), image_tokens_known(inputs.image):
+        if step.is_first and inputs.fork and all(type(layer) is DynamicLayer for layer in (*held.own, *layers)):
+            done = inputs.fork
+            for layer, own in zip(layers, held.own, strict=True):
+                layer.update(own.keys[:, :, :done], own.values[:, :, :done])
+    positions = inputs.positions
+    if isinstance(positions, str):
+        positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    with running_branch(number + 1), image_tokens_known(inputs.image[:, done:]):
         return module(
-            inputs_embeds=inputs.embeddings,
+            inputs_embeds=inputs.embeddings[:, done:],
             attention_mask=real.long(),
-            position_ids=positions,
+            **({} if positions is None else {"position_ids": positions[..., done:]}),
             **cache_argument(module, cache),
             use_cache=cache is not None,
-            logits_to_keep=min(keep, inputs.real.shape[1]),
+            logits_to_keep=min(keep, length - done),
             return_dict=True,
         ).logits
-
-
-@contextmanager
-def _inside_branch() -> Iterator[None]:
-    _local.inside = True
-    try:
-        yield
-    finally:
-        _local.inside = False

@@ -143,8 +143,8 @@ class DAMRO(DecodingVariant):
     def neutral_config(cls) -> dict[str, Any]:
         return {"alpha": 0.0, "beta": 0.0}
 
-    def combine(self, logits: torch.Tensor, branch_logits: torch.Tensor) -> torch.Tensor:
-        contrast = (1.0 + self.alpha) * logits - self.alpha * branch_logits
+    def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
+        contrast = (1.0 + self.alpha) * logits - self.alpha * branch_logits[0]
         if self.config.beta == 0.0:
             return contrast
         least = logits.amax(dim=-1, keepdim=True) + math.log(self.config.beta)
@@ -234,7 +234,7 @@ class DAMRO(DecodingVariant):
 
     # The language model: the same text with the outliers alone.
 
-    def branch(self, step: Step) -> BranchStep:
+    def branches(self, step: Step) -> list[BranchStep]:
         image = step.where(self.layout.image_token_id)
         video = self.layout.video_token_id
         if video is not None and bool(step.where(video).any()):
@@ -248,9 +248,9 @@ class DAMRO(DecodingVariant):
         positions = torch.arange(image.shape[1], device=image.device)
         source = positions.expand(image.shape).masked_fill(image, -1)
         if not bool(image.any()):
-            return BranchStep(step.embeddings, step.real, source, image)
+            return [BranchStep(step.embeddings, step.real, source, image)]
         if self.layout.query_former is not None:
-            return BranchStep(self._with_replaced(step.embeddings, image), step.real, source, image)
+            return [BranchStep(self._with_replaced(step.embeddings, image), step.real, source, image)]
         pictures, is_tiled = getattr(_seen, "pictures", []), self.layout.is_tiled
         kept = [
             kept_positions(row, where, pictures, is_tiled=is_tiled)
@@ -263,7 +263,7 @@ class DAMRO(DecodingVariant):
         for row, where in enumerate(kept):
             source[row, where] = torch.arange(length - len(where), length, device=source.device)
         outliers = image.gather(1, index.clamp(min=0)) & (index >= 0)
-        return BranchStep(embeddings, real, source.masked_fill(image, -1), outliers)
+        return [BranchStep(embeddings, real, source.masked_fill(image, -1), outliers)]
 
     def _with_replaced(self, embeddings: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Image tokens replaced one by one by those that the query former made of the outliers."""

@@ -4,11 +4,10 @@ What papers call masking a head is several things; `docs/variants/heads.md` says
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...core.call import AttentionCall
@@ -18,6 +17,7 @@ from ...core.mask import Mask
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
+from ...core.token_numbers import key_numbers, last_rows, row_numbers
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 
@@ -185,11 +185,9 @@ class HeadEdit(Variant):
         """`(B or 1, Tq)` bool: which rows are edited; `None`: all."""
         config, chosen = self.config, None
         if config.rows == "last":
-            real, starts = call.mask.real(), _starts(call.mask)
-            follows = F.pad(real[:, 1:] & ~starts[:, 1:], (0, 1))
-            chosen = real & ~follows
+            chosen = last_rows(call.mask)
         elif config.rows != "all":
-            chosen = self._among(_numbers(call.mask.row_order(), _starts(call.mask)))
+            chosen = self._among(row_numbers(call.mask))
         if config.phase == "both":
             return chosen
         own = call.context.own_key()
@@ -201,38 +199,13 @@ class HeadEdit(Variant):
         """`(B or 1, Tk)` bool: whose values are edited; `None`: all."""
         if self.config.rows == "all":
             return None
-        order = mask.key_order()
-        if order.shape[1] != 1:
-            raise NotImplementedError(
-                f'edit="value" cannot find tokens in {self.site.name}, of which each head holds others: edit all rows.'
-            )
-        starts = _starts(mask) if mask.queries == mask.keys else torch.zeros_like(order[:, 0], dtype=torch.bool)
-        return self._among(_numbers(order[:, 0], starts)) & mask.real_keys()[:, 0]
+        return self._among(key_numbers(mask)) & mask.real_keys()[:, 0]
 
     def _among(self, numbers: torch.Tensor) -> torch.Tensor:
         if self.config.rows == "from":
             return numbers >= self.config.first_row
         wanted = torch.tensor(self.config.tokens or (), device=numbers.device, dtype=numbers.dtype)
         return (numbers[..., None] == wanted).any(-1)
-
-
-def _numbers(order: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """`(B or 1, T)` numbers of tokens from 0 on, each packed sequence's own, from ranks among all real tokens."""
-    first = torch.where(starts, order - 1, 0).cummax(-1).values
-    return order - 1 - first
-
-
-def _starts(mask: Mask) -> torch.Tensor:
-    """`(B or 1, Tq)` bool: which tokens begin a packed sequence behind another, as they do not see the one before."""
-    none = torch.zeros(1, mask.queries, dtype=torch.bool, device=mask.device)
-    if mask.queries != mask.columns or (mask.pairs is None and mask.sequence is None):
-        return none  # packed sequences come without a cache
-    if mask.sequence is not None:
-        return F.pad(mask.sequence.diff() != 0, (1, 0))[None]
-    plain = replace(mask, keeps=(), index=None, keys=mask.columns, extra=0)
-    sees_previous = plain.seen().any(dim=1).diagonal(offset=-1, dim1=-2, dim2=-1)
-    real = plain.real_keys()[:, 0]
-    return F.pad(~sees_previous & real[:, 1:] & real[:, :-1], (1, 0))
 
 
 register_variant(
