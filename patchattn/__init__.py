@@ -80,7 +80,9 @@ offer(
         name: f"{__name__}.variants.{module}"
         for name, module in {
             "act": "sinks.act",
+            "cad": "decoding.cad",
             "damro": "decoding.damro",
+            "decore": "decoding.decore",
             "knorm": "eviction.knorm",
             "streaming_llm": "eviction.streaming_llm",
             "flap": "pruning.flap.variant",

@@ -44,6 +44,11 @@ class Case:
     def info(self) -> patchattn.VariantInfo:
         return TOYS.get(self.variant) or patchattn.variant_info(self.variant)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether rows of one call depend on later ones, under these settings."""
+        return self.info.looks_ahead or self.info.configure(dict(self.settings)).looks_ahead
+
     def patch(self, model: nn.Module, live: bool = True, **where: Any) -> nn.Module:
         """Patch, and give the variant's parameters values far from their start, so that they matter."""
         patchattn.patch_model(model, self.variant, **dict(self.settings), **where)

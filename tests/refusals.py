@@ -30,6 +30,19 @@ def _of(families: Iterable[str], says: str, because: str, *examples: int) -> Ref
     return Refusal(frozenset(families), says, because, examples or None)
 
 
+_ONLY_DECODERS = [
+    _of(
+        [*of_kind("encoder", "vision"), "clip", "siglip"],
+        "has no language modelling head to decode with",
+        "only what writes text has a next token",
+    ),
+    _of(
+        of_kind("encoder_decoder"),
+        "needs a decoder-only language model",
+        "a branch would need an encoder of its own",
+    ),
+]
+
 REFUSALS: dict[str, list[Refusal]] = {
     "act": [
         _of(
@@ -79,16 +92,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             0,
         ),
     ],
-    "toy_branch": [
-        _of(
-            [*of_kind("encoder", "vision"), "clip", "siglip"],
-            "has no language modelling head to decode with",
-            "only what writes text has a next token",
-        ),
-        _of(
-            of_kind("encoder_decoder"),
-            "needs a decoder-only language model",
-            "a branch would need an encoder of its own",
-        ),
-    ],
+    "toy_branch": _ONLY_DECODERS,
+    "cad": _ONLY_DECODERS,
+    "decore": _ONLY_DECODERS,
 }

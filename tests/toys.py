@@ -13,7 +13,8 @@ from torch import nn
 
 import patchattn
 from patchattn.core.registry import temporarily_registered
-from patchattn.decoding.variant import BranchStep, DecodingVariant, Step, text_generator
+from patchattn.decoding.text import text_generator
+from patchattn.decoding.variant import BranchStep, DecodingVariant, Step
 from patchattn.surgery.heads import HeadSurgery, KeptHeads, cut_heads
 from patchattn_kernels import attention_with_lse
 

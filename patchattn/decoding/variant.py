@@ -209,12 +209,6 @@ class DecodingVariant(Variant):
         return output
 
 
-def text_generator(model: nn.Module) -> str:
-    """Name of the module whose output holds the logits, `""` for the model itself or where nothing writes text."""
-    writers = [name for name, module in model.named_modules() if getattr(module, "can_generate", bool)()]
-    return writers[-1] if writers else ""
-
-
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """By name, what a module is called with: some models hand tokens and masks on by place."""
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
