@@ -107,6 +107,18 @@ def test_the_prompt_is_computed_once_where_layers_keep_all_keys(kind: str, rows:
     assert lengths == [6, rows, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_prompt_ends_where_logits_are_asked_for(use_cache: bool, kind: str) -> None:
+    model = patchattn.patch_model(model_of(kind), "decore", heads=MASKED, mask="query", alpha=1.0)
+    with torch.no_grad():
+        got = model(PROMPT, logits_to_keep=3, use_cache=use_cache).logits
+    patchattn.unpatch_model(model)
+    with torch.no_grad():
+        want = 2 * model(PROMPT).logits - masked_logits(model, PROMPT, 3, "query")
+    torch.testing.assert_close(got, want[:, 3:], rtol=1e-6, atol=1e-6)
+
+
 def test_prompts_padded_on_the_right_are_masked_at_their_last_token() -> None:
     model = model_of()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])

@@ -47,6 +47,7 @@ class Step:
         is_first: nothing precedes them.
         embedding: what the model embeds ids with.
         positions: `(B or 1, T)` or, of several axes, `(A, B, T)`: as the model gives them; `None`: its default.
+        asked: the logits of so many last tokens are asked for (`logits_to_keep`); 0: of all, or of chosen ones.
     """
 
     token_ids: torch.Tensor
@@ -55,6 +56,7 @@ class Step:
     is_first: bool
     embedding: nn.Module
     positions: torch.Tensor | None = None
+    asked: int = 0
 
     def where(self, token_id: int) -> torch.Tensor:
         """`(B, T)` bool: the tokens of that id; behind a prompt, without those that the model wrote itself."""
@@ -185,16 +187,17 @@ class DecodingVariant(Variant):
         values = list(output) if isinstance(output, tuple) else list(output.values())
         cache, unfilled = find_cache(values), vars(_local).pop("unfilled")
         held = None if cache is None else _held_by(cache, module, step, unfilled)
+        keep = _arguments(module, args, kwargs).get("logits_to_keep", 0)
+        step.asked = keep if isinstance(keep, int) else 0
         steps = self.branches(step)
         if held is not None and not held.branches:
             held.add(len(steps))
-        keep = _arguments(module, args, kwargs).get("logits_to_keep", 0)
         logits = values[0]  # without labels there is no loss before them
         # The difference of two half-precision logits, amplified, would be noise.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found, known = [], None
         for number, inputs in enumerate(steps):
-            run = _run_branch(module, inputs, held, number, step, keep if isinstance(keep, int) else 0)
+            run = _run_branch(module, inputs, held, number, step)
             source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
             rows = source - (inputs.real.shape[1] - run.shape[1])
             aligned = run.to(logits).gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
@@ -259,10 +262,8 @@ def _held_by(cache: Cache, module: nn.Module, step: Step, unfilled: list[Any] | 
     return _Held(cache, own, [], unfilled)
 
 
-def _run_branch(
-    module: nn.Module, inputs: BranchStep, held: _Held | None, number: int, step: Step, keep: int
-) -> torch.Tensor:
-    """`(B, n, V)` logits of a branch's last n tokens, of all if `keep` is 0."""
+def _run_branch(module: nn.Module, inputs: BranchStep, held: _Held | None, number: int, step: Step) -> torch.Tensor:
+    """`(B, n, V)` logits of a branch's last n tokens, of all where all are asked for."""
     real, cache, done = inputs.real, None, 0
     length = real.shape[1]
     if held is not None:
@@ -283,6 +284,6 @@ def _run_branch(
             **({} if positions is None else {"position_ids": positions[..., done:]}),
             **cache_argument(module, cache),
             use_cache=cache is not None,
-            logits_to_keep=min(keep, length - done),
+            logits_to_keep=min(step.asked, length - done),
             return_dict=True,
         ).logits

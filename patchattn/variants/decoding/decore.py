@@ -1,6 +1,7 @@
 """DeCoRe: contrast with the same model whose retrieval heads are masked. arXiv 2410.18860."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from ...core.token_numbers import last_rows
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...decoding.text import TextDecodingVariant, decoder_sites
 from ...decoding.variant import BranchStep, Step
+
+_branch = threading.local()  # .asked: of how many last tokens of the branch's step logits are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +107,21 @@ class DeCoRe(TextDecodingVariant):
         if call.branch == 0:
             return inner(call)
         begins = call.mask.queries == call.mask.columns
-        rows = last_rows(call.mask) if begins and self.config.rows == "last" else None
+        rows = self._from_the_prompts_end(call) if begins and self.config.rows == "last" else None
         if self.config.mask == "query":
             return inner(call.replace(query=self._masked(call.query, rows)))
         output, weights = inner(call)
         return self._masked(output.transpose(1, 2), rows).transpose(1, 2), weights
+
+    def _from_the_prompts_end(self, call: AttentionCall) -> torch.Tensor:
+        """`(B or 1, Tq)` bool: the prompt ends with the first token whose logits are asked for, or with the last one.
+
+        Assisted decoding puts tokens that it proposes behind the prompt, in the same call.
+        """
+        count, asked = call.query.shape[2], getattr(_branch, "asked", 0)
+        if asked <= 1:
+            return last_rows(call.mask)
+        return torch.arange(count, device=call.query.device)[None] >= count - asked
 
     def _masked(self, states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """`(B, H, Tq, D)` with zeros in the heads, in rows `(B or 1, Tq)` or in all."""
@@ -117,10 +130,10 @@ class DeCoRe(TextDecodingVariant):
         return states.masked_fill(heads if rows is None else heads & rows[:, None, :, None], 0.0)
 
     def branches(self, step: Step) -> list[BranchStep]:
-        same = self.same(step)
+        _branch.asked, same = step.asked, self.same(step)
         if self.config.rows == "last" and step.is_first and bool(step.real[:, -1].all()):
-            # All but the last token are in the branch as in the model.
-            same = replace(same, fork=step.real.shape[1] - 1)
+            # All but these tokens are in the branch as in the model.
+            same = replace(same, fork=max(step.real.shape[1] - max(step.asked, 1), 0))
         return [same]
 
     def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
