@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .backend import triton_runs
 from .column_mass_ops import column_mass_op, key_counts_op
+from .dense_attention_cpu import computes, mass_by_prefix
 from .key_mask import key_mask, unsupported
 from .rows import (
     AttentionRule,
@@ -67,6 +69,8 @@ def column_mass(
             lse = log_sum_exp_op(query, key, rule.scaling, *mask) if lse is None else lse
             return column_mass_op(query, key, lse, real, rule.scaling, *mask), lse
         query, key = full_precision(query), full_precision(key)
+        if computes(rule, query, key, *([] if lse is None else [lse])):
+            return mass_by_prefix(query, key, rule, lse, real)
         batch, heads, rows, _ = query.shape
         mass = query.new_zeros(batch, heads, key.shape[2])
         sums = []
@@ -103,6 +107,8 @@ def key_counts(
     if triton_runs(key, lacking=unsupported(rule)):
         rows, longest, first = key_counts_op(key, queries, keys, real, *key_mask(rule, queries, keys, device))
         return KeyCounts(rows.long(), longest.long(), first)
+    if rule.window is None and rule.sequence is None and (rule.mask is None or rule.mask.dim() == 2):
+        return _counts_in_closed_form(rule, queries, keys, device, real)
     seen = longest = earlier = torch.zeros(1, keys, dtype=torch.long, device=device)
     for part in blocks(queries, batch * keys):
         visible = rule.visible(part, (queries, keys), device)
@@ -114,3 +120,23 @@ def key_counts(
         longest = torch.maximum(longest, (visible * visible.sum(dim=-1, keepdim=True)).amax(dim=-2))
         earlier = earlier + (visible & (first < key)).sum(dim=-2)
     return KeyCounts(seen, longest, (seen > 0) & (earlier == 0))
+
+
+def _counts_in_closed_form(
+    rule: AttentionRule, queries: int, keys: int, device: torch.device, real: torch.Tensor | None
+) -> KeyCounts:
+    """`key_counts` where queries see all real keys, or those up to their own: sums along them say it."""
+    counted = torch.ones(1, queries, dtype=torch.bool, device=device) if real is None else real
+    there = torch.ones(1, keys, dtype=torch.bool, device=device) if rule.mask is None else rule.mask[:, :keys].bool()
+    order = there.long().cumsum(-1)
+    if rule.causal:
+        offset = keys - queries if rule.offset is None else rule.offset
+        later = F.pad(counted.long().flip(-1).cumsum(-1).flip(-1), (0, 1))  # queries from each one on
+        rows = later[:, (torch.arange(keys, device=device) - offset).clamp(0, queries)]
+        own = torch.arange(offset, offset + queries, device=device)
+        last = own.where(counted, -1).amax(dim=-1, keepdim=True)
+        longest = order.expand(len(last), -1).gather(-1, last.expand(len(order), -1).clamp(0, keys - 1))
+    else:
+        rows, longest = counted.sum(dim=-1, keepdim=True), order[:, -1:]
+    rows = rows * there
+    return KeyCounts(rows, longest * (rows > 0), (rows > 0) & (order == 1))

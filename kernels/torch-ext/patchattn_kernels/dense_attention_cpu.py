@@ -1,0 +1,152 @@
+"""Attention, its log-sum-exp and column mass on a CPU where queries see all real keys, or those up to their own.
+
+Each query block reads the keys that it sees and no others, in memory that is used again; no Tq x Tk mask is made.
+Without a graph: torch's kernel has no gradient of its log-sum-exp.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .backend import chosen_backend
+from .rows import AttentionRule, full_precision
+
+ROWS = 128  # queries that share their keys
+TILE = 2**18  # weights that are held at a time: they stay in a core's cache
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def computes(rule: AttentionRule, *tensors: torch.Tensor) -> bool:
+    """Whether `mass_by_prefix` computes a call: plain logits, no keys hidden but by causality and as padding.
+
+    Args:
+        rule: scaling and visibility.
+        tensors: operands; where one of them needs a gradient, or the call is compiled, it does not.
+    """
+    if chosen_backend() != "auto" or any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    added = (rule.softcap, rule.bias, rule.sinks, rule.window, rule.sequence)
+    return all(some is None for some in added) and (rule.mask is None or rule.mask.dim() == 2)
+
+
+def in_one_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attention and log-sum-exp by one call of torch's kernel without a mask; `None` where that is not what is asked.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        key: `(B, G, Tk, D)`.
+        value: `(B, G, Tk, Dv)`.
+        rule: scaling and visibility.
+    """
+    if not computes(rule, query, key, value) or rule.mask is not None:
+        return None
+    queries, keys = query.shape[2], key.shape[2]
+    offset = keys - queries if rule.offset is None else rule.offset
+    causal = rule.causal and offset + 1 < keys  # else the first query sees all keys already
+    if causal and (offset != 0 or queries != keys):
+        return None
+    return flash(query, key, value, rule.scaling, causal=causal)
+
+
+def flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    *,
+    causal: bool = False,
+    hidden: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention `(B, H, Tq, Dv)` by torch's kernel and its log-sum-exp `(B, H, Tq)`; every query must see a key.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        key: `(B, G, Tk, D)`.
+        value: `(B, G, Tk, Dv)`.
+        scaling: factor of the logits.
+        causal: query i sees the keys up to i.
+        hidden: `(B or 1, H or 1, Tq, Tk)` added to the logits: 0 or -inf.
+    """
+    dim, width = query.shape[-1], value.shape[-1]
+    # torch's kernel wants as many channels of values as of queries: zeros change neither logits nor the rest
+    query, key = F.pad(query, (0, max(0, width - dim))), F.pad(key, (0, max(0, width - dim)))
+    value = F.pad(value, (0, max(0, dim - width)))
+    output, lse = _flash(query, key, value, 0.0, causal, attn_mask=hidden, scale=scaling)
+    return output[..., :width], lse
+
+
+def merged(
+    output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the keys of two parts that have none in common, from that of each and its log-sum-exp."""
+    share = torch.sigmoid(lse - other_lse)[..., None].to(output.dtype)
+    return torch.lerp(other, output, share), torch.logaddexp(lse, other_lse)
+
+
+def mass_by_prefix(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rule: AttentionRule,
+    lse: torch.Tensor | None,
+    real: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`column_mass` of a call that it `computes`; arguments and results as there, operands in full precision."""
+    batch, heads, queries, dim = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    repeats = heads // groups
+    offset = keys - queries if rule.offset is None else rule.offset
+    query = (query * rule.scaling).reshape(batch * groups, repeats, queries, dim)
+    key = key.reshape(batch * groups, keys, dim)
+    mass = query.new_zeros(batch * groups, repeats, keys)
+    known = lse is not None
+    lse = query.new_empty(batch, heads, queries) if lse is None else full_precision(lse)
+    sums = lse.reshape(batch * groups, repeats, queries)
+    counted = query.new_ones(1, queries) if real is None else real.to(query.dtype)
+    counted = counted.expand(batch, -1).repeat_interleave(groups, dim=0)[:, None]
+    padding = None if rule.mask is None else ~rule.mask[:, :keys].bool().expand(batch, -1)
+    padding = None if padding is None else padding.repeat_interleave(groups, dim=0)[:, None]
+    largest = repeats * min(ROWS, queries) * keys  # of a kv head
+    memory = query.new_empty(min(max(TILE, largest), batch * groups * largest))
+    for start in range(0, queries, ROWS):
+        stop = min(start + ROWS, queries)
+        end = min(keys, max(0, offset + stop)) if rule.causal else keys
+        if end == 0:
+            if not known:
+                sums[:, :, start:stop] = float("-inf")
+            continue
+        size = repeats * (stop - start)
+        step = max(1, memory.numel() // (size * end))
+        for first in range(0, batch * groups, step):
+            some = slice(first, min(first + step, batch * groups))
+            rows = query[some, :, start:stop].reshape(-1, size, dim)
+            tile = memory[: len(rows) * size * end].view(len(rows), size, end)
+            torch.bmm(rows, key[some, :end].mT, out=tile)
+            tile = tile.view(len(rows), repeats, stop - start, end)
+            if rule.causal:
+                _hide_later(tile, offset + start)
+            if padding is not None:
+                tile.masked_fill_(padding[some, None, :, :end], float("-inf"))
+            own = sums[some, :, start:stop]
+            if known:
+                tile.sub_(own.clamp(min=torch.finfo(own.dtype).min)[..., None]).exp_()
+                shares = counted[some, :, start:stop].expand(-1, repeats, -1)
+            else:
+                top = tile.amax(dim=-1).clamp_(min=torch.finfo(own.dtype).min)
+                total = tile.sub_(top[..., None]).exp_().sum(dim=-1)
+                own.copy_(total.log() + top)
+                shares = counted[some, :, start:stop] / total.where(total > 0.0, 1.0)
+            mass[some, :, :end] += (shares[:, :, None] @ tile).squeeze(2)
+    return mass.view(batch, heads, keys), lse if known else sums.view(batch, heads, queries)
+
+
+def _hide_later(tile: torch.Tensor, own: int) -> None:
+    """Hide what comes after the own keys of a block's rows, `own` that of the first one."""
+    rows, keys = tile.shape[-2:]
+    begin = min(max(0, own + 1), keys)  # no row's own key comes before the keys up to here
+    later = torch.arange(begin, keys) > torch.arange(own, own + rows)[:, None]
+    tile[..., begin:].masked_fill_(later, float("-inf"))
