@@ -148,12 +148,18 @@ def ours(keep: Keep, rule: AttentionRule) -> Callable[[Tensors], Tensors]:
     return lambda leaves: list(block_sparse_attention(*leaves, keep, rule, return_lse=True))
 
 
-def check(tensors: Tensors, keep: Keep, rule: AttentionRule, *, tolerance: float = 2e-5) -> Tensors:
+def check(
+    tensors: Tensors, keep: Keep, rule: AttentionRule, *, tolerance: float = 2e-5, of_largest: float = 0.0
+) -> Tensors:
+    """To a tolerance, or to a share of the largest number where that is more."""
     seen, upstream = shown(keep, rule, tensors), upstream_of(tensors)
     got = gradients(ours(keep, rule), tensors, upstream)
     wanted = gradients(lambda leaves: dense(leaves, rule, seen), tensors, upstream)
     for mine, exact in zip(got, wanted, strict=True):
-        torch.testing.assert_close(mine.double(), exact.double(), atol=tolerance, rtol=tolerance)
+        largest = float(exact[exact.isfinite()].abs().amax()) if exact.isfinite().any() else 0.0
+        torch.testing.assert_close(
+            mine.double(), exact.double(), atol=max(tolerance, of_largest * largest), rtol=tolerance
+        )
     layout = (len(tensors[0]), tensors[0].shape[2], tensors[0].shape[1], tensors[2].shape[-1])
     assert got[0].transpose(1, 2).is_contiguous()
     assert got[0].transpose(1, 2).shape == layout
@@ -287,7 +293,8 @@ def test_large_and_infinite_logits(backend: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATCHATTN_KERNELS", backend)
     tensors = operands(heads=2, groups=1, queries=20, keys=20)
     keep, rule = sink_and_recent(2, 9, 2), AttentionRule(1.0, causal=True)
-    check([tensors[0] * 20, tensors[1] * 20, tensors[2]], keep, rule, tolerance=1e-3)  # logits of thousands
+    # logits of thousands are rounded to 5e-4, and so are weights made anew in the backward pass
+    check([tensors[0] * 20, tensors[1] * 20, tensors[2]], keep, rule, of_largest=5e-4)
     query, key = tensors[0].abs(), tensors[1].clone()
     key[:, :, ::3, 0] = -torch.inf  # such keys have a logit of -inf; the first row sees no other
     with np.errstate(invalid="ignore"):  # numpy's products meet infinity times zero in lanes that are masked

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from .block_lists import BlockLists, SinkAndRecent, key_order, mask_from_lists, ranks
+from .dense_attention_cpu import flash
 from .rows import AttentionRule, blocks, full_precision, weights_of
+from .sink_and_recent_cpu import by_slices, in_slices
 
 ROWS = 256  # queries that share their keys, where nothing else says
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Part(NamedTuple):
@@ -160,6 +161,8 @@ def gathered(
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `(B, H, Tq, Dv)` in the dtype of the operands and log-sum-exp `(B, H, Tq)`, without a graph."""
+    if isinstance(keep, SinkAndRecent) and in_slices(rule, key.device):
+        return by_slices(query, key, value, keep, rule)
     batch, heads, rows, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     output = value.new_zeros(batch, rows, heads, value.shape[-1]).transpose(1, 2)
@@ -179,13 +182,9 @@ def _attended(
     """Attention `(B, h, C, Dv)` of a part and its log-sum-exp `(B, h, C)`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     if query.device.type == "cpu":
-        dim, width = query.shape[-1], value.shape[-1]
         hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-        # torch's kernel wants as many channels of values as of queries: zeros change neither logits nor the rest
-        query, key = F.pad(query, (0, max(0, width - dim))), F.pad(key, (0, max(0, width - dim)))
-        operands = (query, key, F.pad(value, (0, max(0, dim - width))), 0.0, False)
-        output, lse = _flash(*operands, attn_mask=hidden, scale=scaling)
-        return output[..., :width], lse.masked_fill(~seen.any(dim=-1), float("-inf"))
+        output, lse = flash(query, key, value, scaling, hidden=hidden)
+        return output, lse.masked_fill(~seen.any(dim=-1), float("-inf"))
     query, key, value = full_precision(query), full_precision(key), full_precision(value)
     logits = _grouped(query * scaling, key.shape[1]) @ key.mT
     logits = logits.view(*query.shape[:3], -1).masked_fill(~seen, float("-inf"))

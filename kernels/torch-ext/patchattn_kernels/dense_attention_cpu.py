@@ -83,9 +83,12 @@ def flash(
 def merged(
     output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to the keys of two parts that have none in common, from that of each and its log-sum-exp."""
-    share = torch.sigmoid(lse - other_lse)[..., None].to(output.dtype)
-    return torch.lerp(other, output, share), torch.logaddexp(lse, other_lse)
+    """Attention to the keys of two parts, and its log-sum-exp, from those of each part; in the dtype of the latter.
+
+    A query must see a key of one part at least.
+    """
+    share = torch.sigmoid(lse - other_lse)[..., None]
+    return torch.lerp(other.to(lse.dtype), output.to(lse.dtype), share), torch.logaddexp(lse, other_lse)
 
 
 def mass_by_prefix(

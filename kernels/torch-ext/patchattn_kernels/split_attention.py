@@ -194,9 +194,21 @@ def _of_set(
         columns = index[:, :, None].expand(-1, -1, logits.shape[2], -1)
         for term in rule.added(block, keys):
             logits = logits + term.expand(batch, heads, -1, -1).gather(-1, columns)
-        visible = with_heads(rule.visible(block, (rows, keys), key.device))
-        visible = visible.expand(batch, heads, -1, -1).gather(-1, columns) & member.bool()[:, :, None]
+        visible = _seen_of(rule, block, (rows, keys), columns) & member.bool()[:, :, None]
         weights = weights_of(logits.masked_fill(~visible, float("-inf")), lse[:, :, block])
         parts.append(weights @ values_of)
         masses.append(weights.sum(dim=-1))
     return torch.cat(parts, dim=2), torch.cat(masses, dim=2)
+
+
+def _seen_of(rule: AttentionRule, rows: slice, shape: tuple[int, int], columns: torch.Tensor) -> torch.Tensor:
+    """Which of the keys `columns` `(B, H, C, S)` a slice of queries sees: likewise; `shape` is (Tq, Tk) of all."""
+    queries, keys = shape
+    device = columns.device
+    if rule.mask is not None or rule.window is not None or rule.sequence is not None:
+        visible = with_heads(rule.visible(rows, shape, device))
+        return visible.expand(*columns.shape[:2], -1, -1).gather(-1, columns)
+    if not rule.causal:
+        return torch.ones_like(columns, dtype=torch.bool)
+    own = torch.arange(queries, device=device)[rows] + (keys - queries if rule.offset is None else rule.offset)
+    return columns <= own[:, None]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from patchattn_kernels import AttentionRule, KeyCounts, attention_with_lse, column_mass, key_counts, split_attention
+from patchattn_kernels.dense_attention_cpu import in_one_call
 from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_of
 
 from ...core.call import AttentionCall
@@ -113,11 +114,16 @@ class ACT(Variant):
             groups = heads // (query.shape[1] // key.shape[1])
             query, key, value = query[:, heads], key[:, groups], value[:, groups]
         # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
-        anew = heads is None and call.stands_alone and _is_half(query)
-        output, weights = (query.transpose(1, 2), None) if anew else inner(call)  # the query stands for the dtype
         rule, real = call.rule(heads), call.mask.real()
-        if _is_half(output):
-            whole, lse = attention_with_lse(query, key, value, rule)
+        alone = heads is None and call.stands_alone
+        anew = alone and _is_half(query)
+        # On a CPU one call of torch's kernel gives the log-sum-exp beside the output of the base implementation.
+        autocast = torch.is_autocast_enabled(query.device.type)
+        known = in_one_call(query, key, value, rule) if alone and not (anew or autocast) else None
+        whole_anew = anew or known is not None  # the query stands for the dtype
+        output, weights = (query.transpose(1, 2), None) if whole_anew else inner(call)
+        if known is not None or _is_half(output):
+            whole, lse = attention_with_lse(query, key, value, rule) if known is None else known
             mass, _ = column_mass(query, key, rule, lse=lse, real=real)
         else:
             whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)

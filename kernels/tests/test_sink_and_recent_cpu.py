@@ -1,0 +1,92 @@
+"""Heads with sinks and recent keys by slices, against float64 and pair by pair."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from patchattn_kernels import (
+    AttentionRule,
+    block_sparse_attention,
+    dense_attention_cpu,
+    sink_and_recent,
+    sink_and_recent_cpu,
+)
+from patchattn_kernels.block_lists import SinkAndRecent
+
+ALIKE, GROUPED, MIXED = [(3, 5)] * 4, [(3, 5)] * 2 + [(0, 9)] * 2, [(3, 5), (0, 4), (30, 30), (6, 1)]
+
+
+def attend(sizes: list[tuple[int, int]], queries: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Output and log-sum-exp by the operation, and the same in float64 from the definition."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((4, queries, 8), (2, keys, 8), (2, keys, 6))
+    query, key, value = (torch.randn(2, *shape, generator=generator, dtype=dtype) for shape in shapes)
+    keep = SinkAndRecent(*torch.tensor(sizes, dtype=torch.int32).T, max(size[0] for size in sizes))
+    got = block_sparse_attention(query, key, value, keep, AttentionRule(0.7, causal=True), return_lse=True)
+    seen = torch.zeros(4, queries, keys, dtype=torch.bool)
+    for h, (sinks, recent) in enumerate(sizes):
+        for i in range(queries):
+            own = keys - queries + i
+            for j in range(own + 1):
+                seen[h, i, j] = j < sinks or own - j < recent
+    key, value = (tensor.double().repeat_interleave(2, dim=1) for tensor in (key, value))
+    logits = (query.double() @ key.mT * 0.7).masked_fill(~seen, -math.inf)
+    some = seen.any(-1)[..., None]
+    weights = logits.masked_fill(~some, 0.0).softmax(-1) * some
+    return *got, weights @ value, logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize("queries", [40, 13, 1])
+@pytest.mark.parametrize("sizes", [ALIKE, GROUPED, MIXED, [(0, 1)] * 4, [(2, 0)] * 4, [(0, 0)] * 4, [(40, 1)] * 4])
+def test_output(sizes: list[tuple[int, int]], queries: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink_and_recent_cpu, "ROWS", rows)
+    output, lse, wanted, exact = attend(sizes, queries, 40, torch.float64)
+    torch.testing.assert_close(output, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(lse, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_other_dtypes(dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink_and_recent_cpu, "ROWS", 8)
+    output, lse, wanted, exact = attend(MIXED, 40, 40, dtype)
+    assert output.dtype == dtype
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(output.double(), wanted, rtol=error, atol=error)
+    torch.testing.assert_close(lse.double(), exact, rtol=error, atol=error)
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """Queries and keys of every call of torch's kernel, and whether it is causal."""
+    calls, flash = [], dense_attention_cpu._flash
+
+    def called(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, p: float, causal: bool, **how: Any) -> Any:
+        calls.append((query.shape[2], key.shape[2], causal))
+        return flash(query, key, value, p, causal, **how)
+
+    monkeypatch.setattr(dense_attention_cpu, "_flash", called)
+    return calls
+
+
+@pytest.mark.parametrize("sizes", [(100, 200), (0, 1024), (64, 960)])
+def test_windows_as_long_as_the_sequence_are_dense_attention(sizes: tuple[int, int], pairs: Any) -> None:
+    query = torch.randn(1, 2, 300, 8)
+    block_sparse_attention(query, query, query, sink_and_recent(*sizes, heads=2), AttentionRule(1.0, causal=True))
+    assert pairs == [(300, 300, True)]
+
+
+def test_fewer_pairs_than_dense_attention_from_a_thousand_tokens_on(pairs: Any) -> None:
+    """64 sinks and 256 recent keys: what is computed beside the pairs that are seen is less than what is left out."""
+    query = torch.randn(1, 1, 1024, 8)
+    block_sparse_attention(query, query, query, sink_and_recent(64, 256, heads=1), AttentionRule(1.0, causal=True))
+    computed = sum(rows * (rows + 1) // 2 if causal else rows * keys for rows, keys, causal in pairs)
+    assert computed < 0.65 * 1024 * 1025 / 2
+
+
+@pytest.mark.parametrize("how", [{"mask": torch.ones(1, 30, dtype=torch.bool)}, {"window": 8}, {"causal": False}])
+def test_other_rules_are_left_to_gathering(how: dict[str, Any]) -> None:
+    rule = AttentionRule(**{"scaling": 1.0, "causal": True, **how})
+    assert not sink_and_recent_cpu.in_slices(rule, torch.device("cpu"))
