@@ -80,19 +80,25 @@ offer(
         name: f"{__name__}.variants.{module}"
         for name, module in {
             "act": "sinks.act",
+            "adakv": "eviction.adakv",
             "cad": "decoding.cad",
             "damro": "decoding.damro",
             "decore": "decoding.decore",
-            "knorm": "eviction.knorm",
-            "streaming_llm": "eviction.streaming_llm",
             "flap": "pruning.flap.variant",
+            "h2o": "eviction.h2o",
             "heads": "editing.heads",
+            "keydiff": "eviction.keydiff",
+            "knorm": "eviction.knorm",
             "logn": "temperature.logn",
             "moh": "routing.moh",
             "prune": "pruning.prune",
+            "pyramidkv": "eviction.pyramidkv",
             "shrp": "pruning.shrp.variant",
+            "snapkv": "eviction.snapkv",
             "ssa": "temperature.ssa",
             "ssmax": "temperature.ssmax",
+            "streaming_llm": "eviction.streaming_llm",
+            "tova": "eviction.tova",
             "var": "sinks.var",
         }.items()
     }

@@ -115,3 +115,52 @@ def kept_by_loops(scores: Sequence[float], real: Sequence[bool], count: int, las
     near = places[max(0, len(places) - min(last, count)) :]
     rest = sorted((place for place in places if place not in near), key=lambda place: -scores[place])
     return sorted([*near, *rest[: max(0, count - len(near))]])
+
+
+def window_scores(
+    layers: list[list[dict[str, Any]]],
+    real: torch.Tensor,
+    *,
+    window: int,
+    kernel: int = 7,
+    pooling: str = "max",
+    group: str = "mean",
+    **others: Any,
+) -> list[list[list[list[float]]]]:
+    """By layer, row and kv head the scores of SnapKV of a prompt's columns, written as loops; zero of padding."""
+    found = []
+    for calls in layers:
+        states = [call for call in calls if call["query"].shape[2] > 1]
+        query = torch.cat([call["query"] for call in states], dim=2)
+        key = states[-1]["key"]
+        of_rows = []
+        for row in range(len(query)):
+            places = [place for place in range(real.shape[1]) if real[row, place]]
+            last = places[-window:]
+            of_heads = []
+            for kv_head in range(key.shape[1]):
+                sums = []
+                for head in (2 * kv_head, 2 * kv_head + 1):
+                    total = dict.fromkeys(places, 0.0)
+                    for own in last:
+                        seen = [place for place in places if place <= own]
+                        logits = torch.stack([query[row, head, own] @ key[row, kv_head, place] for place in seen])
+                        weights = (logits * query.shape[-1] ** -0.5).softmax(0).tolist()
+                        for place, weight in zip(seen, weights, strict=True):
+                            total[place] += weight
+                    sums.append(total)
+                reduce = {"mean": lambda pair: sum(pair) / len(pair), "max": max, "sum": sum}[group]
+                one = [0.0 if place in last else reduce([total[place] for total in sums]) for place in places]
+                pooled = []
+                for middle in range(len(one)):
+                    near = [
+                        one[n] if 0 <= n < len(one) else None
+                        for n in range(middle - kernel // 2, middle + kernel // 2 + 1)
+                    ]
+                    known = [value for value in near if value is not None]
+                    pooled.append(max(known) if pooling == "max" else sum(known) / kernel)
+                values = dict(zip(places, pooled, strict=True))
+                of_heads.append([values.get(place, 0.0) for place in range(real.shape[1])])
+            of_rows.append(of_heads)
+        found.append(of_rows)
+    return found

@@ -12,8 +12,27 @@ from .families import FAMILIES
 from .toy import registered_toy
 
 SHIPPED = [
-    *("act", "damro", "flap", "heads", "knorm", "logn", "moh", "prune", "shrp", "ssa", "ssmax"),
-    *("streaming_llm", "var"),
+    "act",
+    "adakv",
+    "cad",
+    "damro",
+    "decore",
+    "flap",
+    "h2o",
+    "heads",
+    "keydiff",
+    "knorm",
+    "logn",
+    "moh",
+    "prune",
+    "pyramidkv",
+    "shrp",
+    "snapkv",
+    "ssa",
+    "ssmax",
+    "streaming_llm",
+    "tova",
+    "var",
 ]
 
 

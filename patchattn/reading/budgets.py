@@ -78,23 +78,24 @@ class Budget:
         return max(self.keys) if self.ratio is None else share(columns, self.ratio)
 
     def of(self, call: AttentionCall) -> torch.Tensor:
-        """`(B or 1, 1 or Hkv, 1)` number of keys to keep.
-
-        Raises:
-            ValueError: a ratio leaves none of a sequence.
-        """
+        """`(B or 1, 1 or Hkv, 1)` number of keys to keep; at least one."""
         if self.ratio is None:
             if len(self.keys) == 1:
                 return torch.full((1, 1, 1), self.keys[0], device=call.key.device)
             return torch.tensor(self.keys, device=call.key.device)[None, :, None]
         seen = call.mask.key_order()[:, :1, -1:]
-        kept = (seen.double() * (1.0 - self.ratio) + _ROUNDING).floor().long()
-        if bool(((kept < 1) & (seen > 0)).any()):
+        return (seen.double() * (1.0 - self.ratio) + _ROUNDING).floor().long().clamp(min=1)
+
+    def refuse(self, call: AttentionCall, since: int = 0) -> None:
+        """ValueError if a ratio leaves no key of what a sequence had so many tokens ago, which asks the device."""
+        if not self.ratio:
+            return
+        seen = call.mask.key_order()[:, :1, -1:] - since
+        if bool(((seen > 0) & (seen.double() * (1.0 - self.ratio) + _ROUNDING < 1)).any()):
             raise ValueError(
                 f"compression_ratio={self.ratio} leaves no key of a sequence of {int(seen[seen > 0].min())}: give a "
                 "smaller one, or a budget in keys."
             )
-        return kept
 
 
 _ROUNDING = 1e-6  # 10 * (1 - 0.9) is less than 1 in floating point
@@ -105,14 +106,14 @@ def share(columns: int, ratio: float) -> int:
     return math.floor(columns * (1.0 - ratio) + _ROUNDING)
 
 
-def best(scores: torch.Tensor, real: torch.Tensor, counts: torch.Tensor, last: int = 0) -> torch.Tensor:
+def best(scores: torch.Tensor, real: torch.Tensor, counts: torch.Tensor, last: int | torch.Tensor = 0) -> torch.Tensor:
     """The keys with the highest scores; of equal ones those that come first.
 
     Args:
         scores: `(B, G, Tk)`.
         real: `(B or 1, G or 1, Tk)` bool: the keys there are; no other is among the best.
         counts: `(B or 1, G or 1, 1)` how many.
-        last: so many last keys come before all others, whatever their scores.
+        last: so many last keys, one number or as `counts`, come before all others, whatever their scores.
 
     Returns:
         `(B, G, Tk)` bool.

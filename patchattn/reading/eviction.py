@@ -21,6 +21,10 @@ from .budgets import Budget, BudgetConfig, best
 CAPABILITIES = ALL_CAPABILITIES - {"bidirectional", "cross", "position_bias", "static_cache", "compile"}
 
 Event = Literal["prompt", "chunk", "call"]
+EVENTS = (
+    "When keys are dropped: 'prompt', at the first single token after calls of several, so that chunks of a prompt do "
+    "not matter; 'chunk', at the end of every call of several tokens; 'call', at the end of every call."
+)
 _DECIDED = "kept"  # keys that the next single token will see, of those stored
 _MAY_BE_GUESSES = (
     "chooses keys at the end of a prompt, and what it was just given may hold guesses that are taken back: no assisted "
@@ -80,8 +84,7 @@ class ScoredConfig(BudgetConfig):
 
     event: Event = option(
         "prompt",
-        help="When keys are dropped: 'prompt', at the first single token after calls of several, so that chunks of a "
-        "prompt do not matter; 'chunk', at the end of every call of several tokens; 'call', at the end of every call.",
+        help=EVENTS,
         source="the papers compress a prompt once",
         choices=("prompt", "chunk", "call"),
     )
@@ -104,9 +107,12 @@ class ScoredEviction(EvictionVariant):
     def neutral_config(cls) -> dict[str, Any]:
         return {"budget": 1 << 30, "compression_ratio": None}
 
-    @property
-    def last(self) -> int:
-        """So many last keys are kept whatever their scores."""
+    def counts(self, call: AttentionCall) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, 1)` how many keys are kept."""
+        return self.budget.of(call)
+
+    def last(self, counts: torch.Tensor) -> int | torch.Tensor:
+        """So many of the keys that are kept are the last ones, whatever their scores."""
         return 0
 
     def scores(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
@@ -123,7 +129,8 @@ class ScoredEviction(EvictionVariant):
 
     def chosen(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
         """`(B, 1 or Hkv, Tk)` bool: the keys that are kept."""
-        return best(self.scores(call, state), call.mask.real_keys(), self.budget.of(call), self.last)
+        counts = self.counts(call)
+        return best(self.scores(call, state), call.mask.real_keys(), counts, self.last(counts))
 
     def bound(self, columns: int) -> int | None:
         """Most keys that are kept of a row and head that has seen so many, padding included; `None`: ask the device."""
@@ -144,6 +151,7 @@ class ScoredEviction(EvictionVariant):
         columns = call.mask.columns
         kept = state.tensors.pop(_DECIDED, None)
         if is_single and kept is not None:
+            self.budget.refuse(call, since=1)
             kept = F.pad(kept, (0, 1), value=True)
             call.context.keep(self.owner, kept, bound=self.bound(columns - 1), slack=0, since=1)
             state.settled = None
@@ -154,5 +162,6 @@ class ScoredEviction(EvictionVariant):
             state.write(_DECIDED, kept)
             state.settled = _MAY_BE_GUESSES
         else:
+            self.budget.refuse(call)
             call.context.keep(self.owner, kept, bound=self.bound(columns), slack=0)
             state.settled = _DROPPED

@@ -21,7 +21,7 @@ class StreamingLLMConfig(VariantConfig):
     sinks: int = option(
         4,
         help="First real keys of a sequence, which stay.",
-        source="paper, section 3.2",
+        source="paper",
         unit="keys",
         minimum=0,
         maximum=1 << 30,
