@@ -115,7 +115,7 @@ def test_weights_that_are_no_plain_tensors_are_not_cut(variant: str, settings: d
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
     assert linear.weight.is_floating_point()
     before = outputs(model, **INPUTS)[0]
-    with pytest.raises(NotImplementedError, match=rf"{projection} \(Linear\) is quantised or no plain linear layer"):
+    with pytest.raises(NotImplementedError, match=rf"{projection} \(Linear\) is quantised or not a plain linear layer"):
         patchattn.patch_model(model, variant, settings)
     assert torch.equal(outputs(model, **INPUTS)[0], before)
     patchattn.patch_model(model, "moh", active_ratio=0.5)

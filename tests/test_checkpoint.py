@@ -260,7 +260,7 @@ DAMAGE = {
     ),
     "a key twice": (
         lambda d: (d / "patchattn_config.json").write_text('{"patches": [], "patches": []}'),
-        r"config\.json: the key 'patches' is there twice",
+        r"config\.json: the key 'patches' appears twice",
     ),
     "deep": (
         lambda d: (d / "patchattn_config.json").write_text("[" * 10**5),
@@ -279,7 +279,7 @@ DAMAGE = {
     "shape": (of_tensors(lambda t, k: t.update({k: torch.ones(5, 32)})), r"routed_weight has .* \(5, 32\), expected"),
     "no config": (lambda d: (d / "patchattn_config.json").unlink(), "There is no patchattn_config.json"),
     "json": (lambda d: truncate(d / "patchattn_config.json"), r"config\.json, line [0-9]+: not valid JSON: Expecting"),
-    "bytes": (lambda d: (d / "patchattn_config.json").write_bytes(b"\xff\xfe"), r"config\.json, line 1: no UTF-8"),
+    "bytes": (lambda d: (d / "patchattn_config.json").write_bytes(b"\xff\xfe"), r"config\.json, line 1: not UTF-8"),
     "list": (lambda d: (d / "patchattn_config.json").write_text("[]"), "must hold a dictionary, got list"),
     "newer": (of_config(lambda c: c.update(format_version=2)), "version 2; this patchattn reads up to 1. Upgrade"),
     "no version": (of_config(lambda c: c.pop("format_version")), "format_version must be a positive integer"),
@@ -303,7 +303,7 @@ DAMAGE = {
         of_config(lambda c: c["sites"].update({"model.layers.7.self_attn": {}})),
         "no attention module 'model.layers.7.self_attn'; did you mean",
     ),
-    "sites": (of_config(lambda c: c["sites"].popitem()), "sites says nothing of 'model.layers.1.self_attn'"),
+    "sites": (of_config(lambda c: c["sites"].popitem()), "sites says nothing about 'model.layers.1.self_attn'"),
     "base": (of_config(lambda c: c.update(base_model=None)), "base_model, sites and each of the sites must be"),
 }
 

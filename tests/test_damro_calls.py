@@ -53,7 +53,7 @@ def test_the_encoder_s_first_token_may_be_kept_or_left_out(
 def test_image_tokens_of_another_layer(where: str) -> None:
     model, given = patchattn.patch_model(vlms.make("llava"), "damro", top_k=2), vlms.inputs("llava")
     call = model if where == "forward" else model.generate
-    with pytest.raises(NotImplementedError, match="of which the image tokens of this call are not made"):
+    with pytest.raises(NotImplementedError, match="which is not the one that this call's image tokens are made of"):
         call(**given, vision_feature_layer=-1)
     assert call(**given) is not None
 

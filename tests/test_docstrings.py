@@ -45,5 +45,5 @@ def test_arguments_are_described_one_by_one(file: Path) -> None:
         if isinstance(node, Documented) and (docstring := ast.get_docstring(node)):
             taken = arguments(node)
             strange = [name for name in entries(docstring, "Args") if taken is not None and name not in taken]
-            assert not strange, f"{node.name} describes {strange}, which are no arguments of it."
+            assert not strange, f"{node.name} describes {strange}, which are not arguments of it."
             assert not re.search(r"^Example:$", docstring, re.M), f"{node.name}: the section is called Examples."

@@ -20,7 +20,7 @@ from patchattn.files.documents import (
 # --- both kinds
 
 BOTH = {
-    "a key twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' is there twice"),
+    "a key twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' appears twice"),
     "an integer": ('{"a": 1%s}' % ("0" * 400), "an integer of more than 308 digits"),
     "a negative integer": ('{"a": -1%s}' % ("0" * 5000), "an integer of more than 308 digits"),
     "deep lists": ("[" * 100 + "]" * 100, "nested more than 64 deep"),
@@ -57,7 +57,7 @@ def test_files_that_cannot_be_read(read, tmp_path):
     with pytest.raises(ValueError, match="There is no "):
         read("x\0y")
     path.write_bytes(b'{"a":\n"\xff"}')
-    with pytest.raises(ValueError, match=r"/f, line 2: no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"/f, line 2: not UTF-8 text"):
         read(path)
 
 
@@ -82,7 +82,7 @@ def test_json_lines_end_at_line_feeds_alone():
         list(json_lines(text, "f"))
     with pytest.raises(ValueError, match="f, line 3: not valid JSON"):
         list(json_lines("1\n2\n{\n", "f"))
-    with pytest.raises(ValueError, match="f, line 2: the key 'a' is there twice"):
+    with pytest.raises(ValueError, match="f, line 2: the key 'a' appears twice"):
         list(json_lines('1\n{"a": 1, "a": 1}\n', "f"))
 
 

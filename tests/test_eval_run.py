@@ -192,7 +192,7 @@ def test_what_is_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
     for tasks, settings, message in (
         ([], {}, "at least one task"),
         ([Sums(samples=0)], {}, "sums has no samples"),
-        ([Sums(), Sums()], {}, "sums is there 2 times"),
+        ([Sums(), Sums()], {}, "sums is given 2 times"),
         ([Sums()], {"batch": 0}, "batch"),
         ([Sums()], {"bacth": 1}, "did you mean 'batch'"),
     ):

@@ -54,7 +54,7 @@ def test_an_error_leaves_the_folder_as_it_was(tmp_path):
     before = content(tmp_path)
     with pytest.raises(ZeroDivisionError):
         write_and_raise(tmp_path, ZeroDivisionError())
-    with pytest.raises(OSError, match=r"could not be written: no space left\. It holds"):
+    with pytest.raises(OSError, match=r"could not be written: no space left\. Its content"):
         write_and_raise(tmp_path, SafetensorError("no space left"))
     with pytest.raises(OSError, match="No space"):
         write_and_raise(tmp_path, OSError(errno.ENOSPC, "No space left on device"))

@@ -76,7 +76,7 @@ def stored(cache: Any) -> list[int]:
 def test_decoding_equals_one_forward_under_the_mask(chunk: int | None, implementation: str) -> None:
     model = model_of("forget")
     if implementation == "eager":
-        model.float()  # in float64 its padded rows are no numbers, in transformers too
+        model.float()  # in float64 its padded rows are not numbers, in transformers too
     model.set_attn_implementation(implementation)
     inputs = padded()
     found = model.generate(**inputs, max_new_tokens=30, output_logits=True, prefill_chunk_size=chunk, **HOW)

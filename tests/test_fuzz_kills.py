@@ -71,7 +71,7 @@ def test_a_reader_beside_a_process_that_saves_sees_one_save(kind, processes, tmp
             try:
                 found = numbers_of(load(kind, tmp_path), whole=kind == "save_pretrained")
             except ValueError as error:
-                if "was written anew" not in str(error):
+                if "was rewritten" not in str(error):
                     raise
                 busy += 1
                 continue

@@ -210,7 +210,7 @@ def write(folder: Path, task: str, content: str | bytes) -> Path:
         ("sst2", "sentence\tlabel\nx\t1\n\ny\t1\n", "line 3: expected 2 columns"),
         ("sst2", "sentence\tlabel\nx\t1\t1\n", "line 2: expected 2 columns .* got 3"),
         ("sst2", "sentence\tlabel\nx\t1\ny\t1", "ends within a line: is it cut off"),
-        ("sst2", b"sentence\tlabel\n\xff\t1\n", "line 2: no UTF-8"),
+        ("sst2", b"sentence\tlabel\n\xff\t1\n", "line 2: not UTF-8"),
         ("rte", "sentence1\tsentence2\tlabel\na\tb\tentail\n", "must be entailment or not_entailment, got 'entail'"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tx\n", "line 2: the score must be a number from 0 to 5, got 'x'"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "number from 0 to 5, got '5.1'"),

@@ -125,7 +125,7 @@ def changed(**changes: Any) -> str:
         (changed(answers="Bob"), "line 1: answers must be a list of texts, at least one, got 'Bob'"),
         (changed(all_classes="Food"), "line 1: all_classes must be a list of texts or null, got 'Food'"),
         (f"{changed()}\n{changed()}", "the id 'x1' is used 2 times"),
-        (changed().encode() + b"\n\xff", "line 2: no UTF-8"),
+        (changed().encode() + b"\n\xff", "line 2: not UTF-8"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -199,7 +199,7 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("no")
     assert read_texts(str(tmp_path)) == "first\n\nsecond"
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         read_texts(str(tmp_path))
 
 

@@ -203,7 +203,7 @@ def test_models_that_are_refused(path: str, tmp_path: Path) -> None:
         PerplexityTask(data=path, buckets=64).check_model(small, BYTES)
     (tmp_path / "short.txt").write_text("x")
     task = PerplexityTask(data=str(tmp_path / "short.txt"))
-    with pytest.raises(ValueError, match="less than two tokens"):
+    with pytest.raises(ValueError, match="fewer than two tokens"):
         task.check_model(small, lambda text, verbose: {"input_ids": [5]})
 
 

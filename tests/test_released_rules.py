@@ -82,7 +82,7 @@ def test_mohs_released_norms_in_bfloat16() -> None:
 
 
 def test_vars_presets_are_the_papers_settings() -> None:
-    """p is the share that moves, and rho bounds the share of the image tokens that are no sinks from below."""
+    """p is the share that moves, and rho bounds the share of the image tokens that are not sinks from below."""
     for preset, rho in (("paper", 0.8), ("paper_hallucination", 0.5), ("paper_vision_centric", 0.9)):
         config = patchattn.variant_info("var").configure({"preset": preset})
         assert config.move_fraction == 0.6

@@ -1,4 +1,4 @@
-"""Results files: what is read back, and what is no row of a run."""
+"""Results files: what is read back, and what is not a row of a run."""
 
 import json
 from pathlib import Path
@@ -52,5 +52,5 @@ def test_a_file_belongs_to_one_run(tmp_path: Path) -> None:
         claim(path, {"batch": 2})
     path.write_text("")
     path.with_name("a.jsonl.settings.json").unlink()
-    with pytest.raises(ValueError, match=r"lies without a\.jsonl\.settings\.json"):
+    with pytest.raises(ValueError, match=r"has no a\.jsonl\.settings\.json"):
         claim(path, {"batch": 1})

@@ -212,9 +212,9 @@ def test_what_keep_is_told_is_checked() -> None:
     for wrong in (kept.long(), kept[..., :5], kept[:1], kept.expand(-1, 3, -1), kept[:, 0]):
         with pytest.raises(ValueError, match=r"which of 6 keys to keep is told by bools .* \(2, 1 or 2, 6\)"):
             layer.keep(wrong, owner=OWNER)
-    with pytest.raises(ValueError, match="none of slack, since and bound is negative"):
+    with pytest.raises(ValueError, match="slack, since and bound must not be negative"):
         layer.keep(kept, owner=OWNER, slack=-1)
-    with pytest.raises(ValueError, match="At most 4 keys of a row and head were to be kept, but 6 are"):
+    with pytest.raises(ValueError, match="At most 4 keys per row and head may be kept, but 6 are"):
         layer.keep(kept, owner=OWNER, bound=4, slack=0)
     with pytest.raises(ValueError, match="has none yet"):
         track(DynamicLayer()).keep(kept, owner=OWNER)

@@ -148,7 +148,7 @@ def test_another_run_is_not_continued(vlm: tuple[Any, Any], requests: list[Reque
     with pytest.raises(ValueError, match="holds 8 answers to 7 requests"):
         answer(model, processor, requests, path, settings)
     (tmp_path / "a.jsonl.settings.json").unlink()
-    with pytest.raises(ValueError, match=r"lies without a\.jsonl\.settings\.json"):
+    with pytest.raises(ValueError, match=r"has no a\.jsonl\.settings\.json"):
         answer(model, processor, requests, path, settings)
 
 
@@ -284,7 +284,7 @@ def test_question_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no file .*gone\.json"):
         read_pope(tmp_path / "gone.json")
     (tmp_path / "latin.json").write_bytes(GOOD.encode() + "\né".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.json, line 2: no UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.json, line 2: not UTF-8"):
         read_pope(tmp_path / "latin.json")
 
 

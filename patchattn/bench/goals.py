@@ -93,7 +93,7 @@ def _judge(goal: Goal, results: Sequence[Result]) -> Verdict:
 def _best(goal: Goal, names: tuple[str, ...], results: Sequence[Result]) -> tuple[float | None, str]:
     """The smallest figure of some implementations, or why there is none.
 
-    One that cannot run there is no rival; one that failed or was not reached might have been the best.
+    One that cannot run there is not a rival; one that failed or was not reached might have been the best.
     """
     figures, reasons = [], []
     for name in names:

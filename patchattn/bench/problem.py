@@ -52,7 +52,7 @@ class Check:
         return leeway * self.torch_error + ROUNDING
 
     def passes(self, leeway: float) -> bool:
-        """False for an error that is no number, too."""
+        """False for an error that is not a number, too."""
         return self.error <= self.allowed(leeway)
 
 

@@ -35,7 +35,7 @@ class Report:
         for row in self.results:
             figures = {"useful_tflops": row.useful_tflops, "share_of_ceiling": row.share_of_ceiling}
             cells = {**asdict(row), "case": {"name": row.case.name, **asdict(row.case)}, **figures}
-            # an error that is no number has no place in JSON; the reason tells it
+            # an error that is not a number has no place in JSON; the reason tells it
             rows.append({key: None if value != value else value for key, value in cells.items()})
         return {
             "schema": SCHEMA,

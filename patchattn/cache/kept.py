@@ -88,9 +88,7 @@ class KeptKeys:
         if latest.bound is None or self.columns.device.type == "cpu":  # any other device would have to be waited for
             most = int(remains.sum(-1).max())
             if latest.bound is not None and most > latest.bound + since:
-                raise ValueError(
-                    f"At most {latest.bound} keys of a row and head were to be kept, but {most - since} are."
-                )
+                raise ValueError(f"At most {latest.bound} keys per row and head may be kept, but {most - since} are.")
         size = min(stored, most if latest.bound is None else latest.bound + since)
         # Moving everything costs as much as appending by copying does: not for a key or two.
         if stored - size < max(1, min(stored // 16, 256)):

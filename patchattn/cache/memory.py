@@ -82,7 +82,7 @@ def cache_report(cache: Cache) -> CacheReport:
         cache: as `generate` returns it; of an encoder-decoder the part of the decoder's own sequence.
 
     Raises:
-        TypeError: it is no kv cache.
+        TypeError: it is not a kv cache.
 
     Examples:
         >>> import torch

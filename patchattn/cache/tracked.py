@@ -133,7 +133,7 @@ class TrackedLayer(CacheLayerMixin):
                 f"{stored}), got {kept.dtype} {(*kept.shape,)}."
             )
         if min(slack, since, bound or 0) < 0:
-            raise ValueError(f"{owner}: none of slack, since and bound is negative, got {slack}, {since} and {bound}.")
+            raise ValueError(f"{owner}: slack, since and bound must not be negative, got {slack}, {since} and {bound}.")
         if self.kept is None:
             self.kept = KeptKeys(stored, batch, kept.device)
         self.kept.drop(kept.to(self.kept.columns.device), bound, since)

@@ -162,7 +162,7 @@ def make_batches(
     """
     rows = [row for row in _rows(tokenizer, examples, task, labels, length) if len(row["input_ids"]) > 1][:samples]
     if not rows:
-        raise ValueError("The texts do not come to a single row of two tokens.")
+        raise ValueError("The texts do not add up to a single row of two tokens.")
     batches: list[Batch] = []
     for start in range(0, len(rows), batch_size):
         batch = _padded(rows[start : start + batch_size], tokenizer.pad_token_id or 0)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def quiet() -> None:
-    """What transformers says while loading, such as that an encoder's head is new, is no news here."""
+    """What transformers says while loading, such as that an encoder's head is new, is not news here."""
     import warnings
 
     from transformers.utils import logging

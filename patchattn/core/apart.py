@@ -45,7 +45,7 @@ def attend_apart(
     elif held != keys.shape[1] or given.query.shape[1] % (held + len(kv_heads)):
         fault = "its keys are not those that its cache gives"
     elif given.kwargs.get("output_attentions"):
-        fault = "attention weights over other keys in some heads are no one tensor"
+        fault = "attention weights over other keys in some heads do not form one tensor"
     elif given.kwargs.get("s_aux") is not None or given.kwargs.get("position_bias") is not None:
         fault = "it has sinks, or a position bias, by head"
     if fault is not None:

@@ -327,7 +327,8 @@ def _of_kv_heads(visible: torch.Tensor, kv_heads: int, site: AttentionSite) -> t
     if not alike:
         raise NotImplementedError(
             f"The mask of {site.module_class} ({site.name}) differs between query heads that share keys and values: "
-            "under such a mask per head a token sees no one number of keys that its key and value could be scaled by."
+            "under such a mask per head there is no single number of keys that a token sees, to scale its key and "
+            "value by."
         )
     return groups[..., 0]
 

@@ -41,7 +41,8 @@ class HeadVectors:
         """Read vectors: the path of a JSON file, or a mapping from layers to heads to numbers.
 
         Raises:
-            ValueError: no such file, no JSON, an unknown field, no vector at all, or vectors of different lengths.
+            ValueError: the file is missing or not valid JSON, a field is unknown, there is no vector at all, or
+                lengths differ.
             TypeError: something else than layers, heads and numbers.
         """
         if isinstance(given, str | Path):

@@ -67,7 +67,8 @@ class HeadList:
         """Read a list: the path of a JSON file, a mapping from layers to heads, or pairs of (layer, head).
 
         Raises:
-            ValueError: no such file, no JSON, an unknown field, no head at all, a negative number, a head twice.
+            ValueError: the file is missing or not valid JSON, a field is unknown, there is no head at all, a number is
+                negative, or a head is named twice.
             TypeError: something else than layers and heads.
         """
         if isinstance(given, str | Path):

@@ -176,7 +176,7 @@ class HeadImportance:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: no such file, no JSON, or not what `save` writes; the message says what is wrong.
+            ValueError: the file is missing, not valid JSON, or not what `save` writes; the message says what is wrong.
         """
         if not os.path.isfile(path):
             raise ValueError(f"There is no importance file {quoted(os.fspath(path))}.")
@@ -199,7 +199,7 @@ class HeadImportance:
             if wrong := [s for s in entry["scores"] if isinstance(s, bool) or not isinstance(s, int | float)]:
                 raise ValueError(f"{entry['name']} has the score {quoted(wrong[0])}; expected numbers.")
             if entry["name"] in sites:
-                raise ValueError(f"{entry['name']} is there twice.")
+                raise ValueError(f"{entry['name']} appears twice.")
             sites[entry["name"]] = SiteScores(entry["layer"], entry["kv_heads"], tuple(map(float, entry["scores"])))
         return cls(sites, content["method"], parse_facts(content["base"]), content["settings"], content["tokens"])
 

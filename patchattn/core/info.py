@@ -53,7 +53,7 @@ def patch_info(model: nn.Module) -> PatchInfo:
         model: a transformers model, in whatever wrapper, patched or not.
 
     Raises:
-        TypeError: it is no such model.
+        TypeError: it is not such a model.
 
     Examples:
         >>> from patchattn import patch_model

@@ -24,7 +24,7 @@ class Places:
 
     Raises:
         ValueError: `index` or `counts` have other dimensions, or `block` is less than 1.
-        TypeError: they are no integers.
+        TypeError: they are not integers.
     """
 
     index: torch.Tensor
@@ -60,7 +60,7 @@ class Places:
         if device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
             last = int(index.max())
             if last * self.block >= keys:
-                raise IndexError(f"Key or page {last} (block={self.block}) was asked for, of a call with {keys} keys.")
+                raise IndexError(f"Key or page {last} (block={self.block}) was asked for in a call with {keys} keys.")
         if self.counts is None and self.block == 1:
             return self
         if self.block > 1:

@@ -81,7 +81,7 @@ class Probes:
     """The probes on one attention module, whichever of PEFT's chains runs there. A copy of the module has none.
 
     Attributes:
-        chain: what the module runs while it has no variants: an empty chain, which is no child of it.
+        chain: what the module runs while it has no variants: an empty chain, which is not a child of it.
         placed: the probes.
     """
 

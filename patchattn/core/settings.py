@@ -131,7 +131,7 @@ def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A value as JSON gives it back, every number in it finite; an object that is no container as it is."""
+    """A value as JSON gives it back, every number in it finite; an object that is not a container as it is."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep.")
     if isinstance(value, bool | str | None):

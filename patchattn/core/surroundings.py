@@ -82,7 +82,7 @@ class LayerContext:
         return aligned
 
     def real_tokens(self, *, memory: bool = False) -> torch.Tensor:
-        """`(B or 1, T or 1)` bool: which tokens of the module's input, or of the other sequence, are no padding."""
+        """`(B or 1, T or 1)` bool: which tokens of the module's input, or of the other sequence, are not padding."""
         mask, device = self.attention_mask, self.layer_input.device
         if self.layer_input.dim() == 2:  # a packed tower has none
             return torch.ones(1, 1, dtype=torch.bool, device=device)

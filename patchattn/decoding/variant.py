@@ -43,7 +43,7 @@ class Step:
     Attributes:
         token_ids: `(B', T)` ids of the tokens; fewer rows than embeddings where these were repeated for beams.
         embeddings: `(B, T, E)` those tokens, image tokens in place.
-        real: `(B, T)` bool: which are no padding.
+        real: `(B, T)` bool: which are not padding.
         is_first: nothing precedes them.
         embedding: what the model embeds ids with.
         positions: `(B or 1, T)` or, of several axes, `(A, B, T)`: as the model gives them; `None`: its default.

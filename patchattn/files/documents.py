@@ -24,7 +24,7 @@ def read_text(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> str:
     """The text of a file.
 
     Raises:
-        ValueError: no such file, one that cannot be read, or no UTF-8; the message names it.
+        ValueError: the file is missing, cannot be read, or is not UTF-8; the message names it.
     """
     if not os.path.isfile(path):  # Path.is_file raises OSError on a name that is too long
         raise ValueError(f"There is no file {quoted(os.fspath(path))}.")
@@ -36,12 +36,12 @@ def read_text(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> str:
 
 
 def decoded(content: bytes, path: str | os.PathLike[str], *, encoding: str = "utf-8") -> str:
-    """The text that the bytes of a file hold; ValueError, with the line, if they are no UTF-8."""
+    """The text that the bytes of a file hold; ValueError, with the line, if they are not UTF-8."""
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{os.fspath(path)}, line {line}: no UTF-8 text.") from error
+        raise ValueError(f"{os.fspath(path)}, line {line}: not UTF-8 text.") from error
 
 
 def parse_json(text: str, where: str | os.PathLike[str], *, line: int = 1) -> Any:
@@ -174,7 +174,7 @@ def naming(path: str | os.PathLike[str], error: Exception) -> Exception:
 
 @contextmanager
 def concerning(path: Any) -> Iterator[None]:
-    """Name this file first in whatever user's mistake the `with` block raises; do nothing for what is no path."""
+    """Name this file first in whatever user's mistake the `with` block raises; do nothing for what is not a path."""
     try:
         yield
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -237,7 +237,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"the key {quoted(twice)} is there twice.")
+        raise ValueError(f"the key {quoted(twice)} appears twice.")
     return found
 
 
@@ -273,7 +273,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in keys:
-                    raise _problem(f"the key {quoted(key.value)} is there twice", key.start_mark)
+                    raise _problem(f"the key {quoted(key.value)} appears twice", key.start_mark)
                 keys.add((key.tag, key.value))
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found

@@ -60,7 +60,7 @@ def replacing(folder: str | os.PathLike[str], outdated: Callable[[str], bool] = 
         if isinstance(error, OSError | SafetensorError) and not is_there:
             raise OSError(f"Another process saved into {folder} at the same time: save from one of them.") from error
         if isinstance(error, SafetensorError):
-            raise OSError(f"{folder} could not be written: {error}. It holds what it held.") from error
+            raise OSError(f"{folder} could not be written: {error}. Its content is unchanged.") from error
         raise
     settle(folder)
 
@@ -100,7 +100,9 @@ def settled(folder: Path, read: Callable[[], T]) -> T:
             continue
         if _state(folder) == before:
             return found
-    raise ValueError(f"{folder} was written anew each of {_ATTEMPTS} times that it was read: read it after that.")
+    raise ValueError(
+        f"{folder} was rewritten during each of {_ATTEMPTS} attempts to read it: read it once nothing writes to it."
+    )
 
 
 def _finish(folder: Path, complete: Path) -> None:

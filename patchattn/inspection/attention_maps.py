@@ -37,7 +37,7 @@ class ReceivedAttention:
 
     Attributes:
         site: the attention module.
-        share: `(H, T)` float64: by query head and position, counted from the first token that is no padding, the mean
+        share: `(H, T)` float64: by query head and position, counted from the first token that is not padding, the mean
             attention of the queries that see the key, and then over the rows of the batch that are that long.
         uniform: `(T,)` float64: one over the most keys that any of those queries sees.
         seen: `(T,)` float64: how many queries see the key, over that number of keys.
@@ -219,7 +219,7 @@ def image_attention(
     sizes = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
     spans = [span for span in image_spans(base, ids, **sizes) if span.row == row]
     if not 0 <= image < len(spans):
-        raise ValueError(f"Sequence {row} has {len(spans)} images, there is none with the index {image}.")
+        raise ValueError(f"Sequence {row} has {len(spans)} images; none has the index {image}.")
     span = spans[image]
     grid = span.grid
     if grid is None:
@@ -258,8 +258,8 @@ def _look(
         calls[call.site.name] += 1
         if calls[call.site.name] > 1:
             raise ValueError(
-                f"{call.site.name} attends several times in one forward, so that there is no one attention to show. "
-                "Leave it out with modules=..."
+                f"{call.site.name} attends several times in one forward, so that there is no single attention map to "
+                "show. Leave it out with modules=..."
             )
         see(call, weights if call.site.name in computing else None)
         return output
@@ -297,7 +297,7 @@ def _received(site: AttentionSite, mass: torch.Tensor, rows: torch.Tensor, longe
 
 
 def _of_row(call: AttentionCall, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query of one sequence sees, `(Tq, Tk)`, and the indices of its queries that are no padding."""
+    """What each query of one sequence sees, `(Tq, Tk)`, and the indices of its queries that are not padding."""
     batch = call.query.shape[0]
     if not 0 <= row < batch:
         raise ValueError(f"There is no sequence {row} in a batch of {batch}.")
@@ -327,7 +327,7 @@ def _pooling(places: torch.Tensor, resolution: int | None) -> tuple[torch.Tensor
 def _asking(
     rows: torch.Tensor, ids: torch.Tensor, span: ImageSpan, queries: Literal["last", "text"] | int, image_token: int
 ) -> torch.Tensor:
-    """Indices of the tokens whose attention is meant, of `rows` that are no padding."""
+    """Indices of the tokens whose attention is meant, of `rows` that are not padding."""
     after = rows[rows >= span.stop]
     text = after[ids[after] != image_token]
     if queries == "last":

@@ -19,7 +19,7 @@ Metric = Literal["wifv", "ifv", "wifn"]
 
 @dataclass(frozen=True, eq=False)
 class ChannelStatistics:
-    """Of the inputs of one projection, over tokens that are no padding; float64, on the CPU.
+    """Of the inputs of one projection, over tokens that are not padding; float64, on the CPU.
 
     Attributes:
         tokens: how many there were.
@@ -115,7 +115,7 @@ def projection_weight(model: nn.Module, path: str, inputs: int | None = None) ->
         raise ValueError(f"{path} carries a PEFT adapter, whose weight is not in it: merge_and_unload() first.")
     weight, shape = plain_weight(module), linear_shape(module)
     if weight is None or shape is None:
-        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
+        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or not a plain linear layer.")
     if inputs is not None and shape[0] != inputs:
         raise NotImplementedError(f"{path} reads {shape[0]} channels, but heads of {inputs} channels come before it.")
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -207,7 +207,7 @@ def channel_statistics(
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose tensors are where the model's parameters are; TypeError if it is no batch."""
+    """A batch whose tensors are where the model's parameters are; TypeError if it is not a batch."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"Batches are a list of dictionaries, each what the model is called with; one of them is {batch!r}."

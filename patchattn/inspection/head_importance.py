@@ -69,7 +69,7 @@ def head_importance(
     Raises:
         ValueError: an unknown method or option, no data, a model in training mode, labels that are missing, an
             attention module that the data does not reach, or a state file of something else.
-        TypeError: batches that are no dictionaries.
+        TypeError: batches that are not dictionaries.
         NotImplementedError: the model's attention does not go through transformers' registry, or its projections are
             not recognised.
 

@@ -151,7 +151,7 @@ class TemperatureStatistics:
         self._layers: dict[tuple[str, str], _Layer] = {}
 
     def add(self, variant: str, seen: Observation) -> None:
-        """Count one observation of a variant; values that are no temperatures are passed over."""
+        """Count one observation of a variant; values that are not temperatures are passed over."""
         if not _NAMES.keys().isdisjoint(seen.values):
             self._layers.setdefault((seen.site.name, variant), _Layer(seen.site, variant)).add(seen)
 

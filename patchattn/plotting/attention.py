@@ -33,7 +33,7 @@ def plot_attention_received(
 
     Args:
         received: of `patchattn.inspection.attention_maps.attention_received`.
-        tokens: text of each key, from the first that is no padding; written if there are few.
+        tokens: text of each key, from the first that is not padding; written if there are few.
         title: of the picture.
 
     Returns:

@@ -71,7 +71,7 @@ def _saving(given: dict[str, Any]) -> Iterator[None]:
     elif taken := [folder for folder in folders.values() if (folder / CONFIG_FILE).is_file()]:
         raise ValueError(
             f"{taken[0]} holds a patch, and this model has none: beside it, its adapter would be taken for one of a "
-            f"patched model. Save elsewhere, or take {CONFIG_FILE} away first."
+            f"patched model. Save elsewhere, or remove {CONFIG_FILE} first."
         )
     yield
     for name, (content, tensors) in contents.items():

@@ -80,7 +80,7 @@ def read_patch(folder: Path) -> SavedPatch:
     if wrong := [name for name in facts if not isinstance(base.get(name), str | None)]:
         raise ValueError(f"{path}: {wrong[0]} of base_model must be a text or null, got {quoted(base[wrong[0]])}.")
     if unknown := sorted({name for patch in patches for name in patch.sites} - set(sites)):
-        raise ValueError(f"{path}: sites says nothing of {quoted(unknown[0])}, which is patched.")
+        raise ValueError(f"{path}: sites says nothing about {quoted(unknown[0])}, which is patched.")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"{path}: {_DIGEST} must be the SHA-256 of {TENSORS_FILE}, got {quoted(digest)}.")
     return SavedPatch(tuple(patches), base, sites, path, digest)
@@ -115,11 +115,11 @@ def read_tensors(saved: SavedPatch) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     if hashlib.sha256(content).hexdigest() != saved.digest:
-        raise ValueError(f"{path} is damaged, or of another save than {CONFIG_FILE} beside it: its SHA-256 is another.")
+        raise ValueError(f"{path} is damaged, or of another save than {CONFIG_FILE} beside it: its SHA-256 differs.")
     try:
         return load(content)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}.") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
 
 
 def read_both(folder: Path) -> tuple[SavedPatch, dict[str, torch.Tensor]]:

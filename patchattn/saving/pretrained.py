@@ -25,7 +25,7 @@ def readable(source: str | PathLike[str]) -> Iterator[None]:
     """Turn whatever transformers raises while it loads from `source` into a ValueError of one line.
 
     What it raises over a damaged file, a missing package or a value of the wrong type is of any kind, from KeyError to
-    those of pickle. Running out of memory says nothing of the files and stays what it is.
+    those of pickle. Running out of memory says nothing about the files and stays what it is.
     """
     try:
         yield

@@ -69,7 +69,7 @@ def load_sentence_transformer(
             patched[name] = from_pretrained(source, **inside, **given)
     if not patched:
         raise ValueError(
-            f"{quoted(str(source))} holds no patched model that sentence-transformers saved: load it by that library."
+            f"{quoted(str(source))} holds no patched model that sentence-transformers saved: load it with that library."
         )
     given["ignore_mismatched_sizes"] = True  # of pruned weights; the patched model takes the place of what comes of it
     with _without_report():

@@ -56,7 +56,7 @@ def saved_plan(
             with safe_open(path, framework="pt") as file:
                 found += [(f"{path}: {key}", file.get_tensor(key)) for key in file.keys() if _is_settings(key)]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}.") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
     return packed_plan(found) or None
 
 
@@ -121,7 +121,7 @@ def patched_class(architecture: str | type | None) -> Any:
                     model, info = super().from_pretrained(source, *args, **kwargs)
             except ValueError as error:
                 if isinstance(error.__cause__, SafetensorError):
-                    what = f"is damaged or no safetensors file: {error.__cause__}"
+                    what = f"is damaged or not a safetensors file: {error.__cause__}"
                     raise ValueError(f"{_damaged_file(source)} {what}.") from error
                 raise
             finally:

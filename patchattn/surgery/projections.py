@@ -172,7 +172,7 @@ def check_linear(path: str, module: nn.Module) -> None:
     if hasattr(module, "_hf_hook"):
         raise NotImplementedError(f"{path} is offloaded or dispatched by accelerate: prune before that.")
     if plain_weight(module) is None:
-        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or no plain linear layer.")
+        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or not a plain linear layer.")
 
 
 def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:

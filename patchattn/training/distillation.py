@@ -70,7 +70,9 @@ def distillation_loss(
 
 def _layer_error(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if student.shape != teacher.shape:
-        raise ValueError(f"Hidden states of shapes {tuple(student.shape)} and {tuple(teacher.shape)} do not compare.")
+        raise ValueError(
+            f"Hidden states of shapes {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared."
+        )
     error = (student.float() - teacher.float()).square().mean(-1)  # (B, T)
     if mask is None:
         return error.mean()

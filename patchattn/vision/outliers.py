@@ -56,7 +56,7 @@ def attention_received(
 
 
 def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """`(count,)` indices of the highest of `(N,)` scores, highest first; negative ones are no candidates.
+    """`(count,)` indices of the highest of `(N,)` scores, highest first; negative ones are not candidates.
 
     Raises:
         ValueError: there are fewer.
@@ -127,7 +127,7 @@ def _picture_at(tokens: torch.Tensor, start: int, pictures: Sequence[Picture]) -
 
 
 def _next_start(tokens: torch.Tensor, after: int, pictures: Sequence[Picture]) -> int:
-    """Where the next image starts among a row's image tokens, or their end. Tiles are no images: newlines cut them."""
+    """Where the next image starts among a row's image tokens, or their end. Tiles are not images: newlines cut them."""
     firsts = torch.stack([(tokens[after:] == p.tokens[0]).all(dim=-1) for p in pictures]).any(dim=0)
     following = (int(at) + after for at in firsts.nonzero())
     return next((at for at in following if _picture_at(tokens, at, pictures) is not None), len(tokens))

@@ -150,7 +150,7 @@ def _check_neutral(model: PreTrainedModel, runs: list[Run], base: list[torch.Ten
             if apart != 0:
                 findings.problems.append(f"neutral {name} differs by {apart:.1e}")
         except NotImplementedError:
-            pass  # a refusal is no difference; it is recorded where the variant is run in earnest
+            pass  # a refusal is not a difference; it is recorded where the variant is run in earnest
         except Exception as error:  # what foreign model code raises is a finding, not the end of the sweep
             findings.problems.append(f"neutral {name}: {_line(error)}")
         finally:

@@ -24,8 +24,8 @@ except ImportError as error:
 
 Phrase = tuple[str, ...]
 
-# Pairs of words that are not what their parts say, by the official rules: a baby bird is no person, a train track no
-# train. `None` is no object.
+# Pairs of words that are not what their parts say, by the official rules: a baby bird is not a person, a train track
+# not a train. `None` is no object.
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 SPECIAL_PAIRS: dict[Phrase, str | None] = {
     **{(age, animal): animal for age in ("baby", "adult") for animal in _ANIMALS},
@@ -56,7 +56,7 @@ class SynonymTable:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: no UTF-8 text.") from error
+            raise ValueError(f"{path}: not UTF-8 text.") from error
         for number, line in enumerate(lines, 1):
             phrases = [tuple(synonym.split()) for synonym in line.lower().split(",") if synonym.strip()]
             for phrase in phrases:

@@ -42,7 +42,7 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, floa
     Returns:
         Shares from 0 to 1: `accuracy`, `precision`, `recall` and `f1` (0 where there is nothing to divide by),
         `yes_ratio` (answers taken for "yes"), and `neither_ratio` (answers taken for "yes" that do not say it; see
-        `is_neither`). The last is no score of POPE: where it is not near 0, the others rest on the rule's leniency.
+        `is_neither`). The last is not a score of POPE: where it is not near 0, the others rest on the rule's leniency.
 
     Raises:
         ValueError: no answers, numbers that differ, or a label of another kind.

@@ -20,7 +20,7 @@ _WIDTH = 7.2
 
 
 def plot_scores(report: Mapping[str, Any]) -> "Figure":
-    """Main score of every task: a line per task with a marker per run; scores that are no percentages have axes alone.
+    """Main score of every task: a line per task with a marker per run; scores that are not percentages have axes alone.
 
     Args:
         report: of `patchattn.evaluation.run.compare.compare`.

@@ -146,18 +146,18 @@ def compare(
 
 
 def check_tasks(tasks: Sequence[EvalTask]) -> None:
-    """ValueError for no tasks, one without samples, and one that is there twice."""
+    """ValueError if there are no tasks, one has no samples, or one is given twice."""
     if not tasks:
         raise ValueError("There is nothing to evaluate: give at least one task.")
     names = [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"The task {twice[0]} is there {names.count(twice[0])} times.")
+        raise ValueError(f"The task {twice[0]} is given {names.count(twice[0])} times.")
     if empty := [task.name for task in tasks if len(task) == 0]:
         raise ValueError(f"The task {empty[0]} has no samples.")
 
 
 def check_runs(names: Sequence[str]) -> None:
-    """ValueError for no runs, too many for a picture, and names that are `unpatched` or would share a folder."""
+    """ValueError if there are no runs or too many for a picture, or a name is `unpatched` or shares a folder."""
     if not names:
         raise ValueError("There is nothing to compare with the unpatched model: give at least one run.")
     if len(names) >= MOST_RUNS:

@@ -41,7 +41,7 @@ class PatchattnLM(HFLM):
 
     Raises:
         ValueError: an unknown argument, variant, setting or value; before anything is loaded.
-        TypeError: `pretrained` is no text.
+        TypeError: `pretrained` is not a string.
     """
 
     AUTO_MODEL_CLASS: Any

@@ -20,7 +20,8 @@ def read_objects(path: str | os.PathLike[str], pattern: str = "COCO_val2014_{:01
         Name of the image's file to its objects.
 
     Raises:
-        ValueError: no such file, no JSON, or another content; the message names the file and the line or the image id.
+        ValueError: the file is missing, not valid JSON, or of other content; the message names it, and the line or
+            the image id.
     """
     content = read_json(path)
     if not isinstance(content, dict):

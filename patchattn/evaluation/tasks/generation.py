@@ -121,7 +121,7 @@ def check_generates(model: Any, tokenizer: Any) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} has an encoder; expected a model with a decoder alone.")
     if tokenizer.pad_token is None:
-        raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token, to its eos_token say.")
+        raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token, for example to its eos_token.")
 
 
 def positions(model: Any) -> int | None:

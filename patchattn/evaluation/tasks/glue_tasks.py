@@ -132,7 +132,9 @@ class GlueClassification(GlueEval):
         """ValueError for a head that is not one for this task, and a length that the model has no positions for."""
         label_order(self.task.name, model.config)
         if tokenizer.pad_token is None or model.config.get_text_config().pad_token_id is None:
-            raise ValueError("The tokenizer or the model's configuration has no padding token: set both, to eos say.")
+            raise ValueError(
+                "The tokenizer or the model's configuration has no padding token: set both, for example to eos."
+            )
         known = positions(model)
         if known is not None and known < self.settings.max_length:
             raise ValueError(

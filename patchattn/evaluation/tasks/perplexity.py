@@ -145,7 +145,7 @@ class PerplexityTask(EvalTask):
         length, _ = self._sizes(model)
         check_positions(model, length)
         if len(self._tokens(tokenizer)) < 2:
-            raise ValueError("The text has less than two tokens: there is nothing to predict.")
+            raise ValueError("The text has fewer than two tokens: there is nothing to predict.")
 
     def answer(self, model: Any, tokenizer: Any, indices: Sequence[int]) -> list[Row]:
         """Sums over the windows of some parts; as many windows go through the model at once as there are parts."""

@@ -33,8 +33,8 @@ def read_pope(path: str | os.PathLike[str]) -> list[PopeQuestion]:
     """The questions of an official file, whose name ends in `.json`: an object per line, or a list of objects.
 
     Raises:
-        ValueError: no such file, no JSON, a missing or strange value, a question_id twice, or no questions; the message
-            names file and line.
+        ValueError: the file is missing or not valid JSON, lacks a value or has a strange one, repeats a
+            question_id, or has no questions; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():

@@ -37,7 +37,7 @@ def claim(path: Path, made_with: Mapping[str, Any], *, write: bool = True) -> No
     beside = path.with_name(f"{path.name}.settings.json")
     if not beside.is_file():
         if path.exists():
-            raise ValueError(f"{path} lies without {beside.name}; choose another output.")
+            raise ValueError(f"{path} has no {beside.name}; choose another output.")
         if not write:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def check_processor(processor: Any, settings: GenerationSettings) -> None:
         raise ValueError(f"{name} has no chat template: give template=, such as 'USER: <image>\\n{{text}} ASSISTANT:'.")
     if processor.tokenizer.pad_token is None:
         raise ValueError(
-            f"The tokenizer of {name} has no padding token: set tokenizer.pad_token, to its eos_token say."
+            f"The tokenizer of {name} has no padding token: set tokenizer.pad_token, for example to its eos_token."
         )
 
 

@@ -219,8 +219,8 @@ class DAMRO(DecodingVariant):
         if self.config.vision_layer is None and not made_here:
             raise NotImplementedError(
                 f"DAMRO takes its scores from the layer of {self.layout.tower} that the model's configuration names, "
-                "of which the image tokens of this call are not made: set vision_feature_layer there before patching, "
-                "or give vision_layer."
+                "which is not the one that this call's image tokens are made of: set vision_feature_layer there before "
+                "patching, or give vision_layer."
             )
 
     def after_query_former(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

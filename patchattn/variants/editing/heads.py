@@ -57,12 +57,12 @@ class HeadsConfig(VariantConfig):
         "the number first_row on (from); those that tokens names (marked).",
     )
     first_row: int = option(
-        0, help="With rows=from: number of the first edited token; the first that is no padding is 0.", minimum=0
+        0, help="With rows=from: number of the first edited token; the first that is not padding is 0.", minimum=0
     )
     tokens: tuple[int, ...] | None = option(
         None,
-        help="With rows=marked: numbers of the edited tokens, the same in every sequence; the first that is no padding "
-        "is 0.",
+        help="With rows=marked: numbers of the edited tokens, the same in every sequence; the first that is not "
+        "padding is 0.",
         minimum=0,
     )
     phase: Literal["both", "prompt", "decoding"] = option(

@@ -88,7 +88,9 @@ class FlapStatistics:
                 tensors = {name: file.get_tensor(name) for name in names}
             return cls(base, *_parse(tensors))
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged or no file of `patchattn calibrate flap`: {error}.") from error
+            raise ValueError(
+                f"{path} is damaged or not a file that `patchattn calibrate flap` wrote: {error}."
+            ) from error
 
 
 def flap_statistics(

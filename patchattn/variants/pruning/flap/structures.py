@@ -131,7 +131,9 @@ def _score_heads(model: nn.Module, site: AttentionSite, known: FlapStatistics, m
     heads, kv_heads = site.query_heads or 0, site.kv_heads or 0
     group = heads // kv_heads
     if group * kv_heads != heads:
-        raise NotImplementedError(f"{site.name} has {heads} query heads on {kv_heads} kv heads: which belong together?")
+        raise NotImplementedError(
+            f"{site.name} has {heads} query heads on {kv_heads} kv heads: which belong together is not known."
+        )
     weight = 0
     for part in parts:
         inputs, outputs = linear_shape(model.get_submodule(part.projection)) or (0, 0)

@@ -64,7 +64,7 @@ def head_weights(given: Any, model: nn.Module, sites: Sequence[AttentionSite]) -
     """A weight per head by the name of the attention module, from a file or a mapping.
 
     Raises:
-        ValueError: no such file, it was made for another model, or weights that are no distribution over the heads.
+        ValueError: no such file, it was made for another model, or weights that are not a distribution over the heads.
     """
     if given is None:
         return None
@@ -81,7 +81,7 @@ def head_weights(given: Any, model: nn.Module, sites: Sequence[AttentionSite]) -
 
 
 def check_weights(given: Any, site: AttentionSite) -> None:
-    """Raise TypeError or ValueError if the weights of a module's heads are no distribution over them."""
+    """Raise TypeError or ValueError if the weights of a module's heads are not a distribution over them."""
     if not isinstance(given, Mapping):
         raise TypeError(
             f"importance must be a file or a mapping from attention modules to weights, got {quoted(given)}."

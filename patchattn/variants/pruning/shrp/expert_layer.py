@@ -55,7 +55,7 @@ def host_layer(model: nn.Module, site: AttentionSite) -> HostLayer:
     """Recognise the layer that an attention module is in, by its structure.
 
     Raises:
-        NotImplementedError: it is no encoder layer with plain self-attention and one feed-forward part, or its
+        NotImplementedError: it is not an encoder layer with plain self-attention and one feed-forward part, or its
             projections are not plain linear layers.
     """
     module: Any = model.get_submodule(site.name)
