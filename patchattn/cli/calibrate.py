@@ -69,7 +69,7 @@ def calibrate_heads(
     console, state = Console(highlight=False), output.with_name(output.name + ".state")
     if batches and state.exists():
         console.print(f"Going on from {state}", soft_wrap=True)
-    with _bar(console, "batches", len(batches)) as move:
+    with bar(console, "batches", len(batches)) as move:
         found = head_importance(
             loaded,
             batches,
@@ -124,7 +124,7 @@ def calibrate_curve(
     loaded = loading.load(device)
     measure, name = (accuracy, "accuracy") if loading.task == "classify" else (perplexity, "perplexity")
     console = Console(highlight=False)
-    with _bar(console, "heads removed", None) as move:
+    with bar(console, "heads removed", None) as move:
         points = pruning_curve(
             loaded,
             batches,
@@ -175,7 +175,7 @@ def calibrate_flap(
     batches = loading.batches(data, samples, length, batch_size)
     loaded = loading.load(device)
     console, sites = Console(highlight=False), select_sites(loaded, modules=modules)
-    with _bar(console, "batches", len(batches) * (2 if amp else 1)) as move:
+    with bar(console, "batches", len(batches) * (2 if amp else 1)) as move:
         found = flap_statistics(loaded, batches, sites=sites, mlp=mlp, amp=amp, progress=move)
     found.save(output)
     console.print(f"{len(found.channels)} projections of {found.base}. Wrote {output}", soft_wrap=True)
@@ -247,7 +247,7 @@ class _Loading:
 
 
 @contextmanager
-def _bar(console: Console, what: str, total: int | None) -> Iterator[Any]:
+def bar(console: Console, what: str, total: int | None) -> Iterator[Any]:
     """A progress bar; gives the function that moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -15,6 +15,7 @@ from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads
 from .common import parse_settings, quiet
 from .evaluate import evaluate_model
 from .plot import plot
+from .retrieval import calibrate_retrieval
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -317,6 +318,7 @@ def lm_eval(context: typer.Context) -> None:
 calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
+calibrate.command("retrieval")(calibrate_retrieval)
 app.command("eval")(evaluate_model)
 app.command("bench")(bench)
 

@@ -62,12 +62,15 @@ def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of he
     return figure
 
 
-def plot_head_importance(importance: "HeadImportance", *, title: str | None = None) -> "Figure":
+def plot_head_importance(
+    importance: "HeadImportance", *, title: str | None = None, label: str = "importance (higher: keep)"
+) -> "Figure":
     """Heat map of the importance of every query head: a picture per tower and kind of attention, a row per layer.
 
     Args:
         importance: of `patchattn.head_importance`.
         title: of the picture; the method and the model by default.
+        label: of the scale.
 
     Returns:
         A figure; save it with `figure.savefig(path)`. Heads that a layer does not have are white.
@@ -104,7 +107,7 @@ def plot_head_importance(importance: "HeadImportance", *, title: str | None = No
                     colour = "black" if score > low + 0.55 * (high - low) else "white"
                     axes.text(x, y, f"{score:.2g}", ha="center", va="center", fontsize=7, color=colour)
     pictures[-1].set_xlabel("query head")
-    figure.colorbar(image, ax=pictures.tolist(), label="importance (higher: keep)")
+    figure.colorbar(image, ax=pictures.tolist(), label=label)
     return figure
 
 

@@ -1,0 +1,165 @@
+"""Retrieval heads: how much of an answer each head copies out of its context. arXiv 2404.15574."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchattn_kernels.rows import full_precision, row_logits
+
+from ..core.call import AttentionCall
+from ..core.heads import BaseFacts, HeadList
+from ..core.importance import HeadImportance, SiteScores
+from ..core.probing import probed
+from ..core.selection import base_model, select_sites
+
+_LEAST_ANSWERED = 0.5  # a trial counts if the model knows more than this share of the answer
+
+
+@dataclass(frozen=True)
+class RetrievalTrial:
+    """A text that holds something to be copied, and the copy at its end.
+
+    Attributes:
+        tokens: `(T,)` ids: the prompt and behind it the answer.
+        needle: numbers of the first token that is to be copied, and of the one after the last.
+        answer: number of tokens of the answer, which are the last ones.
+    """
+
+    tokens: list[int]
+    needle: tuple[int, int]
+    answer: int
+
+    def __post_init__(self) -> None:
+        start, stop = self.needle
+        if not (0 <= start < stop <= len(self.tokens) - self.answer and self.answer > 0):
+            raise ValueError(
+                f"A trial's needle lies in its prompt and an answer follows it, got the needle {self.needle} and an "
+                f"answer of {self.answer} among {len(self.tokens)} tokens."
+            )
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """What a search for retrieval heads found.
+
+    Attributes:
+        scores: of every query head, mean over the trials that count.
+        counted: trials that count: the model expects more than half of the answer's tokens.
+        trials: all of them.
+    """
+
+    scores: HeadImportance
+    counted: int
+    trials: int
+
+    def highest(self, count: int | None = None, *, threshold: float | None = None) -> HeadList:
+        """The heads that retrieve most, as `decore` and `heads` take them.
+
+        Args:
+            count: so many; equal scores go by layer and head.
+            threshold: instead, all whose score is above it; the paper's is 0.1.
+
+        Raises:
+            ValueError: neither or both of them, a count of less than 1 or of more than there are, or no head.
+        """
+        if (count is None) == (threshold is None):
+            raise ValueError(f"Give either count or threshold, got count={count} and threshold={threshold}.")
+        ranked = sorted(
+            (-score, site.layer, head) for site in self.scores.sites.values() for head, score in enumerate(site.scores)
+        )
+        if count is not None and not 1 <= count <= len(ranked):
+            raise ValueError(f"count is a number of heads from 1 to {len(ranked)}, got {count}.")
+        chosen = ranked[:count] if threshold is None else [one for one in ranked if -one[0] > threshold]
+        if not chosen:
+            raise ValueError(f"No head scores above {threshold}; the highest score is {-ranked[0][0]:.3f}.")
+        heads: dict[int, list[int]] = {}
+        for _, layer, head in chosen:
+            heads.setdefault(layer, []).append(head)
+        return HeadList({layer: tuple(sorted(heads[layer])) for layer in sorted(heads)}, self.scores.base)
+
+
+@torch.no_grad()
+def retrieval_scores(
+    model: nn.Module,
+    trials: Iterable[RetrievalTrial],
+    *,
+    modules: str | Iterable[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> RetrievalScores:
+    """Retrieval score of every query head of a causal language model.
+
+    Where the model is about to say a token y of the answer, a head retrieves it if the key that it attends to most, the
+    first one of equal ones, is a token of the needle, and that token is y. A trial adds 1 / (length of the needle) for
+    each, so that a head which copies a token twice can exceed 1 (as the released code counts). The answer is forced:
+    one forward over prompt and answer, in place of generating it. No matrix of attention is made but for its rows.
+
+    Args:
+        model: in evaluation mode, patched or not.
+        trials: texts with something to be copied.
+        modules: which attention modules, as in `patch_model`, where the model has several towers.
+        progress: called with the number of trials done.
+
+    Raises:
+        ValueError: no trial, none that counts, a model in training mode, or an attention module that is not run.
+        NotImplementedError: keys have been dropped or gathered, so that a key is no token of the text; or a variant
+            computes attention itself, as `act` does.
+    """
+    base: Any = base_model(model)
+    if base.training:
+        raise ValueError("retrieval_scores needs a model in evaluation mode: model.eval().")
+    sites = [site for site in select_sites(base, modules=modules) if not site.is_cross]
+    sums = {site.name: torch.zeros(site.require("query_heads", by="retrieval_scores")).double() for site in sites}
+    device, done, counted, tokens = next(base.parameters()).device, 0, 0, 0
+    found: dict[str, torch.Tensor] = {}
+    with probed(base, lambda call, output: see(call), modules=[f"^{site.name}$" for site in sites], at="base"):
+        for trial in trials:
+            ids = torch.tensor(trial.tokens, device=device)
+            rows = torch.arange(len(ids) - trial.answer - 1, len(ids) - 1, device=device)
+            start, stop = trial.needle
+
+            def see(
+                call: AttentionCall, ids: Any = ids, rows: Any = rows, start: int = start, stop: int = stop
+            ) -> None:
+                found[call.site.name] = _hits(call, ids, rows, start, stop) / (stop - start)
+
+            logits = base(input_ids=ids[None], use_cache=False).logits
+            said = logits[0, rows].argmax(-1) == ids[rows + 1]
+            if missing := [name for name in sums if name not in found]:
+                raise ValueError(f"{missing[0]} was not run on a text. Leave it out with modules=...")
+            if float(said.double().mean()) > _LEAST_ANSWERED:
+                counted, tokens = counted + 1, tokens + len(rows)
+                for name, total in sums.items():
+                    total += found[name]
+            found.clear()
+            done += 1
+            if progress is not None:
+                progress(done)
+    if not counted:
+        raise ValueError(
+            f"The model expects more than half of the answer in none of {done} trials: no head can be scored. Use "
+            "shorter texts."
+        )
+    scores = {
+        site.name: SiteScores(
+            site.layer_index,
+            site.require("kv_heads", by="retrieval_scores"),
+            tuple((sums[site.name] / counted).tolist()),
+        )
+        for site in sites
+    }
+    importance = HeadImportance(scores, "retrieval", BaseFacts.of(base, sites[0]), {}, tokens)
+    return RetrievalScores(importance, counted, done)
+
+
+def _hits(call: AttentionCall, ids: torch.Tensor, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """`(H,)` how many rows of a text have their largest weight on a token of the needle that is the next one."""
+    if call.mask.index is not None or call.key.shape[2] != len(ids):
+        raise NotImplementedError(f"Keys of {call.site.name} are no longer the tokens of the text, one by one.")
+    logits = row_logits(full_precision(call.query), full_precision(call.key), call.rule(), rows)
+    place = logits.argmax(-1)[0].cpu()  # the first of equal ones
+    tokens, after = ids.cpu(), (rows + 1).cpu()
+    hit = (place >= start) & (place < stop) & (tokens[place] == tokens[after])
+    return hit.double().sum(-1)
