@@ -189,6 +189,35 @@ def grid(
 
 
 @plot.command()
+def rollout(
+    model: Model,
+    prompt: Prompt = None,
+    text: Text = None,
+    variant: VariantOption = None,
+    settings: Set = None,
+    patch: Patch = None,
+    layer: Annotated[int, typer.Option(help="Behind which layer, from 0; -1 is the last.")] = -1,
+    flow: Annotated[bool, typer.Option("--flow", help="Attention flow instead, of at most 64 tokens.")] = False,
+    modules: Modules = None,
+    length: Length = 512,
+    device: Device = None,
+    title: Title = None,
+    output: Output = Path("rollout.png"),
+) -> None:
+    """What of each token reaches each output through all layers: attention rollout, or flow."""
+    from ..inspection.rollout import attention_flow, attention_rollout
+    from ..plotting import plot_rollout
+
+    check_output(output)
+    wanted, source = one_text(prompt, text), Source(model, variant, settings, patch)
+    loaded = source.load(device)
+    inputs, tokens = tokens_of(source.tokenizer(), wanted, length, loaded)
+    found = (attention_flow if flow else attention_rollout)(loaded, inputs, modules=modules)
+    title = title or f"Attention {'flow' if flow else 'rollout'}: {source.name}"
+    _save(plot_rollout(found, tokens=tokens, layer=layer, title=title), output)
+
+
+@plot.command()
 def image(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL.")],
     picture: Annotated[Path, typer.Option("--image", help="The picture.")],

@@ -133,7 +133,7 @@ def attention_received(
             counts = KeyCounts(*(count[:, 0] for count in counts))
         found[call.site.name] = _received(call.site, mass, counts.rows, counts.longest)
 
-    _look(model, inputs, select_sites(base_model(model), layers=layers, modules=modules), see)
+    look(model, inputs, select_sites(base_model(model), layers=layers, modules=modules), see)
     return list(found.values())
 
 
@@ -172,17 +172,17 @@ def attention_maps(
     found: list[AttentionMap] = []
 
     def see(call: AttentionCall, own: torch.Tensor | None) -> None:
-        visible, rows = _of_row(call, row)
+        visible, rows = of_row(call, row)
         columns = visible[rows].any(0).nonzero().flatten()
         mean, queries = _pooling(rows, resolution)
         total, keys = _pooling(columns, resolution)
         some = mean @ visible[rows][:, columns].cpu().double() @ total.mT > 0
         mean = mean / mean.sum(-1, keepdim=True)
         for head in _chosen_heads(call, heads):
-            weights = _weights(call, own, head, row, visible)[rows][:, columns].cpu().double()
+            weights = head_weights(call, own, head, row, visible)[rows][:, columns].cpu().double()
             found.append(AttentionMap(call.site, head, mean @ weights @ total.mT, some, queries, keys))
 
-    _look(model, inputs, sites, see)
+    look(model, inputs, sites, see)
     return found
 
 
@@ -230,21 +230,21 @@ def image_attention(
     seen: set[str] = set()
 
     def see(call: AttentionCall, own: torch.Tensor | None) -> None:
-        visible, rows = _of_row(call, row)
+        visible, rows = of_row(call, row)
         asking = _asking(rows, ids[row], span, queries, layout.image_token_id)
         seen.add(call.site.name)
         for head in _chosen_heads(call, heads):
-            weights = _weights(call, own, head, row, visible)[asking].mean(0).cpu().double()
+            weights = head_weights(call, own, head, row, visible)[asking].mean(0).cpu().double()
             grids.append(weights[first : first + grid[0] * grid[1]].view(grid))
             totals.append(float(weights[span.start : span.stop].sum()))
 
     inside = rf"^{re.escape(layout.language_model)}\."
-    _look(base, inputs, select_sites(base, layers=layers, modules=inside), see)
+    look(base, inputs, select_sites(base, layers=layers, modules=inside), see)
     return ImageAttention(span, torch.stack(grids).mean(0), sum(totals) / len(totals), len(seen), len(grids))
 
 
 @torch.no_grad()
-def _look(
+def look(
     model: nn.Module,
     inputs: Mapping[str, Any],
     sites: Sequence[AttentionSite],
@@ -274,7 +274,9 @@ def _is_own(names: Sequence[str]) -> bool:
     return any(variant_info(name).innermost for name in names)
 
 
-def _weights(call: AttentionCall, own: torch.Tensor | None, head: int, row: int, visible: torch.Tensor) -> torch.Tensor:
+def head_weights(
+    call: AttentionCall, own: torch.Tensor | None, head: int, row: int, visible: torch.Tensor
+) -> torch.Tensor:
     """`(Tq, Tk)` attention of a head in one sequence: a variant's own, or what queries and keys give."""
     return attention_probabilities(call, head, visible[None, None])[row] if own is None else own[row, head]
 
@@ -296,7 +298,7 @@ def _received(site: AttentionSite, mass: torch.Tensor, rows: torch.Tensor, longe
     return ReceivedAttention(site, share / count, uniform / count, queries / count)
 
 
-def _of_row(call: AttentionCall, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+def of_row(call: AttentionCall, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What each query of one sequence sees, `(Tq, Tk)`, and the indices of its queries that are not padding."""
     batch = call.query.shape[0]
     if not 0 <= row < batch:

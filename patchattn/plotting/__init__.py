@@ -3,6 +3,7 @@
 from .attention import plot_attention_grid, plot_attention_map, plot_attention_received, plot_image_attention
 from .heads import plot_head_importance, plot_head_usage, plot_pruning_curve
 from .pareto import ParetoPoint, pareto_front, plot_pareto
+from .rollout import plot_rollout
 from .temperatures import plot_temperatures
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "plot_image_attention",
     "plot_pareto",
     "plot_pruning_curve",
+    "plot_rollout",
     "plot_temperatures",
 ]
