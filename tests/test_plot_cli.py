@@ -72,6 +72,8 @@ def run(capsys, monkeypatch, folder, tmp_path):
         "grid FOLDER --text FOLDER/text.txt --variant ssa+act --set act.alpha=1.0",
         "map FOLDER --layer 1 --head 2 --prompt w1",
         "grid FOLDER --text FOLDER/text.txt --variant ssa --resolution 4",
+        "rollout FOLDER --text FOLDER/text.txt --variant ssa",
+        "rollout FOLDER --prompt w1 --flow --layer 0",
         "pareto FOLDER/report --output pareto.svg",
     ],
 )
