@@ -13,6 +13,7 @@ from patchattn.core.registry import temporarily_registered
 
 from .families import FAMILIES
 
+LANGUAGE = r"^(?!.*vision)"  # attention modules of language models
 LENGTHS = (12, 9, 7)  # of three left-padded prompts
 HOW = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
 
@@ -81,16 +82,23 @@ def fed(model: Any, cache: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Se
 
 
 def watched(
-    variant: str, settings: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Sequence[int]
+    variant: str,
+    settings: Any,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    sizes: Sequence[int],
+    family: str = "llama",
+    layers: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, list[list[dict[str, Any]]], Any]:
     """Logits of calls of these sizes, what attention saw, by layer and call, and the cache afterwards."""
-    model = FAMILIES["llama"].make_exact()
-    patchattn.patch_model(model, [variant, "watch"], {variant: settings})
+    model = FAMILIES[family].make_exact()
+    patchattn.patch_model(model, variant, settings, layers=layers)
+    patchattn.patch_model(model, "watch", layers=layers, modules=LANGUAGE)
     Watch.calls.clear()
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config.get_text_config())
     logits = fed(model, cache, ids, real, sizes)
-    layers = sorted({call["layer"] for call in Watch.calls})
-    return logits, [[call for call in Watch.calls if call["layer"] == layer] for layer in layers], cache
+    numbers = sorted({call["layer"] for call in Watch.calls})
+    return logits, [[call for call in Watch.calls if call["layer"] == number] for number in numbers], cache
 
 
 def seen_by_row(calls: list[dict[str, Any]]) -> torch.Tensor:
@@ -100,10 +108,16 @@ def seen_by_row(calls: list[dict[str, Any]]) -> torch.Tensor:
     return torch.cat(parts, dim=2)
 
 
-def dense(seen: Sequence[torch.Tensor], ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Logits of one forward without a cache in which the rows of every layer see just that."""
-    Told.seen = dict(enumerate(seen))
-    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "told")
+def dense(
+    seen: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    family: str = "llama",
+    layers: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Logits of one forward without a cache in which the rows of every layer, or of some, see just that."""
+    Told.seen = dict(zip(range(len(seen)) if layers is None else layers, seen, strict=True))
+    model = patchattn.patch_model(FAMILIES[family].make_exact(), "told", layers=layers, modules=LANGUAGE)
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         return model(ids, attention_mask=real.long(), position_ids=positions, use_cache=False).logits

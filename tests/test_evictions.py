@@ -144,6 +144,23 @@ def test_decoding_is_one_forward_without_the_keys_that_were_dropped(case: Case, 
         assert layer.keys.shape[2] < total == layer.get_seq_length()
 
 
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("qwen3", None), ("gpt2", None), ("llava", None), ("gemma2", [1]), ("gpt_oss", [1])],
+)
+@first
+def test_other_families_decode_without_what_was_dropped(case: Case, family: str, layers: list[int] | None) -> None:
+    """Norms of queries, learned positions, a vision tower, capped logits, learned sinks; full among sliding layers."""
+    ids, real = padded()
+    more = torch.randint(3, 60, (3, 10), generator=torch.Generator().manual_seed(1))
+    ids, real = torch.cat([ids, more], dim=1), extended(real, 22)
+    found, calls, cache = watched(case.variant, settings(case), ids, real, [12, *[1] * 10], family, layers)
+    expected = dense([seen_by_row(each) for each in calls], ids, real, family, layers)
+    exact = found.dtype == torch.float64
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-4)
+    assert cache.layers[1].keys.shape[2] < 22 == cache.layers[1].get_seq_length()
+
+
 @of([case for case in CASES if not decides_by_scores(case)])
 def test_the_order_of_names_does_not_matter_to_rules(case: Case) -> None:
     ids, real = padded()
