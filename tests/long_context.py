@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation import GenerateDecoderOnlyOutput
 
 CHAT = "{{ bos_token }}<user>{% for m in messages %}{{ m['content'] }}{% endfor %}<model>"
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -52,7 +53,7 @@ class Reader(nn.Module):
         self.generation_config = SimpleNamespace(eos_token_id=2)
         self.device = torch.device("cpu")
 
-    def generate(self, input_ids: torch.Tensor, stopping_criteria: Any, max_new_tokens: int, **_: Any) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, stopping_criteria: Any, max_new_tokens: int, **_: Any) -> Any:
         answers = []
         for row in input_ids:
             seen = BYTES.decode(row[-self.sight :], skip_special_tokens=True)
@@ -60,4 +61,4 @@ class Reader(nn.Module):
             answers.append([*said, *[2] * max_new_tokens][:max_new_tokens])
         for criterion in stopping_criteria:
             criterion(input_ids, None)
-        return torch.cat([input_ids, torch.tensor(answers)], dim=1)
+        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, torch.tensor(answers)], dim=1))

@@ -99,6 +99,11 @@ def test_scores_and_costs_of_a_task() -> None:
         "peak_memory": 9,
     }
     assert summary(Given("a"), [batch([1, 1])])["costs"] == {}
+    forgetful = [
+        batch([1], cache_bytes=30, cache_dense_bytes=100),
+        batch([1, 1], cache_bytes=20, cache_dense_bytes=300),
+    ]
+    assert summary(Given("a"), forgetful)["costs"] == {"cache_ratio": 50 / 400}
     nothing = batch([1], seconds=2.0, first_token_seconds=None, peak_memory=None)
     assert summary(Given("a"), [nothing])["costs"] == {"samples_per_second": 0.5}
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import patchattn
 from patchattn.evaluation.tasks.generation import fit_prompt
 from patchattn.evaluation.tasks.longbench import LongBenchEval
 from patchattn.evaluation.tasks.longbench_data import LongBenchSample
@@ -241,3 +242,18 @@ def test_a_real_model_on_real_prompts(data_dir: Path) -> None:
     for row in task.answer(model, tokenizer, [0, 1]):
         assert row["truncated"]
         assert 470 <= row["prompt_tokens"] <= 512 - 32
+
+
+def test_what_the_kv_cache_takes_up_is_told(model: LlamaForCausalLM) -> None:
+    """Of the unpatched model all keys of all tokens; a model that forgets stores less."""
+    task = asked("lcc")
+    rows = {None: task.answer(model, BYTES, [0])[0]}
+    with patchattn.patched(model, "streaming_llm", sinks=1, recent=7, slack=0):
+        rows["streaming_llm"] = task.answer(model, BYTES, [0])[0]
+    config, plain, forgetful = model.config, rows[None], rows["streaming_llm"]
+    size = config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim * model.dtype.itemsize
+    assert plain["cache_bytes"] == plain["cache_dense_bytes"]
+    assert plain["cache_bytes"] == (plain["prompt_tokens"] + plain["new_tokens"] - 1) * size
+    assert forgetful["cache_dense_bytes"] == (forgetful["prompt_tokens"] + forgetful["new_tokens"] - 1) * size
+    index = 2 * 4 * config.num_hidden_layers
+    assert forgetful["cache_bytes"] == 8 * (size + index)

@@ -41,8 +41,8 @@ def summary(task: EvalTask, batches: Sequence[Sequence[Row]]) -> dict[str, Any]:
     Returns:
         `scores`, as the task names them, None where one is not a number, and `costs`: `prompt_tokens` and `new_tokens`
         (mean of the samples), `first_token_seconds` (median of the batches), `tokens_per_second` (all tokens but the
-        first ones, over the time after those), `samples_per_second`, and `peak_memory` in bytes. What rows do not hold
-        is left out.
+        first ones, over the time after those), `samples_per_second`, `peak_memory` in bytes, and `cache_ratio` (bytes
+        of kv caches for each byte of keys and values of all tokens). What rows do not hold is left out.
     """
     rows = [row for batch in batches for row in batch]
     scores = {name: value if math.isfinite(value) else None for name, value in task.score(rows).items()}
@@ -51,6 +51,8 @@ def summary(task: EvalTask, batches: Sequence[Sequence[Row]]) -> dict[str, Any]:
     later = sum(max(row.get("new_tokens", 0) - 1, 0) for batch in first for row in batch)
     decoding = sum(batch[0]["seconds"] - batch[0]["first_token_seconds"] for batch in first)
     memory = [batch[0]["peak_memory"] for batch in batches if batch[0].get("peak_memory") is not None]
+    cached = [batch[0] for batch in batches if batch[0].get("cache_dense_bytes")]
+    dense = sum(row["cache_dense_bytes"] for row in cached)
     costs = {
         **{
             key: statistics.mean(row[key] for row in rows)
@@ -61,6 +63,7 @@ def summary(task: EvalTask, batches: Sequence[Sequence[Row]]) -> dict[str, Any]:
         "tokens_per_second": later / decoding if later and decoding > 0 else None,
         "samples_per_second": sum(map(len, timed)) / sum(batch[0]["seconds"] for batch in timed) if timed else None,
         "peak_memory": max(memory, default=None),
+        "cache_ratio": sum(row["cache_bytes"] for row in cached) / dense if cached else None,
     }
     return {"scores": scores, "costs": {name: value for name, value in costs.items() if value is not None}}
 

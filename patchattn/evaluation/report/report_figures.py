@@ -15,6 +15,7 @@ COSTS = (
     ("tokens_per_second", "decoding", "tokens/s", 1.0),
     ("samples_per_second", "throughput", "samples/s", 1.0),
     ("peak_memory", "peak memory", "GiB", 2.0**30),
+    ("cache_ratio", "kv cache", "of all keys", 1.0),
 )
 _WIDTH = 7.2
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...cache.memory import cache_report
+from ...core.kv_caches import find_cache
 from .cost import measured
 
 
@@ -77,8 +79,9 @@ def generate(
         stops_at_newline: whether a line break ends an answer, too.
 
     Returns:
-        Per prompt `pred`, the answer without special tokens, `prompt_tokens`, `new_tokens`, and what the batch cost
-        (see `patchattn.evaluation.tasks.cost.Cost.row`).
+        Per prompt `pred`, the answer without special tokens, `prompt_tokens`, `new_tokens`, what the batch cost (see
+        `patchattn.evaluation.tasks.cost.Cost.row`), and, where there is a kv cache, what that of the batch takes up in
+        the end and would without forgetting: `cache_bytes` and `cache_dense_bytes`.
     """
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id, device=model.device)
@@ -88,7 +91,7 @@ def generate(
         mask[row, width - len(prompt) :] = 1
     ends = _end_tokens(model, tokenizer, stops_at_newline)
     with torch.inference_mode(), measured(model) as cost:
-        tokens = model.generate(
+        found = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
@@ -98,15 +101,20 @@ def generate(
             eos_token_id=ends or None,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=[cost],
+            return_dict_in_generate=True,
         )
+    cache = find_cache(found.values())
+    memory = None if cache is None else cache_report(cache)
+    of_cache = {} if memory is None else {"cache_bytes": memory.stored_bytes, "cache_dense_bytes": memory.dense_bytes}
     rows = []
-    for prompt, answer in zip(prompts, tokens[:, width:].tolist(), strict=True):
+    for prompt, answer in zip(prompts, found.sequences[:, width:].tolist(), strict=True):
         rows.append(
             {
                 "pred": tokenizer.decode(answer, skip_special_tokens=True),
                 "prompt_tokens": len(prompt),
                 "new_tokens": next((place for place, token in enumerate(answer, 1) if token in ends), len(answer)),
                 **cost.row(),
+                **of_cache,
             }
         )
     return rows
