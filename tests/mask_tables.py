@@ -158,7 +158,11 @@ def places(random: np.random.Generator, table: Table) -> tuple[torch.Tensor, Tab
 
 def narrowed(random: np.random.Generator, mask: Mask, table: Table) -> tuple[Mask, Table]:
     batch, heads, rows, keys = table.kept.shape
-    kind = random.choice(["keys", "pairs", "window", "blocks", "recent"])
+    kind = random.choice(["keys", "pairs", "window", "blocks", "recent", "alike"])
+    if kind == "alike":  # one entry stands for all heads
+        first, last = int(random.integers(0, 3)), int(random.integers(1, 4))
+        stays = table.stays([first] * heads, [last] * heads)
+        return mask.narrowed(sink_and_recent(first, last, 1)), replace(table, kept=table.kept & stays)
     if kind in ("window", "recent"):
         sinks = [0] * heads if kind == "recent" else random.integers(0, 3, heads).tolist()
         recent = heads * [int(random.integers(1, 4))] if kind == "recent" else random.integers(1, 4, heads).tolist()

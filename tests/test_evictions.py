@@ -124,6 +124,25 @@ def test_a_second_turn_where_everything_is_kept(case: Case) -> None:
 # --- something is dropped ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("done", [[12], [12, 1, 1]], ids=["before_the_first_token", "after"])
+@every
+def test_selected_and_repeated_rows_go_on_as_they_are(case: Case, done: list[int]) -> None:
+    model = model_of(case)
+    ids, real = padded()
+    more = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(1))
+    ids, real = torch.cat([ids, more], dim=1), extended(real, 20)
+    straight, changed = DynamicCache(), DynamicCache()
+    rest = [1] * (20 - sum(done))
+    expected = fed(model, straight, ids, real, [*done, *rest])[:, sum(done) :]
+    fed(model, changed, ids, real, done)
+    changed = copy.deepcopy(changed)
+    changed.batch_repeat_interleave(2)
+    changed.batch_select_indices(torch.tensor([5, 0, 3]))
+    rows = torch.tensor([2, 0, 1])
+    found = fed(model, changed, ids[rows], real[rows], rest)
+    torch.testing.assert_close(found, expected[rows], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("sizes", [[12], [5, 4, 3], [12, 1, 1, 1, 4]], ids=["whole", "chunks", "turns"])
 @every
 def test_decoding_is_one_forward_without_the_keys_that_were_dropped(case: Case, sizes: list[int]) -> None:
@@ -225,22 +244,6 @@ def test_copies_and_pickles_of_a_cache_go_on_as_it_does(case: Case) -> None:
     assert torch.equal(found[1], found[2])
     cache.reset()
     assert torch.equal(fed(model, cache, ids, real, [12, 1]), fed(model, DynamicCache(), ids, real, [12, 1]))
-
-
-@every
-def test_selected_and_repeated_rows_go_on_as_they_are(case: Case) -> None:
-    model = model_of(case)
-    ids, real = padded()
-    more = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(1))
-    ids, real = torch.cat([ids, more], dim=1), extended(real, 20)
-    straight, changed = DynamicCache(), DynamicCache()
-    expected = fed(model, straight, ids, real, [12, *[1] * 8])[:, 14:]
-    fed(model, changed, ids, real, [12, 1, 1])
-    changed.batch_repeat_interleave(2)
-    changed.batch_select_indices(torch.tensor([5, 0, 3]))
-    rows = torch.tensor([2, 0, 1])
-    found = fed(model, changed, ids[rows], real[rows], [1] * 6)
-    torch.testing.assert_close(found, expected[rows], rtol=1e-9, atol=1e-9)
 
 
 # --- around it --------------------------------------------------------------------------------------------------------
@@ -363,3 +366,16 @@ def test_no_device_is_asked(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
             tokens = torch.zeros(2, size, dtype=torch.long, device="meta")
             model(tokens, **cache_argument(model, cache))
     assert cache.layers[0].keys.shape[2] < 23
+
+
+@pytest.mark.slow
+@of([case for case in CASES if case.variant in ("streaming_llm", "snapkv", "h2o") and not case.example])
+def test_a_thousand_texts_leave_nothing_behind(case: Case) -> None:
+    model, ids = model_of(case), padded()[0][:1]
+    counts = []
+    for number in range(1001):
+        model.generate(ids, max_new_tokens=3, **HOW)
+        if number in (0, 1000):
+            gc.collect()
+            counts.append(sum(isinstance(each, torch.Tensor | TrackedLayer) for each in gc.get_objects()))
+    assert counts[0] == counts[1]

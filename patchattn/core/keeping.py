@@ -20,8 +20,10 @@ def checked(keep: Any, mask: Any) -> Keep:
         TypeError, ValueError: as `Mask.narrowed`.
     """
     if isinstance(keep, SinkAndRecent):
-        if len(keep.sinks) != mask.heads:
-            raise ValueError(f"Expected sinks and recent keys of {mask.heads} heads, got {len(keep.sinks)}.")
+        if len(keep.sinks) not in (1, mask.heads):
+            raise ValueError(
+                f"Expected sinks and recent keys for all, or of {mask.heads} heads, got {len(keep.sinks)}."
+            )
         return keep
     if isinstance(keep, BlockLists):
         shape = keep.indices.shape
@@ -100,6 +102,8 @@ def rows_of(pairs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def of_heads(keep: Keep, heads: torch.Tensor, mask: Any) -> Keep:
     """Of some query heads."""
     if isinstance(keep, SinkAndRecent):
+        if len(keep.sinks) == 1:
+            return keep
         return SinkAndRecent(keep.sinks[heads], keep.recent[heads], keep.most_sinks, keep.window)
     if isinstance(keep, BlockLists):
         if keep.indices.shape[1] == 1:

@@ -79,8 +79,11 @@ def _blocks(mask: Any) -> BlockMask:
         if isinstance(keep, SinkAndRecent):
             check_counted(keep, uncounted=mask.uncounted)
 
-            def near(b: Any, h: Any, i: Any, j: Any, keep: Any = keep, order: Any = order, own: Any = own) -> Any:
-                return ((own[b, i] - order[b, j]).abs() < keep.recent[h]) | (order[b, j] <= keep.sinks[h])
+            limits = keep.recent.expand(mask.heads), keep.sinks.expand(mask.heads)
+
+            def near(b: Any, h: Any, i: Any, j: Any, limits: Any = limits, order: Any = order, own: Any = own) -> Any:
+                recent, sinks = limits
+                return ((own[b, i] - order[b, j]).abs() < recent[h]) | (order[b, j] <= sinks[h])
 
             conditions.append(near)
             continue
@@ -111,7 +114,7 @@ def _blocks(mask: Any) -> BlockMask:
             seen = seen & condition(b, h, i, j)
         return seen
 
-    per_head = any(isinstance(keep, SinkAndRecent) for keep in mask.keeps) or (
+    per_head = any(isinstance(keep, SinkAndRecent) and len(keep.sinks) > 1 for keep in mask.keeps) or (
         mask.pairs is not None and mask.pairs.shape[1] != 1
     )
     sizes = (mask.batch, mask.heads if per_head else None, mask.queries, mask.keys)

@@ -58,8 +58,8 @@ class StreamingLLM(EvictionVariant):
         if call.mask.columns <= self.config.sinks + self.config.recent + 1:
             return None
         sinks, recent = self.config.sinks, self.config.recent + 1  # a token's own key is among the last
-        of_heads = torch.ones(call.query.shape[1], dtype=torch.int32, device=call.key.device)
-        return SinkAndRecent(of_heads * sinks, of_heads * recent, sinks, None if sinks else recent)
+        sizes = [torch.full((1,), size, dtype=torch.int32, device=call.key.device) for size in (sinks, recent)]
+        return SinkAndRecent(sizes[0], sizes[1], sinks, None if sinks else recent)
 
     def forget(self, call: AttentionCall) -> None:
         config = self.config
