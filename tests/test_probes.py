@@ -116,7 +116,7 @@ def test_nothing_is_left_after_an_exception():
 
 def test_a_base_that_is_left_out_is_refused():
     model, inputs = FAMILIES["llama"].make(implementation="sdpa"), FAMILIES["llama"].inputs()
-    patchattn.patch_model(model.bfloat16(), "act", alpha=1.0)  # which computes half precision by itself
+    patchattn.patch_model(model.bfloat16(), "act", alpha=1.0)  # which computes this by itself
     with (
         patchattn.probed(model, lambda call, output: None, at="base"),
         pytest.raises(NotImplementedError, match="'act'"),
