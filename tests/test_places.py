@@ -157,5 +157,5 @@ def test_places_of_another_number_of_heads_are_refused() -> None:
 @pytest.mark.parametrize("places", [Places(torch.tensor([[[2, 10]]])), Places(torch.tensor([[[0, 3]]]), block=4)])
 def test_a_key_or_page_that_is_not_there_is_refused(places: Places) -> None:
     """The number of one head's key would else be that of another head's."""
-    with pytest.raises(IndexError, match="of a call with 10 keys"):
+    with pytest.raises(IndexError, match="in a call with 10 keys"):
         made(1, 10).at(places)

@@ -118,8 +118,8 @@ class ACT(Variant):
         alone = heads is None and call.stands_alone
         anew = alone and _is_half(query)
         # On a CPU one call of torch's kernel gives the log-sum-exp beside the output of the base implementation.
-        autocast = torch.is_autocast_enabled(query.device.type)
-        known = in_one_call(query, key, value, rule) if alone and not (anew or autocast) else None
+        on_cpu = query.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        known = in_one_call(query, key, value, rule) if on_cpu and alone and not anew else None
         whole_anew = anew or known is not None  # the query stands for the dtype
         output, weights = (query.transpose(1, 2), None) if whole_anew else inner(call)
         if known is not None or _is_half(output):
