@@ -138,6 +138,29 @@ def test_key_counts(case: dict[str, Any]) -> None:
             assert counts.first[at, j] == (bool(seeing) and not any(visible[b, i, :j].any() for i in seeing))
 
 
+@pytest.mark.parametrize("counted", [None, 1, 2])
+@pytest.mark.parametrize("masked", [None, 1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_counts_of_one_row_beside_two(masked: int | None, counted: int | None, causal: bool) -> None:
+    """A mask or a set of queries that is one for all rows of the batch stands beside one per row."""
+    queries, keys = 2, 3
+    mask = None if masked is None else torch.tensor([[False, True, True], [True, False, True]])[:masked]
+    real = None if counted is None else torch.tensor([[True, False], [True, True]])[:counted]
+    rule = AttentionRule(scaling=1.0, mask=mask, causal=causal)
+    counts = key_counts(rule, queries, keys, torch.device("cpu"), real)
+    batch = max(masked or 1, counted or 1)
+    visible = dense_visible(rule, batch, queries, keys)
+    if real is not None:
+        visible = visible & real.numpy()[:, :, None]
+    for name, expected in (
+        ("rows", visible.sum(1)),
+        ("longest", (visible * visible.sum(2, keepdims=True)).max(1)),
+        ("first", (visible & (visible.cumsum(2) == 1)).any(1) & ~(visible & (visible.cumsum(2) > 1)).any(1)),
+    ):
+        found = getattr(counts, name).numpy()
+        np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected, err_msg=name)
+
+
 @few
 @given(case=cases(), known=st.sampled_from(["nothing", "lse", "both"]))
 def test_split_attention(case: dict[str, Any], known: str) -> None:

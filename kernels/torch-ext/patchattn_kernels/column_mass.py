@@ -135,7 +135,8 @@ def _counts_in_closed_form(
         rows = later[:, (torch.arange(keys, device=device) - offset).clamp(0, queries)]
         own = torch.arange(offset, offset + queries, device=device)
         last = own.where(counted, -1).amax(dim=-1, keepdim=True)
-        longest = order.expand(len(last), -1).gather(-1, last.expand(len(order), -1).clamp(0, keys - 1))
+        batch = max(len(order), len(last))
+        longest = order.expand(batch, -1).gather(-1, last.clamp(0, keys - 1).expand(batch, -1))
     else:
         rows, longest = counted.sum(dim=-1, keepdim=True), order[:, -1:]
     rows = rows * there
