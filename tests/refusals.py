@@ -43,7 +43,16 @@ _ONLY_DECODERS = [
     ),
 ]
 
+
+def _of_causal_selection(*names: str) -> dict[str, list[Refusal]]:
+    """Selectors act in causal self-attention alone, and leave out what else a model has."""
+    without = [*of_kind("encoder", "vision"), "clip", "siglip"]
+    because = "it says what a token reads of those before it, which an encoder does not have"
+    return {name: [_of(without, "does not support bidirectional or cross", because)] for name in names}
+
+
 REFUSALS: dict[str, list[Refusal]] = {
+    **_of_causal_selection("mswa", "power", "streaming"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

@@ -1,1 +1,1 @@
-"""Bases of variants that choose which keys are read or kept."""
+"""Bases of variants that choose which keys are read or kept, and the parts that they are made of."""

@@ -1,0 +1,97 @@
+"""Variants that read some of the keys that a query sees; the kv cache keeps all."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from patchattn_kernels import BlockLists, SinkAndRecent, block_sparse_attention
+from patchattn_kernels.key_mask import unsupported
+
+from ..core.call import AttentionCall
+from ..core.mask import Keep
+from ..core.sites import AttentionSite
+from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Capability, Variant
+
+# What selectors are for: their rules say what a token reads of those before it.
+CAPABILITIES: frozenset[Capability] = ALL_CAPABILITIES - {"bidirectional", "cross"}
+# On a CPU, blocks that are left out save time from about so many keys on.
+_PAYS_FROM = 2048
+
+
+class SelectionVariant(Variant):
+    """A variant that says which keys are read: a subclass gives `config_class` and `select`.
+
+    What is chosen is attended to exactly, be it by an operation that reads nothing else or, where there is none for the
+    call, under a mask: the result is the same, and a mask saves no time. It acts in causal self-attention; the other
+    modules of a model are left out when it is patched. A variant that remembers something of every key cannot come
+    after it.
+
+    Reports `density` `(B or 1, Tq)`, with heads `(B or 1, Tq, H)` where they differ: keys read over keys seen.
+    """
+
+    def select(self, call: AttentionCall) -> Keep | None:
+        """Which of the keys that queries see are read.
+
+        Args:
+            call: the call.
+
+        Returns:
+            bool `(B or 1, 1 or Hkv or H, Tk)` or `(B or 1, 1 or H, Tq or 1, Tk)`; sinks and recent keys; blocks of
+            keys; or `None`: all, known from shapes and settings alone. The call is then the base's, bit for bit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define select(call).")
+
+    @classmethod
+    def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
+        causal = [
+            site
+            for site in sites
+            if not site.is_cross and getattr(model.get_submodule(site.name), "is_causal", True)  # as transformers asks
+        ]
+        if not causal:
+            raise NotImplementedError(
+                f"{cls.__name__} does not support bidirectional or cross: it says what tokens read of those before "
+                "them, and none of the chosen attention modules is causal self-attention."
+            )
+        return config, causal
+
+    @final
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        keep = self.select(call)
+        narrow = call.seeing(keep)
+        if self.observers:
+            self.report(call, density=density(call, narrow))
+        if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
+            output = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
+            return output.transpose(1, 2).to(call.query.dtype), None
+        return inner(narrow.replace(context=replace(call.context, of_some_keys=True)))
+
+
+def density(call: AttentionCall, narrow: AttentionCall) -> torch.Tensor:
+    """`(B or 1, Tq)` or `(B or 1, Tq, H)`: what of the keys that queries see is read, 1 of those that see none."""
+    seen, read = call.mask.counts(), narrow.mask.counts()
+    if seen.dim() != read.dim():
+        seen, read = (count if count.dim() == 3 else count[..., None] for count in (seen, read))
+    return torch.where(seen > 0, read / seen.clamp(min=1), 1.0)
+
+
+def _skips(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> bool:
+    """Whether an operation computes the call that reads no more than what is kept, and is the faster for it."""
+    if not call.stands_alone:
+        return False
+    rule = call.rule()
+    has_rows = rule.mask is not None and rule.mask.dim() == 4
+    if unsupported(rule) is not None or (isinstance(keep, SinkAndRecent) and (rule.order is not None or has_rows)):
+        return False
+    if call.query.is_cuda:  # its kernels take whole tiles of queries and of keys
+        is_tiled = isinstance(keep, SinkAndRecent) or (_is_tile(keep.block_q) and _is_tile(keep.block_k))
+        return is_tiled and call.value.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    is_shared = isinstance(keep, SinkAndRecent) or keep.indices.shape[1] == 1
+    return is_shared and call.key.shape[2] >= _PAYS_FROM
+
+
+def _is_tile(size: int) -> bool:
+    return size >= 16 and size & (size - 1) == 0

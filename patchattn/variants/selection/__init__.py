@@ -1,0 +1,1 @@
+"""Variants that read some keys only, while the kv cache keeps all."""

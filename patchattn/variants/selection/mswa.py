@@ -1,0 +1,83 @@
+"""MSWA: windows of other sizes in other heads and layers. Multi-Scale Window Attention, arXiv 2501.01039."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from patchattn_kernels import SinkAndRecent, sink_and_recent
+
+from ...core.call import AttentionCall
+from ...core.registry import register_variant
+from ...core.settings import option
+from ...core.sites import AttentionSite
+from ...core.variant import VariantConfig, VariantInfo
+from ...reading.selection import CAPABILITIES, SelectionVariant
+
+_SCALES = (0.25, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSWAConfig(VariantConfig):
+    """Settings of MSWA."""
+
+    window: int | None = option(
+        1024,
+        help="Keys of a window before it is scaled, a query's own among them; a multiple of 16. None: all keys.",
+        source="ours; the paper's was not found",
+        unit="keys",
+        minimum=16,
+    )
+    by_head: bool = option(True, help="Scale windows by 1/4, 1/2, 1 and 2 over four groups of heads.", source="paper")
+    by_layer: bool = option(True, help="Scale windows by 1/4, 1/2, 1 and 2 over four groups of layers.", source="paper")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window % 16:
+            raise ValueError(f"window must be a multiple of 16, so that every scaled one is whole, got {self.window}.")
+
+
+class MSWA(SelectionVariant):
+    """Attention whose window grows from the first heads to the last, and from the first layers to the last."""
+
+    config_class = MSWAConfig
+    config: MSWAConfig
+
+    def __init__(self, config: MSWAConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        heads = site.require("query_heads", by="MSWA")
+        of_layer = _scale(site.layer_index, site.layer_count) if config.by_layer else 1.0
+        of_heads = [_scale(head, heads) if config.by_head else 1.0 for head in range(heads)]
+        self.windows = [int((config.window or 0) * of_layer * of_head) for of_head in of_heads]
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.window is None
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"window": None}
+
+    def select(self, call: AttentionCall) -> SinkAndRecent | None:
+        if self.config.window is None or call.mask.columns <= min(self.windows):
+            return None
+        return sink_and_recent(0, self.windows, len(self.windows), call.query.device)
+
+
+def _scale(number: int, count: int) -> float:
+    """That of the group of four that one of so many heads or layers is in."""
+    return _SCALES[number * len(_SCALES) // count]
+
+
+register_variant(
+    VariantInfo(
+        name="mswa",
+        variant=MSWA,
+        title="MSWA: Refining Local Attention with Multi-Scale Window Attention",
+        arxiv_id="2501.01039",
+        year=2025,
+        summary="Every token reads a window before it, whose size differs between heads and layers.",
+        extra_parameters="none",
+        needs_training=True,
+        capabilities=CAPABILITIES,
+        examples=({"window": 16}, {"window": 16, "by_layer": False}),
+    )
+)

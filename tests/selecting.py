@@ -1,0 +1,68 @@
+"""What selectors are given, choose and give, and attention to a set of keys loop by loop."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from patchattn.reading.selection import SelectionVariant
+
+from .reference import HEADS, layer_in_and_out, rotate
+
+Recorded = list[tuple[Any, torch.Tensor, torch.Tensor]]
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Of every call of a selector: the call, the keys of it that are left `(B, H, Tq, Tk)`, and its output."""
+    found: Recorded = []
+    original = SelectionVariant.attend
+
+    def attend(self: Any, call: Any, inner: Any) -> Any:
+        output, weights = original(self, call, inner)
+        shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
+        found.append((call, call.seeing(self.select(call)).mask.seen().expand(shape), output))
+        return output, weights
+
+    monkeypatch.setattr(SelectionVariant, "attend", attend)
+    return found
+
+
+def attended(call: Any, seen: np.ndarray) -> np.ndarray:
+    """Attention `(B, Tq, H, D)` to the keys that are seen `(B, H, Tq, Tk)`, loop by loop."""
+    query, key, value = (tensor.double().numpy() for tensor in (call.query, call.key, call.value))
+    batch, heads, rows, _ = query.shape
+    result = np.zeros((batch, rows, heads, value.shape[-1]))
+    for b, h, i in np.ndindex(batch, heads, rows):
+        group, columns = h // (heads // key.shape[1]), np.flatnonzero(seen[b, h, i])
+        logits = key[b, group, columns] @ query[b, h, i] * call.scaling
+        weights = np.exp(logits - logits.max())
+        result[b, i, h] = weights @ value[b, group, columns] / weights.sum()
+    return result
+
+
+def assert_reads(model: nn.Module, tokens: torch.Tensor, reads: Callable[[int, int, int], bool]) -> None:
+    """AssertionError unless the first layer of a `tiny_llama` attends to just the keys j of which `reads(head, i, j)`.
+
+    Args:
+        model: the model, patched.
+        tokens: `(1, T)` what it reads.
+        reads: whether token i reads the key of j < i in a head.
+    """
+    inputs, got = layer_in_and_out(model, tokens)
+    module, dim = model.model.layers[0].self_attn, 8
+    weights = {name: getattr(module, f"{name}_proj").weight.detach().numpy() for name in "qkvo"}
+    query, key, value = ((inputs[0] @ weights[name].T).reshape(len(inputs[0]), -1, dim) for name in "qkv")
+    want = []
+    for i in range(len(query)):
+        heads = []
+        for head in range(HEADS):
+            group, columns = head // 2, [j for j in range(i + 1) if j == i or reads(head, i, j)]
+            turned = rotate(query[i, head], i)
+            logits = np.array([turned @ rotate(key[j, group], j) / np.sqrt(dim) for j in columns])
+            shares = np.exp(logits - logits.max())
+            heads.append(shares @ value[columns, group] / shares.sum())
+        want.append(weights["o"] @ np.concatenate(heads))
+    np.testing.assert_allclose(got[0], np.array(want), rtol=1e-5, atol=1e-7)

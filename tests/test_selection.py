@@ -1,0 +1,138 @@
+"""What every variant that selects keys must do, whichever it is; its own tests say which keys it chooses."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+import patchattn
+from patchattn.core.kv_caches import cache_argument
+from patchattn.reading.selection import SelectionVariant
+
+from .behaviour import Case, close, decoded, text
+from .families import FAMILIES, outputs
+from .selecting import Recorded, attended, recorded
+
+SELECTORS = [
+    name for name in patchattn.list_variants() if issubclass(patchattn.variant_info(name).variant, SelectionVariant)
+]
+CASES = [
+    Case(name, tuple(example.items()), number)
+    for name in SELECTORS
+    for number, example in enumerate(patchattn.variant_info(name).examples)
+]
+each = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    return recorded(monkeypatch)
+
+
+def by_row(case: Case) -> bool:
+    """Whether what a token reads depends on nothing behind it, so that calls may be cut anyhow."""
+    return not case.info.looks_ahead
+
+
+def test_there_are_selectors() -> None:
+    assert "streaming" in SELECTORS
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_text_shorter_than_what_is_read_by_default_is_the_base_bit_for_bit(name: str) -> None:
+    model, tokens = FAMILIES["llama"].make(), text()
+    expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [5, 1, 3])
+    patchattn.patch_model(model, name)
+    assert torch.equal(outputs(model, input_ids=tokens)[0], expected)
+    assert torch.equal(decoded(model, tokens, [5, 1, 3]), cached)
+
+
+@each
+@pytest.mark.parametrize("sizes", [[9], [6, 1, 1, 1], [4, 3, 2]])
+def test_output_is_dense_attention_to_what_was_chosen(case: Case, sizes: list[int], calls: Recorded) -> None:
+    model = case.patch(FAMILIES["llama"].make_exact())
+    decoded(model, text(), sizes)
+    assert len(calls) == 2 * len(sizes)
+    for call, seen, output in calls:
+        np.testing.assert_allclose(output.numpy(), attended(call, seen.numpy()), rtol=1e-9, atol=1e-12)
+    assert any(int(seen.sum()) < int(call.mask.seen().expand_as(seen).sum()) for call, seen, _ in calls)
+
+
+@each
+def test_every_token_reads_its_own_key_and_none_behind_it(case: Case, calls: Recorded) -> None:
+    decoded(case.patch(FAMILIES["llama"].make_exact()), text(), [6, 1, 2])
+    for _, seen, _ in calls:
+        rows, keys = seen.shape[2:]
+        own = torch.arange(rows)[:, None] + keys - rows
+        assert bool(seen.gather(-1, own.expand(*seen.shape[:2], -1, -1)).all())
+        assert not bool((seen & (torch.arange(keys) > own)).any())
+
+
+@each
+def test_density_is_keys_read_over_keys_seen(case: Case, calls: Recorded) -> None:
+    model, reported = case.patch(FAMILIES["llama"].make_exact()), []
+    with patchattn.observe(model, lambda observation: reported.append(observation.values["density"])):
+        decoded(model, text(), [6, 1, 2])
+    assert len(reported) == len(calls)
+    for density, (call, seen, _) in zip(reported, calls, strict=True):
+        density = density if density.dim() == 3 else density[..., None]
+        visible = call.mask.seen().expand_as(seen)
+        for b, h, i in np.ndindex(*seen.shape[:3]):
+            share = int(seen[b, h, i].sum()) / int(visible[b, h, i].sum())
+            assert float(density.expand(seen.shape[0], -1, seen.shape[1])[b, i, h]) == pytest.approx(share)
+
+
+@each
+def test_padding_of_whole_pages_moves_the_choice(case: Case, calls: Recorded) -> None:
+    model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(rows=1)
+    outputs(model, input_ids=tokens)
+    padded = torch.cat([tokens[:, :6], tokens], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :6] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs(model, input_ids=padded, attention_mask=mask, position_ids=positions)
+    for (_, alone, _), (_, behind, _) in zip(calls[:2], calls[2:], strict=True):
+        assert torch.equal(behind[:, :, 6:, 6:], alone)
+        assert not bool(behind[:, :, 6:, :6].any())
+
+
+@each
+def test_tokens_that_are_taken_back_leave_nothing_behind(case: Case) -> None:
+    model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(12)
+    other, cache = text(12).flip(-1), DynamicCache(config=model.config)
+    outputs(model, input_ids=tokens[:, :6], **cache_argument(model, cache))
+    outputs(model, input_ids=other[:, :4], **cache_argument(model, cache))
+    cache.crop(-4)
+    copied = copy.deepcopy(cache)
+    expected = decoded(model, tokens, [6, 1, 2, 3])[:, 6:]
+    for one in (cache, copied):
+        parts = [
+            outputs(model, input_ids=p, **cache_argument(model, one))[0] for p in tokens[:, 6:].split([1, 2, 3], 1)
+        ]
+        close(torch.cat(parts, dim=1), expected)
+
+
+@each
+def test_a_second_turn_and_assisted_decoding_give_the_same_tokens(case: Case) -> None:
+    if not by_row(case):
+        pytest.skip("what a token reads depends on its whole call")
+    model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(6, rows=1)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    first = model.generate(tokens, **settings, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, tokens[:, :3]], dim=1)
+    expected = model.generate(turn, **settings, use_cache=False)
+    assert torch.equal(model.generate(turn, **settings, past_key_values=first.past_key_values), expected)
+    looked_up = model.generate(turn, **settings, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, expected)
+
+
+@each
+def test_what_remembers_every_key_is_refused_inside(case: Case) -> None:
+    model = FAMILIES["llama"].make()
+    patchattn.patch_model(
+        model, [case.variant, "act"], {case.variant: dict(case.settings), "act": {"beta": 0.5, "heads": [[0, 0]]}}
+    )
+    with pytest.raises(NotImplementedError, match="only some"):
+        outputs(model, input_ids=text())
