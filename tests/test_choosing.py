@@ -24,12 +24,15 @@ SHIPPED = [
     "knorm",
     "logn",
     "moh",
+    "mswa",
+    "power",
     "prune",
     "pyramidkv",
     "shrp",
     "snapkv",
     "ssa",
     "ssmax",
+    "streaming",
     "streaming_llm",
     "tova",
     "var",
@@ -145,7 +148,7 @@ def test_the_command_lists_by_the_same_choices(capsys, monkeypatch) -> None:
     assert ended.value.code == 0
     table = capsys.readouterr().out
     named = [line.split()[1] for line in table.splitlines() if line.startswith("│")]
-    assert [name for name in named if name in SHIPPED] == ["act", "heads", "logn"]
+    assert [name for name in named if name in SHIPPED] == ["act", "heads", "logn", "streaming"]
     with pytest.raises(SystemExit) as ended:
         main(["list", "--family", "nothing"])
     assert ended.value.code == 2

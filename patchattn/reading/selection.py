@@ -13,10 +13,10 @@ from patchattn_kernels.key_mask import unsupported
 from ..core.call import AttentionCall
 from ..core.mask import Keep
 from ..core.sites import AttentionSite
-from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Capability, Variant
+from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 
 # What selectors are for: their rules say what a token reads of those before it.
-CAPABILITIES: frozenset[Capability] = ALL_CAPABILITIES - {"bidirectional", "cross"}
+CAPABILITIES: frozenset[str] = ALL_CAPABILITIES - {"bidirectional", "cross"}
 # On a CPU, blocks that are left out save time from about so many keys on.
 _PAYS_FROM = 2048
 
