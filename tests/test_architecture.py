@@ -167,6 +167,6 @@ def test_an_arrow_back_is_seen(module: str, line: str) -> None:
 
 
 def test_a_circle_is_seen() -> None:
-    text, is_package = SOURCES["patchattn.core.hooks"]
-    changed = {**SOURCES, "patchattn.core.hooks": (f"{text}\nfrom .call import AttentionCall\n", is_package)}
-    assert "patchattn.core.hooks" in circle(imports(changed))
+    text, is_package = SOURCES["patchattn.core.run"]
+    changed = {**SOURCES, "patchattn.core.run": (f"{text}\nfrom .call import AttentionCall\n", is_package)}
+    assert "patchattn.core.run" in circle(imports(changed))

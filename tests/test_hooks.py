@@ -12,9 +12,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import patchattn
-from patchattn.core import context, hooks
+from patchattn.core import context, run
 from patchattn.core.kv_caches import cache_argument
-from patchattn.decoding import variant as decoding
 from patchattn.variants.decoding import damro
 
 from .behaviour import assert_same, randomise, snapshot
@@ -171,7 +170,7 @@ def test_a_failure_within_attention_leaves_nothing_behind(variant, no_collector)
     patchattn.unpatch_model(model)
     del model
     assert found[2]() is None
-    for module in (context, hooks):
+    for module in (context, run):
         assert not any(vars(module._local).values())
 
 
@@ -196,5 +195,5 @@ def test_no_forward_leaves_token_ids_or_pictures(variant, place, no_collector) -
     kept = [weakref.ref(tensor) for tensor in inputs.values()]
     del inputs
     assert [tensor() for tensor in kept] == [None, None]
-    for noted in (hooks._local, decoding._local, *([] if place is None else [damro._seen])):
+    for noted in (run._local, *([] if place is None else [damro._seen])):
         assert not any(vars(noted).values())

@@ -1,6 +1,7 @@
 """VAR: what goes with images and what without, its sink dimensions, and what it refuses."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import patchattn
-from patchattn.core.hooks import IMAGE_TOKENS, RESIDUAL, enclosing_layer
+from patchattn.core.hooks import enclosing_layer
 from patchattn.core.kv_caches import cache_argument, find_cache
+from patchattn.core.run import RUN
 
 from . import vlms
 from .var_reference import (
@@ -256,10 +258,10 @@ class TestErrors:
     def test_a_layer_that_hands_nothing_on(self) -> None:
         model = patchattn.patch_model(vlms.make("llava"), "var", **LOW)
         attention = model.model.language_model.layers[1].self_attn
-        for keyword, missing in ((IMAGE_TOKENS, "which of its tokens are image tokens"), (RESIDUAL, "what entered")):
+        for fact, missing in (("image_tokens", "which of its tokens are image tokens"), ("residual", "what entered")):
 
-            def without(module: Any, args: Any, kwargs: Any, keyword: str = keyword) -> Any:
-                return args, {name: value for name, value in kwargs.items() if name != keyword}
+            def without(module: Any, args: Any, kwargs: Any, fact: str = fact) -> Any:
+                return args, {**kwargs, RUN: replace(kwargs[RUN], **{fact: None})}
 
             handle = attention.register_forward_pre_hook(without, with_kwargs=True)
             with pytest.raises(NotImplementedError, match=rf"layers\.1\.self_attn\) was not told {missing}"):

@@ -9,11 +9,11 @@ from torch import nn
 
 from patchattn_kernels import AttentionRule
 
-from .branches import current_branch
 from .host import host
 from .keeping import of_query_heads
 from .mask import Keep, Mask
 from .places import Places, gathered, of_places, taken
+from .run import RUN, ModelRun, run_of
 from .sites import AttentionSite
 from .surroundings import LayerContext, Surroundings
 
@@ -79,9 +79,25 @@ class AttentionCall:
         return bool(getattr(self.module, "is_causal", True) if given is None else given)
 
     @property
+    def run(self) -> ModelRun:
+        """What is known of the forward of the whole model, also where `backward` runs this call again.
+
+        Raises:
+            NotImplementedError: a branch may be run again, and the layer hands no keyword arguments on.
+        """
+        run = run_of(self.kwargs)
+        if run.branch and RUN not in self.kwargs and self.module.training and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) was not told which branch it runs in: its layer does not "
+                "hand keyword arguments on to it. Activation checkpointing would run it again as if in none: decode "
+                "under torch.no_grad(), or after model.eval()."
+            )
+        return run
+
+    @property
     def branch(self) -> int:
         """Which branch of a decoding variant runs: 0 is the model itself, branches are counted from 1."""
-        return current_branch()
+        return self.run.branch
 
     @property
     def decodes(self) -> bool:

@@ -1,28 +1,23 @@
 """Hooks of variants, and what they tell attention that its call does not: the residual stream, the image tokens.
 
-Both travel as keyword arguments, which layers hand on to their attention function, and not beside the call: activation
-checkpointing runs a layer again, without the hooks around it.
+Both travel in a keyword argument (`run.RUN`), which layers hand on to their attention function.
 """
 
 import re
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
-IMAGE_TOKENS = "patchattn_image_tokens"
-RESIDUAL = "patchattn_residual"
+from .run import RUN, current_run, run_of
+
+_marked = WeakTensorKeyDictionary()  # embeddings that backward may need again: their version, and their marks
 _REGISTER = nn.Module.register_forward_pre_hook.__name__
-
-# .token_ids: of the forward that is about to reach the language model; .image_tokens: which tokens of its input are
-# image tokens, where somebody knows better than the ids.
-_local = threading.local()
 
 
 class HookOrder:
@@ -142,14 +137,14 @@ def enclosing_layer(site_name: str) -> str:
 def with_residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a layer is called with, and `AttentionCall.residual` for its attention: its input, without its gradient."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, RESIDUAL: hidden.detach()}
+    return args, {**kwargs, RUN: run_of(kwargs).handed_down(residual=hidden.detach())}
 
 
 def note_token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Keep the ids that the input embedding is called with, until the language model runs."""
     ids = args[0] if args else kwargs.get("input")
     if isinstance(ids, torch.Tensor) and ids.dim() == 2:
-        _local.token_ids = ids
+        current_run().token_ids = ids
 
 
 def unknown_ids(owner: str, embedding: nn.Module, hook: Callable[..., Any]) -> NotImplementedError:
@@ -160,7 +155,10 @@ def unknown_ids(owner: str, embedding: nn.Module, hook: Callable[..., Any]) -> N
         embedding: what the model now embeds ids with.
         hook: the variant's, on the module that did so when the model was patched.
     """
-    reason = "got inputs_embeds alone."
+    reason = (
+        "got inputs_embeds alone. (So does a language model that reentrant activation checkpointing runs again as a "
+        "whole: checkpoint its layers, or with use_reentrant=False.)"
+    )
     if not any(_function(each) is _function(hook) for each in embedding._forward_pre_hooks.values()):
         reason = (
             f"it saw none. {type(embedding).__name__} has taken the place of the input embedding since the model was "
@@ -168,21 +166,6 @@ def unknown_ids(owner: str, embedding: nn.Module, hook: Callable[..., Any]) -> N
             "it again. (inputs_embeds alone would not do either.)"
         )
     return NotImplementedError(f"{owner} needs input_ids to tell image tokens from text; {reason}")
-
-
-def forget_tokens() -> None:
-    """Let go of what the forward that ends here has noted; for a `finally` hook of the whole model."""
-    vars(_local).pop("token_ids", None)
-
-
-@contextmanager
-def image_tokens_known(image_tokens: torch.Tensor) -> Iterator[None]:
-    """The language model is about to be called with embeddings; `(B, T)` bool says which are image tokens."""
-    _local.image_tokens = image_tokens
-    try:
-        yield
-    finally:
-        _local.image_tokens = None
 
 
 def with_image_tokens(
@@ -199,20 +182,31 @@ def with_image_tokens(
     Raises:
         NotImplementedError: nobody knows the ids of its input (`unknown_ids`).
     """
-    noted, marks = getattr(_local, "token_ids", None), getattr(_local, "image_tokens", None)
-    _local.token_ids = None
+    run = run_of(kwargs)
+    noted, marks = run.token_ids, run.image_tokens
     embeddings = kwargs.get("inputs_embeds")
     ids = args[0] if args else kwargs.get("input_ids")
     if marks is None:
         ids = noted if ids is None else ids
         if ids is None or (embeddings is not None and _misfit(ids, embeddings)):
-            raise unknown()
+            return args, {**kwargs, RUN: run.handed_down(image_tokens=_marks_before(embeddings, unknown))}
         marks = torch.zeros_like(ids, dtype=torch.bool)
         for placeholder in placeholders:
             marks = marks | (ids == placeholder)
     if embeddings is not None:  # which are repeated for beams where ids are not
         marks = marks.repeat_interleave(len(embeddings) // max(len(marks), 1), dim=0).to(embeddings.device)
-    return args, {**kwargs, IMAGE_TOKENS: marks}
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference():
+            _marked[embeddings] = (embeddings._version, marks)
+    return args, {**kwargs, RUN: run.handed_down(image_tokens=marks)}
+
+
+def _marks_before(embeddings: torch.Tensor | None, unknown: Callable[[], Exception]) -> torch.Tensor:
+    """The marks of the very embeddings that a language model was called with before: `backward` runs it again where it
+    is checkpointed as a whole."""
+    version, marks = _marked.get(embeddings, (None, None)) if embeddings is not None else (None, None)
+    if marks is None or embeddings is None or version != embeddings._version:
+        raise unknown()
+    return cast(torch.Tensor, marks)
 
 
 def _misfit(ids: torch.Tensor, embeddings: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from transformers import Cache
 from ..cache.state import SequenceState, in_slots
 from ..cache.tracked import TrackedLayer, sequence_state, track
 from .given import key_length, read_mask, real_tokens
-from .hooks import IMAGE_TOKENS, RESIDUAL
+from .run import run_of
 from .sites import AttentionSite
 
 
@@ -127,7 +127,7 @@ class Surroundings:
 
         For variants that hook their layer (`hooks.with_residual`); NotImplementedError if it did not arrive.
         """
-        return self._handed_on(RESIDUAL, "what entered its layer")
+        return self._handed_on("residual", "what entered its layer")
 
     def image_tokens(self) -> torch.Tensor:
         """`(B, Tq)` bool: which tokens of this call are image tokens.
@@ -135,10 +135,10 @@ class Surroundings:
         For variants that hook their language model (`hooks.with_image_tokens`); NotImplementedError if it did not
         arrive.
         """
-        return self._handed_on(IMAGE_TOKENS, "which of its tokens are image tokens")
+        return self._handed_on("image_tokens", "which of its tokens are image tokens")
 
-    def _handed_on(self, keyword: str, meaning: str) -> torch.Tensor:
-        given, shape = self.kwargs.get(keyword), (self.query.shape[0], self.query.shape[2])
+    def _handed_on(self, fact: str, meaning: str) -> torch.Tensor:
+        given, shape = getattr(run_of(self.kwargs), fact), (self.query.shape[0], self.query.shape[2])
         if not isinstance(given, torch.Tensor) or given.shape[:2] != shape:
             raise NotImplementedError(
                 f"{self.site.module_class} ({self.site.name}) was not told {meaning}, for {shape[1]} tokens in a batch "

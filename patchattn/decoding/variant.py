@@ -11,7 +11,6 @@ no memory: a cache's `update` concatenates, so that after one token each branch 
 
 import copy
 import inspect
-import threading
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -21,19 +20,17 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..core.branches import current_branch, running_branch
 from ..core.call import AttentionCall
 from ..core.given import real_tokens
-from ..core.hooks import Hook, image_tokens_known, unknown_ids
+from ..core.hooks import Hook, note_token_ids, unknown_ids
 from ..core.kv_caches import cache_argument, find_cache
 from ..core.renaming import Renaming
+from ..core.run import RUN, ModelRun, current_run, end_run, running
 from ..core.sites import AttentionSite
 from ..core.variant import Attend, AttentionOutput, Variant
 from ..vision.images import is_replaced
 
-# .token_ids, .step, .unfilled: of the forward that runs in this thread, and the layers of its new cache as they were
-# given.
-_local = threading.local()
+_STEP, _UNFILLED = "decoding.step", "decoding.unfilled"  # notes: of a forward, and its new cache's layers as given
 
 
 @dataclass(eq=False)
@@ -64,7 +61,7 @@ class Step:
         found = found.repeat_interleave(len(self.embeddings) // len(found), dim=0).to(self.embeddings.device)
         if self.is_first or not bool(found.any()):
             return found
-        with running_branch(1):  # hooks have nothing to note
+        with running(ModelRun()):  # whose notes nobody reads
             return found & is_replaced(self.embeddings, token_id, self.embedding)
 
 
@@ -122,8 +119,10 @@ class DecodingVariant(Variant):
         generator: Any = model.get_submodule(self.generator)
         return [
             Hook(model, "before", self.before_model),
+            Hook(generator, "before", self.before_generator),
             Hook(generator.get_input_embeddings(), "before", self.before_embedding),
             Hook(generator.get_decoder(), "before", self.before_decoder),
+            Hook(generator.get_decoder(), "finally", self.after_decoder),
             Hook(generator, "after", self.after_generator),
             Hook(model, "finally", self.after_model),
         ]
@@ -142,7 +141,7 @@ class DecodingVariant(Variant):
     @property
     def is_active(self) -> bool:
         """Whether hooks have something to do: not within a branch itself."""
-        return current_branch() == 0
+        return current_run().branch == 0
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_active and _arguments(module, args, kwargs).get("labels") is not None:
@@ -151,41 +150,54 @@ class DecodingVariant(Variant):
                 "Compute losses under `with patchattn.unpatched(model):`."
             )
 
+    def before_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_active:
+            current_run().notes[_STEP] = None  # to be told by its decoder
+
     def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input")
-        if self.is_active and isinstance(ids, torch.Tensor) and ids.dim() == 2:
-            _local.token_ids = ids
+        if self.is_active:
+            note_token_ids(args, kwargs)
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.is_active:
+        run = current_run()
+        if run.branch or _STEP not in run.notes:  # the decoder alone, or run again by activation checkpointing
             return
         given = _arguments(module, args, kwargs)
         cache, embeddings = find_cache([*args, *kwargs.values()]), given.get("inputs_embeds")
+        tokens: torch.Tensor = given["input_ids"] if embeddings is None else embeddings
+        ids = tokens if embeddings is None else run.token_ids
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError(f"{type(self).__name__} does not support static kv caches; use a dynamic one.")
         embedding = module.get_input_embeddings()  # type: ignore[operator]
-        if embeddings is None:
-            embeddings = embedding(given["input_ids"])
-        ids, (rows, length) = getattr(_local, "token_ids", None), embeddings.shape[:2]
+        rows, length = tokens.shape[:2]
         if ids is None or ids.shape[1] != length or rows % max(len(ids), 1):
             raise unknown_ids(type(self).__name__, embedding, self.before_embedding)
         past = 0 if cache is None else int(cache.get_seq_length())
-        where = {"queries": length, "keys": past + length, "device": embeddings.device}
-        real = real_tokens(given.get("attention_mask"), **where).expand(rows, -1).to(embeddings.device)
-        _local.step = Step(ids, embeddings, real, past == 0, embedding, given.get("position_ids"))
-        _local.unfilled = None if cache is None or past else copy.deepcopy(cache.layers)
+        real = real_tokens(
+            given.get("attention_mask"), queries=length, keys=past + length, device=tokens.device
+        ).expand(rows, -1)
+        run.notes[_STEP] = (ids, embeddings, real, past == 0, embedding, given.get("position_ids"))
+        run.notes[_UNFILLED] = None if cache is None or past else copy.deepcopy(cache.layers)
+
+    def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Let go of the ids, also where activation checkpointing has run the decoder again."""
+        current_run().token_ids = None
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Let go of what this forward has noted, also where it failed."""
         if self.is_active:
-            vars(_local).clear()
+            end_run(_STEP, _UNFILLED)
 
     def after_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.is_active:
             return None
-        step: Step = vars(_local).pop("step")
+        notes = current_run().notes
+        ids, embeddings, real, is_first, embedding, positions = notes.pop(_STEP)
+        if embeddings is None:  # not made before the decoder, which activation checkpointing must find as it was
+            embeddings = embedding(ids)
+        step = Step(ids, embeddings, real.to(embeddings.device), is_first, embedding, positions)
         values = list(output) if isinstance(output, tuple) else list(output.values())
-        cache, unfilled = find_cache(values), vars(_local).pop("unfilled")
+        cache, unfilled = find_cache(values), notes.pop(_UNFILLED)
         held = None if cache is None else _held_by(cache, module, step, unfilled)
         keep = _arguments(module, args, kwargs).get("logits_to_keep", 0)
         step.asked = keep if isinstance(keep, int) else 0
@@ -197,10 +209,10 @@ class DecodingVariant(Variant):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found, known = [], None
         for number, inputs in enumerate(steps):
-            run = _run_branch(module, inputs, held, number, step)
+            branch = _run_branch(module, inputs, held, number, step)
             source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
-            rows = source - (inputs.real.shape[1] - run.shape[1])
-            aligned = run.to(logits).gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
+            rows = source - (inputs.real.shape[1] - branch.shape[1])
+            aligned = branch.to(logits).gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
             found.append(torch.where((source >= 0)[..., None], aligned, logits))
             known = source >= 0 if known is None else known | (source >= 0)
         combined = self.combine(logits, found)
@@ -277,7 +289,8 @@ def _run_branch(module: nn.Module, inputs: BranchStep, held: _Held | None, numbe
     positions = inputs.positions
     if isinstance(positions, str):
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    with running_branch(number + 1), image_tokens_known(inputs.image[:, done:]):
+    run = ModelRun(branch=number + 1, asked=step.asked, image_tokens=inputs.image[:, done:])
+    with running(run):
         return module(
             inputs_embeds=inputs.embeddings[:, done:],
             attention_mask=real.long(),
@@ -286,4 +299,5 @@ def _run_branch(module: nn.Module, inputs: BranchStep, held: _Held | None, numbe
             use_cache=cache is not None,
             logits_to_keep=min(step.asked, length - done),
             return_dict=True,
+            **{RUN: run},
         ).logits

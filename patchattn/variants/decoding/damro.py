@@ -24,7 +24,7 @@ from ...vision.outliers import Picture, attention_received, highest, kept_positi
 _DEFAULTS = {"instructblip": (4, {"pope": 0.5, "chair": 1.5})}
 _LLAVA_DEFAULTS = (10, {"pope": 2.0, "chair": 0.5})
 
-# .scores, .states, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
+# .is_open, .scores, .states, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
 _seen = threading.local()
 
 
@@ -125,6 +125,7 @@ class DAMRO(DecodingVariant):
         layout = self.layout
         found = [
             Hook(model.get_submodule(layout.tower), "before", self.before_tower),
+            Hook(model.get_submodule(layout.tower), "finally", self.leave_tower),
             Hook(model.get_submodule(layout.features), "after", self.after_features),
         ]
         if layout.merger is not None:
@@ -151,21 +152,26 @@ class DAMRO(DecodingVariant):
         return contrast.masked_fill(logits < least, -math.inf)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        super().after_model(module, args, kwargs, output)
         if self.is_active and output is None:  # pictures may be passed on to later forwards, of one that succeeded
             vars(_seen).clear()
+        super().after_model(module, args, kwargs, output)
 
     # The vision encoder: which tokens are outliers.
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         vars(_seen).clear()
-        _seen.scores = []
+        _seen.scores, _seen.is_open = [], True
+
+    def leave_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        _seen.is_open = False
 
     def after_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         states = getattr(output, "hidden_states", None)
         _seen.states = None if states is None else states[self.layout.feature_layer + 1]
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        if not getattr(_seen, "is_open", False):  # run again by activation checkpointing
+            return inner(call)
         lengths = call.kwargs.get("cu_seq_lens_q")  # flash attention gets packed pictures as one row
         sizes = [call.query.shape[2]] if lengths is None else lengths.diff().tolist()
         for query, key in zip(call.query.split(sizes, 2), call.key.split(sizes, 2), strict=True):

@@ -1,7 +1,6 @@
 """DeCoRe: contrast with the same model whose retrieval heads are masked. arXiv 2410.18860."""
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,8 +17,6 @@ from ...core.token_numbers import last_rows
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...decoding.text import TextDecodingVariant, decoder_sites
 from ...decoding.variant import BranchStep, Step
-
-_branch = threading.local()  # .asked: of how many last tokens of the branch's step logits are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +115,7 @@ class DeCoRe(TextDecodingVariant):
 
         Assisted decoding puts tokens that it proposes behind the prompt, in the same call.
         """
-        count, asked = call.query.shape[2], getattr(_branch, "asked", 0)
+        count, asked = call.query.shape[2], call.run.asked
         if asked <= 1:
             return last_rows(call.mask)
         return torch.arange(count, device=call.query.device)[None] >= count - asked
@@ -130,7 +127,7 @@ class DeCoRe(TextDecodingVariant):
         return states.masked_fill(heads if rows is None else heads & rows[:, None, :, None], 0.0)
 
     def branches(self, step: Step) -> list[BranchStep]:
-        _branch.asked, same = step.asked, self.same(step)
+        same = self.same(step)
         if self.config.rows == "last" and step.is_first and bool(step.real[:, -1].all()):
             # All but these tokens are in the branch as in the model.
             same = replace(same, fork=max(step.real.shape[1] - max(step.asked, 1), 0))

@@ -12,10 +12,8 @@ from patchattn_kernels import split_attention
 
 from ...core.call import AttentionCall
 from ...core.hooks import (
-    IMAGE_TOKENS,
     Hook,
     enclosing_layer,
-    forget_tokens,
     note_token_ids,
     unknown_ids,
     with_image_tokens,
@@ -23,6 +21,7 @@ from ...core.hooks import (
 )
 from ...core.registry import register_variant
 from ...core.renaming import Renaming
+from ...core.run import RUN, current_run, end_run
 from ...core.selection import base_model, evaluating
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -151,6 +150,7 @@ class VAR(Variant):
         return [
             Hook(base.get_input_embeddings(), "before", self.before_embedding),
             Hook(base.get_submodule(layout.language_model), "before", self.before_language_model),
+            Hook(base.get_submodule(layout.language_model), "finally", self.after_language_model),
             Hook(base.get_submodule(self.layer), "before", self.before_layer),
             Hook(base, "finally", self.after_model),
         ]
@@ -162,17 +162,22 @@ class VAR(Variant):
         embedding = module.get_input_embeddings()  # type: ignore[operator]
         unknown = functools.partial(unknown_ids, "VAR", embedding, self.before_embedding)
         args, kwargs = with_image_tokens(unknown, self.placeholders, args, kwargs)
-        embeddings = kwargs.get("inputs_embeds")
+        embeddings, run = kwargs.get("inputs_embeds"), kwargs[RUN]
         if embeddings is not None:
             for placeholder in self.placeholders:
-                kwargs[IMAGE_TOKENS] = kwargs[IMAGE_TOKENS] & is_replaced(embeddings, placeholder, embedding)
+                run.image_tokens = run.image_tokens & is_replaced(embeddings, placeholder, embedding)
         return args, kwargs
+
+    def after_language_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        current_run().token_ids = None
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_residual(args, kwargs)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        forget_tokens()
+        end_run()
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
         """A token keeps the marks that it came with."""

@@ -1,0 +1,83 @@
+"""What is known of a forward of a whole model, between the hooks that come to know it and the attention that asks.
+
+A hook further up notes it in the run of its thread (`current_run`). From the language model on it goes down with the
+calls, as the keyword argument `RUN` that layers hand on to their attention: activation checkpointing runs layers again
+in `backward`, in another thread on a GPU, when the run of the forward is over and the hooks around them do not run.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+RUN = "patchattn_run"
+_local = threading.local()  # .run: the innermost one of this thread
+
+
+@dataclass(eq=False)
+class ModelRun:
+    """One forward.
+
+    Attributes:
+        token_ids: `(B', T)` ids that the input embedding was called with, until the language model is.
+        image_tokens: `(B, T)` bool, which tokens of the language model's input are image tokens.
+        residual: `(B, T, E)` what entered the layer that attends, in what is handed down to it.
+        branch: which branch of a decoding variant: 0 is the model itself, branches are counted from 1.
+        asked: in a branch, the logits of so many last tokens are asked for; 0: of all, or of chosen ones.
+        notes: what a mechanism keeps from one of its hooks to the next, by its name.
+    """
+
+    token_ids: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    branch: int = 0
+    asked: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def handed_down(self, **facts: Any) -> "ModelRun":
+        """What goes down with the calls, and lives as long as backward may run them again: nothing of the notes."""
+        return replace(replace(self, token_ids=None, notes={}), **facts)
+
+
+def current_run() -> ModelRun:
+    """The innermost run of this thread; a new one where there is none."""
+    run: ModelRun | None = getattr(_local, "run", None)
+    if run is None:
+        run = _local.run = ModelRun()
+    return run
+
+
+def run_of(kwargs: Mapping[str, Any]) -> ModelRun:
+    """The run that something is called in: what was handed down to it, else that of this thread."""
+    run: ModelRun | None = kwargs.get(RUN)
+    return current_run() if run is None else run
+
+
+def end_run(*notes: str) -> None:
+    """Let go of what a mechanism has noted of the forward that ends here: the ids, and notes by their names.
+
+    For a `finally` hook of the whole model, which may run before others that read theirs. A branch ends where it was
+    begun (`running`).
+    """
+    run: ModelRun | None = getattr(_local, "run", None)
+    if run is None or run.branch:
+        return
+    run.token_ids = None
+    for name in notes:
+        run.notes.pop(name, None)
+    if not run.notes:
+        _local.run = None
+
+
+@contextmanager
+def running(run: ModelRun) -> Iterator[None]:
+    """A forward within another one, which goes on behind it."""
+    outer = getattr(_local, "run", None)
+    _local.run = run
+    try:
+        yield
+    finally:
+        _local.run = outer
