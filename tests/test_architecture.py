@@ -14,7 +14,7 @@ ORDER = (
     ("cache",),
     ("core",),
     ("hosts",),
-    ("positions", "reading", "surgery", "vision", "saving"),
+    ("positions", "reading", "softmax", "surgery", "vision", "saving"),
     ("decoding", "checking"),
     ("inspection",),
     ("variants",),

@@ -1,0 +1,1 @@
+"""What stands in the softmax and right behind it: slots, gates."""

@@ -1,0 +1,74 @@
+"""Slots: keys of no token that take a part of every row's attention and give nothing, such as attention sinks."""
+
+from dataclasses import replace
+from typing import final
+
+import torch
+import torch.nn.functional as F
+
+from ..core.call import AttentionCall
+from ..core.mask import Mask
+from ..core.variant import Attend, AttentionOutput, Variant
+from .channels import attend_wider, parts
+
+
+class SlotVariant(Variant):
+    """A variant with one more logit per head in the softmax, which no value belongs to.
+
+    The slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
+    implementation computes it, and a sink that the model has itself (`s_aux`) stands beside it in the same softmax.
+    Rows that see no key give zeros. Register it as `innermost`: what came after would take the slot for a token.
+    """
+
+    def slots(self, call: AttentionCall) -> torch.Tensor:
+        """The slot's logit: `(H,)`, or by row `(B, H, Tq)`; not scaled any more."""
+        raise NotImplementedError(f"{type(self).__name__} must define slots(call).")
+
+    @final
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        if call.mask.form == "tokens":
+            raise NotImplementedError(
+                f"Flash attention has no place for the slot of {type(self).__name__}, which each row of "
+                f"{self.site.name} is to see. Load the model with attn_implementation='sdpa' or 'eager'."
+            )
+        logit = self.slots(call)
+        dtype = torch.promote_types(logit.dtype, torch.float32)
+        logit = logit.to(dtype).reshape(1, -1, 1) if logit.dim() == 1 else logit.to(dtype)
+        # A product, both in as many parts as the dtype needs: large logits do not overflow, small ones are kept.
+        inverse = torch.full((), 1 / call.scaling, dtype=dtype, device=logit.device)
+        pairs = [(b, s) for b in parts(logit, call.query.dtype) for s in parts(inverse, call.key.dtype)]
+        of_query = torch.stack([b for b, _ in pairs], dim=-1)
+        of_slot = torch.stack([s for _, s in pairs]).expand(1, 1, 1, -1)
+        rows = 1 if _is_plain(call) else 0
+        of_query = F.pad(of_query, (0, 0, rows, 0)) if of_query.shape[2] > 1 else of_query
+        output, weights = attend_wider(
+            _with_slot(call, rows), of_query, F.pad(of_slot, (0, 0, 0, call.key.shape[2])), inner
+        )
+        return output[:, rows:], None if weights is None else weights[:, :, rows:, 1:]
+
+
+def _is_plain(call: AttentionCall) -> bool:
+    """Whether sdpa is to see all earlier keys, told by no mask: one more row in front then keeps it so."""
+    mask = call.mask
+    plain = not mask.changed and mask.given is None and mask.form == "bool" and mask.causal and mask.window is None
+    return plain and mask.fault is None and mask.queries == mask.keys > 1 and call.kwargs.get("position_bias") is None
+
+
+def _with_slot(call: AttentionCall, rows: int) -> AttentionCall:
+    """The call with a key of zeros in front, and as many rows of zeros."""
+    mask: Mask = call.mask
+    if rows:
+        more = {"queries": mask.queries + rows, "keys": mask.keys + 1, "columns": mask.columns + 1}
+        mask = replace(mask, **more)  # type: ignore[arg-type]
+    else:
+        mask = mask.prepended(1)
+    kwargs, bias = call.kwargs, call.kwargs.get("position_bias")
+    if bias is not None:
+        kwargs = {**kwargs, "position_bias": F.pad(bias, (1, 0))}
+    return call.replace(
+        query=F.pad(call.query, (0, 0, rows, 0)),
+        key=F.pad(call.key, (0, 0, 1, 0)),
+        value=F.pad(call.value, (0, 0, 1, 0)),
+        mask=mask,
+        kwargs=kwargs,
+    )
