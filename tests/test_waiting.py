@@ -61,6 +61,21 @@ def asked(model, **inputs: torch.Tensor) -> list[str]:
     return noted.places
 
 
+@on(("llama",), "cache")
+def test_what_drops_keys_asks_at_the_end_of_a_prompt_at_most(family: str, case: Case, monkeypatch) -> None:
+    monkeypatch.setattr("patchattn.cache.kept._waits", lambda tensor: True)
+    model, tokens = case.patch(FAMILIES[family].make()), torch.full((2, 19), 7)
+    cache, stored = DynamicCache(config=model.config), []
+    with torch.no_grad(), Asked() as noted:
+        for place in (slice(0, 14), *(slice(at, at + 1) for at in range(14, 19))):
+            if place.start == 15:
+                noted.places.clear()
+            model(tokens[:, place], past_key_values=cache)
+            stored.append(cache.layers[0].keys.shape[2])
+    assert stored[-1] < 19
+    assert noted.places == []
+
+
 @on(("llava",))
 def test_decoding_with_images_asks_no_more_than_unpatched(family: str, case: Case, toys, monkeypatch) -> None:
     monkeypatch.setattr("patchattn.variants.sinks.act._waits", lambda tensor: True)

@@ -162,6 +162,7 @@ class ScoredEviction(EvictionVariant):
             state.write(_DECIDED, kept)
             state.settled = _MAY_BE_GUESSES
         else:
-            self.budget.refuse(call)
+            if not is_single or call.context.columns() is None:  # of a longer sequence it leaves no fewer
+                self.budget.refuse(call)
             call.context.keep(self.owner, kept, bound=self.bound(columns), slack=0)
             state.settled = _DROPPED

@@ -50,8 +50,7 @@ class PyramidKV(WindowEviction):
 
     def bound(self, columns: int) -> int | None:
         lengths = torch.arange(columns + 1)  # a padded row is shorter
-        means = torch.tensor([self.budget.most(int(length)) for length in lengths])
-        return int(self._counts(means, lengths).max())
+        return int(self._counts(self.budget.of_lengths(lengths), lengths).max())
 
     def _counts(self, mean: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """How many keys this layer keeps of sequences of some lengths, all layers `mean` on average."""
