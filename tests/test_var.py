@@ -16,9 +16,10 @@ import patchattn
 from patchattn.core.call import AttentionCall, ModuleCall
 from patchattn.core.chain import attention_call
 from patchattn.core.kv_caches import cache_argument
-from patchattn.core.run import RUN, ModelRun
+from patchattn.core.run import RESIDUAL, RUN, ModelRun
 from patchattn.core.surroundings import LayerContext
 from patchattn.variants.sinks.var import VAR, VARConfig
+from patchattn.vision.marks import IMAGE_TOKENS
 
 from . import vlms
 from .var_reference import (
@@ -197,7 +198,7 @@ def one_call(
     module = model.get_submodule(site.name)
     variant = VAR(VARConfig(**{**LOW, **settings}), site)
     context = LayerContext(module=module, layer_input=hidden, memory=None, attention_mask=None, arguments={})
-    told = {RUN: ModelRun(image_tokens=marks, residual=hidden)}
+    told = {RUN: ModelRun(facts={IMAGE_TOKENS: marks, RESIDUAL: hidden})}
     call = attention_call(ModuleCall(module, query, key, value, None, told), site, "sdpa", context)
     call = call.replace(facts=call.context.remembered("var", variant.key_facts(call)))
 

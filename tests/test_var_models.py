@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import patchattn
 from patchattn.core.hooks import enclosing_layer
 from patchattn.core.kv_caches import cache_argument, find_cache
-from patchattn.core.run import RUN
+from patchattn.core.run import RESIDUAL, RUN
+from patchattn.vision.marks import IMAGE_TOKENS
 
 from . import vlms
 from .var_reference import (
@@ -258,10 +259,11 @@ class TestErrors:
     def test_a_layer_that_hands_nothing_on(self) -> None:
         model = patchattn.patch_model(vlms.make("llava"), "var", **LOW)
         attention = model.model.language_model.layers[1].self_attn
-        for fact, missing in (("image_tokens", "which of its tokens are image tokens"), ("residual", "what entered")):
+        for fact, missing in ((IMAGE_TOKENS, "which of its tokens are image tokens"), (RESIDUAL, "what entered")):
 
             def without(module: Any, args: Any, kwargs: Any, fact: str = fact) -> Any:
-                return args, {**kwargs, RUN: replace(kwargs[RUN], **{fact: None})}
+                facts = {name: told for name, told in kwargs[RUN].facts.items() if name != fact}
+                return args, {**kwargs, RUN: replace(kwargs[RUN], facts=facts)}
 
             handle = attention.register_forward_pre_hook(without, with_kwargs=True)
             with pytest.raises(NotImplementedError, match=rf"layers\.1\.self_attn\) was not told {missing}"):

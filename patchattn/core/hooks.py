@@ -1,6 +1,6 @@
-"""Hooks of variants, and what they tell attention that its call does not: the residual stream, the image tokens.
+"""Hooks of variants, and what they tell attention that its call does not, such as the residual stream.
 
-Both travel in a keyword argument (`run.RUN`), which layers hand on to their attention function.
+It travels in a keyword argument (`run.RUN`), which layers hand on to their attention function.
 """
 
 import re
@@ -12,11 +12,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .run import RUN, current_run, run_of
+from .run import RESIDUAL, RUN, current_run, run_of
 
-_marked = WeakTensorKeyDictionary()  # embeddings that backward may need again: their version, and their marks
 _REGISTER = nn.Module.register_forward_pre_hook.__name__
 
 
@@ -135,9 +133,9 @@ def enclosing_layer(site_name: str) -> str:
 
 
 def with_residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a layer is called with, and `AttentionCall.residual` for its attention: its input, without its gradient."""
+    """What a layer is called with, and `Surroundings.residual` for its attention: its input, without its gradient."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, RUN: run_of(kwargs).handed_down(residual=hidden.detach())}
+    return args, {**kwargs, RUN: run_of(kwargs).handed_down({RESIDUAL: hidden.detach()})}
 
 
 def note_token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,49 +163,4 @@ def unknown_ids(owner: str, embedding: nn.Module, hook: Callable[..., Any]) -> N
             "patched, as trainable_token_indices of an adapter do it: call patchattn.unpatch_model(model), then patch "
             "it again. (inputs_embeds alone would not do either.)"
         )
-    return NotImplementedError(f"{owner} needs input_ids to tell image tokens from text; {reason}")
-
-
-def with_image_tokens(
-    unknown: Callable[[], Exception], placeholders: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a language model is called with, and `AttentionCall.image_tokens` for its attention.
-
-    Args:
-        unknown: makes what is raised where nobody knows the ids of its input.
-        placeholders: ids that image tokens take the place of.
-        args: what the language model is called with by position.
-        kwargs: what it is called with by name.
-
-    Raises:
-        NotImplementedError: nobody knows the ids of its input (`unknown_ids`).
-    """
-    run = run_of(kwargs)
-    noted, marks = run.token_ids, run.image_tokens
-    embeddings = kwargs.get("inputs_embeds")
-    ids = args[0] if args else kwargs.get("input_ids")
-    if marks is None:
-        ids = noted if ids is None else ids
-        if ids is None or (embeddings is not None and _misfit(ids, embeddings)):
-            return args, {**kwargs, RUN: run.handed_down(image_tokens=_marks_before(embeddings, unknown))}
-        marks = torch.zeros_like(ids, dtype=torch.bool)
-        for placeholder in placeholders:
-            marks = marks | (ids == placeholder)
-    if embeddings is not None:  # which are repeated for beams where ids are not
-        marks = marks.repeat_interleave(len(embeddings) // max(len(marks), 1), dim=0).to(embeddings.device)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference():
-            _marked[embeddings] = (embeddings._version, marks)
-    return args, {**kwargs, RUN: run.handed_down(image_tokens=marks)}
-
-
-def _marks_before(embeddings: torch.Tensor | None, unknown: Callable[[], Exception]) -> torch.Tensor:
-    """The marks of the very embeddings that a language model was called with before: `backward` runs it again where it
-    is checkpointed as a whole."""
-    version, marks = _marked.get(embeddings, (None, None)) if embeddings is not None else (None, None)
-    if marks is None or embeddings is None or version != embeddings._version:
-        raise unknown()
-    return cast(torch.Tensor, marks)
-
-
-def _misfit(ids: torch.Tensor, embeddings: torch.Tensor) -> bool:
-    return ids.shape[1] != embeddings.shape[1] or len(embeddings) % max(len(ids), 1) != 0
+    return NotImplementedError(f"{owner} needs input_ids to know what its tokens are; {reason}")

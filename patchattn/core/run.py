@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 RUN = "patchattn_run"
+RESIDUAL = "residual"
 _local = threading.local()  # .run: the innermost one of this thread
 
 
@@ -23,23 +24,23 @@ class ModelRun:
 
     Attributes:
         token_ids: `(B', T)` ids that the input embedding was called with, until the language model is.
-        image_tokens: `(B, T)` bool, which tokens of the language model's input are image tokens.
-        residual: `(B, T, E)` what entered the layer that attends, in what is handed down to it.
+        facts: `(B, T, ...)` of every token of the language model's input, by name: what mechanisms hand down to
+            attention, such as which tokens are image tokens, or the residual stream.
         branch: which branch of a decoding variant: 0 is the model itself, branches are counted from 1.
         asked: in a branch, the logits of so many last tokens are asked for; 0: of all, or of chosen ones.
         notes: what a mechanism keeps from one of its hooks to the next, by its name.
     """
 
     token_ids: torch.Tensor | None = None
-    image_tokens: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
+    facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     branch: int = 0
     asked: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def handed_down(self, **facts: Any) -> "ModelRun":
-        """What goes down with the calls, and lives as long as backward may run them again: nothing of the notes."""
-        return replace(replace(self, token_ids=None, notes={}), **facts)
+    def handed_down(self, facts: Mapping[str, torch.Tensor]) -> "ModelRun":
+        """What goes down with the calls, with more facts: it lives as long as backward may run them again, so that
+        notes are left out."""
+        return replace(self, token_ids=None, notes={}, facts={**self.facts, **facts})
 
 
 def current_run() -> ModelRun:

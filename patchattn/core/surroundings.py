@@ -11,7 +11,7 @@ from transformers import Cache
 from ..cache.state import SequenceState, in_slots
 from ..cache.tracked import TrackedLayer, sequence_state, track
 from .given import key_length, read_mask, real_tokens
-from .run import run_of
+from .run import RESIDUAL, run_of
 from .sites import AttentionSite
 
 
@@ -71,7 +71,7 @@ class LayerContext:
         aligned = given
         if aligned is not None and aligned.dim() == 2 and batch == 1:  # a packed tower, attended chunk by chunk
             aligned = aligned[None, self.rows_done : self.rows_done + rows]
-        if aligned is not None and aligned.dim() == 4:  # an image's rows and columns
+        if aligned is not None and aligned.dim() == 4:  # rows and columns
             aligned = aligned.flatten(1, 2)
         if aligned is None or aligned.shape[:-1] != (batch, rows):
             raise NotImplementedError(
@@ -127,19 +127,20 @@ class Surroundings:
 
         For variants that hook their layer (`hooks.with_residual`); NotImplementedError if it did not arrive.
         """
-        return self._handed_on("residual", "what entered its layer")
+        return self.handed_down(RESIDUAL, "what entered its layer")
 
-    def image_tokens(self) -> torch.Tensor:
-        """`(B, Tq)` bool: which tokens of this call are image tokens.
+    def handed_down(self, fact: str, meaning: str) -> torch.Tensor:
+        """`(B, Tq, ...)` what a hook further up has handed down (`ModelRun.facts`) of the tokens of this call.
 
-        For variants that hook their language model (`hooks.with_image_tokens`); NotImplementedError if it did not
-        arrive.
+        Args:
+            fact: its name.
+            meaning: what it is, for the message.
+
+        Raises:
+            NotImplementedError: it did not arrive, or is of other tokens.
         """
-        return self._handed_on("image_tokens", "which of its tokens are image tokens")
-
-    def _handed_on(self, fact: str, meaning: str) -> torch.Tensor:
-        given, shape = getattr(run_of(self.kwargs), fact), (self.query.shape[0], self.query.shape[2])
-        if not isinstance(given, torch.Tensor) or given.shape[:2] != shape:
+        given, shape = run_of(self.kwargs).facts.get(fact), (self.query.shape[0], self.query.shape[2])
+        if given is None or given.shape[:2] != shape:
             raise NotImplementedError(
                 f"{self.site.module_class} ({self.site.name}) was not told {meaning}, for {shape[1]} tokens in a batch "
                 f"of {shape[0]}: its layer does not hand keyword arguments on to it. Leave it out with modules=..."

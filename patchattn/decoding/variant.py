@@ -29,6 +29,7 @@ from ..core.run import RUN, ModelRun, current_run, end_run, running
 from ..core.sites import AttentionSite
 from ..core.variant import Attend, AttentionOutput, Variant
 from ..vision.images import is_replaced
+from ..vision.marks import IMAGE_TOKENS
 
 _STEP, _UNFILLED = "decoding.step", "decoding.unfilled"  # notes: of a forward, and its new cache's layers as given
 
@@ -289,7 +290,7 @@ def _run_branch(module: nn.Module, inputs: BranchStep, held: _Held | None, numbe
     positions = inputs.positions
     if isinstance(positions, str):
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    run = ModelRun(branch=number + 1, asked=step.asked, image_tokens=inputs.image[:, done:])
+    run = ModelRun(branch=number + 1, asked=step.asked, facts={IMAGE_TOKENS: inputs.image[:, done:]})
     with running(run):
         return module(
             inputs_embeds=inputs.embeddings[:, done:],

@@ -16,7 +16,6 @@ from ...core.hooks import (
     enclosing_layer,
     note_token_ids,
     unknown_ids,
-    with_image_tokens,
     with_residual,
 )
 from ...core.registry import register_variant
@@ -27,6 +26,7 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 from ...vision.images import ImageLayout, image_layout, is_replaced
+from ...vision.marks import IMAGE_TOKENS, image_tokens, with_image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,10 @@ class VAR(Variant):
         args, kwargs = with_image_tokens(unknown, self.placeholders, args, kwargs)
         embeddings, run = kwargs.get("inputs_embeds"), kwargs[RUN]
         if embeddings is not None:
+            marks = run.facts[IMAGE_TOKENS]
             for placeholder in self.placeholders:
-                run.image_tokens = run.image_tokens & is_replaced(embeddings, placeholder, embedding)
+                marks = marks & is_replaced(embeddings, placeholder, embedding)
+            kwargs[RUN] = run.handed_down({IMAGE_TOKENS: marks})
         return args, kwargs
 
     def after_language_model(
@@ -181,11 +183,11 @@ class VAR(Variant):
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
         """A token keeps the marks that it came with."""
-        return {"var.sink": self._are_sinks(call.context.residual()), "var.image": call.context.image_tokens()}
+        return {"var.sink": self._are_sinks(call.context.residual()), "var.image": image_tokens(call)}
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         output, weights = inner(call)
-        is_image = call.context.image_tokens()
+        is_image = image_tokens(call)
         sinks, image = (call.key_fact(name)[:, 0] for name in ("var.sink", "var.image"))
         others = image & ~sinks
         heads, rule = call.query.shape[1], call.rule()
