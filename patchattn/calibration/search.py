@@ -23,7 +23,7 @@ from torch import nn
 from ..core.heads import BaseFacts, HeadList
 from ..core.patching import is_patched, patched
 from ..core.registry import variant_info
-from ..core.selection import base_model, select_sites
+from ..core.selection import base_model, input_device, select_sites
 from ..core.sites import AttentionSite
 from ..evaluation.tasks.likelihood import ChoiceBatch, ChoiceExample, Normalise, prepare_choices, score_batch
 from ..files.documents import as_json, read_json_object, write_json
@@ -190,7 +190,7 @@ class _Runner:
         settings: dict[str, Any],
     ) -> None:
         self.model, self.batches, self.labels, self.metric, self.settings = model, batches, labels, metric, settings
-        device = next(model.parameters()).device
+        device = input_device(model)
         self.inputs: list[Mapping[str, Any]] = [
             {name: tensor.to(device) for name, tensor in batch.inputs.items()} for batch in batches
         ]

@@ -15,7 +15,7 @@ from ..core.kv_caches import cache_argument, find_cache, takes_cache
 from ..core.patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from ..core.plan import Patch
 from ..core.registry import variant_info
-from ..core.selection import base_model, evaluating
+from ..core.selection import base_model, evaluating, input_device
 from ..core.variant import VariantConfig
 
 _REPEATS = 5  # timed pairs of forwards
@@ -311,7 +311,7 @@ def _inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -
         )
     if not inputs:
         inputs = _random_inputs(base_model(model))
-    device = next(model.parameters()).device
+    device = input_device(model)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .host import find_sites, host
+from .linear import is_dispatched
 from .sites import AttentionSite
 
 
@@ -25,6 +27,12 @@ def base_model(model: nn.Module) -> nn.Module:
     if not hasattr(model, "config"):
         raise TypeError(f"Expected a transformers model (one with a config), got {type(model).__name__}.")
     return model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs; accelerate moves those of a model whose weights it keeps elsewhere."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" and any(map(is_dispatched, model.modules())) else device
 
 
 def select_sites(

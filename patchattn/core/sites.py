@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 _SIZES = {
     "query_heads": "number of query heads",
     "kv_heads": "number of kv heads",
@@ -84,22 +81,3 @@ class AttentionSite:
         """What must agree for a patch made on another copy of the model to fit this one."""
         keep = ("query_heads", "kv_heads", "head_dim", "input_size", "is_cross")
         return {key: getattr(self, key) for key in keep}
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(in_features, out_features)` of a linear projection: nn.Linear, Conv1D, a quantised or LoRA-wrapped one."""
-    base: Any = getattr(module, "base_layer", module)
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
-        return int(base.in_features), int(base.out_features)
-    weight = getattr(base, "weight", None)
-    if weight is not None and weight.dim() == 2 and hasattr(base, "nf"):  # transformers' Conv1D stores (in, out)
-        return int(weight.shape[0]), int(weight.shape[1])
-    return None
-
-
-def plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """`(rows, columns)` of a linear projection, if its numbers are stored as such: not of a quantised one, whose tensor
-    may claim to be floating-point, nor of a shard."""
-    weight: Any = getattr(module, "weight", None)
-    is_plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
-    return weight if is_plain else None

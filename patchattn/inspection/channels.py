@@ -9,10 +9,10 @@ from torch import nn
 
 from ..core.call import AttentionCall
 from ..core.host import find_sites
+from ..core.linear import LinearView
 from ..core.probing import recording
-from ..core.selection import base_model
+from ..core.selection import base_model, input_device
 from ..core.settings import nearest
-from ..core.sites import linear_shape, plain_weight
 
 Metric = Literal["wifv", "ifv", "wifn"]
 
@@ -108,18 +108,17 @@ def projection_weight(model: nn.Module, path: str, inputs: int | None = None) ->
 
     Raises:
         ValueError: it carries an adapter.
-        NotImplementedError: it is quantised, or reads something else than C channels.
+        NotImplementedError: it is quantised, has no values, or reads something else than C channels.
     """
-    module: Any = model.get_submodule(path)
-    if hasattr(module, "base_layer"):
-        raise ValueError(f"{path} carries a PEFT adapter, whose weight is not in it: merge_and_unload() first.")
-    weight, shape = plain_weight(module), linear_shape(module)
-    if weight is None or shape is None:
-        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or not a plain linear layer.")
-    if inputs is not None and shape[0] != inputs:
-        raise NotImplementedError(f"{path} reads {shape[0]} channels, but heads of {inputs} channels come before it.")
-    matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return matrix.mT if hasattr(module, "nf") else matrix  # transformers' Conv1D stores inputs first
+    view = LinearView.at(model, path)
+    weight = view.weight
+    if weight.is_meta:
+        raise NotImplementedError(f"{path} has no values here: its weight is on the device 'meta'.")
+    if inputs is not None and view.in_features != inputs:
+        raise NotImplementedError(
+            f"{path} reads {view.in_features} channels, but heads of {inputs} channels come before it."
+        )
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def fluctuation(known: ChannelStatistics, weight: torch.Tensor, metric: Metric) -> torch.Tensor:
@@ -212,5 +211,5 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(
             f"Batches are a list of dictionaries, each what the model is called with; one of them is {batch!r}."
         )
-    device = next(model.parameters()).device
+    device = input_device(model)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -13,7 +13,7 @@ from ..core.call import AttentionCall
 from ..core.heads import BaseFacts, HeadList
 from ..core.importance import HeadImportance, SiteScores
 from ..core.probing import probed
-from ..core.selection import base_model, select_sites
+from ..core.selection import base_model, input_device, select_sites
 
 _LEAST_ANSWERED = 0.5  # a trial counts if the model knows more than this share of the answer
 
@@ -112,7 +112,7 @@ def retrieval_scores(
         raise ValueError("retrieval_scores needs a model in evaluation mode: model.eval().")
     sites = [site for site in select_sites(base, modules=modules) if not site.is_cross]
     sums = {site.name: torch.zeros(site.require("query_heads", by="retrieval_scores")).double() for site in sites}
-    device, done, counted, tokens = next(base.parameters()).device, 0, 0, 0
+    device, done, counted, tokens = input_device(base), 0, 0, 0
     found: dict[str, torch.Tensor] = {}
     with probed(base, lambda call, output: see(call), modules=[f"^{site.name}$" for site in sites], at="base"):
         for trial in trials:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..core.call import AttentionCall
+from ..core.linear import is_adapted, is_dispatched
 from ..core.renaming import Renaming
 from ..core.sites import AttentionSite
 from ..core.variant import Attend, AttentionOutput, Variant
@@ -41,12 +42,12 @@ class Change:
                 "base model instead of unpatching this one."
             )
         owner = model.get_submodule(self.module)
-        if hasattr(owner, "_hf_hook"):
+        if is_dispatched(owner):
             raise ValueError(
                 f"{self.module} is offloaded or dispatched by accelerate, which holds its weights: call "
                 "accelerate.hooks.remove_hook_from_submodules(model) first."
             )
-        if hasattr(owner, "base_layer"):
+        if is_adapted(owner):
             raise ValueError(f"{self.module} carries a PEFT adapter: unload() or merge_and_unload() it first.")
 
 

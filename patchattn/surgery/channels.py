@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ..core.host import find_sites
+from ..core.linear import LinearView
 from ..core.settings import nearest
-from ..core.sites import AttentionSite, linear_shape
+from ..core.sites import AttentionSite
 from ..files.documents import quoted
 from ..hosts.transformers.sites import attention_forward
 from .change import Change
-from .projections import check_linear, head_projections_paths, layer_path, sliced
+from .projections import head_projections_paths, layer_path
 
 # Which of them reads the channels, where widths do not tell: as many channels as the layer is wide.
 _READER = re.compile(r"(?:.*\.)?(?:down_proj|fc2|lin2|c_proj|wo|w2|dense_4h_to_h|output\.dense|linear_?2)", re.I)
@@ -73,8 +74,9 @@ def cut_channels(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> 
     changes = []
     for path in dict.fromkeys(makers):
         rows = torch.cat([index + block * channels for block in range(makers.count(path))])
-        changes += [Change(path, name, value) for name, value in sliced(checked(model, path), "rows", rows).items()]
-    return changes + [Change(reader, n, v) for n, v in sliced(checked(model, reader), "columns", index).items()]
+        values = LinearView.at(model, path).cut("rows", rows)
+        changes += [Change(path, name, value) for name, value in values.items()]
+    return changes + [Change(reader, n, v) for n, v in LinearView.at(model, reader).cut("columns", index).items()]
 
 
 def channel_mask(kept: Sequence[int], count: int) -> str:
@@ -120,16 +122,9 @@ def masks_by_module(masks: Mapping[str, str], model: nn.Module, sites: Sequence[
     return found
 
 
-def checked(model: nn.Module, path: str) -> nn.Module:
-    """A linear projection that can be cut; ValueError or NotImplementedError where it cannot."""
-    module = model.get_submodule(path)
-    check_linear(path, module)
-    return module
-
-
 def channel_count(model: nn.Module, reader: str) -> int:
     """How many channels a projection reads."""
-    return (linear_shape(model.get_submodule(reader)) or (0, 0))[0]
+    return LinearView.at(model, reader).in_features
 
 
 def _layers(site: AttentionSite) -> list[str]:
@@ -143,10 +138,10 @@ def _linears(layer: nn.Module, attention: set[str]) -> dict[str, tuple[int, int]
     """Path to input and output width of all linear projections outside attention."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in layer.named_modules():
-        shape = linear_shape(module)
+        view = LinearView.of(module)
         inside = any(name == path or name.startswith(f"{path}.") for path in (*attention, *found))  # adapters, too
-        if shape is not None and not inside:
-            found[name] = shape
+        if view is not None and not inside:
+            found[name] = view.in_features, view.out_features
     return found
 
 

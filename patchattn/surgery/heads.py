@@ -11,12 +11,13 @@ from ..core.call import AttentionCall
 from ..core.heads import HeadList, Heads
 from ..core.hooks import Hook
 from ..core.kv_caches import find_cache, stored_heads
+from ..core.linear import LinearView, selected
 from ..core.settings import nearest
 from ..core.sites import AttentionSite
 from ..hosts.transformers.bases import own_config
 from ..hosts.transformers.sites import attention_forward
 from .change import Change, SurgeryVariant
-from .projections import head_projections, kept_index, selected, sliced, unrecognised
+from .projections import head_projections, kept_index, unrecognised
 
 # Attributes of attention modules, and fields of configurations, that say how many heads there are, or how wide.
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
@@ -83,7 +84,7 @@ def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> lis
     for path in dict.fromkeys(part.projection for part in parts):
         own = [part for part in parts if part.projection == path]
         index = kept_index(own, kept, kv_kept)
-        values = sliced(model.get_submodule(path), own[0].side, index)
+        values = LinearView.at(model, path).cut(own[0].side, index)
         changes += [Change(path, name, value) for name, value in values.items()]
     module: Any = model.get_submodule(site.name)
     if "sinks" in module._parameters:

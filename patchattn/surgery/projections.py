@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..core.hooks import enclosing_layer
-from ..core.sites import AttentionSite, linear_shape, plain_weight
+from ..core.linear import LinearView, Side
+from ..core.sites import AttentionSite
 from ..hosts.transformers.sites import attention_forward
 
 # How a projection that makes queries, keys and values at once lays them out, by the name that transformers gives it.
@@ -34,7 +35,7 @@ class Heads:
     """
 
     projection: str
-    side: Literal["rows", "columns"]
+    side: Side
     of: Literal["query", "kv"]
     index: torch.Tensor
 
@@ -85,8 +86,10 @@ def output_projection(model: nn.Module, site: AttentionSite) -> str:
     for name, module in model.get_submodule(parent).named_modules():
         path = f"{parent}.{name}" if parent else name
         after = after or path == site.name
-        if after and not path.startswith(f"{site.name}.") and (linear_shape(module) or (0, 0))[0] == width:
-            return path
+        if after and not path.startswith(f"{site.name}."):
+            view = LinearView.of(module)
+            if view is not None and view.in_features == width:
+                return path
     raise unrecognised(site, "the projection after it was not found")
 
 
@@ -95,7 +98,7 @@ def head_projections_paths(model: nn.Module, site: AttentionSite) -> set[str]:
     inside = {
         f"{site.name}.{name}"
         for name, module in model.get_submodule(site.name).named_modules()
-        if linear_shape(module) is not None
+        if LinearView.of(module) is not None
     }
     return inside | {output_projection(model, site)}
 
@@ -114,27 +117,6 @@ def unrecognised(site: AttentionSite, reason: str) -> NotImplementedError:
         f"{site.module_class} ({site.name}) cannot be cut into heads: {reason}. Leave it out with modules=... or "
         "layers=..."
     )
-
-
-def sliced(module: nn.Module, side: Literal["rows", "columns"], index: torch.Tensor) -> dict[str, Any]:
-    """Weight, bias and sizes of a linear projection of which only some outputs (rows) or inputs (columns) remain."""
-    values: dict[str, Any] = {}
-    stores_inputs_first = hasattr(module, "nf")  # transformers' Conv1D
-    dim = int((side == "columns") != stores_inputs_first)
-    weight, bias = module.weight, module.bias
-    values["weight"] = selected(weight, dim, index)  # type: ignore[arg-type]
-    if side == "rows" and bias is not None:
-        values["bias"] = selected(bias, 0, index)  # type: ignore[arg-type]
-    names = ("nf", "nx") if stores_inputs_first else ("out_features", "in_features")
-    values[names[side == "columns"]] = len(index)
-    return values
-
-
-def selected(tensor: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:
-    """A parameter made of some rows, or columns, of another."""
-    with torch.no_grad():
-        chosen = tensor.index_select(dim, index.to(tensor.device))
-    return nn.Parameter(chosen, requires_grad=tensor.requires_grad)
 
 
 def _numbers(count: int) -> torch.Tensor:
@@ -157,22 +139,11 @@ def _fused(module: nn.Module, child: str, site: AttentionSite, heads: int, kv_he
 
 
 def _check_whole(model: nn.Module, site: AttentionSite, path: str, parts: Sequence[Heads]) -> None:
-    module = model.get_submodule(path)
-    check_linear(path, module)
-    inputs, outputs = linear_shape(module) or (0, 0)
-    size = outputs if parts[0].side == "rows" else inputs
+    view = LinearView.at(model, path)
+    view.check_cut()
+    size = view.out_features if parts[0].side == "rows" else view.in_features
     if sorted(number for part in parts for number in part.index.flatten().tolist()) != list(range(size)):
         raise unrecognised(site, f"{path} has {size} {parts[0].side}, its heads {sum(p.index.numel() for p in parts)}")
-
-
-def check_linear(path: str, module: nn.Module) -> None:
-    """ValueError or NotImplementedError if a projection cannot be cut: it carries an adapter, is quantised, ..."""
-    if hasattr(module, "base_layer"):
-        raise ValueError(f"{path} carries a PEFT adapter: prune before adding adapters, or merge_and_unload() first.")
-    if hasattr(module, "_hf_hook"):
-        raise NotImplementedError(f"{path} is offloaded or dispatched by accelerate: prune before that.")
-    if plain_weight(module) is None:
-        raise NotImplementedError(f"{path} ({type(module).__name__}) is quantised or not a plain linear layer.")
 
 
 def _is_shared_by_heads(name: str, parameter: nn.Parameter, site: AttentionSite) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from ...core.selection import input_device
 from ...files.documents import json_lines, quoted, read_text
 
 Normalise = Literal["none", "tokens", "characters"]
@@ -145,7 +146,7 @@ def prepare_choices(
 @torch.no_grad()
 def score_batch(model: nn.Module, batch: ChoiceBatch) -> list[torch.Tensor]:
     """The scores of a batch's questions, `(C,)` each, in one forward."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     logits = model(**inputs, use_cache=False).logits
     scores = []

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ...core.sites import AttentionSite, linear_shape
+from ...core.linear import LinearView
+from ...core.sites import AttentionSite
 
 # The name of the registry that a dispatching `forward` refers to; unchanged since transformers 4.48.
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
@@ -65,7 +66,7 @@ def projects(module: nn.Module) -> bool:
     head_dim = next(_integers(module, _HEAD_DIM), 1)
     return (
         not own
-        or any(linear_shape(child) is not None for child in module.modules() if child is not module)
+        or any(LinearView.of(child) is not None for child in module.modules() if child is not module)
         or any(p.dim() > 1 and sorted(p.shape)[-2] >= max(head_dim, 2) for p in own)
     )
 
@@ -117,9 +118,9 @@ def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) 
     )
     projections = _projections(module)
     query_heads, kv_heads, head_dim = _geometry(module, projections)
-    widths = {role: (linear_shape(module.get_submodule(child)) or (None,))[0] for role, child in projections.items()}
-    down = next((linear_shape(child) for key, child in module.named_children() if _QUERY_DOWN.fullmatch(key)), None)
-    input_size = down[0] if down else widths.get("query", widths.get("fused"))
+    widths = {role: LinearView.at(module, child).in_features for role, child in projections.items()}
+    down = next((LinearView.of(child) for key, child in module.named_children() if _QUERY_DOWN.fullmatch(key)), None)
+    input_size = down.in_features if down else widths.get("query", widths.get("fused"))
     return AttentionSite(
         name=name,
         tower=_tower(name),
@@ -146,7 +147,7 @@ def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) 
 def _projections(module: nn.Module) -> dict[str, str]:
     roles: dict[str, str] = {}
     for child, child_module in module.named_children():
-        if linear_shape(child_module) is None:
+        if LinearView.of(child_module) is None:
             continue
         for role, pattern in PROJECTION_ROLES.items():
             if role not in roles and pattern.fullmatch(child):
@@ -157,12 +158,11 @@ def _projections(module: nn.Module) -> dict[str, str]:
 
 def _projection_sizes(module: nn.Module, projections: dict[str, str], is_low_rank: bool) -> dict[str, int]:
     """Output widths of the projections that read the module's input, or the other sequence, without a detour."""
-    sizes: dict[str, int] = {}
-    for role, child in projections.items():
-        shape = linear_shape(module.get_submodule(child))
-        if shape is not None and role != "output" and not (role == "query" and is_low_rank):
-            sizes[role] = shape[1]
-    return sizes
+    return {
+        role: LinearView.at(module, child).out_features
+        for role, child in projections.items()
+        if role != "output" and not (role == "query" and is_low_rank)
+    }
 
 
 def _max_positions(config: Any) -> int | None:
@@ -179,9 +179,7 @@ def _geometry(module: nn.Module, projections: dict[str, str]) -> tuple[int | Non
     """Query heads, kv heads and head dim: stated by module or configuration, and corrected by the tensors' shapes."""
     stated_heads = next(_integers(module, _HEADS), None)
     stated_dim = next(_integers(module, _HEAD_DIM), None)
-    outputs = {
-        role: shape[1] for role, child in projections.items() if (shape := linear_shape(module.get_submodule(child)))
-    }
+    outputs = {role: LinearView.at(module, child).out_features for role, child in projections.items()}
     width = outputs.get("query")
     if width is None and "fused" in outputs and stated_heads:
         dim = stated_dim or _fused_head_dim(outputs["fused"], stated_heads, next(_integers(module, _KV_HEADS), None))

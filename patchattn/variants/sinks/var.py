@@ -18,6 +18,7 @@ from ...core.hooks import (
     unknown_ids,
     with_residual,
 )
+from ...core.linear import is_dispatched
 from ...core.registry import register_variant
 from ...core.renaming import Renaming
 from ...core.run import RUN, current_run, end_run
@@ -239,7 +240,7 @@ def massive_dimensions(
     language_model = base.get_submodule(layout.language_model)
     start = getattr(base.config.get_text_config(), "bos_token_id", None)
     embedding = base.get_input_embeddings()
-    parts = [part for part in language_model.modules() if not hasattr(part, "_hf_hook")]  # accelerate's: offloaded
+    parts = [part for part in language_model.modules() if not is_dispatched(part)]
     if any(weight.is_meta for part in parts for weight in part.parameters(recurse=False)):
         raise ValueError("VAR looks for sink_dims in the weights, which this model does not have yet: give sink_dims.")
     device = "cpu" if embedding.weight.is_meta else embedding.weight.device

@@ -13,9 +13,10 @@ from torch import nn
 
 from ....core.heads import BaseFacts, parse_facts
 from ....core.host import find_sites
+from ....core.linear import LinearView
 from ....core.selection import base_model
 from ....core.settings import nearest
-from ....core.sites import AttentionSite, linear_shape
+from ....core.sites import AttentionSite
 from ....files.documents import parse_json, quoted
 from ....files.tensors import write_tensors
 from ....inspection.channels import ChannelStatistics, channel_statistics
@@ -49,11 +50,11 @@ class FlapStatistics:
                 f"These statistics are of {self.base} and know nothing of {path}{nearest(path, list(self.channels))} "
                 "Make them for all that is to be pruned, feed-forward parts included, or set mlp=False."
             )
-        known, shape = self.channels[path], linear_shape(model.get_submodule(path))
-        if shape is None or len(known.mean) != shape[0]:
+        known, width = self.channels[path], LinearView.at(model, path).in_features
+        if len(known.mean) != width:
             raise ValueError(
                 f"These statistics are of {self.base}, where {path} reads {len(known.mean)} channels; in the model "
-                f"given it reads {shape[0] if shape else 'none'}."
+                f"given it reads {width}."
             )
         return known
 

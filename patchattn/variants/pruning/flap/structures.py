@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ....core.host import find_sites
-from ....core.sites import AttentionSite, linear_shape
+from ....core.linear import LinearView
+from ....core.sites import AttentionSite
 from ....inspection.channels import Metric, fluctuation, projection_weight, standardised
 from ....surgery.channels import mlp_projections
 from ....surgery.projections import head_projections, output_projection
@@ -136,8 +137,8 @@ def _score_heads(model: nn.Module, site: AttentionSite, known: FlapStatistics, m
         )
     weight = 0
     for part in parts:
-        inputs, outputs = linear_shape(model.get_submodule(part.projection)) or (0, 0)
-        per_channel = inputs if part.side == "rows" else outputs
+        view = LinearView.at(model, part.projection)
+        per_channel = view.in_features if part.side == "rows" else view.out_features
         weight += part.index.shape[1] * per_channel * (group if part.of == "query" else 1)
     output = output_projection(model, site)
     channels = known.of(model, output)

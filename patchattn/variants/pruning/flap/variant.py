@@ -10,6 +10,7 @@ from torch import nn
 
 from ....core.call import AttentionCall
 from ....core.heads import Heads
+from ....core.linear import LinearView
 from ....core.registry import register_variant
 from ....core.renaming import Renaming
 from ....core.settings import option
@@ -176,16 +177,14 @@ class Flap(HeadSurgery):
     @torch.no_grad()
     def _bias(self, model: nn.Module, path: str, removed: torch.Tensor) -> nn.Parameter:
         """`(E,)`, or NaN where only the file of a saved patch knows it."""
-        module: Any = model.get_submodule(path)
-        weight, known = module.weight, self.config.statistics
-        matrix = weight.mT if hasattr(module, "nf") else weight  # transformers' Conv1D stores inputs first
+        view, known = LinearView.at(model, path), self.config.statistics
+        weight = view.weight
         if not isinstance(known, FlapStatistics) or weight.is_meta:
-            bias = weight.new_full((len(matrix),), torch.nan)
+            bias = weight.new_full((len(weight),), torch.nan)
         else:
-            mean = known.of(model, path).mean[removed].to(matrix.device)
-            bias = as_double(matrix)[:, removed.to(matrix.device)] @ mean
-            bias = (bias if module.bias is None else bias + as_double(module.bias)).to(weight)
-        return nn.Parameter(bias, requires_grad=weight.requires_grad)
+            lost = known.of(model, path).mean[removed]
+            bias = as_double(weight)[:, removed.to(weight.device)] @ lost.to(weight.device) + as_double(view.bias)
+        return nn.Parameter(bias.to(weight), requires_grad=view.trains)
 
     def rename(self, site: AttentionSite, config: Any, renaming: Renaming) -> None:
         super().rename(site, config, renaming)

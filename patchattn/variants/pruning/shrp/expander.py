@@ -10,6 +10,7 @@ from torch import nn
 
 from ....core.host import find_sites
 from ....core.importance import HeadImportance
+from ....core.linear import LinearView
 from ....core.settings import nearest
 from ....core.sites import AttentionSite
 from ....files.documents import concerning, quoted
@@ -140,7 +141,8 @@ def initial_expander(
     Returns:
         Values of SHRP's parameters by name.
     """
-    output, maker, reader = (_linear(model.get_submodule(path)) for path in (host.output, host.maker, host.reader))
+    views = [LinearView.at(model, path) for path in (host.output, host.maker, host.reader)]
+    output, maker, reader = ((view.weight, view.bias) for view in views)
     heads = site.query_heads or 1
     share = torch.as_tensor(
         [1.0] * heads if weights is None else weights, dtype=output[0].dtype, device=output[0].device
@@ -159,11 +161,3 @@ def initial_expander(
         for name, dim in (("expander_in_weight", 0), ("expander_in_bias", 0), ("expander_out_weight", 1)):
             values[name] = values[name].index_select(dim, channels)
     return values
-
-
-def _linear(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias, zeros where there is none, of a linear layer."""
-    layer: Any = module
-    weight = layer.weight.detach()
-    bias = layer.bias
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ....core.linear import LinearView
 from ....core.packing import CHILD
-from ....core.sites import AttentionSite, linear_shape, plain_weight
+from ....core.sites import AttentionSite
 from ....surgery.change import Change
 from ....surgery.channels import mlp_projections
 from ....surgery.projections import layer_path, output_projection
@@ -71,12 +72,12 @@ def host_layer(model: nn.Module, site: AttentionSite) -> HostLayer:
         makers, reader = mlp_projections(model, site)
     except NotImplementedError as error:
         raise refusal(site, "the projections after its attention are not those of BERT or of ViT") from error
-    maker, last = (linear_shape(model.get_submodule(path)) or (0, 0) for path in (makers[0], reader))
-    if len(makers) != 1 or maker != last[::-1]:
+    maker, last = (LinearView.at(model, path) for path in (makers[0], reader))
+    if len(makers) != 1 or (maker.in_features, maker.out_features) != (last.out_features, last.in_features):
         raise refusal(site, "its feed-forward part is gated")
     own = [f"{site.name}.{site.projections[role]}" for role in ("query", "key", "value")]
     for path in (*own, output, makers[0], reader):
-        _check_plain(path, model.get_submodule(path), site)
+        _check_plain(LinearView.at(model, path), site)
     found = _post_norm(model, site, output, makers[0], reader) or _pre_norm(model, site, output, makers[0], reader)
     if found is None:
         raise refusal(site, "norms, attention and feed-forward part are not arranged as in BERT or as in ViT")
@@ -86,7 +87,7 @@ def host_layer(model: nn.Module, site: AttentionSite) -> HostLayer:
         if not _is_inside(f"{layer}.{name}", known):
             raise refusal(site, f"nothing is known of {layer}.{name}")
     activation = _activation(model.get_submodule(_parent(makers[0])), module.config, site)
-    return HostLayer(output, makers[0], reader, activation, maker[1], changes)
+    return HostLayer(output, makers[0], reader, activation, maker.out_features, changes)
 
 
 def drop_layers(model: nn.Module, layers: Iterable[str]) -> list[Change]:
@@ -184,12 +185,12 @@ def _activation(holder: nn.Module, config: Any, site: AttentionSite) -> str:
     raise refusal(site, "the activation of its feed-forward part is not one that its configuration names")
 
 
-def _check_plain(path: str, module: nn.Module, site: AttentionSite) -> None:
-    if type(module) is not nn.Linear or plain_weight(module) is None or hasattr(module, "_hf_hook"):
+def _check_plain(view: LinearView, site: AttentionSite) -> None:
+    if view.storage != "plain" or view.stores_inputs_first:
         raise refusal(
             site,
-            f"{path} ({type(module).__name__}) is not a plain linear layer; adapters, quantisation and offloading come "
-            "after conversion",
+            f"{view.path} ({type(view.module).__name__}) is not a plain linear layer; adapters, quantisation and "
+            "offloading come after conversion",
         )
 
 
