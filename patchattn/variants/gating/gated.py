@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from ...core.call import AttentionCall
+from ...core.linear import LinearView
 from ...core.patching import active_chains
 from ...core.registry import register_variant
 from ...core.selection import base_model
 from ...core.settings import option
-from ...core.sites import AttentionSite, plain_weight
+from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
 from ...softmax.gates import GateVariant
 from ...surgery.projections import output_projection
@@ -77,7 +78,7 @@ def fold(model: nn.Module) -> dict[str, torch.Tensor]:
         `<path of its output projection>.weight`, in the layout that it has in the model.
 
     Raises:
-        ValueError: no layer carries gated attention.
+        ValueError: no layer carries gated attention, or an output projection carries a PEFT adapter.
         NotImplementedError: an output projection is not known, or quantised.
     """
     inside, folded = base_model(model), {}
@@ -86,13 +87,10 @@ def fold(model: nn.Module) -> dict[str, torch.Tensor]:
             if not isinstance(variant, Gated):
                 continue
             path = output_projection(inside, variant.site)
-            weight = plain_weight(inside.get_submodule(path))
-            if weight is None:
-                raise NotImplementedError(
-                    f"The weight of {path} holds no plain numbers that a factor could be put into."
-                )
+            view = LinearView.at(inside, path)
+            weight = view.weight * variant.config.factor
             folded[f"{name}.gate.weight"] = variant.weight.clone()
-            folded[f"{path}.weight"] = weight * variant.config.factor
+            folded[f"{path}.weight"] = weight.mT if view.stores_inputs_first else weight
     if not folded:
         raise ValueError(f"No layer of {type(model).__name__} carries gated attention.")
     return folded
