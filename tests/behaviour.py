@@ -114,7 +114,12 @@ def accepted(family: str, *kinds: str) -> list[Case]:
 
 
 def on(
-    families: Sequence[str], *kinds: str, once: bool = False, papers: bool = True, without: Container[str] = ()
+    families: Sequence[str],
+    *kinds: str,
+    once: bool = False,
+    first: bool = False,
+    papers: bool = True,
+    without: Container[str] = (),
 ) -> pytest.MarkDecorator:
     """Parametrize a test by `family` and `case`.
 
@@ -122,16 +127,22 @@ def on(
         families: those that the test makes sense for. Toys run on all of them, a paper's examples on those that stand
             for the others and on those that its page names; the rest is marked `full`.
         kinds: of variants; attention and surgery by default.
-        once: everything runs on the first family that takes it, for tests that take seconds.
+        once: everything runs on the first family that takes it, for tests that take long.
+        first: of a paper's examples only the first that a family takes, for tests that take seconds each.
         papers: whether papers' examples run by default at all.
         without: names of variants to leave out.
     """
-    found = []
+    found: list[Any] = []
+    had: set[str] = set()
     for case in [case for case in [*toys(*kinds), *cases(*kinds)] if case.variant not in without]:
         taking = [family for family in families if case.refusal(family) is None]
         default = [family for family in taking if case.runs_by_default_on(family)]
         if once:
             default = taking[:1]
+        if first and case.variant in had:
+            default = []
+        if taking and case.variant not in TOYS:
+            had.add(case.variant)
         if not papers and case.variant not in TOYS:
             default = []
         for family in taking:

@@ -64,7 +64,7 @@ def status(report: patchattn.CheckReport) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("toys")
-@on(["llama", "qwen3", "gpt2", "bert", "t5", "vit", "clip", "mistral"])
+@on(["llama", "gpt2", "bert", "t5", "vit"])
 def test_good_patches_pass(family: str, case) -> None:
     model = FAMILIES[family].make()
     before = snapshot(model)
@@ -73,7 +73,7 @@ def test_good_patches_pass(family: str, case) -> None:
     assert_same({key: before[key] for key in ("state", "config", "modules")}, snapshot(model))
     applicable = [check for check in report.checks if check.status == "passed"]
     decoding = not patchattn.variant_info(case.variant).looks_ahead  # else decoding is not one forward
-    assert len(applicable) == {"bert": 3, "vit": 2, "clip": 2}.get(family, 3 + decoding)
+    assert len(applicable) == {"bert": 3, "vit": 2}.get(family, 3 + decoding)
 
 
 @pytest.mark.parametrize(

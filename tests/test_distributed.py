@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -17,8 +16,7 @@ from patchattn.training import balance_loss
 from .behaviour import accepted, variant_parameters
 from .families import FAMILIES, outputs
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one start of the two processes for all
-CASES = accepted("llama")
+CASES = [case for case in accepted("llama") if case.example == 0]
 
 WORKER = """
 import sys
@@ -70,43 +68,46 @@ def _loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return loss + balance()
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the state of every case after training on two processes: one start of processes for all."""
-    folder, root = tmp_path_factory.mktemp("fsdp"), Path(__file__).parent.parent
-    script = folder / "worker.py"
+def test_fsdp2_trains_saves_and_loads_like_one_process(tmp_path: Path) -> None:
+    """All variants in one test: the two processes start once."""
+    script, root = tmp_path / "worker.py", Path(__file__).parent.parent
     script.write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    subprocess.run([*command, str(folder)], cwd=root, env=environment, check=True, timeout=300)
-    return folder
+    subprocess.run([*command, str(tmp_path)], cwd=root, env=environment, check=True, timeout=300)
+    for index, case in enumerate(CASES):
+        try:
+            model = check_training(index, tmp_path)
+            check_what_was_saved(index, tmp_path, model)
+        except AssertionError as error:
+            error.add_note(f"This was {case}.")
+            raise
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
-def test_fsdp2_trains_like_one_process(index: int, sharded: Path) -> None:
+def check_training(index: int, folder: Path) -> torch.nn.Module:
+    """The model as one process trains it; AssertionError if two gave something else."""
     model = build(index)
     before = {name: p.detach().clone() for name, p in variant_parameters(model).items()}
     train(model, [0, 1])
-    state, got = model.state_dict(), load_file(sharded / f"{index}.safetensors")
+    state, got = model.state_dict(), load_file(folder / f"{index}.safetensors")
     assert set(got) == set(state)
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-8, atol=1e-10)
     for name, value in before.items():
         assert not torch.equal(got[name], value), name
+    return model
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
-def test_what_fsdp2_trained_is_saved_and_loaded(index: int, sharded: Path) -> None:
-    model, inputs = build(index), FAMILIES["llama"].inputs()
-    train(model, [0, 1])
+def check_what_was_saved(index: int, folder: Path, model: torch.nn.Module) -> None:
+    """AssertionError if what two processes saved computes something else than the model."""
+    inputs = FAMILIES["llama"].inputs()
     expected = outputs(model.eval(), **inputs)
-    whole = patchattn.from_pretrained(sharded / str(index)).eval()
-    found = [whole]
+    found = [patchattn.from_pretrained(folder / str(index)).eval()]
     if CASES[index].info.kind != "surgery":  # whose trained weights fit no base model
         base = FAMILIES["llama"].make().double()
-        weights = load_file(sharded / f"{index}.safetensors")
+        weights = load_file(folder / f"{index}.safetensors")
         base.load_state_dict({name: value for name, value in weights.items() if ".patchattn." not in name})
-        found.append(patchattn.load_patch(base, sharded / str(index)))
+        found.append(patchattn.load_patch(base, folder / str(index)))
     for loaded in found:
         for got, want in zip(outputs(loaded, **inputs), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
