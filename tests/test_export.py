@@ -21,9 +21,15 @@ class Logits(torch.nn.Module):
         return self.model(tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
-    ("variant", "settings"), [("act", {"alpha": 0.9}), ("act", {"heads": {0: [1], 1: [0, 3]}}), ("ssmax", {})], ids=str
+    ("variant", "settings", "strict"),
+    [
+        ("act", {"alpha": 0.9}, False),
+        ("act", {"alpha": 0.9}, True),
+        ("act", {"heads": {0: [1], 1: [0, 3]}}, True),
+        ("ssmax", {}, True),
+    ],
+    ids=str,
 )
 def test_an_exported_model_takes_any_length(variant: str, settings: dict[str, Any], strict: bool) -> None:
     model = patchattn.patch_model(FAMILIES["llama"].make(), variant, settings)

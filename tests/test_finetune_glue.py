@@ -184,6 +184,7 @@ def test_finished_runs_are_left_alone_and_others_done_as_before(
             run(glue, changed)
 
 
+@pytest.mark.slow  # the same of the recipe for language models is in the default suite
 def test_two_processes_compute_what_one_does(glue: ModuleType, settings: dict[str, Any], tmp_path: Path) -> None:
     """Two processes see the batches that one process accumulates; 13 rows to evaluate in batches of 3."""
     given = {**settings, "tasks": ["stsb"], "output": str(tmp_path / "two")}

@@ -351,6 +351,7 @@ for config, step in ((sys.argv[1], None), (sys.argv[2], 5), (sys.argv[2], 7), (s
 """
 
 
+@pytest.mark.slow  # the same of the recipe for language models is in the default suite
 def test_a_killed_run_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     """Killed within an epoch of 3 steps and after one, it sees the same crops and ends with the same bits."""
     files = []
@@ -369,6 +370,7 @@ def test_a_killed_run_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) 
     assert ours["curve"] == theirs["curve"]
 
 
+@pytest.mark.slow  # the same of the recipe for language models is in the default suite
 def test_two_processes_compute_what_one_does(module: ModuleType, settings: dict[str, Any], tmp_path: Path) -> None:
     """Two processes see the batches that one accumulates; 15 images to evaluate are uneven for both."""
     one = {**settings, "output": str(tmp_path / "one"), "accumulation": 2}
