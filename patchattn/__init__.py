@@ -96,6 +96,7 @@ offer(
             "power": "selection.power",
             "prune": "pruning.prune",
             "pyramidkv": "eviction.pyramidkv",
+            "quest": "selection.quest",
             "shrp": "pruning.shrp.variant",
             "sink": "sinks.sink",
             "snapkv": "eviction.snapkv",

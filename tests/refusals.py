@@ -52,7 +52,7 @@ def _of_causal_selection(*names: str) -> dict[str, list[Refusal]]:
 
 
 REFUSALS: dict[str, list[Refusal]] = {
-    **_of_causal_selection("mswa", "power", "streaming"),
+    **_of_causal_selection("mswa", "power", "quest", "streaming"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from patchattn.reading.selection import SelectionVariant
+from patchattn.reading.selection import SelectionVariant, narrowed
 
-from .reference import HEADS, layer_in_and_out, rotate
+from .reference import DIM, HEADS, layer_in_and_out, rotate
 
 Recorded = list[tuple[Any, torch.Tensor, torch.Tensor]]
 
@@ -23,7 +23,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     def attend(self: Any, call: Any, inner: Any) -> Any:
         output, weights = original(self, call, inner)
         shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
-        found.append((call, call.seeing(self.select(call)).mask.seen().expand(shape), output))
+        found.append((call, narrowed(call, self.select(call)).mask.seen().expand(shape), output))
         return output, weights
 
     monkeypatch.setattr(SelectionVariant, "attend", attend)
@@ -52,17 +52,25 @@ def assert_reads(model: nn.Module, tokens: torch.Tensor, reads: Callable[[int, i
         reads: whether token i reads the key of j < i in a head.
     """
     inputs, got = layer_in_and_out(model, tokens)
-    module, dim = model.model.layers[0].self_attn, 8
-    weights = {name: getattr(module, f"{name}_proj").weight.detach().numpy() for name in "qkvo"}
-    query, key, value = ((inputs[0] @ weights[name].T).reshape(len(inputs[0]), -1, dim) for name in "qkv")
+    module = model.model.layers[0].self_attn
+    query, key, value = projected(module, inputs[0])
     want = []
     for i in range(len(query)):
         heads = []
         for head in range(HEADS):
             group, columns = head // 2, [j for j in range(i + 1) if j == i or reads(head, i, j)]
-            turned = rotate(query[i, head], i)
-            logits = np.array([turned @ rotate(key[j, group], j) / np.sqrt(dim) for j in columns])
+            logits = key[columns, group] @ query[i, head] / np.sqrt(DIM)
             shares = np.exp(logits - logits.max())
             heads.append(shares @ value[columns, group] / shares.sum())
-        want.append(weights["o"] @ np.concatenate(heads))
+        want.append(module.o_proj.weight.detach().numpy() @ np.concatenate(heads))
     np.testing.assert_allclose(got[0], np.array(want), rtol=1e-5, atol=1e-7)
+
+
+def projected(module: nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries `(T, H, D)`, keys and values `(T, Hkv, D)` of the attention of a `tiny_llama`; the first two turned."""
+    weights = {name: getattr(module, f"{name}_proj").weight.detach().numpy() for name in "qkv"}
+    query, key, value = ((inputs @ weights[name].T).reshape(len(inputs), -1, DIM) for name in "qkv")
+    for vectors in (query, key):
+        for position, head in np.ndindex(vectors.shape[:2]):
+            vectors[position, head] = rotate(vectors[position, head], position)
+    return query, key, value

@@ -69,6 +69,16 @@ class Places:
         has_empty = self.has_empty or self.counts is not None or keys % self.block != 0
         return Places(index.sort(dim=-1).values if has_empty else index, has_empty=has_empty)
 
+    def kept(self, keys: int) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` bool: which of `keys` keys are meant.
+
+        Raises:
+            IndexError: as `of_keys`.
+        """
+        index = self.of_keys(keys).index
+        found = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=index.device)
+        return found.scatter(-1, torch.where(index < 0, keys, index), True)[..., :keys]
+
 
 def taken(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`(B, Hkv, K, D)` some of the keys or values `(B, Hkv, Tk, D)`; those of empty slots are any.

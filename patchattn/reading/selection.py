@@ -7,11 +7,12 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from patchattn_kernels import BlockLists, SinkAndRecent, block_sparse_attention
+from patchattn_kernels import BlockLists, SinkAndRecent, block_sparse_attention, selected_attention
 from patchattn_kernels.key_mask import unsupported
 
 from ..core.call import AttentionCall
 from ..core.mask import Keep
+from ..core.places import Places
 from ..core.sites import AttentionSite
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 
@@ -32,7 +33,7 @@ class SelectionVariant(Variant):
     Reports `density` `(B or 1, Tq)`, with heads `(B or 1, Tq, H)` where they differ: keys read over keys seen.
     """
 
-    def select(self, call: AttentionCall) -> Keep | None:
+    def select(self, call: AttentionCall) -> Keep | Places | None:
         """Which of the keys that queries see are read.
 
         Args:
@@ -40,7 +41,8 @@ class SelectionVariant(Variant):
 
         Returns:
             bool `(B or 1, 1 or Hkv or H, Tk)` or `(B or 1, 1 or H, Tq or 1, Tk)`; sinks and recent keys; blocks of
-            keys; or `None`: all, known from shapes and settings alone. The call is then the base's, bit for bit.
+            keys; places, of calls whose few queries all read the same; or `None`: all, known from shapes and settings
+            alone. The call is then the base's, bit for bit.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call).")
 
@@ -61,6 +63,8 @@ class SelectionVariant(Variant):
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         keep = self.select(call)
+        if isinstance(keep, Places):
+            return self._attend_places(call, keep, inner)
         narrow = call.seeing(keep)
         if self.observers:
             self.report(call, density=density(call, narrow))
@@ -68,6 +72,29 @@ class SelectionVariant(Variant):
             output = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
             return output.transpose(1, 2).to(call.query.dtype), None
         return inner(narrow.replace(context=replace(call.context, of_some_keys=True)))
+
+    def _attend_places(self, call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
+        if self.observers:
+            self.report(call, density=density(call, narrowed(call, places)))
+        if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
+            index, counts = places.index, places.counts
+            if counts is None:
+                counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
+            operands = (call.query, call.key, call.value, index, counts, places.block)
+            output, _ = selected_attention(*operands, call.rule())
+            return output.transpose(1, 2).to(call.query.dtype), None
+        narrow = narrowed(call, places)
+        return inner(narrow.replace(context=replace(call.context, of_some_keys=True)))
+
+
+def narrowed(call: AttentionCall, keep: Keep | Places | None) -> AttentionCall:
+    """The call whose queries see what was chosen and no more."""
+    return call.seeing(keep.kept(call.key.shape[2]) if isinstance(keep, Places) else keep)
+
+
+def _is_worth_a_copy(places: Places, keys: int) -> bool:
+    """Whether so few keys are read that it pays to copy them, on a CPU: a copy is written, read, and written again."""
+    return 2 * places.index.shape[-1] * places.block <= keys
 
 
 def density(call: AttentionCall, narrow: AttentionCall) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Quest: a decoding token reads the pages of keys that it could attend to most. arXiv 2406.10774."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...core.call import AttentionCall
+from ...core.keeping import of_query_heads
+from ...core.places import Places
+from ...core.registry import register_variant
+from ...core.variant import VariantInfo
+from ...reading.pages import PagedConfig, PagedSelection, chosen_first, of_keys
+from ...reading.selection import CAPABILITIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestConfig(PagedConfig):
+    """Settings of Quest."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.budget is not None and super().looks_ahead
+
+
+class Quest(PagedSelection):
+    """Attention to the pages whose keys have the highest upper bound of their products with the query."""
+
+    config_class = QuestConfig
+    config: QuestConfig
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.budget is None or super().is_identity
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"budget": None}
+
+    def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
+        budget, page = self.config.budget, self.config.page
+        self.check(call)
+        if budget is None or self.is_dense(call) or call.mask.columns <= budget:
+            return None
+        pages = self.best_pages(call, budget)
+        if call.query.shape[2] == 1 and self.config.heads == "kv":
+            return Places(*chosen_first(pages[:, :, 0], -(-budget // page)), block=page)
+        return of_keys(of_query_heads(pages, call.query.shape[1]), page, call.key.shape[2])
+
+
+register_variant(
+    VariantInfo(
+        name="quest",
+        variant=Quest,
+        title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+        arxiv_id="2406.10774",
+        year=2024,
+        code="https://github.com/mit-han-lab/Quest",
+        summary="A decoding token reads the pages of keys that it could attend to most.",
+        extra_parameters="none",
+        needs_training=False,
+        capabilities=CAPABILITIES,
+        examples=(
+            {"budget": 3, "page": 1, "prefill": "selected", "dense_layers": 0},
+            {"budget": 3, "page": 1, "heads": "query", "prefill": "selected", "dense_layers": 0},
+        ),
+    )
+)

@@ -1,0 +1,169 @@
+"""Quest (arXiv 2406.10774) against loops over pages, while decoding and row by row."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+import patchattn
+from patchattn.core.kv_caches import cache_argument
+from patchattn.reading import pages, selection
+
+from .behaviour import close, decoded, text
+from .families import FAMILIES, outputs
+from .reference import layer_in_and_out, tiny_llama
+from .selecting import assert_reads, projected, recorded
+
+TOKENS = torch.arange(3, 33)[None]
+ALL = {"dense_layers": 0, "prefill": "selected"}
+
+
+def bound(query: np.ndarray, keys: np.ndarray) -> float:
+    """What no product of a query `(D,)` with one of the keys `(n, D)` exceeds, number by number."""
+    return sum(max(x * column.min(), x * column.max()) for x, column in zip(query, keys.T, strict=True))
+
+
+def chosen(query: np.ndarray, key: np.ndarray, budget: int, page: int, heads: str) -> list[list[set[int]]]:
+    """Pages that each head of each token reads, of queries `(T, H, D)` and keys `(T, Hkv, D)`."""
+    group = query.shape[1] // key.shape[1]
+    found = []
+    for i in range(len(query)):
+        own, rows = i // page, []
+        for head in range(query.shape[1]):
+            kv = head // group
+            asking = range(kv * group, (kv + 1) * group) if heads == "kv" else [head]
+            bounds = [
+                max(bound(query[i, one], key[p * page : (p + 1) * page, kv]) for one in asking) for p in range(own)
+            ]
+            others = np.argsort(-np.array(bounds), kind="stable")[: -(-budget // page) - 1] if own else []
+            rows.append({own, *(int(p) for p in others)})
+        found.append(rows)
+    return found
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize(("budget", "page"), [(4, 2), (5, 3), (8, 4), (3, 1), (2, 4)])
+def test_a_token_reads_its_own_page_and_those_with_the_highest_bounds(budget: int, page: int, heads: str) -> None:
+    model = patchattn.patch_model(tiny_llama(), "quest", budget=budget, page=page, heads=heads, **ALL)
+    inputs, _ = layer_in_and_out(model, TOKENS)
+    query, key, _ = projected(model.model.layers[0].self_attn, inputs[0])
+    read = chosen(query, key, budget, page, heads)
+    assert_reads(model, TOKENS, lambda head, i, j: j // page in read[i][head])
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_a_prompt_is_dense_and_each_token_behind_it_chooses(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_llama(), recorded(monkeypatch)
+    with torch.no_grad():
+        prompt = model(TOKENS[:, :20]).logits
+    patchattn.patch_model(model, "quest", budget=6, page=3, heads=heads, dense_layers=0)
+    inputs, _ = layer_in_and_out(model, TOKENS)  # the only layer, so that keys do not depend on what is read
+    query, key, _ = projected(model.model.layers[0].self_attn, inputs[0])
+    calls.clear()
+    assert torch.equal(decoded(model, TOKENS, [20, *[1] * 10])[:, :20], prompt)
+    for i, (_, seen, _) in enumerate(calls[1:], 20):
+        for head, read in enumerate(chosen(query[: i + 1], key[: i + 1], 6, 3, heads)[i]):
+            assert set(seen[0, head, 0].nonzero().flatten().tolist()) == {j for j in range(i + 1) if j // 3 in read}
+
+
+def test_a_bound_is_no_estimate() -> None:
+    """Two pages of two keys: the best key of the first scores less than that of the second, and its bound more."""
+    query, keys = torch.tensor([1.0, -1.0]).view(1, 1, 1, 2), torch.tensor([[0.0, 0], [2, 2], [1, 0], [1, 0]])
+    ends = pages.ends_of_pages(keys[None, None], 2)
+    assert pages.upper_bounds(query, ends).flatten().tolist() == [2.0, 1.0]
+
+
+def test_of_equal_bounds_the_first_page_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = FAMILIES["llama"].make_exact(), recorded(monkeypatch)
+    patchattn.patch_model(model, "quest", budget=6, page=2, **ALL)
+    monkeypatch.setattr(pages, "upper_bounds", lambda query, ends: query.new_zeros(*query.shape[:3], ends.shape[2]))
+    outputs(model, input_ids=text(12, rows=1))
+    for _, seen, _ in calls:
+        for i in range(12):
+            read = {0, 1, i // 2}
+            assert set(seen[0, 0, i].nonzero().flatten().tolist()) == {j for j in range(i + 1) if j // 2 in read}
+
+
+def test_a_budget_that_holds_the_text_is_the_base_bit_for_bit() -> None:
+    model, tokens = FAMILIES["llama"].make(), text(12)
+    expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [9, 1, 1, 1])
+    for settings in ({"budget": 12}, {"budget": None}, {"budget": 12, "page": 5}):
+        with patchattn.patched(model, "quest", {**ALL, **settings}):
+            assert torch.equal(outputs(model, input_ids=tokens)[0], expected)
+            assert torch.equal(decoded(model, tokens, [9, 1, 1, 1]), cached)
+    with patchattn.patched(model, "quest", budget=11, page=1, **ALL):
+        assert not torch.equal(decoded(model, tokens, [9, 1, 1, 1])[:, -1], cached[:, -1])
+
+
+def test_pages_that_are_read_are_copied_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, ...]] = []
+    original = selection.selected_attention
+
+    def watched(*arguments: Any) -> Any:
+        given.append(arguments)
+        return original(*arguments)
+
+    model, tokens = FAMILIES["llama"].make(), text(40)
+    patchattn.patch_model(model, "quest", budget=6, page=3, dense_layers=0)
+    mask = torch.ones_like(tokens)
+    mask[1, :6] = 0
+    steps = {}
+    for where in ("mask", "pages"):
+        monkeypatch.setattr(selection, "_is_worth_a_copy", lambda *_, where=where: where == "pages")
+        monkeypatch.setattr(selection, "selected_attention", watched)
+        cache, steps[where] = DynamicCache(config=model.config), []
+        for size, end in ((30, 30), *((1, end) for end in range(31, 41))):
+            inputs = {"input_ids": tokens[:, end - size : end], "attention_mask": mask[:, :end]}
+            steps[where].append(outputs(model, **inputs, **cache_argument(model, cache))[0][:, -1])
+    torch.testing.assert_close(torch.stack(steps["pages"]), torch.stack(steps["mask"]), rtol=1e-4, atol=1e-4)
+    assert len(given) == 10 * 2
+    assert all(arguments[3].shape[-1] == 2 for arguments in given)
+
+
+def test_facts_of_a_page_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, original = [], pages.ends_of_pages
+
+    def watched(keys: torch.Tensor, page: int) -> torch.Tensor:
+        made.append(keys.shape[2])
+        return original(keys, page)
+
+    monkeypatch.setattr(pages, "ends_of_pages", watched)
+    model = patchattn.patch_model(tiny_llama(), "quest", budget=6, page=3, dense_layers=0)
+    decoded(model, TOKENS, [20, *[1] * 10])
+    assert made == [21, 3, 3, 3]  # at 21 keys, 24, 27 and 30
+
+
+def test_first_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch)
+    model = tiny_llama(num_hidden_layers=4)
+    patchattn.patch_model(model, "quest", budget=4, page=2)
+    decoded(model, TOKENS, [29, 1])
+    assert {call.site.layer_index for call, _, _ in calls} == {2, 3}
+
+
+def test_assisted_decoding_agrees_where_every_token_chooses() -> None:
+    model, tokens = FAMILIES["llama"].make_exact(), text(14, rows=1)
+    patchattn.patch_model(model, "quest", budget=4, page=2, **ALL)
+    whole = outputs(model, input_ids=tokens)[0]
+    close(decoded(model, tokens, [5, 3, 1, 4, 1]), whole)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_keys_without_a_lasting_place_are_refused(family: str) -> None:
+    model = patchattn.patch_model(FAMILIES[family].make(), "quest", dense_layers=0)
+    with pytest.raises(NotImplementedError, match="reads keys by pages"):
+        decoded(model, text(), [8, 1])
+    forgetful = FAMILIES["llama"].make()
+    patchattn.patch_model(
+        forgetful, ["streaming_llm", "quest"], {"quest": ALL, "streaming_llm": {"sinks": 1, "recent": 3, "slack": 0}}
+    )
+    with pytest.raises(NotImplementedError, match="reads keys by pages"):
+        decoded(forgetful, text(12), [8, 1, 1, 1, 1])
+
+
+def test_settings_out_of_range_are_named() -> None:
+    for setting in ("budget", "page"):
+        with pytest.raises(ValueError, match=f"{setting} must lie between 1"):
+            patchattn.patch_model(tiny_llama(), "quest", **{setting: 0})
