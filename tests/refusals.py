@@ -51,8 +51,15 @@ def _of_causal_selection(*names: str) -> dict[str, list[Refusal]]:
     return {name: [_of(without, "does not support bidirectional or cross", because)] for name in names}
 
 
+def _of_pages(*names: str) -> dict[str, list[Refusal]]:
+    """Those that choose pages of keys leave out sliding layers besides."""
+    says, because = "leaves out layers with a sliding window", "their kv caches give keys no lasting place"
+    return {name: [*found, _of(["mistral", "gemma3_text"], says, because)] for name, found in _of_causal_selection(*names).items()}
+
+
 REFUSALS: dict[str, list[Refusal]] = {
-    **_of_causal_selection("mswa", "power", "quest", "streaming"),
+    **_of_causal_selection("mswa", "power", "streaming"),
+    **_of_pages("quest"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

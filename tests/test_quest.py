@@ -150,11 +150,14 @@ def test_assisted_decoding_agrees_where_every_token_chooses() -> None:
     close(decoded(model, tokens, [5, 3, 1, 4, 1]), whole)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_keys_without_a_lasting_place_are_refused(family: str) -> None:
-    model = patchattn.patch_model(FAMILIES[family].make(), "quest", dense_layers=0)
-    with pytest.raises(NotImplementedError, match="reads keys by pages"):
-        decoded(model, text(), [8, 1])
+def test_sliding_layers_are_left_out_and_caches_that_forget_are_refused() -> None:
+    model = patchattn.patch_model(FAMILIES["gemma2"].make(), "quest", dense_layers=0)
+    sliding = [module.sliding_window is not None for name, module in model.named_modules() if name.endswith("self_attn")]
+    patched = [bool(site["variants"]) for site in patchattn.patch_info(model).sites]
+    assert [not slides for slides in sliding] == patched
+    assert any(sliding)
+    with pytest.raises(NotImplementedError, match="leaves out layers with a sliding window"):
+        patchattn.patch_model(FAMILIES["mistral"].make(), "quest")
     forgetful = FAMILIES["llama"].make()
     patchattn.patch_model(
         forgetful, ["streaming_llm", "quest"], {"quest": ALL, "streaming_llm": {"sinks": 1, "recent": 3, "slack": 0}}

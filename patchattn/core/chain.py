@@ -233,7 +233,7 @@ class VariantChain(nn.Module):
             heads=self.site.query_heads or key.shape[1],
             queries=length,
             keys=keys,
-            window=_window(context.module),
+            window=window_of(context.module),
             device=key.device,
         )
 
@@ -310,7 +310,7 @@ def attention_call(
     return AttentionCall(query, key, given.value, mask, kwargs, module, site, base, context)
 
 
-def _window(module: Any) -> int | None:
+def window_of(module: Any) -> int | None:
     """The sliding window of a module: its own where the model's layers differ, else the configuration's."""
     if not getattr(module, "is_sliding", True):
         return None

@@ -3,16 +3,20 @@
 Page p is the keys from `p * page` on, by their columns, so that a page stays what it is as a kv cache grows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..core.call import AttentionCall
+from ..core.chain import window_of
 from ..core.mask import Mask
 from ..core.settings import option
+from ..core.sites import AttentionSite
 from ..core.variant import VariantConfig
 from .selection import SelectionVariant
 
@@ -55,6 +59,17 @@ class PagedSelection(SelectionVariant):
     config: PagedConfig
     keeps_state = True
 
+    @classmethod
+    def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
+        config, causal = super().fit(config, model, sites)
+        whole = [site for site in causal if window_of(model.get_submodule(site.name)) is None]
+        if not whole:
+            raise NotImplementedError(
+                f"{cls.__name__} reads keys by pages and leaves out layers with a sliding window, whose kv cache lets "
+                "go of keys: no other one is among the chosen attention modules."
+            )
+        return config, whole
+
     @property
     def is_identity(self) -> bool:
         return self.site.layer_index < self.config.dense_layers
@@ -64,13 +79,11 @@ class PagedSelection(SelectionVariant):
 
         A kv cache is told of the variant here; it is refused if it was filled without.
         """
-        state, mask = call.context.sequence_state(self.owner), call.mask
-        slides = state is not None and not state.grows and mask.window is not None
-        if slides or mask.index is not None or mask.dropped or mask.extra:
+        call.context.sequence_state(self.owner)
+        if call.mask.index is not None or call.mask.dropped or call.mask.extra:
             raise NotImplementedError(
                 f"{self.owner} reads keys by pages, and in {self.site.name} the kv cache lets go of some, or keys come "
-                "in front of the others: leave sliding layers out with layers=..., or use it without the variant that "
-                "drops or adds keys."
+                "in front of the others: use it without the variant that drops or adds keys."
             )
 
     @property
