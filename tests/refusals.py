@@ -54,7 +54,8 @@ def _of_causal_selection(*names: str) -> dict[str, list[Refusal]]:
 def _of_pages(*names: str) -> dict[str, list[Refusal]]:
     """Those that choose pages of keys leave out sliding layers besides."""
     says, because = "leaves out layers with a sliding window", "their kv caches give keys no lasting place"
-    return {name: [*found, _of(["mistral", "gemma3_text"], says, because)] for name, found in _of_causal_selection(*names).items()}
+    slides = _of(["mistral", "gemma3_text"], says, because)
+    return {name: [*found, slides] for name, found in _of_causal_selection(*names).items()}
 
 
 REFUSALS: dict[str, list[Refusal]] = {

@@ -152,7 +152,8 @@ def test_assisted_decoding_agrees_where_every_token_chooses() -> None:
 
 def test_sliding_layers_are_left_out_and_caches_that_forget_are_refused() -> None:
     model = patchattn.patch_model(FAMILIES["gemma2"].make(), "quest", dense_layers=0)
-    sliding = [module.sliding_window is not None for name, module in model.named_modules() if name.endswith("self_attn")]
+    modules = [module for name, module in model.named_modules() if name.endswith("self_attn")]
+    sliding = [module.sliding_window is not None for module in modules]
     patched = [bool(site["variants"]) for site in patchattn.patch_info(model).sites]
     assert [not slides for slides in sliding] == patched
     assert any(sliding)
