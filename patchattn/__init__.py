@@ -84,6 +84,7 @@ offer(
             "cad": "decoding.cad",
             "damro": "decoding.damro",
             "decore": "decoding.decore",
+            "duo": "eviction.duo",
             "flap": "pruning.flap.variant",
             "gated": "gating.gated",
             "h2o": "eviction.h2o",

@@ -81,6 +81,12 @@ def fed(model: Any, cache: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Se
     return torch.cat(parts, dim=1)
 
 
+def fewest(cache: Any) -> int:
+    """The smallest number of keys that a layer stores, or the part of it that is apart."""
+    parts = [part for layer in cache.layers for part in (layer, *(layer.apart or ())[1:])]
+    return min(part.keys.shape[2] for part in parts)
+
+
 def watched(
     variant: str,
     settings: Any,

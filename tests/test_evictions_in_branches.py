@@ -13,7 +13,10 @@ from patchattn.decoding.text import context_spans
 from .behaviour import Case, cases
 from .families import FAMILIES
 
-FIRST = pytest.mark.parametrize("case", [case for case in cases("cache") if not case.example], ids=str)
+APART = {"duo"}  # stores heads apart, for which one variant must be alone
+FIRST = pytest.mark.parametrize(
+    "case", [case for case in cases("cache") if not case.example and case.variant not in APART], ids=str
+)
 STEPS = 6
 SPANS = [(2, 6), (1, 3)]
 LENGTHS = [12, 9]
@@ -114,3 +117,12 @@ def test_a_second_branch_of_beams_and_of_the_last_row(case: Case) -> None:
             ).logits[:, -1]
         total = total + found.log_softmax(-1).gather(-1, tokens[:, step : step + 1])[:, 0]
     torch.testing.assert_close(beams.sequences_scores.double(), total.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cad", "decore"])
+def test_a_second_branch_is_refused_where_heads_are_apart(name: str) -> None:
+    case = next(case for case in cases("cache") if case.variant == "duo")
+    settings = {"cad": {}, "decore": {"heads": MASKED, "rows": "all"}}
+    (ids, mask), model = prompts(), model_of(case, ["duo", name], settings)
+    with context_spans(SPANS), pytest.raises(NotImplementedError, match=f"heads apart, and the variants .*'{name}'"):
+        model.generate(ids, attention_mask=mask, **HOW)

@@ -61,7 +61,7 @@ class TrackedLayer(CacheLayerMixin):
         Raises:
             NotImplementedError: keys were forgotten, and nobody is there to say so to attention.
         """
-        if self.kept is not None and not self.is_expected:
+        if (self.kept is not None or self.apart is not None) and not self.is_expected:
             raise NotImplementedError(
                 f"{self.owner} has dropped keys of this kv cache, which a model without that patch would attend to "
                 "wrongly. Start with a new cache."

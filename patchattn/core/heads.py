@@ -45,6 +45,17 @@ class BaseFacts:
         name = Path(str(getattr(config, "name_or_path", "") or "")).name
         return cls(config.get_text_config().model_type, site.layer_count, site.query_heads or 0, name or None)
 
+    def check(self, model: nn.Module, site: AttentionSite, what: str) -> None:
+        """ValueError if an attention module belongs to another model than what these facts were written for."""
+        found = BaseFacts.of(model, site)
+        same_name = self.name is None or found.name is None or self.name == found.name
+        if not same_name or (self.model_type, self.layers, self.heads) != (found.model_type, found.layers, found.heads):
+            raise ValueError(
+                f"This {what} is for {self}, but {site.name} belongs to {found}. Calibrate this model, choose the "
+                "right tower with modules=..., or, if it is the same model under another name, set base.name to null "
+                "there."
+            )
+
     def __str__(self) -> str:
         name = f"{self.name}, " if self.name else ""
         return f"{name}{self.model_type} of {self.layers} layers with {self.heads} heads"
@@ -98,19 +109,8 @@ class HeadList:
     def check(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """ValueError if the list is for another model, or names no head of these attention modules."""
         for site in sites:
-            found = BaseFacts.of(model, site)
-            wanted = self.base or found
-            same_name = wanted.name is None or found.name is None or wanted.name == found.name
-            if not same_name or (wanted.model_type, wanted.layers, wanted.heads) != (
-                found.model_type,
-                found.layers,
-                found.heads,
-            ):
-                raise ValueError(
-                    f"This head list is for {wanted}, but {site.name} belongs to {found}. Calibrate this model, choose "
-                    "the right tower with modules=..., or, if it is the same model under another name, set the "
-                    "list's base.name to null."
-                )
+            if self.base is not None:
+                self.base.check(model, site, "head list")
         chosen = [self.of_site(site) for site in sites]
         if not any(chosen):
             raise ValueError(

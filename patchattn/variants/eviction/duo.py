@@ -1,0 +1,193 @@
+"""DuoAttention: some kv heads keep all keys, the others the first and the last ones. Xiao et al., arXiv 2410.10819."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from patchattn_kernels import SinkAndRecent, sink_and_recent
+
+from ...core.call import AttentionCall
+from ...core.registry import register_variant
+from ...core.settings import option
+from ...core.sites import AttentionSite
+from ...core.variant import VariantConfig, VariantInfo
+from ...reading.eviction import CAPABILITIES, EvictionVariant
+from ...reading.gates import Gates, HeadGates
+
+_MAY_BE_GUESSES = (
+    "attends to everything in the first call on a kv cache, and what that was given may hold guesses that are taken "
+    'back: no assisted decoding, and no crop before the next call, under prefill="full".'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuoConfig(VariantConfig):
+    """Settings of DuoAttention; every field is described by `patchattn info duo`."""
+
+    gates: Gates | None = option(
+        None,
+        parse=lambda given: HeadGates.parse(given).to_dict(),  # a saved patch holds them, not the name of a file
+        help="Gates of the kv heads: a file that `patchattn calibrate duo` writes, a released "
+        "full_attention_heads.tsv, or per layer a list of numbers from 0 to 1. They must be given.",
+        source="paper: learned",
+    )
+    sparsity: float = option(
+        0.5,
+        help="Share of the model's kv heads, those with the lowest gates, that keep only the first and the last keys.",
+        source="paper: 0.5 of grouped heads, 0.75 without groups",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    sinks: int = option(
+        64,
+        help="First real keys of a sequence, which stay in these heads.",
+        source="released code: its examples",
+        unit="keys",
+        minimum=0,
+        maximum=1 << 30,
+    )
+    recent: int = option(
+        256,
+        help="Last real keys that stay in these heads behind a token; the next one sees them and its own.",
+        source="released code: its examples",
+        unit="keys",
+        minimum=1,
+        maximum=1 << 30,
+    )
+    prefill: Literal["streaming", "full"] = option(
+        "streaming",
+        help="What these heads see in the first call on a kv cache, or without one: the first and the last keys, as in "
+        "every later call (streaming), or everything (full).",
+        source="ours: as gates are learned, and exact however a prompt is cut; released code: full",
+        choices=("streaming", "full"),
+    )
+    slack: int = option(
+        32,
+        help="So many last tokens can be taken back exactly (assisted decoding); as many more keys are stored, hidden.",
+        source="ours: transformers guesses 20 tokens at a time",
+        unit="tokens",
+        minimum=0,
+    )
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.prefill == "full"
+
+
+class Duo(EvictionVariant):
+    """Attention some of whose kv heads see and keep the first keys and the last ones, the others all.
+
+    The keys of the two sorts are stored apart, since their numbers differ.
+    """
+
+    config_class = DuoConfig
+    config: DuoConfig
+    name = "duo"
+
+    def __init__(self, config: DuoConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        heads, kv_heads = (site.require(count, by="duo") for count in ("query_heads", "kv_heads"))
+        self.streaming: tuple[int, ...] = ()
+        if config.gates is not None:
+            self.streaming = HeadGates.parse(config.gates).lowest(config.sparsity)[site.layer_index]
+        self.is_split = 0 < len(self.streaming) < kv_heads
+        limits = {
+            "sinks": config.sinks,
+            "recent": config.recent,
+            "prefill": config.prefill,
+            "slack": config.slack,
+            "streaming": list(self.streaming),
+        }
+        self.owner = f"duo({', '.join(f'{name}={value}' for name, value in limits.items())})"
+        of_query_heads = [head // (heads // kv_heads) in self.streaming for head in range(heads)]
+        self.recent = [config.recent + 1 if streams else None for streams in of_query_heads]
+
+    @classmethod
+    def fit(
+        cls, config: DuoConfig, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[DuoConfig, Sequence[AttentionSite]]:
+        if config.gates is None:
+            raise ValueError(
+                "duo needs gates=...: the file that `patchattn calibrate duo` writes, or per layer a number for each "
+                "kv head."
+            )
+        config, own = super().fit(config, model, sites)
+        HeadGates.parse(config.gates).check(model, own)
+        return config, own
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"sparsity": 0.0}
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.streaming
+
+    def rule(self, call: AttentionCall) -> SinkAndRecent | None:
+        config, is_first = self.config, call.mask.queries == call.mask.columns
+        if call.mask.columns <= config.sinks + config.recent + 1 or (is_first and config.prefill == "full"):
+            return None
+        if self.is_split and not _is_whole(call):
+            return self._alike(call) if call.context.is_apart else None
+        if not self.is_split:
+            return self._alike(call)
+        return sink_and_recent(config.sinks, self.recent, len(self.recent), call.key.device)
+
+    def _alike(self, call: AttentionCall) -> SinkAndRecent:
+        """Sinks and recent keys, the same in all heads of a call."""
+        sinks, recent = self.config.sinks, self.config.recent + 1  # a token's own key is among the last
+        sizes = [torch.full((1,), size, dtype=torch.int32, device=call.key.device) for size in (sinks, recent)]
+        return SinkAndRecent(sizes[0], sizes[1], sinks, None if sinks else recent)
+
+    def forget(self, call: AttentionCall) -> None:
+        config, context = self.config, call.context
+        is_whole = _is_whole(call)
+        if config.prefill == "full" and not context.is_apart:
+            self._settle(call)
+        if call.mask.keys <= config.sinks + config.recent + config.slack or (not is_whole and not context.is_apart):
+            return
+        if self.is_split and is_whole:
+            context.set_apart(self.owner, self.streaming)
+            context = replace(context, is_apart=True)
+        order = call.mask.key_order()
+        newest = order[..., : call.mask.keys - config.slack].amax(-1, keepdim=True)  # were all later ones taken back
+        kept = call.mask.real_keys() & ((order <= config.sinks) | (newest - order < config.recent))
+        kept = kept.expand(len(call.key), -1, -1)
+        context.keep(self.owner, kept, bound=config.sinks + config.recent, slack=config.slack, since=config.slack)
+
+    def _settle(self, call: AttentionCall) -> None:
+        """Nothing may be taken back between a first call that saw more than later ones do and the next."""
+        state = call.context.sequence_state(self.owner)
+        if state is None:
+            return
+        sees_all = 1 < call.mask.queries == call.mask.columns > self.config.sinks + self.config.recent + 1
+        state.settled = _MAY_BE_GUESSES if sees_all else None
+
+
+def _is_whole(call: AttentionCall) -> bool:
+    """Whether it is about all heads of its module, none of whose keys are apart."""
+    return call.query.shape[1] == call.site.query_heads
+
+
+register_variant(
+    VariantInfo(
+        name="duo",
+        variant=Duo,
+        title="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
+        arxiv_id="2410.10819",
+        year=2024,
+        code="https://github.com/mit-han-lab/duo-attention",
+        summary="Some kv heads keep all keys, the others only the first and the last ones.",
+        extra_parameters="none",
+        needs_training=False,
+        capabilities=CAPABILITIES,
+        examples=(
+            {"gates": [[0.9, 0.1], [0.8, 0.2]], "sinks": 2, "recent": 4, "slack": 4},
+            {"gates": [[0.9, 0.1], [0.2, 0.3]], "sparsity": 0.75, "sinks": 1, "recent": 3, "slack": 4},
+            {"gates": [[0.3, 0.7], [0.2, 0.9]], "sinks": 1, "recent": 4, "slack": 3, "prefill": "full"},
+        ),
+    )
+)

@@ -1,0 +1,188 @@
+"""DuoAttention: what each kv head sees, by loops; heads stored apart; gates, by the definition of a quantile."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+import patchattn
+from patchattn.core.kv_caches import cache_argument
+from patchattn.reading.gates import HeadGates
+
+from .evictions import HOW, dense, extended, fed, padded, registered
+from .families import FAMILIES, outputs
+
+GATES = [[0.9, 0.1], [0.2, 0.3]]
+STREAMING = {0.0: [[], []], 0.5: [[1], [0]], 0.75: [[1], [0, 1]], 1.0: [[0, 1], [0, 1]]}
+LIMITS = {"sinks": 2, "recent": 4, "slack": 3}
+
+
+def model_of(**settings: Any) -> Any:
+    return patchattn.patch_model(FAMILIES["llama"].make_exact(), "duo", gates=GATES, **{**LIMITS, **settings})
+
+
+def text(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, real = padded()
+    more = torch.randint(3, 60, (3, length - 12), generator=torch.Generator().manual_seed(1))
+    return torch.cat([ids, more], dim=1), extended(real, length)
+
+
+def seen_by_loops(real: torch.Tensor, streaming: list[int], full_rows: int = 0) -> torch.Tensor:
+    """`(B, 4, T, T)` bool of one layer: the first rows may see everything in all heads."""
+    batch, length = real.shape
+    seen = torch.zeros(batch, 4, length, length, dtype=torch.bool)
+    for row in range(batch):
+        places = [place for place in range(length) if real[row, place]]
+        for own_rank, own in enumerate(places):
+            for rank, place in enumerate(places[: own_rank + 1]):
+                is_near = rank < LIMITS["sinks"] or own_rank - rank <= LIMITS["recent"]
+                for head in range(4):
+                    seen[row, head, own, place] = head // 2 not in streaming or is_near or own < full_rows
+    return seen | torch.eye(length, dtype=torch.bool)  # rows of padding see something
+
+
+@pytest.fixture(autouse=True)
+def helpers() -> Any:
+    with registered():
+        yield
+
+
+@pytest.mark.parametrize("sizes", [[12, *[1] * 12], [5, 4, 3, *[1] * 12], [1, 1, 10, 1, 5, 6], [24]], ids=str)
+@pytest.mark.parametrize("sparsity", STREAMING)
+def test_calls_are_one_forward_in_which_heads_see_what_they_keep(sparsity: float, sizes: list[int]) -> None:
+    ids, real = text(24)
+    found = fed(model_of(sparsity=sparsity), DynamicCache(), ids, real, sizes)
+    expected = dense([seen_by_loops(real, heads) for heads in STREAMING[sparsity]], ids, real)
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_a_first_call_may_see_everything(sparsity: float) -> None:
+    ids, real = text(24)
+    expected = dense([seen_by_loops(real, heads, full_rows=12) for heads in STREAMING[sparsity]], ids, real)
+    for sizes in ([12, *[1] * 12], [12, 5, 7]):
+        found = fed(model_of(sparsity=sparsity, prefill="full"), DynamicCache(), ids, real, sizes)
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+def test_heads_that_forget_are_stored_apart_and_take_up_what_they_keep() -> None:
+    model, cache = model_of(), DynamicCache()
+    ids = torch.randint(3, 60, (1, 400), generator=torch.Generator().manual_seed(0))
+    kept = LIMITS["sinks"] + LIMITS["recent"]
+    for size in (396, 1, 1, 1, 1):
+        start = cache.get_seq_length()
+        with torch.no_grad():
+            model(ids[:, start : start + size], **cache_argument(model, cache))
+    report = patchattn.cache_report(cache)
+    for layer, heads, memory in zip(cache.layers, STREAMING[0.5], report.layers, strict=True):
+        chosen, other = layer.apart
+        assert list(chosen) == heads
+        assert (layer.keys.shape[1], layer.keys.shape[2], layer.get_seq_length()) == (1, 400, 400)
+        # each new one is told by who attends to it, and drops wait until one in sixteen can go, at most
+        assert other.keys.shape[1] == 1
+        assert kept <= other.keys.shape[2] <= kept + 2 * LIMITS["slack"] + 1
+        token = 2 * layer.keys.shape[3] * layer.keys.element_size()  # of one head
+        assert memory.dense_bytes == 2 * 400 * token
+        spare = sum(
+            part.keys.untyped_storage().nbytes() // (token // 2) - part.keys.shape[2] for part in (layer, other)
+        )
+        columns = other.kept.columns.nbytes + other.kept.dropped.nbytes
+        assert memory.stored_bytes == (400 + other.keys.shape[2] + spare) * token + columns
+    assert cache.layers[0].apart[1].keys.untyped_storage().nbytes() < cache.layers[0].keys.untyped_storage().nbytes()
+
+
+def test_assistants_are_exact_or_refused_by_name() -> None:
+    ids = padded()[0][:1]
+    how = {**HOW, "max_new_tokens": 25}
+    model = model_of()
+    plain = model.generate(ids, **how).sequences
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **how).sequences, plain)
+    with pytest.raises(NotImplementedError, match=r'duo.* no assisted decoding, .* under prefill="full"'):
+        model_of(prefill="full").generate(ids, prompt_lookup_num_tokens=3, **how)
+
+
+def test_other_variants_are_refused_where_keys_are_apart() -> None:
+    model = patchattn.patch_model(model_of(), "ssmax")
+    with pytest.raises(NotImplementedError, match="keeps keys of some heads apart, and the variants 'duo', 'ssmax'"):
+        model.generate(padded()[0], max_new_tokens=4, **HOW)
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_below_the_quantile_of_all_gates_forget() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        layers, heads, share = (
+            draw.integers(1, 7),
+            draw.integers(1, 6),
+            float(draw.choice([0, 0.1, 0.25, 0.5, 0.7, 0.9])),
+        )
+        gates = draw.permutation(layers * heads).reshape(layers, heads) / (layers * heads)
+        below = gates < np.quantile(gates, share)
+        found = HeadGates.parse(gates.tolist()).lowest(share)
+        assert found == [tuple(np.flatnonzero(row)) for row in below]
+        assert HeadGates.parse(gates.tolist()).lowest(1.0) == [tuple(range(heads))] * layers
+
+
+def test_of_equal_gates_as_many_forget_the_first_ones_first() -> None:
+    gates = HeadGates.parse([[1.0, 0.5], [0.5, 0.5], [0.5, 1.0]])
+    count = math.ceil(0.5 * 5)
+    assert gates.lowest(0.5) == [(1,), (0, 1), ()]
+    assert sum(map(len, gates.lowest(0.5))) == count
+
+
+def test_files_of_gates(tmp_path: Path) -> None:
+    released = tmp_path / "full_attention_heads.tsv"
+    released.write_text("0.9\t0.1\n2.0e-1\t0.3\n")
+    own = tmp_path / "gates.json"
+    base = {"model_type": "llama", "layers": 2, "heads": 4, "name": None}
+    own.write_text(json.dumps({"gates": GATES, "base": base, "calibration": {"seed": 0}}))
+    for given in (released, str(own), GATES):
+        model = patchattn.patch_model(FAMILIES["llama"].make(), "duo", gates=given)
+        assert patchattn.patch_info(model)["patches"][0]["config"]["gates"]["gates"] == GATES
+
+
+@pytest.mark.parametrize(
+    ("gates", "error", "message"),
+    [
+        (None, ValueError, r"duo needs gates=\.\.\.: the file that `patchattn calibrate duo` writes"),
+        ([[0.5, 0.5]], ValueError, "given for 1 layers, .* one of 2 with 2 kv heads"),
+        ([[0.5, 0.5], [0.5]], ValueError, "given for 2 layers, 1 in the one of model.layers.1.self_attn"),
+        ([[0.5, 1.5], [0.5, 0.5]], ValueError, "from 0 to 1, got 1.5"),
+        ([[0.5, "a"], [0.5, 0.5]], TypeError, "per layer a number for each kv head"),
+        ([], ValueError, "Every layer must have a gate"),
+        ({"heads": [[0.5]]}, ValueError, "Gates have the fields gates, base, calibration"),
+        ("missing.json", ValueError, "There is no file of gates 'missing.json'"),
+        (
+            {"gates": GATES, "base": {"model_type": "qwen3", "layers": 2, "heads": 4, "name": None}},
+            ValueError,
+            "This file of gates is for qwen3 of 2 layers with 4 heads, but model.layers.0.self_attn belongs to llama",
+        ),
+    ],
+)
+def test_gates_that_are_not_those_of_the_model_are_refused(gates: Any, error: Any, message: str) -> None:
+    model = FAMILIES["llama"].make()
+    with pytest.raises(error, match=message):
+        patchattn.patch_model(model, "duo", gates=gates)
+    assert not patchattn.patch_info(model)["patches"]
+
+
+def test_a_damaged_tsv_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gates.tsv"
+    path.write_text("0.5\tx\n")
+    with pytest.raises(ValueError, match=r"gates\.tsv: A gate is a number from 0 to 1, got 'x'"):
+        patchattn.patch_model(FAMILIES["llama"].make(), "duo", gates=str(path))
+
+
+def test_a_position_bias_is_refused() -> None:
+    model: Any = FAMILIES["t5"].make()
+    config = model.config
+    gates = [[0.9, *[0.1] * (config.num_heads - 1)]] * config.num_decoder_layers
+    with pytest.raises(NotImplementedError, match="'duo' does not support position_bias"):
+        outputs(patchattn.patch_model(model, "duo", gates=gates), **FAMILIES["t5"].inputs())
