@@ -27,7 +27,13 @@ import patchattn
 from patchattn_kernels import AttentionRule, routed_attention_cpu
 
 HEADS, DIM, LAYERS = 12, 64, 12
-NO_LIMITS = {"SHORTEST": 1, "LARGEST_SHARE": 1.0, "CAUSAL_SHORTEST": 1, "CAUSAL_SAVING": -1.0}
+NO_LIMITS = {
+    "SHORTEST": 1,
+    "LARGEST_SHARE": 1.0,
+    "CAUSAL_SHORTEST": 1,
+    "CAUSAL_GAIN": float("inf"),
+    "CAUSAL_SAVING": -1.0,
+}
 app = typer.Typer(add_completion=False)
 
 Tokens = Annotated[list[int], typer.Option(help="Lengths.")]

@@ -20,6 +20,7 @@ EVERYTHING = {
     "CAUSAL_SHORTEST": 1,
     "CAUSAL_SHARE": 1.0,
     "CAUSAL_SAVING": 0.0,
+    "CAUSAL_GAIN": 2.0,
     "CAUSAL_ROWS": 3,
 }
 
@@ -33,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """Heads, rows and keys of every call of SDPA."""
+    """Heads, rows and keys of every call of SDPA and of torch's kernel for CPUs."""
     calls = []
     attend = cpu.scaled_dot_product_attention
 
@@ -42,6 +43,13 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         return attend(query, key, value, **how)
 
     monkeypatch.setattr(cpu, "scaled_dot_product_attention", counted)
+    flash = cpu.flash
+
+    def counted_flash(query: torch.Tensor, key: torch.Tensor, *rest: Any, **how: Any) -> Any:
+        calls.append((*query.shape[1:3], key.shape[2]))
+        return flash(query, key, *rest, **how)
+
+    monkeypatch.setattr(cpu, "flash", counted_flash)
     return calls
 
 
@@ -101,7 +109,7 @@ def test_output(shape: tuple[int, ...], share: float, padded: bool, seed: int) -
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, share=st.sampled_from([0.1, 0.5, 1.0]), full=st.booleans(), seed=st.integers(0, 999))
 def test_causal_output(shape: tuple[int, ...], share: float, full: bool, seed: int) -> None:
-    """With some heads that keep every row, too."""
+    """With some heads that keep every row, too; with gradients by a mask, without in two parts."""
     batch, groups, repeats, rows, _ = shape
     tensors = operands(batch, groups * repeats, groups, rows, rows, share=share, seed=seed)
     if full:
@@ -109,12 +117,14 @@ def test_causal_output(shape: tuple[int, ...], share: float, full: bool, seed: i
     with pytest.MonkeyPatch.context() as patch:
         for name, setting in EVERYTHING.items():
             patch.setattr(cpu, name, setting)
-        output = routed_on_cpu(*tensors, CAUSAL)
+        leaf = tensors[0].clone().requires_grad_()
+        outputs = [routed_on_cpu(*tensors, CAUSAL), routed_on_cpu(leaf, *tensors[1:], CAUSAL)]
     want = brute(tensors, 0.3, causal=True)
-    if output is None:
-        assert not want.any()
-        return
-    np.testing.assert_allclose(output.numpy(), want, rtol=1e-12, atol=1e-13)
+    for output in outputs:
+        if output is None:
+            assert not want.any()
+            continue
+        np.testing.assert_allclose(output.detach().numpy(), want, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("form", ["of keys", "of queries and keys"])
@@ -223,7 +233,7 @@ ONE_ROW_ELSE[..., 400, 0] = False
         (800, 800, 1.0, {}),
         (800, 800, 0.0, {}),
         (1535, 1535, 0.2, {"causal": True}),
-        (1536, 1536, 0.4, {"causal": True}),
+        (1536, 1536, 0.68, {"causal": True}),
         (1536, 1537, 0.2, {"causal": True}),
         (1536, 1536, 0.2, {"causal": True, "mask": torch.ones(1, 1536)}),
         (800, 800, 0.5, {"mask": TRIANGLE}),
@@ -242,27 +252,56 @@ def test_left_to_dense_attention(rows: int, keys: int, share: float, how: dict[s
 
 @pytest.mark.parametrize(
     ("rows", "keys", "share", "causal"),
-    [(768, 768, 0.8, False), (800, 1024, 0.5, False), (1024, 768, 0.01, False), (1536, 1536, 0.33, True)],
+    [(768, 768, 0.8, False), (800, 1024, 0.5, False), (1024, 768, 0.01, False), (1536, 1536, 0.66, True)],
 )
 def test_computed_here(rows: int, keys: int, share: float, causal: bool) -> None:
     assert given_to(rows, keys, share, CAUSAL if causal else PLAIN) is not None
 
 
 def test_causal_rows_see_the_keys_up_to_their_last(attended: list[tuple[int, int, int]]) -> None:
-    """Head 0 keeps all rows, the others every eighth: 192 at a time."""
+    """Head 0 keeps all rows, the others every eighth: 192 at a time, under a mask with gradients.
+
+    Without, the keys that all of them see are apart.
+    """
     query, key, value = torch.randn(3, 1, 1920, 4, 8).transpose(2, 3)
     gate = torch.zeros(1, 1920, 4)
     gate[..., 0], gate[:, ::8, 1:] = 1.0, 1.0
     assert routed_on_cpu(query, key, value, gate, CAUSAL) is not None
+    assert attended == [(1, 1920, 1920), (3, 192, 1), (3, 192, 8 * 191), (3, 48, 8 * 192 + 1), (3, 48, 8 * 47)]
+    attended.clear()
+    assert routed_on_cpu(query.requires_grad_(), key, value, gate, CAUSAL) is not None
     assert attended == [(1, 1920, 1920), (3, 192, 8 * 191 + 1), (3, 48, 8 * 239 + 1)]
 
 
 def test_too_little_is_left_out_of_causal_attention() -> None:
-    """Half the heads keep a fifth of their rows: 0.4 of the pairs."""
+    """Half the heads keep a fifth of their rows, 0.4 of the pairs: not with gradients. Three in four: never."""
     query, key, value = torch.randn(3, 1, 1536, 4, 8).transpose(2, 3)
     gate = torch.ones(1, 1536, 4)
     gate[..., 2:] = (torch.arange(1536) % 5 == 0)[:, None]
-    assert routed_on_cpu(query, key, value, gate, CAUSAL) is None
+    assert routed_on_cpu(query, key, value, gate, CAUSAL) is not None
+    assert routed_on_cpu(query.requires_grad_(), key, value, gate, CAUSAL) is None
+    gate[:] = (torch.arange(1536) % 4 != 0)[:, None]
+    assert routed_on_cpu(query.detach(), key, value, gate, CAUSAL) is None
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32")])
+def test_queries_and_keys_of_another_dtype(dtypes: tuple[str, str], autocast: bool, causal: bool) -> None:
+    """As rotary embeddings leave them under autocast: computed in the dtype of values, whatever autocast says."""
+    states, values = (getattr(torch, name) for name in dtypes)
+    *tensors, gate = operands(1, 4, 2, 40, 40)
+    tensors = [tensor.to(states).to(values) for tensor in tensors]
+    given = [tensor.to(states) for tensor in tensors[:2]] + tensors[2:]
+    gate = gate.to(values).float()
+    rule = CAUSAL if causal else PLAIN
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = routed_on_cpu(*given, gate, rule)
+    assert output is not None
+    assert output.dtype == values
+    want = brute([tensor.to(values) for tensor in given] + [gate], 0.3, causal=causal)
+    np.testing.assert_allclose(output.double().numpy(), want, atol=8 * torch.finfo(values).eps)
 
 
 def test_compiled_calls_are_left_to_dense_attention() -> None:

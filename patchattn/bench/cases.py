@@ -38,6 +38,7 @@ SHAPES = {
     for shape in (
         Shape("llama3_8b", "llama", 32, 8, 128, 4096, 14336, True),
         Shape("mha", "llama", 32, 32, 128, 4096, 11008, True),
+        Shape("gpt2", "llama", 12, 12, 64, 768, 3072, True),
         Shape("bert_base", "bert", 12, 12, 64, 768, 3072, False),
         Shape("vit_b", "vit", 12, 12, 64, 768, 3072, False),
         Shape("tiny", "llama", 4, 2, 16, 64, 96, True),

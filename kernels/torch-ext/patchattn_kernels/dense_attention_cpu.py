@@ -73,9 +73,12 @@ def flash(
         hidden: `(B or 1, H or 1, Tq, Tk)` added to the logits: 0 or -inf.
     """
     dim, width = query.shape[-1], value.shape[-1]
-    # torch's kernel wants as many channels of values as of queries: zeros change neither logits nor the rest
-    query, key = F.pad(query, (0, max(0, width - dim))), F.pad(key, (0, max(0, width - dim)))
-    value = F.pad(value, (0, max(0, dim - width)))
+    # torch's kernel wants as many channels of values as of queries: zeros change neither logits nor the rest; padding
+    # by none copies
+    if width > dim:
+        query, key = F.pad(query, (0, width - dim)), F.pad(key, (0, width - dim))
+    elif dim > width:
+        value = F.pad(value, (0, dim - width))
     output, lse = _flash(query, key, value, 0.0, causal, attn_mask=hidden, scale=scaling)
     return output[..., :width], lse
 

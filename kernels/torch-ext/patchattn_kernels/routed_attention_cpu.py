@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+from .dense_attention_cpu import flash, merged
 from .key_mask import unsupported
 from .rows import AttentionRule
 
@@ -11,9 +12,14 @@ from .rows import AttentionRule
 # selected, dense attention is about as fast.
 SHORTEST = 768
 LARGEST_SHARE = 0.8
-# Dense causal attention leaves out what is masked, where gathered rows need a mask. So only kv heads with a small share
-# gain, and what they leave out must be enough of the whole.
+# Dense causal attention leaves out what is masked. Gathered rows of a block see the keys up to its first row's alike,
+# which is a call without a mask; only for those up to its last row's they need one. So they cost this much more a pair,
+# and that must leave enough of a gain.
 CAUSAL_SHORTEST = 1536
+CAUSAL_COST = 1.3
+CAUSAL_GAIN = 0.87
+# With gradients, which torch's log-sum-exp has not, they need a mask for all keys. So only kv heads with a small share
+# gain, and what they leave out must be enough of the whole.
 CAUSAL_SHARE = 1 / 3
 CAUSAL_SAVING = 0.45
 CAUSAL_ROWS = 192  # rows that are attended together, over the keys up to the last one of theirs
@@ -40,8 +46,7 @@ def routed_on_cpu(
     Returns:
         As `routed_attention`, or `None`: compute it in another way. It is the same up to rounding.
     """
-    batch, heads, rows, _ = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+    rows, keys = query.shape[2], key.shape[2]
     shortest = CAUSAL_SHORTEST if rule.causal else SHORTEST
     if min(rows, keys) < shortest or unsupported(rule) is not None or torch.compiler.is_compiling():
         return None
@@ -50,11 +55,29 @@ def routed_on_cpu(
     seen = _seen(rule, rows, keys)
     if seen is None:
         return None
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    # as Triton's kernels do: in one dtype, that of values
+    with torch.autocast("cpu", enabled=False):
+        return _gathered(query.to(value.dtype), key.to(value.dtype), value, gate, rule, seen, learns)
+
+
+def _gathered(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    rule: AttentionRule,
+    seen: torch.Tensor,
+    learns: bool,
+) -> torch.Tensor | None:
+    """`routed_on_cpu` of operands in one dtype, where it computes them; `None` where too little is left out."""
+    batch, heads, rows, _ = query.shape
+    groups = key.shape[1]
     # A pair is a token and a query head. Those that share a kv head see the same keys: one list of them per sequence
     # and kv head, in the order of tokens.
     selected = (gate != 0).reshape(batch, rows, groups, -1).transpose(1, 2) & seen.any(dim=-1)[:, None, None, None]
     counts: list[list[int]] = selected.sum(dim=(2, 3)).tolist()
-    if not _pays(counts, gate.numel(), rule.causal):
+    if not _pays(counts, gate.numel(), rule.causal, learns):
         return None
     pairs = torch.arange(gate.numel()).view(batch, rows, groups, -1).transpose(1, 2)
     lists = pairs[selected].split([count for own in counts for count in own])
@@ -82,7 +105,7 @@ def routed_on_cpu(
             chosen = gathered[len(outputs)].view(1, len(pack_keys), -1, flat.shape[-1])
             if rule.causal:
                 tokens = targets[len(outputs)].clamp(max=len(flat) - 1) // heads % rows
-                output = _causal(chosen, pack_keys[None], pack_values[None], tokens, rule.scaling)
+                output = _causal(chosen, pack_keys[None], pack_values[None], tokens, rule.scaling, learns)
             else:
                 output = scaled_dot_product_attention(chosen, pack_keys[None], pack_values[None], scale=rule.scaling)
             outputs.append(output.flatten(0, 2))
@@ -93,9 +116,17 @@ def routed_on_cpu(
 
 
 def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tokens: torch.Tensor,
+    scaling: float,
+    learns: bool,
 ) -> torch.Tensor:
-    """Attention of rows `(1, G, N, D)` in the order of their tokens `(G, N)` to the keys up to those."""
+    """Attention of rows `(1, G, N, D)` in the order of their tokens `(G, N)` to the keys up to those.
+
+    Where it `learns`, it has gradients.
+    """
     count, keys = tokens.shape[1], key.shape[2]
     heads = count // keys
     if count == heads * keys > 0 and bool((tokens == torch.arange(count) // heads).all()):  # every row of every head
@@ -106,6 +137,9 @@ def _causal(
     outputs = []
     for part, own in zip(query.split(CAUSAL_ROWS, dim=2), tokens.split(CAUSAL_ROWS, dim=1), strict=True):
         first, last = int(own.min()), int(own.max())
+        if not learns:
+            outputs.append(_in_two_parts(part, key, value, own, first, last, scaling))
+            continue
         mask = query.new_zeros(*part.shape[:3], last + 1)
         mask[..., first:].masked_fill_(torch.arange(first, last + 1) > own[..., None], float("-inf"))
         up_to = slice(last + 1)
@@ -113,6 +147,27 @@ def _causal(
             scaled_dot_product_attention(part, key[:, :, up_to], value[:, :, up_to], attn_mask=mask, scale=scaling)
         )
     return torch.cat(outputs, dim=2)
+
+
+def _in_two_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own: torch.Tensor,
+    first: int,
+    last: int,
+    scaling: float,
+) -> torch.Tensor:
+    """The keys that all rows see, up to `first`, without a mask; those up to `last` with one; both merged."""
+    output, lse = flash(query, key[:, :, : first + 1], value[:, :, : first + 1], scaling)
+    if first == last:
+        return output
+    later = torch.arange(first + 1, last + 1) > own[..., None]
+    hidden = lse.new_zeros(later.shape).masked_fill_(later, float("-inf"))[None]
+    rest = slice(first + 1, last + 1)
+    other, other_lse = flash(query, key[:, :, rest], value[:, :, rest], scaling, hidden=hidden)
+    other_lse = other_lse.masked_fill((own == first)[None], float("-inf"))  # such rows see none of these
+    return merged(output, lse, other, other_lse)[0].to(value.dtype)
 
 
 def _seen(rule: AttentionRule, rows: int, keys: int) -> torch.Tensor | None:
@@ -132,14 +187,17 @@ def _seen(rule: AttentionRule, rows: int, keys: int) -> torch.Tensor | None:
     return first if bool((mask[:, 0, :, :keys] == first[:, None]).all()) else None
 
 
-def _pays(counts: list[list[int]], pairs: int, causal: bool) -> bool:
+def _pays(counts: list[list[int]], pairs: int, causal: bool, learns: bool) -> bool:
     """Whether enough of the pairs are left out, from the number of those selected per sequence and kv head."""
     shares = [count * sum(map(len, counts)) / pairs for own in counts for count in own]
     if not any(shares):
         return False  # there is nothing to attend
     if not causal:
         return sum(shares) <= LARGEST_SHARE * len(shares)
-    return sum(1 - share for share in shares if share <= CAUSAL_SHARE) >= CAUSAL_SAVING * len(shares)
+    if learns:
+        return sum(1 - share for share in shares if share <= CAUSAL_SHARE) >= CAUSAL_SAVING * len(shares)
+    # a kv head that keeps everything is dense attention
+    return sum(1.0 if share == 1.0 else CAUSAL_COST * share for share in shares) <= CAUSAL_GAIN * len(shares)
 
 
 def _packs(counts: list[int]) -> list[list[int]]:
