@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .inspection.channels import ChannelStatistics as ChannelStatistics
     from .inspection.channels import channel_statistics as channel_statistics
     from .inspection.head_importance import head_importance as head_importance
+    from .inspection.kv_moments import kv_moments as kv_moments
     from .inspection.routing import LayerRouting as LayerRouting
     from .inspection.routing import RoutingStatistics as RoutingStatistics
     from .inspection.routing import routing_statistics as routing_statistics
@@ -87,6 +88,7 @@ offer(
             "duo": "eviction.duo",
             "flap": "pruning.flap.variant",
             "gated": "gating.gated",
+            "gqa_convert": "grouping.gqa_convert",
             "h2o": "eviction.h2o",
             "heads": "editing.heads",
             "keydiff": "eviction.keydiff",
@@ -166,6 +168,7 @@ _NAMES = {
         "channel_statistics",
     ),
     "inspection.head_importance": ("head_importance",),
+    "inspection.kv_moments": ("kv_moments",),
     "inspection.routing": (
         "LayerRouting",
         "RoutingStatistics",

@@ -84,6 +84,19 @@ REFUSALS: dict[str, list[Refusal]] = {
             2,
         ),
     ],
+    "gqa_convert": [
+        _of(
+            FAMILIES.keys() - {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss"},
+            "its configuration knows no number of kv heads but that of its queries",
+            "their code views keys as of so many heads as queries, in a tower at least",
+        ),
+        _of(
+            ["qwen3", "gemma3_text"],
+            "a norm comes after. method='mean' needs to know nothing of that",
+            "a norm of keys undoes their scale, and comes between the projection and what is turned",
+            0,
+        ),
+    ],
     "shrp": [
         _of(
             [*of_kind("decoder"), "clip", "llava"],

@@ -19,6 +19,7 @@ SHIPPED = [
     "decore",
     "flap",
     "gated",
+    "gqa_convert",
     "h2o",
     "heads",
     "keydiff",
@@ -112,7 +113,7 @@ def test_info_is_a_mapping_of_its_own_fields() -> None:
 def test_variants_are_listed_by_what_they_are() -> None:
     infos = {name: patchattn.variant_info(name) for name in SHIPPED}
     assert patchattn.list_variants() == SHIPPED
-    assert patchattn.list_variants("surgery") == ["flap", "prune", "shrp"]
+    assert patchattn.list_variants("surgery") == ["flap", "gqa_convert", "prune", "shrp"]
     assert patchattn.list_variants(family="temperature") == ["logn", "ssa", "ssmax"]
     assert patchattn.list_variants("surgery", family="temperature") == []
     for wanted in (True, False):

@@ -89,7 +89,7 @@ def cut_heads(model: nn.Module, site: AttentionSite, kept: Sequence[int]) -> lis
     module: Any = model.get_submodule(site.name)
     if "sinks" in module._parameters:
         changes.append(Change(site.name, "sinks", selected(module.sinks, 0, torch.tensor(kept, device="cpu"))))
-    changes += [Change(site.name, name, value) for name, value in _attributes(module, site, kept, kv_kept).items()]
+    changes += [Change(site.name, name, value) for name, value in sizes_of_heads(module, site, kept, kv_kept).items()]
     return changes
 
 
@@ -149,9 +149,13 @@ class HeadSurgery(SurgeryVariant):
 
     heads: KeptHeads
 
+    @property
+    def kv_heads_left(self) -> int:
+        """How many kv heads there are then."""
+        return len(kept_kv_heads(self.site, self.heads.kept))
+
     def hooks(self, model: nn.Module) -> list[Hook]:
-        left = len(kept_kv_heads(self.site, self.heads.kept))
-        if not self.changes or left == self.site.kv_heads:
+        if not self.changes or self.kv_heads_left == self.site.kv_heads:
             return []
         return [Hook(model.get_submodule(self.site.name), "before", self.before_module)]
 
@@ -159,12 +163,12 @@ class HeadSurgery(SurgeryVariant):
         """ValueError if the kv cache was filled by who does not know that kv heads were taken out."""
         cache = find_cache([*args, *kwargs.values()])
         held = None if cache is None else stored_heads(cache, self.site)
-        left = len(kept_kv_heads(self.site, self.heads.kept))
+        left = self.kv_heads_left
         if held not in (None, left):
             raise ValueError(
                 f"{self.site.name} has {left} kv heads left, but its kv cache holds {held}: it was filled before heads "
-                "were taken out, or by prefix tuning, which fills every layer alike. Start with a new cache, take "
-                "another adapter, such as LoRA, or leave a query head of every kv head."
+                "were taken out or merged, or by prefix tuning, which fills every layer alike. Start with a new cache, "
+                "take another adapter, such as LoRA, or leave a query head of every kv head."
             )
 
 
@@ -231,7 +235,16 @@ def _is_even(site: AttentionSite, kept: Sequence[int]) -> bool:
     return len(set(sizes)) == 1
 
 
-def _attributes(module: Any, site: AttentionSite, kept: Sequence[int], kv_kept: Sequence[int]) -> dict[str, Any]:
+def kv_fields(module: Any) -> list[str]:
+    """Names of the fields of a module's configuration that say how many kv heads there are, and nothing else."""
+    config: Any = getattr(module, "config", None)
+    if config is None:
+        return []
+    queries, ours = ({config.attribute_map.get(name, name) for name in names} for names in (_QUERY_HEADS, _KV_HEADS))
+    return [name for name in sorted(ours - queries) if isinstance(vars(config).get(name), int)]
+
+
+def sizes_of_heads(module: Any, site: AttentionSite, kept: Sequence[int], kv_kept: Sequence[int]) -> dict[str, Any]:
     """What else in the module, and in its configuration, depends on the number of heads."""
     width, dim = (site.query_heads or 0) * (site.head_dim or 0), site.head_dim or 0
     used = attention_forward(type(module)).__code__.co_names

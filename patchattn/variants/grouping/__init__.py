@@ -1,0 +1,1 @@
+"""Variants that let more query heads share a kv head."""
