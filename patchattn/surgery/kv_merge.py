@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.host import find_sites
+from ..core.linear import LinearView
 from ..core.packing import CHILD
 from ..core.patching import active_chains
 from ..core.selection import base_model
@@ -16,7 +17,7 @@ from ..core.sites import AttentionSite
 from ..hosts.transformers.bases import original_config
 from .change import Change
 from .heads import HeadSurgery, KeptHeads, kv_fields, sizes_of_heads
-from .projections import Heads, head_projections, kept_index, sliced, unrecognised
+from .projections import Heads, head_projections, kept_index, unrecognised
 
 _RIDGE = 1e-6  # of the mean eigenvalue: what the data never did counts a little, so that maps are right there too
 
@@ -116,8 +117,7 @@ class KvMerge(HeadSurgery):
         for path in dict.fromkeys(part.projection for part in parts):
             own = [(part, new) for part, new in zip(parts, merged, strict=True) if part.projection == path]
             index = kept_index([part for part, _ in own], range(self.site.query_heads or 0), kept)
-            module = model.get_submodule(path)
-            for name, value in sliced(module, own[0][0].side, index).items():
+            for name, value in LinearView.at(model, path).cut(own[0][0].side, index).items():
                 if isinstance(value, nn.Parameter):
                     _fill(value, name, own, index)
                     self.weights.append(f"{path}.{name}")
@@ -175,19 +175,19 @@ def merged_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
         raise unrecognised(site, "its configuration knows no number of kv heads but that of its queries")
     if site.shares_keys:
         raise unrecognised(site, "other layers of its class read keys that it makes")
-    if any(hasattr(model.get_submodule(part.projection), "nf") for part in parts):
+    if any(LinearView.at(model, part.projection).stores_inputs_first for part in parts):
         raise unrecognised(site, "its projections store inputs first")
     return parts
 
 
 def _numbers(model: nn.Module, part: Heads) -> torch.Tensor:
     """`(heads, D, E + 1)` weights and biases that make heads, or `(heads, D, E)` weights that read them; float64."""
-    module: Any = model.get_submodule(part.projection)
-    index, weight = part.index.to(module.weight.device), module.weight.double()
+    layer = LinearView.at(model, part.projection)
+    weight = layer.weight.double()
+    index = part.index.to(weight.device)
     if part.side == "columns":
         return weight.mT[index]
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.double()
-    return torch.cat([weight, bias[:, None]], dim=1)[index]
+    return torch.cat([weight, layer.bias.double()[:, None]], dim=1)[index]
 
 
 @torch.no_grad()
