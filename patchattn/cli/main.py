@@ -13,6 +13,7 @@ from rich.markup import escape
 from .bench import bench
 from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads
 from .common import parse_settings, quiet
+from .duo import calibrate_duo
 from .evaluate import evaluate_model
 from .plot import plot
 from .retrieval import calibrate_retrieval
@@ -319,6 +320,7 @@ calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
 calibrate.command("retrieval")(calibrate_retrieval)
+calibrate.command("duo")(calibrate_duo)
 app.command("eval")(evaluate_model)
 app.command("bench")(bench)
 

@@ -63,14 +63,19 @@ def plot_head_usage(usage: Sequence[Sequence[float]], *, title: str = "Use of he
 
 
 def plot_head_importance(
-    importance: "HeadImportance", *, title: str | None = None, label: str = "importance (higher: keep)"
+    importance: "HeadImportance",
+    *,
+    title: str | None = None,
+    label: str = "importance (higher: keep)",
+    heads: str = "query head",
 ) -> "Figure":
-    """Heat map of the importance of every query head: a picture per tower and kind of attention, a row per layer.
+    """Heat map of the importance of every head: a picture per tower and kind of attention, a row per layer.
 
     Args:
         importance: of `patchattn.head_importance`.
         title: of the picture; the method and the model by default.
         label: of the scale.
+        heads: what the heads are, below the picture.
 
     Returns:
         A figure; save it with `figure.savefig(path)`. Heads that a layer does not have are white.
@@ -84,9 +89,9 @@ def plot_head_importance(
     for name, site in importance.sites.items():
         groups.setdefault(re.sub(r"\d+", "*", name), {})[site.layer] = site.scores
     title = f"Importance of heads ({importance.method}): {importance.base}" if title is None else title
-    heads = max(len(scores) for rows in groups.values() for scores in rows.values())
+    count = max(len(scores) for rows in groups.values() for scores in rows.values())
     heights = [min(12.0, max(2.2, 1.2 + 0.4 * len(rows))) for rows in groups.values()]
-    width = max(min(16.0, 3.0 + 0.5 * heads), 0.075 * len(title) + 0.5)
+    width = max(min(16.0, 3.0 + 0.5 * count), 0.075 * len(title) + 0.5)
     figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     values = [score for site in importance.sites.values() for score in site.scores]
@@ -94,19 +99,19 @@ def plot_head_importance(
     pictures = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (group, rows) in zip(pictures, groups.items(), strict=True):
         layers = sorted(rows)
-        table = [[*rows[layer], *[float("nan")] * (heads - len(rows[layer]))] for layer in layers]
+        table = [[*rows[layer], *[float("nan")] * (count - len(rows[layer]))] for layer in layers]
         image = axes.imshow(table, cmap=COLOURS, vmin=low, vmax=high, aspect="auto")
         axes.set_title(group, fontsize=9)
         axes.set_ylabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         step = 1 + len(layers) // 33
         axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        if heads * len(layers) <= WITH_NUMBERS:
+        if count * len(layers) <= WITH_NUMBERS:
             for y, layer in enumerate(layers):
                 for x, score in enumerate(rows[layer]):
                     colour = "black" if score > low + 0.55 * (high - low) else "white"
                     axes.text(x, y, f"{score:.2g}", ha="center", va="center", fontsize=7, color=colour)
-    pictures[-1].set_xlabel("query head")
+    pictures[-1].set_xlabel(heads)
     figure.colorbar(image, ax=pictures.tolist(), label=label)
     return figure
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..core.heads import BaseFacts, parse_facts
+from ..core.importance import HeadImportance, SiteScores
 from ..core.sites import AttentionSite
 from ..files.documents import naming, quoted, read_json, read_text
 
@@ -65,6 +66,13 @@ class HeadGates:
         """A dictionary of JSON types, which `parse` takes."""
         gates = {"gates": [list(layer) for layer in self.gates]}
         return gates if self.base is None else {**gates, "base": vars(self.base).copy()}
+
+    def as_importance(self) -> HeadImportance:
+        """The gates as scores of kv heads, to be drawn; ValueError where it is not known of which model they are."""
+        if self.base is None:
+            raise ValueError("It is not known of which model these gates are.")
+        sites = {f"layer {layer}": SiteScores(layer, len(gates), gates) for layer, gates in enumerate(self.gates)}
+        return HeadImportance(sites, "duo", self.base)
 
     def check(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """ValueError if they are for another model, or of other numbers of layers or kv heads."""
