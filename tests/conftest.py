@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import patchattn
 
@@ -16,6 +17,9 @@ from .toys import registered_toys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with all threads each are far slower than with one
     torch.set_num_threads(1)
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
+settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
