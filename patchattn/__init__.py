@@ -108,6 +108,7 @@ offer(
             "streaming": "selection.streaming",
             "streaming_llm": "eviction.streaming_llm",
             "tova": "eviction.tova",
+            "twilight": "selection.twilight",
             "var": "sinks.var",
         }.items()
     }

@@ -60,7 +60,7 @@ def _of_pages(*names: str) -> dict[str, list[Refusal]]:
 
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("mswa", "power", "streaming"),
-    **_of_pages("quest"),
+    **_of_pages("quest", "twilight"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

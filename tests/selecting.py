@@ -49,7 +49,7 @@ def assert_reads(model: nn.Module, tokens: torch.Tensor, reads: Callable[[int, i
     Args:
         model: the model, patched.
         tokens: `(1, T)` what it reads.
-        reads: whether token i reads the key of j < i in a head.
+        reads: whether token i reads the key of j <= i in a head.
     """
     inputs, got = layer_in_and_out(model, tokens)
     module = model.model.layers[0].self_attn
@@ -58,7 +58,7 @@ def assert_reads(model: nn.Module, tokens: torch.Tensor, reads: Callable[[int, i
     for i in range(len(query)):
         heads = []
         for head in range(HEADS):
-            group, columns = head // 2, [j for j in range(i + 1) if j == i or reads(head, i, j)]
+            group, columns = head // 2, [j for j in range(i + 1) if reads(head, i, j)]
             logits = key[columns, group] @ query[i, head] / np.sqrt(DIM)
             shares = np.exp(logits - logits.max())
             heads.append(shares @ value[columns, group] / shares.sum())
@@ -74,3 +74,26 @@ def projected(module: nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, np.nda
         for position, head in np.ndindex(vectors.shape[:2]):
             vectors[position, head] = rotate(vectors[position, head], position)
     return query, key, value
+
+
+def _bound(query: np.ndarray, keys: np.ndarray) -> float:
+    """What no product of a query `(D,)` with one of the keys `(n, D)` exceeds, number by number."""
+    return sum(max(x * column.min(), x * column.max()) for x, column in zip(query, keys.T, strict=True))
+
+
+def pages_by_bounds(query: np.ndarray, key: np.ndarray, budget: int, page: int, heads: str) -> list[list[set[int]]]:
+    """Pages that each head of each token reads by Quest's rule, of queries `(T, H, D)` and keys `(T, Hkv, D)`."""
+    group = query.shape[1] // key.shape[1]
+    found = []
+    for i in range(len(query)):
+        own, rows = i // page, []
+        for head in range(query.shape[1]):
+            kv = head // group
+            asking = range(kv * group, (kv + 1) * group) if heads == "kv" else [head]
+            bounds = [
+                max(_bound(query[i, one], key[p * page : (p + 1) * page, kv]) for one in asking) for p in range(own)
+            ]
+            others = np.argsort(-np.array(bounds), kind="stable")[: -(-budget // page) - 1] if own else []
+            rows.append({own, *(int(p) for p in others)})
+        found.append(rows)
+    return found

@@ -39,6 +39,7 @@ SHIPPED = [
     "streaming",
     "streaming_llm",
     "tova",
+    "twilight",
     "var",
 ]
 
@@ -152,7 +153,7 @@ def test_the_command_lists_by_the_same_choices(capsys, monkeypatch) -> None:
     assert ended.value.code == 0
     table = capsys.readouterr().out
     named = [line.split()[1] for line in table.splitlines() if line.startswith("│")]
-    assert [name for name in named if name in SHIPPED] == ["act", "heads", "logn", "quest", "streaming"]
+    assert [name for name in named if name in SHIPPED] == ["act", "heads", "logn", "quest", "streaming", "twilight"]
     with pytest.raises(SystemExit) as ended:
         main(["list", "--family", "nothing"])
     assert ended.value.code == 2

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -14,33 +13,10 @@ from patchattn.reading import pages, selection
 from .behaviour import close, decoded, text
 from .families import FAMILIES, outputs
 from .reference import layer_in_and_out, tiny_llama
-from .selecting import assert_reads, projected, recorded
+from .selecting import assert_reads, pages_by_bounds, projected, recorded
 
 TOKENS = torch.arange(3, 33)[None]
 ALL = {"dense_layers": 0, "prefill": "selected"}
-
-
-def bound(query: np.ndarray, keys: np.ndarray) -> float:
-    """What no product of a query `(D,)` with one of the keys `(n, D)` exceeds, number by number."""
-    return sum(max(x * column.min(), x * column.max()) for x, column in zip(query, keys.T, strict=True))
-
-
-def chosen(query: np.ndarray, key: np.ndarray, budget: int, page: int, heads: str) -> list[list[set[int]]]:
-    """Pages that each head of each token reads, of queries `(T, H, D)` and keys `(T, Hkv, D)`."""
-    group = query.shape[1] // key.shape[1]
-    found = []
-    for i in range(len(query)):
-        own, rows = i // page, []
-        for head in range(query.shape[1]):
-            kv = head // group
-            asking = range(kv * group, (kv + 1) * group) if heads == "kv" else [head]
-            bounds = [
-                max(bound(query[i, one], key[p * page : (p + 1) * page, kv]) for one in asking) for p in range(own)
-            ]
-            others = np.argsort(-np.array(bounds), kind="stable")[: -(-budget // page) - 1] if own else []
-            rows.append({own, *(int(p) for p in others)})
-        found.append(rows)
-    return found
 
 
 @pytest.mark.parametrize("heads", ["kv", "query"])
@@ -49,7 +25,7 @@ def test_a_token_reads_its_own_page_and_those_with_the_highest_bounds(budget: in
     model = patchattn.patch_model(tiny_llama(), "quest", budget=budget, page=page, heads=heads, **ALL)
     inputs, _ = layer_in_and_out(model, TOKENS)
     query, key, _ = projected(model.model.layers[0].self_attn, inputs[0])
-    read = chosen(query, key, budget, page, heads)
+    read = pages_by_bounds(query, key, budget, page, heads)
     assert_reads(model, TOKENS, lambda head, i, j: j // page in read[i][head])
 
 
@@ -64,7 +40,7 @@ def test_a_prompt_is_dense_and_each_token_behind_it_chooses(heads: str, monkeypa
     calls.clear()
     assert torch.equal(decoded(model, TOKENS, [20, *[1] * 10])[:, :20], prompt)
     for i, (_, seen, _) in enumerate(calls[1:], 20):
-        for head, read in enumerate(chosen(query[: i + 1], key[: i + 1], 6, 3, heads)[i]):
+        for head, read in enumerate(pages_by_bounds(query[: i + 1], key[: i + 1], 6, 3, heads)[i]):
             assert set(seen[0, head, 0].nonzero().flatten().tolist()) == {j for j in range(i + 1) if j // 3 in read}
 
 

@@ -14,7 +14,9 @@ from torch import nn
 
 from ..core.call import AttentionCall
 from ..core.chain import window_of
+from ..core.keeping import of_query_heads
 from ..core.mask import Mask
+from ..core.places import Places
 from ..core.settings import option
 from ..core.sites import AttentionSite
 from ..core.variant import VariantConfig
@@ -95,13 +97,22 @@ class PagedSelection(SelectionVariant):
         """Whether the settings leave this call as it is."""
         return self.config.prefill == "dense" and not call.decodes
 
-    def best_pages(self, call: AttentionCall, budget: int) -> torch.Tensor:
-        """bool `(B, Hkv or H, Tq, P)`: each query's own page, and the visible ones with the highest bounds.
+    def by_bounds(self, call: AttentionCall, budget: int | None) -> torch.Tensor | Places | None:
+        """Each query's own page, and the visible ones with the highest bounds, `ceil(budget / page)` in all.
 
-        Args:
-            call: the call, of which P pages are ceil(Tk / page).
-            budget: how many keys are wanted, rounded up to pages.
+        As `select` gives them; all where so many keys are there at most.
         """
+        if budget is None or call.mask.columns <= budget:
+            return None
+        page, count = self.config.page, -(-budget // self.config.page)
+        pages = self._best(call, count)
+        if call.query.shape[2] == 1 and self.config.heads == "kv":
+            return Places(*chosen_first(pages[:, :, 0], count), block=page)
+        by_head = of_query_heads(pages, call.query.shape[1])
+        return by_head.repeat_interleave(page, dim=-1)[..., : call.key.shape[2]]
+
+    def _best(self, call: AttentionCall, count: int) -> torch.Tensor:
+        """bool `(B, Hkv or H, Tq, P)`: pages that are chosen among the P = ceil(Tk / page)."""
         page, keys = self.config.page, call.key
         state, facts = call.context.sequence_state(self.owner), None
         if state is not None and state.grows:
@@ -116,7 +127,7 @@ class PagedSelection(SelectionVariant):
             scores = scores.masked_fill(~visible, float("-inf")).unflatten(1, (groups, -1)).amax(dim=2)
             visible, own = (any_of_group(pages, groups) for pages in (visible, own))
         scores = scores.masked_fill(~visible, float("-inf")).masked_fill(own, float("inf"))
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : -(-budget // page)]
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
 
 
@@ -161,11 +172,6 @@ def visible_pages(mask: Mask, page: int) -> tuple[torch.Tensor, torch.Tensor]:
 def any_of_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """`(B, 1 or Hkv, ...)` whether it is so in any query head of a kv head, of bool `(B, 1 or H, ...)`."""
     return tensor if tensor.shape[1] == 1 else tensor.unflatten(1, (groups, -1)).any(dim=2)
-
-
-def of_keys(pages: torch.Tensor, page: int, keys: int) -> torch.Tensor:
-    """`(..., Tk)` of what is said by page `(..., P)`."""
-    return pages.repeat_interleave(page, dim=-1)[..., :keys]
 
 
 def chosen_first(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,7 +94,10 @@ def narrowed(call: AttentionCall, keep: Keep | Places | None) -> AttentionCall:
 
 def _is_worth_a_copy(places: Places, keys: int) -> bool:
     """Whether so few keys are read that it pays to copy them, on a CPU: a copy is written, read, and written again."""
-    return 2 * places.index.shape[-1] * places.block <= keys
+    most = places.index.shape[-1]
+    if places.counts is not None and not torch.compiler.is_compiling():
+        most = int(places.counts.max())
+    return 2 * most * places.block <= keys
 
 
 def density(call: AttentionCall, narrow: AttentionCall) -> torch.Tensor:

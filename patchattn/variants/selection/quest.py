@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from ...core.call import AttentionCall
-from ...core.keeping import of_query_heads
 from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.variant import VariantInfo
-from ...reading.pages import PagedConfig, PagedSelection, chosen_first, of_keys
+from ...reading.pages import PagedConfig, PagedSelection
 from ...reading.selection import CAPABILITIES
 
 
@@ -38,14 +37,8 @@ class Quest(PagedSelection):
         return {"budget": None}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        budget, page = self.config.budget, self.config.page
         self.check(call)
-        if budget is None or self.is_dense(call) or call.mask.columns <= budget:
-            return None
-        pages = self.best_pages(call, budget)
-        if call.query.shape[2] == 1 and self.config.heads == "kv":
-            return Places(*chosen_first(pages[:, :, 0], -(-budget // page)), block=page)
-        return of_keys(of_query_heads(pages, call.query.shape[1]), page, call.key.shape[2])
+        return None if self.is_dense(call) else self.by_bounds(call, self.config.budget)
 
 
 register_variant(
