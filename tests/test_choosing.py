@@ -17,6 +17,7 @@ SHIPPED = [
     "cad",
     "damro",
     "decore",
+    "duo",
     "flap",
     "gated",
     "gqa_convert",

@@ -64,7 +64,7 @@ def asked(model, **inputs: torch.Tensor) -> list[str]:
 
 @on(("llama",), "cache")
 def test_what_drops_keys_asks_at_the_end_of_a_prompt_at_most(family: str, case: Case, monkeypatch) -> None:
-    monkeypatch.setattr("patchattn.cache.kept._waits", lambda tensor: True)
+    monkeypatch.setattr("patchattn.cache.waiting.waits", lambda tensor: True)
     model, tokens = case.patch(FAMILIES[family].make()), torch.full((2, 19), 7)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), Asked() as noted:
@@ -78,7 +78,7 @@ def test_what_drops_keys_asks_at_the_end_of_a_prompt_at_most(family: str, case: 
 
 @on(("llava",))
 def test_decoding_with_images_asks_no_more_than_unpatched(family: str, case: Case, toys, monkeypatch) -> None:
-    monkeypatch.setattr("patchattn.variants.sinks.act._waits", lambda tensor: True)
+    monkeypatch.setattr("patchattn.cache.waiting.waits", lambda tensor: True)
     unpatched = asked(FAMILIES[family].make(), **FAMILIES[family].inputs())
     assert asked(case.patch(FAMILIES[family].make()), **FAMILIES[family].inputs()) == unpatched
 
@@ -134,5 +134,5 @@ def test_act_on_a_device_that_waits_gives_what_it_gives_on_one_that_does_not(mon
     expected = outputs(model.double(), **inputs)[0]
     model.float()
     for waits in (False, True):
-        monkeypatch.setattr("patchattn.variants.sinks.act._waits", lambda tensor, waits=waits: waits)
+        monkeypatch.setattr("patchattn.cache.waiting.waits", lambda tensor, waits=waits: waits)
         torch.testing.assert_close(outputs(model, **inputs)[0].double(), expected, atol=2e-5, rtol=2e-5)

@@ -5,6 +5,8 @@ from typing import NamedTuple, Self
 
 import torch
 
+from . import waiting
+
 _NEVER = torch.iinfo(torch.int32).max
 
 
@@ -85,7 +87,7 @@ class KeptKeys:
         latest = max(due, key=lambda decision: decision[:2])
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
         remains = (self.dropped > when) & (self.columns >= 0)
-        if latest.bound is None or not _waits(self.columns):
+        if latest.bound is None or not waiting.waits(self.columns):
             most = int(remains.sum(-1).max())
             if latest.bound is not None and most > latest.bound + since:
                 raise ValueError(f"At most {latest.bound} keys per row and head may be kept, but {most - since} are.")
@@ -129,8 +131,3 @@ class KeptKeys:
         twin = copy.copy(self)
         twin.decisions = list(self.decisions)
         return twin
-
-
-def _waits(tensor: torch.Tensor) -> bool:
-    """Whether to be told a value of this tensor would hold up what is queued on its device."""
-    return tensor.device.type != "cpu"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..cache import waiting
 from .keeping import of_query_heads
 
 
@@ -57,7 +58,7 @@ class Places:
         if self.counts is not None:
             is_meant = torch.arange(index.shape[-1], device=device) < self.counts[..., None]
             index = torch.where(is_meant, index, -1)
-        if device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        if not waiting.waits(index) and index.numel() and not torch.compiler.is_compiling():
             last = int(index.max())
             if last * self.block >= keys:
                 raise IndexError(f"Key or page {last} (block={self.block}) was asked for in a call with {keys} keys.")

@@ -10,6 +10,7 @@ from torch import nn
 from patchattn_kernels import BlockLists, SinkAndRecent, block_sparse_attention, selected_attention
 from patchattn_kernels.key_mask import unsupported
 
+from ..cache import waiting
 from ..core.call import AttentionCall
 from ..core.mask import Keep
 from ..core.places import Places
@@ -95,7 +96,7 @@ def narrowed(call: AttentionCall, keep: Keep | Places | None) -> AttentionCall:
 def _is_worth_a_copy(places: Places, keys: int) -> bool:
     """Whether so few keys are read that it pays to copy them, on a CPU: a copy is written, read, and written again."""
     most = places.index.shape[-1]
-    if places.counts is not None and not torch.compiler.is_compiling():
+    if places.counts is not None and not waiting.waits(places.counts) and not torch.compiler.is_compiling():
         most = int(places.counts.max())
     return 2 * most * places.block <= keys
 

@@ -11,6 +11,7 @@ from patchattn_kernels import AttentionRule, KeyCounts, attention_with_lse, colu
 from patchattn_kernels.dense_attention_cpu import in_one_call
 from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_of
 
+from ...cache import waiting
 from ...core.call import AttentionCall
 from ...core.heads import HeadList, Heads
 from ...core.registry import register_variant
@@ -134,7 +135,7 @@ class ACT(Variant):
         total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
         # What is left of a row after a subtraction has lost digits, and a large factor shows it: that of the other keys
         # is large, that of the sinks at most 1.
-        others_first = _waits(query) and not _is_half(output)
+        others_first = waiting.waits(query) and not _is_half(output)
         split = split_attention(query, key, value, ~sinks if others_first else sinks, rule, output=whole, lse=lse)
         chosen, left = (split.mass, split.part), (total - split.mass, split.output - split.part)
         (rest, others), (sink_mass, part) = (chosen, left) if others_first else (left, chosen)
@@ -205,7 +206,7 @@ def _where_little_is_left(
 
     As a difference to the whole they are rounded to the whole's precision, which the factor of such a row blows up:
     without this, padding changes the output of a float32 model by 3e-4. It asks the device whether there is such a row:
-    only for one that does not wait to be told (`_waits`).
+    only for one that does not wait to be told (`waits`).
     """
     rows = (rest < _LITTLE).flatten(0, 1).any(dim=0).nonzero().flatten()
     if not len(rows):
@@ -219,11 +220,6 @@ def _where_little_is_left(
         rest = rest.index_copy(2, some, weights.sum(dim=-1))
         others = others.index_copy(2, some, summed.view(*weights.shape[:3], -1))
     return rest, others
-
-
-def _waits(tensor: torch.Tensor) -> bool:
-    """Whether to be told a value of this tensor would hold up what is queued on its device."""
-    return tensor.device.type != "cpu"
 
 
 def _is_half(tensor: torch.Tensor) -> bool:
