@@ -83,7 +83,7 @@ def test_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert "times faster than flash SDPA | at least 1.8 | 2 | met |" in text
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "schema": 99}))
-    with pytest.raises(ValueError, match="schema 99; this version reads schema 1"):
+    with pytest.raises(ValueError, match="schema 99; this version reads schema 2"):
         Report.read(path)
 
 

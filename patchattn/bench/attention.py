@@ -19,6 +19,8 @@ BACKENDS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 DENSE = tuple(BACKENDS)
+# FlexAttention by its own choice, and by each of its back ends that makes another kernel
+FLEX = {"FlexAttention": "", "FlexAttention (flash)": "FLASH", "FlexAttention (decoding)": "TRITON_DECODE"}
 # What torch says where no kernel of the allowed backends takes a call.
 NO_KERNEL = ("No available kernel", "No viable backend", "not supported", "requires compute capability")
 BACKWARD = 2.5  # of the forward's FLOPs: five products of a tile instead of two
@@ -117,40 +119,49 @@ def dense_under(name: str) -> Implementation:
     return Implementation(name, make, "dense")
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """A function under torch.compile, for one shape; never silently as it was, after too many shapes or a break."""
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, fullgraph=True)
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """A function under torch.compile, for one shape; never silently as it was, after too many shapes or a break.
+
+    Args:
+        function: which.
+        options: of torch.compile.
+    """
+    return torch.compile(function, dynamic=False, fullgraph=True, **options)
 
 
-def flex(operands: Operands, visible: Callable[..., torch.Tensor], *, batch: int | None, heads: int | None) -> Any:
-    """A function that runs FlexAttention with a mask; its block mask is made here, before anything is timed.
+def flex(
+    operands: Operands, visible: Callable[..., torch.Tensor], *, batch: int | None, heads: int | None, backend: str = ""
+) -> Any:
+    """A function that runs FlexAttention with a mask, tuned; its block mask is made here, before anything is timed.
 
     Args:
         operands: of the call.
         visible: FlexAttention's mask function.
         batch: number of rows where the mask differs between them, else `None`.
         heads: number of heads where the mask differs between them, else `None`.
+        backend: of FlexAttention; its own choice by default.
 
     Raises:
         UnavailableError: where it would not be compiled to a fast kernel.
     """
     if operands.query.device.type != "cuda":
         raise UnavailableError("compared on GPUs only")
-    if operands.case.mode == "decode":
-        raise UnavailableError("not compared in decoding")
+    decodes = operands.query.shape[2] == 1
+    if backend and (backend == "TRITON_DECODE") != decodes:
+        raise UnavailableError(f"a back end for {'prefills' if decodes else 'decoding'}")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     rows, keys = operands.query.shape[2], operands.key.shape[2]
     made = torch.compile(create_block_mask)(visible, batch, heads, rows, keys, device=operands.query.device.type)
     return partial(
-        compiled(flex_attention),
+        compiled(flex_attention, mode="max-autotune-no-cudagraphs"),
         operands.query,
         operands.key,
         operands.value,
         block_mask=made,
         scale=operands.rule.scaling,
         enable_gqa=operands.heads_per_group > 1,
+        kernel_options={"BACKEND": backend} if backend else None,
     )
 
 

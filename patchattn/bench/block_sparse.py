@@ -1,12 +1,15 @@
 """Block-sparse attention: heads that see the first keys and recent ones, beside dense attention and FlexAttention."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from patchattn_kernels import block_sparse_attention, sink_and_recent
 
-from .attention import DENSE, AttentionProblem, dense, dense_under, flex, step
+from .attention import DENSE, FLEX, AttentionProblem, dense, dense_under, flex, step
+from .installed import INSTALLED
 from .problem import OURS, Implementation, Outcome, UnavailableError, Work
 
 MOST_MASK = 2**31  # entries of an explicit mask
@@ -29,15 +32,28 @@ def masked(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
     return step(o, lambda: dense(o, repeat=True, mask=mask))
 
 
-def masked_flex(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
+def window_alone(problem: "BlockSparseProblem") -> Callable[[], Outcome]:
+    """SDPA over a cache that holds exactly the keys that are seen; in decoding, the rival that a user would build."""
+    o = problem.operands
+    if o.query.shape[2] != 1:
+        raise UnavailableError("compared in decoding only")
+    kept = o.visible("streaming", torch.zeros(1, dtype=torch.long, device=o.query.device))[0]
+    window = replace(o, key=o.key[:, :, kept].contiguous(), value=o.value[:, :, kept].contiguous())
+    return step(o, lambda: dense(window))
+
+
+def masked_flex(problem: "BlockSparseProblem", backend: str = "") -> Callable[[], Outcome]:
     """FlexAttention, its block mask made beforehand."""
     o = problem.operands
     sinks, recent = o.window
 
-    def visible(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (key <= row) & ((key < sinks) | (row - key < recent))
+    offset = o.key.shape[2] - o.query.shape[2]
 
-    return step(o, flex(o, visible, batch=None, heads=None))
+    def visible(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        own = row + offset
+        return (key <= own) & ((key < sinks) | (own - key < recent))
+
+    return step(o, flex(o, visible, batch=None, heads=None, backend=backend))
 
 
 class BlockSparseProblem(AttentionProblem):
@@ -47,7 +63,9 @@ class BlockSparseProblem(AttentionProblem):
         Implementation("patchattn", ours, "streaming", kernel="block_sparse_attention", leeway=OURS),
         *map(dense_under, DENSE),
         Implementation("SDPA with a mask", masked, "streaming"),
-        Implementation("FlexAttention", masked_flex, "streaming"),
+        Implementation("SDPA over the window", window_alone, "streaming"),
+        *(Implementation(name, partial(masked_flex, backend=backend), "streaming") for name, backend in FLEX.items()),
+        *INSTALLED,
     )
 
     def work(self) -> Work:

@@ -7,6 +7,7 @@ from typing import Literal
 Mode = Literal["prefill", "decode", "training"]
 Pattern = Literal["uniform", "moh"]
 MODES: tuple[Mode, ...] = ("prefill", "training", "decode")
+SHORT = 2048  # queries of all sequences: launches may be most of the time of a prefill with no more
 TOKENS_OF_A_BATCH = 16384  # short sequences are batched up to this many tokens, as FlashAttention's benchmarks do
 
 
@@ -86,6 +87,11 @@ class Case:
         return " ".join(parts)
 
     @property
+    def is_short(self) -> bool:
+        """Whether it is a prefill that is measured with and without a CUDA graph."""
+        return self.mode == "prefill" and self.tokens * self.batch <= SHORT
+
+    @property
     def geometry(self) -> Shape:
         return SHAPES[self.shape]
 
@@ -98,6 +104,8 @@ ALL_ROUTED = Case("routed", "llama3_8b", 8192, active=1.0)
 ROUTED_DECODING = Case("routed", "mha", 16384, "decode", active=0.5, batch=8)
 ACT = Case("act", "llama3_8b", 8192)
 BLOCK_SPARSE = Case("block_sparse", "llama3_8b", 32768)
+ROUTED_SHORT = Case("routed", "llama3_8b", 1024, active=0.5)
+WINDOW_DECODING = Case("block_sparse", "llama3_8b", 16384, "decode", batch=8)
 GOALS = (
     ROUTED,
     ROUTED_TRAINING,
@@ -105,6 +113,8 @@ GOALS = (
     ROUTED_DECODING,
     ACT,
     BLOCK_SPARSE,
+    ROUTED_SHORT,
+    WINDOW_DECODING,
     Case("moh_attention", "llama3_8b", 8192, active=0.5, pattern="moh"),
     Case("moh_layer", "llama3_8b", 8192, active=0.5, pattern="moh"),
     Case("act_attention", "llama3_8b", 8192),

@@ -33,6 +33,8 @@ def to_markdown(report: Report) -> str:
             "",
         ]
     lines += ["## Goals", "", *goal_table(report.results), ""]
+    if report.conditions:
+        lines += ["## Clocks, power and temperature", "", *condition_table(report.conditions), ""]
     for op, title in OPERATIONS.items():
         rows = [row for row in report.results if row.case.op == op]
         if rows:
@@ -50,6 +52,14 @@ def goal_table(results: Sequence[Result]) -> Iterator[str]:
         yield f"| {verdict.goal} | {verdict.wanted} | {measured} | {'' if word == 'not measured' else word} |"
 
 
+def condition_table(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+    """What `nvidia-smi` told when cases began and ended."""
+    yield f"| {' | '.join(rows[0])} |"
+    yield "|" + "---|" * len(rows[0])
+    for row in rows:
+        yield f"| {' | '.join(row.values())} |"
+
+
 def result_table(rows: Sequence[Result]) -> Iterator[str]:
     """Rows of one operation, case by case."""
     yield (
@@ -63,7 +73,8 @@ def result_table(rows: Sequence[Result]) -> Iterator[str]:
 
 
 def _cells(row: Result, flash: float | None) -> Iterator[str]:
-    notes = [row.kernel, "CUDA graph" if row.graphed else ""]
+    graph = "" if row.graph_seconds is None else f"{row.graph_seconds * 1e3:.4g} ms in a CUDA graph"
+    notes = [row.kernel, row.dtype, "CUDA graph" if row.graphed else graph]
     if row.seconds is None or row.low is None or row.high is None:
         yield from [row.status, "", "", "", ""]
     else:

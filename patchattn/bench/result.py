@@ -18,6 +18,8 @@ class Result:
         status: whether it was measured, or why not; `reason` says more.
         seconds: median of one run, and its quartiles `low` and `high`, of so many `repeats`.
         graphed: a CUDA graph was replayed, so that launches cost nothing.
+        graph_seconds: median of one replay of a CUDA graph, where `seconds` are without: of short prefills.
+        dtype: of the output.
         peak_memory: bytes, operands among them; `None` on a CPU.
         useful_flops: of the case, in one run; what an implementation computes besides does not count.
         floor: seconds that the case takes at least on this device.
@@ -34,6 +36,8 @@ class Result:
     high: float | None = None
     repeats: int = 0
     graphed: bool = False
+    graph_seconds: float | None = None
+    dtype: str = ""
     peak_memory: int | None = None
     useful_flops: float | None = None
     floor: float | None = None

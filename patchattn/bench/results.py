@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,10 @@ from .ceilings import Ceilings
 from .goals import judged
 from .result import Result
 
-SCHEMA = 1
+SCHEMA = 2
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+# What of a machine may be another where a run is resumed.
+OF_A_CALL = ("date", "command", "resumed")
 
 
 @dataclass
@@ -28,6 +32,17 @@ class Report:
     machine: dict[str, str]
     ceilings: Ceilings | None = None
     results: list[Result] = field(default_factory=list)
+    conditions: list[dict[str, str]] = field(default_factory=list)
+
+    def finished(self, case: Case, names: Sequence[str]) -> bool:
+        """Whether a case has a result of each of these implementations, none of them cut off by a time limit."""
+        rows = {row.implementation: row.status for row in self.results if row.case == case}
+        return all(rows.get(name, "not run") != "not run" for name in names)
+
+    def without(self, case: Case) -> None:
+        """Forget the results of a case."""
+        self.results = [row for row in self.results if row.case != case]
+        self.conditions = [row for row in self.conditions if row["case"] != case.name]
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to JSON."""
@@ -42,6 +57,7 @@ class Report:
             "machine": self.machine,
             "ceilings": None if self.ceilings is None else asdict(self.ceilings),
             "goals": [asdict(verdict) for verdict in judged(self.results)],
+            "conditions": self.conditions,
             "results": rows,
         }
 
@@ -63,7 +79,26 @@ class Report:
                 case = {key: value for key, value in given.pop("case").items() if key != "name"}
                 results.append(Result(case=Case(**case), **given))
             ceilings = content["ceilings"]
-            return cls(content["machine"], None if ceilings is None else Ceilings(**ceilings), results)
+            ceilings = None if ceilings is None else Ceilings(**ceilings)
+            return cls(content["machine"], ceilings, results, content["conditions"])
+
+    @classmethod
+    def resumed(cls, path: Path, machine: dict[str, str]) -> Self:
+        """The report in a JSON file, to be gone on with on a machine.
+
+        Raises:
+            ValueError: it was measured on another device or with other versions, which one table cannot compare.
+        """
+        report = cls.read(path)
+        for name in (report.machine.keys() | machine.keys()) - set(OF_A_CALL):
+            before, now = report.machine.get(name), machine.get(name)
+            if before != now:
+                raise ValueError(
+                    f"{path} was measured with {name} {before}, and this is {name} {now}: no table compares the two. "
+                    "Give another --output, or leave out --resume to measure everything anew."
+                )
+        report.machine["resumed"] = machine["date"]
+        return report
 
     def write(self, path: Path) -> None:
         """To a JSON file, all at once: a run that is killed leaves the last whole one."""
@@ -90,6 +125,20 @@ def machine(device: torch.device, command: str) -> dict[str, str]:
     return facts
 
 
+def conditions(device: torch.device, case: Case, when: str) -> dict[str, str]:
+    """Clocks, power and temperature of a GPU `when` a case begins or ends; empty where `nvidia-smi` does not tell.
+
+    Args:
+        device: which.
+        case: which.
+        when: in words.
+    """
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    told = _query(device, ",".join(CLOCKS)).split(", ")
+    return {"case": case.name, "when": when, **dict(zip(CLOCKS, told, strict=True))} if len(told) == len(CLOCKS) else {}
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -100,5 +149,10 @@ def _version(package: str) -> str:
 def _driver(device: torch.device) -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return _query(device, "driver_version") or "unknown"
+
+
+def _query(device: torch.device, what: str) -> str:
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers are others where some devices are hidden
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={uuid}"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()

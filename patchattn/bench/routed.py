@@ -1,12 +1,14 @@
 """Routed attention (MoH): ours beside dense attention and the gate applied afterwards."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from patchattn_kernels import apply_head_gate, routed_attention
 
-from .attention import DENSE, AttentionProblem, dense, dense_under, flex, step
+from .attention import DENSE, FLEX, AttentionProblem, dense, dense_under, flex, step
+from .installed import INSTALLED
 from .problem import OURS, Implementation, Outcome, UnavailableError, Work
 
 
@@ -22,7 +24,7 @@ def afterwards(problem: "RoutedProblem") -> Callable[[], Outcome]:
     return step(o, lambda: apply_head_gate(dense(o).transpose(1, 2), o.given_gate).transpose(1, 2), gated=True)
 
 
-def masked_flex(problem: "RoutedProblem") -> Callable[[], Outcome]:
+def masked_flex(problem: "RoutedProblem", backend: str = "") -> Callable[[], Outcome]:
     """FlexAttention that sees no key for a pair that is not selected; the gate afterwards."""
     o = problem.operands
     if o.trains:
@@ -30,11 +32,13 @@ def masked_flex(problem: "RoutedProblem") -> Callable[[], Outcome]:
     gate, causal = o.given_gate.detach(), o.rule.causal
     selected = gate != 0
 
+    offset = o.key.shape[2] - o.query.shape[2]
+
     def visible(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = selected[b, row, h]
-        return seen & (key <= row) if causal else seen & (key >= 0)
+        return seen & (key <= row + offset) if causal else seen & (key >= 0)
 
-    attend = flex(o, visible, batch=o.query.shape[0], heads=o.query.shape[1])
+    attend = flex(o, visible, batch=o.query.shape[0], heads=o.query.shape[1], backend=backend)
     return step(o, lambda: apply_head_gate(attend().transpose(1, 2), gate).transpose(1, 2))
 
 
@@ -45,7 +49,8 @@ class RoutedProblem(AttentionProblem):
         Implementation("patchattn", ours, "gated", kernel="routed_attention", leeway=OURS),
         *map(dense_under, DENSE),
         Implementation("mask afterwards", afterwards, "gated"),
-        Implementation("FlexAttention", masked_flex, "gated"),
+        *(Implementation(name, partial(masked_flex, backend=backend), "gated") for name, backend in FLEX.items()),
+        *INSTALLED,
     )
 
     def work(self) -> Work:

@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 LEAST, MOST = 5, 200  # repeats
+ROUNDS = 5  # in which what is compared takes turns; no more than LEAST
 FLUSH = 2**28  # bytes, larger than the second-level cache of any GPU so far
 
 
@@ -73,21 +74,50 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 def measure(run: Callable[[], Any], watch: Stopwatch, *, seconds: float) -> Timing:
-    """Time a function.
+    """Time a function by itself; as `in_turn`, but for what it raises."""
+    (timing,) = in_turn([run], watch, seconds=seconds)
+    if isinstance(timing, Exception):
+        raise timing
+    return timing
 
-    The first run warms up, the next three tell how long one takes, and then as many are timed as fit into the time.
+
+def in_turn(runs: Sequence[Callable[[], Any]], watch: Stopwatch, *, seconds: float) -> list[Timing | Exception]:
+    """Time functions in turn, so that a device that grows warm or slow meets all of them.
+
+    The first run of each warms up, the next three tell how long one takes, and then as many are timed as fit into the
+    time, in ROUNDS rounds.
 
     Args:
-        run: what is timed.
+        runs: what is timed.
         watch: takes the times.
-        seconds: to spend on it, roughly; between LEAST and MOST runs are timed whatever it is.
+        seconds: to spend on each, roughly; between LEAST and MOST runs are timed whatever it is.
+
+    Returns:
+        Of each its times, or what it raised.
     """
-    watch.laps(run, 1)
-    once = statistics.median(watch.laps(run, 3))
-    count = min(MOST, max(LEAST, int(seconds / max(once, 1e-9))))
-    times = watch.laps(run, count)
+    times: list[list[float]] = [[] for _ in runs]
+    counts = [LEAST] * len(runs)
+    failures: dict[int, Exception] = {}
+    for number in range(ROUNDS + 1):
+        for place, run in enumerate(runs):
+            if place in failures:
+                continue
+            try:
+                if number == 0:
+                    watch.laps(run, 1)
+                    once = statistics.median(watch.laps(run, 3))
+                    counts[place] = min(MOST, max(LEAST, int(seconds / max(once, 1e-9))))
+                else:
+                    share = counts[place] * number // ROUNDS - counts[place] * (number - 1) // ROUNDS
+                    times[place] += watch.laps(run, share)
+            except Exception as error:
+                failures[place] = error
+    return [failures[place] if place in failures else _timing(each) for place, each in enumerate(times)]
+
+
+def _timing(times: list[float]) -> Timing:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(median, low, high, count)
+    return Timing(median, low, high, len(times))
 
 
 def as_graph(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from ..bench.plan import Step
     from ..bench.result import Result
     from ..bench.results import Report
 
@@ -32,11 +33,20 @@ def bench(
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which nothing more begins; 480 for goals, else none.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only what the goals of docs/performance.md compare: 8 minutes of a GPU.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the finished cases of the bench.json in the folder, run the others.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be run, and what it answers; needs no GPU.")
+    ] = False,
 ) -> None:
     """Time our operations beside dense, masked, FlexAttention and eager ones; nothing wrong is timed.
 
-    Every implementation is first compared with float64 on a slice of the very operands that are timed. Results are
-    written after every case, so that a run that is cut off keeps them.
+    Every implementation is first compared with float64 on a slice of the very operands that are timed. Those of a case
+    take turns. Results are written after every case, so that a run that is cut off keeps them; --resume goes on there.
     """
     import shlex
     import sys
@@ -44,33 +54,70 @@ def bench(
 
     import torch
 
-    from ..bench.cases import suite as cases_of
     from ..bench.ceilings import measure_ceilings
-    from ..bench.results import Report, machine
+    from ..bench.plan import plan
+    from ..bench.results import Report, conditions, machine
     from ..bench.runner import run_case
     from .devices import choose_device
 
-    cases = cases_of(suite, tuple(op or ()))
+    if quick and suite != "goals":
+        raise ValueError(
+            f"--quick is a part of the suite 'goals': it cannot be the suite {suite!r}. Give one of the two."
+        )
+    steps = plan("quick" if quick else suite, tuple(op or ()))
+    limit = 480.0 if time_limit is None and suite == "goals" else time_limit
+    console, began, file = Console(highlight=False), time.monotonic(), output / "bench.json"
+    resume = resume and file.exists()
+    if dry_run:
+        _list(console, steps, Report.read(file) if resume else Report({}), limit)
+        return
     chosen = choose_device(device)
     if suite != "smoke" and chosen.type == "cpu":
         raise ValueError(f"The suite {suite!r} needs a GPU, and the device is a CPU: choose --suite smoke.")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    facts = machine(chosen, shlex.join(["patchattn", *_arguments(sys.argv[1:])]))
+    report = Report.resumed(file, facts) if resume else Report(facts)
+    left = [step for step in steps if not report.finished(step.case, step.names)]
     output.mkdir(parents=True, exist_ok=True)
-    console, began = Console(highlight=False), time.monotonic()
-    limit = 480.0 if time_limit is None and suite == "goals" else time_limit
     end = float("inf") if limit is None else began + limit
-    report = Report(machine(chosen, shlex.join(["patchattn", *_arguments(sys.argv[1:])])))
-    report.ceilings = measure_ceilings(chosen, {case.dtype for case in cases}, seconds=min(seconds, 0.3))
-    for number, case in enumerate(cases, start=1):
+    dtypes = {step.case.dtype for step in left}
+    if report.ceilings is None or dtypes - report.ceilings.products.keys():
+        report.ceilings = measure_ceilings(chosen, dtypes, seconds=min(seconds, 0.3))
+    for number, (case, implementations, _) in enumerate(left, start=len(steps) - len(left) + 1):
         deadline = min(end, time.monotonic() + case_limit)
-        console.print(f"[bold]{number}/{len(cases)}[/] {case.name} ({time.monotonic() - began:.0f} s so far)")
-        for result in run_case(case, chosen, report.ceilings, seconds=seconds, deadline=deadline, tune=tune):
+        console.print(f"[bold]{number}/{len(steps)}[/] {case.name} ({time.monotonic() - began:.0f} s so far)")
+        report.without(case)
+        before = conditions(chosen, case, "before")
+        for result in run_case(
+            case,
+            chosen,
+            report.ceilings,
+            seconds=seconds,
+            deadline=deadline,
+            tune=tune,
+            implementations=implementations,
+        ):
             report.results.append(result)
             console.print(f"    {_line(result)}", markup=False, soft_wrap=True)
+        report.conditions += [told for told in (before, conditions(chosen, case, "after")) if told]
         write(report, output)
     draw(report, output)
     console.print(f"{time.monotonic() - began:.0f} s. Wrote {output}", soft_wrap=True)
+
+
+def _list(console: Console, steps: "list[Step]", report: "Report", limit: float | None) -> None:
+    """What would be run, beside what a report has."""
+    left = [step for step in steps if not report.finished(step.case, step.names)]
+    done = len(steps) - len(left)
+    for number, step in enumerate(left, start=done + 1):
+        text = f"{number}/{len(steps)} {step.case.name}: {', '.join(step.names)}"
+        console.print(text, markup=False, soft_wrap=True)
+        for goal in step.answers:
+            console.print(f"    answers: {goal}", markup=False, soft_wrap=True)
+    kept = f" {done} are finished and kept." if done else ""
+    until = "" if limit is None else f" Nothing begins after {limit:g} s."
+    console.print(f"{len(left)} cases.{kept}{until} Nothing was run.", markup=False, soft_wrap=True)
 
 
 def write(report: "Report", folder: Path) -> None:
@@ -102,4 +149,5 @@ def _line(result: "Result") -> str:
     memory = "" if result.peak_memory is None else f", {result.peak_memory / 2**20:.0f} MiB"
     kernel = f", {result.kernel}" if result.kernel else ""
     share = f"{result.share_of_ceiling:.0%} of the ceiling"
-    return f"{result.implementation}: {result.seconds * 1e3:.4g} ms, {share}{memory}{kernel}"
+    graph = "" if result.graph_seconds is None else f" ({result.graph_seconds * 1e3:.4g} in a CUDA graph)"
+    return f"{result.implementation}: {result.seconds * 1e3:.4g} ms{graph}, {share}{memory}{kernel}"
