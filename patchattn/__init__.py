@@ -87,6 +87,7 @@ offer(
             "decore": "decoding.decore",
             "duo": "eviction.duo",
             "flap": "pruning.flap.variant",
+            "fox": "biases.fox",
             "gated": "gating.gated",
             "gqa_convert": "grouping.gqa_convert",
             "h2o": "eviction.h2o",

@@ -58,6 +58,8 @@ def _of_pages(*names: str) -> dict[str, list[Refusal]]:
     return {name: [*found, slides] for name, found in _of_causal_selection(*names).items()}
 
 
+_CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
+
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("mswa", "power", "streaming"),
     **_of_pages("quest", "twilight"),
@@ -84,6 +86,8 @@ REFUSALS: dict[str, list[Refusal]] = {
             2,
         ),
     ],
+    "fox": [*_of_causal_selection("fox")["fox"], *_CAPPED],
+    "sink": _CAPPED,
     "gqa_convert": [
         _of(
             FAMILIES.keys() - {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss"},

@@ -19,6 +19,7 @@ SHIPPED = [
     "decore",
     "duo",
     "flap",
+    "fox",
     "gated",
     "gqa_convert",
     "h2o",

@@ -118,3 +118,8 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+
+
+def causal_sites(model: nn.Module, sites: Iterable[AttentionSite]) -> list[AttentionSite]:
+    """Those of some attention modules that are causal self-attention, as transformers asks."""
+    return [site for site in sites if not site.is_cross and getattr(model.get_submodule(site.name), "is_causal", True)]

@@ -1,1 +1,1 @@
-"""What stands in the softmax and right behind it: slots, gates."""
+"""What stands in the softmax and right behind it: slots, biases of keys, gates."""

@@ -9,15 +9,24 @@ from ..core.call import AttentionCall
 from ..core.variant import Attend, AttentionOutput
 
 
-def parts(number: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+def parts(number: torch.Tensor, dtype: torch.dtype, most: int = 2) -> list[torch.Tensor]:
     """A tensor as a sum of tensors of a dtype: one where that holds its numbers, else the rounded one and what is left.
 
     The gradient passes through the first part alone, whose rounding is the identity to it.
+
+    Args:
+        number: it.
+        dtype: of the parts.
+        most: how many of them; two keep 16 bits in bfloat16, three all of float32.
     """
-    high = number.to(dtype)
+    found = [number.to(dtype)]
     if torch.finfo(dtype).bits >= torch.finfo(number.dtype).bits:
-        return [high]
-    return [high, (number - high.to(number.dtype)).to(dtype).detach()]
+        return found
+    left = number.detach()
+    for _ in range(most - 1):
+        left = left - found[-1].detach().to(number.dtype)
+        found.append(left.to(dtype))
+    return found
 
 
 def attend_wider(

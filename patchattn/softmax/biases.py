@@ -1,0 +1,48 @@
+"""Biases of keys: numbers added to the logits of a key, whoever looks at it."""
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+
+from ..core.call import AttentionCall
+from ..core.variant import Attend, AttentionOutput, Variant
+from .channels import attend_wider, parts
+
+_STEP = 64.0  # of queries: keys hold that much less, so that float16 has room
+
+
+class KeyBiasVariant(Variant):
+    """A variant that adds a number to the logit of each key, by query head.
+
+    It is made by extra channels, of which every query head has its own, so that every base implementation computes it,
+    without an `(N, N)` mask. Register it as `innermost`: what came after would take the channels for those of the
+    model; and without `softcap`, which would bend it.
+    """
+
+    def key_bias(self, call: AttentionCall) -> torch.Tensor:
+        """`(B or 1, H, Tk)` float32 or wider; it is not scaled. What all keys have in common changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must define key_bias(call).")
+
+    @final
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        bias = self.key_bias(call) / (_STEP * call.scaling)
+        heads, groups = call.query.shape[1], call.key.shape[1]
+        of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)
+        pieces = parts(of_group, call.key.dtype, most=3)
+        own = torch.eye(heads // groups, dtype=call.query.dtype, device=call.query.device) * _STEP
+        of_query = own.repeat(groups, len(pieces))[None, :, None]
+        return attend_wider(call, of_query, torch.cat(pieces, dim=-1), inner)
+
+
+def running_sum(past: torch.Tensor, new: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Sums over all keys so far `(B, h, Tk)`, of those of earlier keys and what new ones add.
+
+    Args:
+        past: `(B, h, Tk)` of earlier keys; anything from the first new key on.
+        new: `(B, h, Tq)` what each new key adds.
+        first: number of the first new key among all.
+    """
+    before = F.pad(past, (1, 0)).index_select(-1, first.reshape(1))  # 0 in front of the first key
+    where = first + torch.arange(new.shape[-1], device=new.device)
+    return past.index_copy(-1, where, before + new.cumsum(-1))

@@ -1,0 +1,130 @@
+"""FoX, the Forgetting Transformer: every token makes all heads forget some of what came before. arXiv 2503.02130."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.call import AttentionCall
+from ...core.registry import register_variant
+from ...core.selection import causal_sites
+from ...core.settings import option
+from ...core.sites import AttentionSite
+from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
+from ...softmax.biases import KeyBiasVariant, running_sum
+
+_OWNER = "fox"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoxConfig(VariantConfig):
+    """Settings of FoX; every field is described by `patchattn info fox`."""
+
+    scaled: bool = option(
+        True,
+        help="Multiply log f by a learned number per head that starts at 0: exactly the model. False is the paper's "
+        "gate, which forgets at once.",
+        source="ours, for pretrained models; the paper trains from scratch",
+    )
+    initial_bias: float = option(
+        0.0,
+        help="Start of the gates' biases: the larger, the less is forgotten.",
+        source="released code",
+        minimum=-100.0,
+        maximum=100.0,
+    )
+    initial_std: float = option(
+        0.02,
+        help="Standard deviation of the gates' weights at the start.",
+        source="released code",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
+class Fox(KeyBiasVariant):
+    """Attention with logits `s_ij + sum of log f_l over j < l <= i`, `log f = -a softplus(-(w x + b))` per head.
+
+    x is the layer's input. As softmax ignores what all keys of a row have in common, this is a bias of keys alone: the
+    negative sum of log f up to each. That is remembered per key, in float32.
+    """
+
+    config_class = FoxConfig
+    config: FoxConfig
+
+    def __init__(self, config: FoxConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        heads, width = (site.require(fact, by="FoX") for fact in ("query_heads", "input_size"))
+        self.weight = nn.Parameter(torch.empty(heads, width).normal_(std=config.initial_std))
+        self.bias = nn.Parameter(torch.full((heads,), float(config.initial_bias)))
+        self.scale = nn.Parameter(torch.zeros(heads)) if config.scaled else None
+
+    @classmethod
+    def fit(
+        cls, config: FoxConfig, model: nn.Module, sites: Sequence[AttentionSite]
+    ) -> tuple[FoxConfig, Sequence[AttentionSite]]:
+        causal = causal_sites(model, sites)
+        if not causal:
+            raise NotImplementedError(
+                "FoX does not support bidirectional or cross: it says what is forgotten between a token and a later "
+                f"one, and none of the chosen attention modules of {type(model).__name__} is causal self-attention."
+            )
+        return config, causal
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"scaled": True}
+
+    @property
+    def needs_context(self) -> bool:
+        return True
+
+    @property
+    def keeps_state(self) -> bool:
+        return True
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def key_bias(self, call: AttentionCall) -> torch.Tensor:
+        forgotten = self.log_forget(call)
+        self.report(call, forget=forgotten.exp().transpose(1, 2))
+        context, keys = call.context, call.key.shape[2]
+        state = context.sequence_state(_OWNER)
+        past = None if state is None else state.per_key.get("sum")
+        if past is None:
+            past = forgotten.new_zeros(*forgotten.shape[:2], keys)
+        own = context.own_key()
+        first = torch.as_tensor(0 if own is None else own, device=past.device)
+        total = running_sum(past.to(forgotten.dtype), forgotten, first)
+        if state is not None:
+            state.write("sum", total, per_key=True)
+        return total.index_select(-1, (first + forgotten.shape[-1] - 1).reshape(1)) - total
+
+    def log_forget(self, call: AttentionCall) -> torch.Tensor:
+        """`(B, H, Tq)` float32 or wider."""
+        states = call.context.layer_input()
+        opening = nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        opening = opening.to(torch.promote_types(opening.dtype, torch.float32)).transpose(1, 2)
+        forgotten = nn.functional.logsigmoid(opening)
+        return forgotten if self.scale is None else forgotten * self.scale.to(forgotten.dtype)[:, None]
+
+
+register_variant(
+    VariantInfo(
+        name="fox",
+        variant=Fox,
+        title="Forgetting Transformer: Softmax Attention with a Forget Gate",
+        arxiv_id="2503.02130",
+        year=2025,
+        code="https://github.com/zhixuan-lin/forgetting-transformer",
+        summary="Every token lets heads forget some of what came before it.",
+        extra_parameters="the layer's width and two values per query head and layer",
+        needs_training=True,
+        innermost=True,
+        capabilities=ALL_CAPABILITIES - {"bidirectional", "cross", "softcap"},
+        examples=({}, {"scaled": False}),
+    )
+)
