@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from patchattn.core.given import read_mask
 from patchattn.core.mask import Mask
+from patchattn.core.ranks import Told
 from patchattn_kernels import AttentionRule, block_sparse_attention, lists_from_mask, sink_and_recent
 
 from .mask_tables import CPU, GROUPS, HEADS, Case, Table, case, cases, places, steps, whole
@@ -178,12 +179,13 @@ def test_ranks_in_a_static_cache_count_to_the_own_key(rows: int, told: bool) -> 
 
 
 def test_ranks_count_what_a_window_hides_and_what_has_left_the_cache() -> None:
-    """One row, window 3: keys 6, 7 and 8 of nine are seen, and they are not the first ones."""
+    """One row, window 3: keys 6, 7 and 8 of nine are seen, and they are not the first ones; all are text."""
     seen = torch.zeros(1, 1, 1, 9).bool()
     seen[..., 6:] = True
-    mask = read_mask(seen, form="bool", meaning="causal", window=3, own=8, **sizes(1, 9))
+    mask = read_mask(seen, form="bool", meaning="causal", window=3, own=8, told=Told("all"), **sizes(1, 9))
     assert mask.key_order().tolist() == [[list(range(1, 10))]]
-    left = read_mask(seen[..., 6:], form="bool", meaning="causal", window=3, own=2, dropped=6, **sizes(1, 3))
+    how: dict[str, Any] = {"form": "bool", "meaning": "causal", "told": Told("all")}
+    left = read_mask(seen[..., 6:], window=3, own=2, dropped=6, **how, **sizes(1, 3))
     assert left.key_order().tolist() == [[[7, 8, 9]]]
     assert left.row_order().tolist() == [[9]]
     for one in (mask, left):

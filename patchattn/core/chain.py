@@ -302,6 +302,7 @@ def attention_call(
         window=kwargs.get("sliding_window"),
         own=context.own_key() if columns is None else keys - query.shape[2],
         dropped=context.dropped() if columns is None else 0,
+        told=context.told(),
         device=query.device,
         dtype=query.dtype,
     )

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from . import ranks
 from .mask import Form, Mask
 
 # Without a mask: no later key, aligned to the first key; every key; as flash attention.
@@ -28,6 +29,7 @@ def read_mask(
     sequence: torch.Tensor | None = None,
     own: int | torch.Tensor | None = None,
     dropped: int | None = 0,
+    told: ranks.Told = ranks.NOTHING_TOLD,
 ) -> Mask:
     """The mask of a call.
 
@@ -48,6 +50,7 @@ def read_mask(
         sequence: `(Tk,)` number of the packed sequence each token is of (flash attention).
         own: place of the first query's own key, where a kv cache tells it.
         dropped: keys that the cache has let go of before the first one; `None`: not known.
+        told: what the model was told of its tokens.
     """
     if own is None and not is_cross and queries == keys:
         own = 0
@@ -73,6 +76,11 @@ def read_mask(
             f"Masks of type {type(given).__name__} and shape {shape} are not known, for {queries} queries and {keys} "
             "keys."
         )
+    sizes = {"batch": batch, "dropped": dropped or 0, "queries": queries, "keys": keys}
+    text, restarts = ranks.fitting(ranks.NOTHING_TOLD if is_cross else told, own=own, **sizes)
+    is_known, pairs = ranks.is_known(text), said.get("pairs")
+    # A cache that lets go of what no query sees keeps fewer keys than this.
+    unsure = pairs is not None and window is not None and not is_known and not is_cross and keys - queries >= window
     return Mask(
         given=given,
         form=form,
@@ -85,7 +93,10 @@ def read_mask(
         dtype=dtype,
         is_cross=is_cross,
         dropped=dropped or 0,
-        uncounted=dropped is None,
+        text=text,
+        restarts=restarts,
+        unsure=unsure,
+        uncounted=dropped is None or unsure or (dropped > 0 and not is_known),
         **said,
     )
 

@@ -9,6 +9,8 @@ from patchattn_kernels import BlockLists, SinkAndRecent
 from patchattn_kernels.block_lists import check_counted, mask_from_lists
 from patchattn_kernels.block_sparse_attention_cpu import kept
 
+from . import ranks
+
 Keep = torch.Tensor | SinkAndRecent | BlockLists
 # In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module.
 
@@ -58,17 +60,10 @@ def as_mask(keep: Keep, mask: Any) -> torch.Tensor:
         row, key = (torch.arange(size, device=blocks.device) for size in (mask.queries, mask.keys))
         return blocks[:, :, row // keep.block_q][..., key // keep.block_k]
     check_counted(keep, uncounted=mask.uncounted)
-    order = of_query_heads(mask.key_order(), mask.heads)
-    place = order if mask.sequence is None else of_query_heads(_in_sequence(mask, mask.sequence), mask.heads)
-    return kept(keep.sinks, keep.recent, order, place, mask.row_order())
-
-
-def _in_sequence(mask: Any, sequence: torch.Tensor) -> torch.Tensor:
-    """`(B or 1, 1 or Hkv, Tk)` ranks counted from the start of each key's packed sequence."""
-    start = torch.searchsorted(sequence, sequence)[None, None]  # all columns of a packed row are real
-    if mask.index is not None:
-        start = start.expand(*mask.index.shape[:2], -1).gather(-1, mask.index.clamp(min=0))
-    return mask.key_order() - F.pad(start, (mask.extra, 0))
+    order, place = (
+        of_query_heads(mask._by_key(by_column), mask.heads) for by_column in (ranks.order(mask), ranks.places(mask))
+    )
+    return kept(keep.sinks, keep.recent, order, place, mask._by_row(ranks.order(mask)))
 
 
 def gathered(keep: Keep, index: torch.Tensor, mask: Any) -> Keep:

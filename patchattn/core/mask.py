@@ -11,8 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from patchattn_kernels import AttentionRule, SinkAndRecent
 from patchattn_kernels.rows import seen_by
 
-from . import keeping, rendering
+from . import keeping, ranks, rendering
 from .keeping import Keep as Keep
+from .ranks import Text
 
 Form = Literal["bool", "added", "tokens", "blocks"]
 
@@ -42,7 +43,12 @@ class Mask:
         own: column of the first query's own key; of every query's `(B or 1, Tq)`; or `None`: not told.
         is_cross: keys are of another sequence than queries.
         dropped: columns before the first key, which are in the cache no longer.
-        uncounted: whether there may be more of those, of which nobody knows; sinks are then refused.
+        text: which of all columns are text, those that were dropped included, as the model was told.
+        unsure: whether columns that a window hides from all queries may be padding, of which nobody told.
+        uncounted: whether nobody knows how many real ones came before the others; sinks and ranks are then refused.
+        restarts: where a dense mask may begin a text behind another: anywhere, nowhere, or `(B or 1, Tq)` bool at which
+            queries.
+        starts: `(B or 1, columns)` bool: where it does, if it is of some rows of a dense mask.
         index: `(B or 1, 1 or Hkv, Tk)` column of each key, ascending, -1 of empty slots, which come first; `None`: key
             j is column `dropped + j`. A head dimension of 1 says "the same in all heads".
         has_empty: whether there are empty slots; true where that is not known on the host.
@@ -69,7 +75,11 @@ class Mask:
     own: int | torch.Tensor | None = None
     is_cross: bool = False
     dropped: int = 0
+    text: Text = "unknown"
+    unsure: bool = False
     uncounted: bool = False
+    restarts: torch.Tensor | bool = True
+    starts: torch.Tensor | None = None
     index: torch.Tensor | None = None
     has_empty: bool = False
     extra: int = 0
@@ -101,14 +111,14 @@ class Mask:
         if self.pairs is not None or self.index is not None or self.keeps:
             return self.seen().sum(-1).transpose(1, 2).squeeze(-1)
         if self.sequence is not None:
-            own = self._own_columns()
+            own = ranks.own(self)
             of_own = self.sequence[own]
             first, end = (torch.searchsorted(self.sequence, of_own, right=right) for right in (False, True))
             order, total = own - first + 1, end - first
         else:
-            real, size = self.real_columns, self.columns - self.dropped
-            total = torch.full((1, 1), size, device=self.device) if real is None else real.sum(-1, keepdim=True)
-            order = self.row_order() - self.dropped if self.causal or self.window is not None else total
+            real = ranks.real(self).long()
+            total = real.sum(-1, keepdim=True)
+            order = self._by_row(real.cumsum(-1)) if self.causal or self.window is not None else total
             order = order.expand(-1, self.queries)
         counts = order if self.causal else total.expand_as(order)
         if self.window is not None:
@@ -121,46 +131,49 @@ class Mask:
         A token is padding if it does not see itself, in any head. Where it is not known which key is its own, and in
         cross attention, it is if it sees nothing, as on the left of a padded prompt.
         """
-        if self.fault is not None or (self.is_cross and self.pairs is None):
-            return torch.ones(1, self.queries, dtype=torch.bool, device=self.device)
-        if self.pairs is None:
-            own = self._own_columns() if self.own is not None else None
-            real = self._real_columns
-            return real[:, -1:].expand(-1, self.queries) if own is None else _taken(real, own)
-        visible = seen_by(self._pairs()).any(dim=1)
-        if self.is_cross or self.own is None:
-            return visible.any(-1)
-        own = self._own_columns().expand(len(visible), -1)
-        return visible.gather(-1, own[..., None]).squeeze(-1)
+        return ranks.real_rows(self)
 
     def real_keys(self) -> torch.Tensor:
         """`(B or 1, 1 or Hkv, Tk)` bool: which keys are text: no padding, no slot that is empty or not filled yet.
 
         In front of them come the extra keys, which are.
+
+        Raises:
+            NotImplementedError: of keys that a window hides from all queries it is not known.
         """
-        real = self._real_columns
-        found = real[:, None] if self.index is None else self._of_keys(real, self.index) & (self.index >= 0)
-        return F.pad(found, (self.extra, 0), value=True)
+        ranks.refuse_uncounted(self, keys=True)
+        return F.pad(self._real_keys(), (self.extra, 0), value=True)
 
     def key_order(self) -> torch.Tensor:
         """`(B or 1, 1 or Hkv, Tk)` int: rank of each key among all real ones there ever were, the first is 1.
 
         Of what is not real, that of the last real key before it; 0 of empty slots and of extra keys. With a dense mask
-        the real ones are those that some query of the call sees, and those that a window hides from all.
+        the real ones are those that some query of the call sees, and the earlier ones that the model was told are text.
+
+        Raises:
+            NotImplementedError: it is not known how many there were (`uncounted`).
         """
-        order = self._real_columns.long().cumsum(-1) + self.dropped
-        order = (
-            order[:, None] if self.index is None else self._of_keys(order, self.index).masked_fill(self.index < 0, 0)
-        )
-        return F.pad(order, (self.extra, 0))
+        ranks.refuse_uncounted(self)
+        return self._by_key(ranks.order(self))
+
+    def key_places(self) -> torch.Tensor:
+        """The same from the start of each key's own text, where a row holds several: for sinks, numbers of tokens."""
+        ranks.refuse_uncounted(self)
+        return self._by_key(ranks.places(self))
 
     def row_order(self) -> torch.Tensor:
         """`(B or 1, Tq)` int: rank of each query's own key among all real ones there ever were.
 
         Raises:
-            NotImplementedError: a query has no key of its own, or it is not known which.
+            NotImplementedError: a query has no key of its own, or it is not known which; or as `key_order`.
         """
-        return _taken(self._real_columns.long().cumsum(-1), self._own_columns()) + self.dropped
+        ranks.refuse_uncounted(self)
+        return self._by_row(ranks.order(self))
+
+    def row_places(self) -> torch.Tensor:
+        """The same from the start of each query's own text; raises as `row_order`."""
+        ranks.refuse_uncounted(self)
+        return self._by_row(ranks.places(self))
 
     # --- other masks --------------------------------------------------------------------------------------------------
 
@@ -228,8 +241,10 @@ class Mask:
             self,
             pairs=pairs,
             queries=rows.shape[-1],
-            real_columns=self.real_columns if self.pairs is None else self._real_columns,
-            own=None if self.own is None and not self._knows_own else _taken(self._own_columns(), rows),
+            real_columns=self.real_columns if pairs is None else ranks.real(self),
+            starts=None if pairs is None else ranks.starts(self),
+            restarts=False,
+            own=None if self.own is None and not self._knows_own else ranks.taken(ranks.own(self), rows),
             keeps=tuple(keeping.of_rows(keep, rows, self) for keep in self.keeps),
             changed=True,
         )
@@ -247,7 +262,7 @@ class Mask:
         return replace(
             self,
             pairs=pairs,
-            real_columns=self._real_columns if per_head else self.real_columns,
+            real_columns=ranks.real(self) if per_head else self.real_columns,
             index=index,
             heads=len(chosen),
             keeps=tuple(keeping.of_heads(keep, chosen, self) for keep in self.keeps),
@@ -331,39 +346,40 @@ class Mask:
             if self.index is not None and self.has_empty:
                 seen = seen & keeping.of_query_heads(self.index >= 0, self.heads)[:, :, None]
             return F.pad(seen, (self.extra, 0), value=True)
-        bare = replace(self, extra=0)
-        seen = bare.real_keys()[:, :, None].expand(-1, -1, self.queries, -1)
+        seen = self._real_keys()[:, :, None].expand(-1, -1, self.queries, -1)
         if self.causal or self.sequence is not None:
             size = self.columns - self.dropped
             key = torch.arange(size, device=self.device)[None, None] if self.index is None else self._places(self.index)
-            own = self._own_columns()
+            own = ranks.own(self)
             if self.causal:
                 seen = seen & (key[:, :, None] <= own[:, None, :, None])
             if self.sequence is not None:
                 seen = seen & (self.sequence[own][:, None, :, None] == self.sequence[key][:, :, None])
         if self.window is not None:
-            away = self.row_order()[:, None, :, None] - bare.key_order()[:, :, None]
+            order = ranks.order(self)
+            away = self._by_row(order)[:, None, :, None] - self._by_key(order)[:, :, None, self.extra :]
             seen = seen & (away.abs() < self.window)
         return F.pad(keeping.of_query_heads(seen, self.heads), (self.extra, 0), value=True)
 
-    @property
-    def _real_columns(self) -> torch.Tensor:
-        """`(B or 1, columns)` bool: columns that are text, as far as is known."""
-        if self.real_columns is not None:
-            return self.real_columns
-        if "real" not in self._memo:
-            self._memo["real"] = self._found_real()
-        return self._memo["real"]
+    def _real_keys(self) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` bool: which keys are text, as far as is known; without the extra ones."""
+        real = ranks.real(self)
+        return real[:, None] if self.index is None else self._of_keys(real, self.index) & (self.index >= 0)
 
-    def _found_real(self) -> torch.Tensor:
-        size = self.columns - self.dropped
-        if self.pairs is None:
-            return torch.ones(1, size, dtype=torch.bool, device=self.device)
-        real = seen_by(self._pairs()).flatten(1, 2).any(dim=1)
-        if self.window is None or not self._window_hides:
-            return real
-        key = torch.arange(size, device=self.device)  # what the window hides from all queries may well be text
-        return real | (key <= self._own_columns()[:, :1] - self.window)
+    def _by_key(self, columns: torch.Tensor) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` numbers by column `(B or 1, columns)` by key: 0 of empty slots and of extra keys."""
+        index = self.index
+        found = columns[:, None] if index is None else self._of_keys(columns, index).masked_fill(index < 0, 0)
+        return F.pad(found, (self.extra, 0))
+
+    def _by_row(self, columns: torch.Tensor) -> torch.Tensor:
+        """`(B or 1, Tq)` of what is said by column, `(B or 1, columns)`: that of each query's own."""
+        return ranks.taken(columns, ranks.own(self))
+
+    @property
+    def _has_past(self) -> bool:
+        """Whether a dense mask has columns before the first query's own, as far as the host knows."""
+        return self._knows_own and not (isinstance(self.own, int) and self.own <= 0)
 
     @property
     def _window_hides(self) -> bool:
@@ -375,25 +391,3 @@ class Mask:
     @property
     def _knows_own(self) -> bool:
         return self.own is not None or (self.causal and not self.is_cross)
-
-    def _own_columns(self) -> torch.Tensor:
-        """`(B or 1, Tq)` place of each query's own key on the axis of a dense mask.
-
-        Where nobody told, the last row of a causal mask ends at its own.
-        """
-        if isinstance(self.own, torch.Tensor) and self.own.dim() == 2:
-            return self.own
-        rows = torch.arange(self.queries, device=self.device)[None]
-        if self.own is not None:
-            return rows + self.own
-        if self.is_cross or not self.causal or self.pairs is None:
-            raise NotImplementedError("It is not known which keys are those of the queries' own tokens.")
-        last = seen_by(self._pairs()[:, :, -1]).flatten(0, 1).any(dim=0)
-        end = last.shape[-1] - last.to(torch.uint8).flip(-1).argmax(-1)
-        return (rows + end - self.queries).clamp(min=0)
-
-
-def _taken(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """`(B or 1, K)` entries of `(B or 1, N)` at `(B or 1, K)`."""
-    batch = max(len(tensor), len(places))
-    return tensor.expand(batch, -1).gather(-1, places.expand(batch, -1).to(tensor.device))

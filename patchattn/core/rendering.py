@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from patchattn_kernels import SinkAndRecent
 from patchattn_kernels.block_lists import check_counted
 
-from . import keeping
+from . import keeping, ranks
 
 # In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module.
 
@@ -72,18 +73,22 @@ def _blocks(mask: Any) -> BlockMask:
         raise _refused("flex attention", "some rows of a call")
     conditions: list[Any] = []
     window = mask.window if mask.pairs is None else None
-    order = own = None
+    order = own = place = None
     if window is not None or any(isinstance(keep, SinkAndRecent) for keep in mask.keeps):
-        order, own = mask.key_order()[:, 0].expand(mask.batch, -1), mask.row_order().expand(mask.batch, -1)
+        order, place = (
+            mask._by_key(by_column)[:, 0].expand(mask.batch, -1)
+            for by_column in (ranks.order(mask), ranks.places(mask))
+        )
+        own = mask._by_row(ranks.order(mask)).expand(mask.batch, -1)
     for keep in mask.keeps:
         if isinstance(keep, SinkAndRecent):
             check_counted(keep, uncounted=mask.uncounted)
 
             limits = keep.recent.expand(mask.heads), keep.sinks.expand(mask.heads)
 
-            def near(b: Any, h: Any, i: Any, j: Any, limits: Any = limits, order: Any = order, own: Any = own) -> Any:
-                recent, sinks = limits
-                return ((own[b, i] - order[b, j]).abs() < recent[h]) | (order[b, j] <= sinks[h])
+            def near(b: Any, h: Any, i: Any, j: Any, limits: Any = limits, known: Any = (order, place, own)) -> Any:
+                (recent, sinks), (order, place, own) = limits, known
+                return ((own[b, i] - order[b, j]).abs() < recent[h]) | (place[b, j] <= sinks[h])
 
             conditions.append(near)
             continue
@@ -96,7 +101,9 @@ def _blocks(mask: Any) -> BlockMask:
             return of_keys[b, j]
 
         conditions.append(among)
-    real = mask.real_keys()[:, 0].expand(mask.batch, -1) if mask.has_empty else None
+    real = (
+        F.pad(mask._real_keys(), (mask.extra, 0), value=True)[:, 0].expand(mask.batch, -1) if mask.has_empty else None
+    )
     column = None if mask.index is None else (mask.index[:, 0] - mask.dropped).clamp(min=0).expand(mask.batch, -1)
     inner, extra = (None if mask.pairs is None else mask.pairs.mask_mod), mask.extra
 
@@ -141,9 +148,19 @@ def structure(mask: Any) -> dict[str, Any]:
         found["offset"] = own
     # One row ends at the last real key, and without a window the keys that it sees are all real ones.
     by_mask = told and (own is not None or mask.queries == 1 or not mask._knows_own)
-    if mask.dropped or not by_mask or (mask.pairs is not None and mask._window_hides):
-        found |= {"order": mask.key_order(), "own": mask.row_order()}
+    hides = mask.pairs is not None and (mask._window_hides or (mask._has_past and ranks.is_known(mask.text)))
+    if mask.dropped or not by_mask or hides:
+        found |= _ranks(mask)
+    elif mask.pairs is not None and ranks.starts(mask) is not None:
+        found["place"] = mask._by_key(ranks.places(mask))
     return {**found, "uncounted": mask.uncounted}
+
+
+def _ranks(mask: Any) -> dict[str, Any]:
+    """Of keys and of the queries' own, among all there ever were, those that were dropped included."""
+    order = ranks.order(mask)
+    found = {"order": mask._by_key(order), "own": mask._by_row(order)}
+    return found if ranks.starts(mask) is None else {**found, "place": mask._by_key(ranks.places(mask))}
 
 
 def _gathered(mask: Any) -> dict[str, Any]:
@@ -152,10 +169,11 @@ def _gathered(mask: Any) -> dict[str, Any]:
         seen = torch.where(seen, added, torch.finfo(added.dtype).min)
     elif mask.queries == 1 and seen.shape[1] == 1:  # by key alone, which kernels read faster
         seen = seen[:, 0, 0]
-    ranks = {}
+    known = {}
     if mask._knows_own:
-        ranks = {"order": keeping.of_query_heads(mask.key_order(), mask.heads), "own": mask.row_order()}
-    return {"mask": seen, **ranks, "uncounted": mask.uncounted}
+        known = _ranks(mask)
+        known |= {name: keeping.of_query_heads(known[name], mask.heads) for name in known.keys() - {"own"}}
+    return {"mask": seen, **known, "uncounted": mask.uncounted}
 
 
 def _refused(base: str, what: str) -> NotImplementedError:

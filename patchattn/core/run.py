@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .ranks import Told
+
 RUN = "patchattn_run"
 RESIDUAL = "residual"
 _local = threading.local()  # .run: the innermost one of this thread
@@ -28,6 +30,7 @@ class ModelRun:
             attention, such as which tokens are image tokens, or the residual stream.
         branch: which branch of a decoding variant: 0 is the model itself, branches are counted from 1.
         asked: in a branch, the logits of so many last tokens are asked for; 0: of all, or of chosen ones.
+        told: what the modules that make masks were told of the tokens, innermost last.
         notes: what a mechanism keeps from one of its hooks to the next, by its name.
     """
 
@@ -35,6 +38,7 @@ class ModelRun:
     facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     branch: int = 0
     asked: int = 0
+    told: tuple[Told, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
     def handed_down(self, facts: Mapping[str, torch.Tensor]) -> "ModelRun":
@@ -69,7 +73,21 @@ def end_run(*notes: str) -> None:
     run.token_ids = None
     for name in notes:
         run.notes.pop(name, None)
-    if not run.notes:
+    if not run.notes and not run.told:
+        _local.run = None
+
+
+def note_told(told: Told) -> None:
+    """A module that makes masks begins, and was told that."""
+    run = current_run()
+    run.told = (*run.told, told)
+
+
+def forget_told() -> None:
+    """It ends."""
+    run = current_run()
+    run.told = run.told[:-1]
+    if not run.told and not run.notes and run.token_ids is None and not run.branch:
         _local.run = None
 
 

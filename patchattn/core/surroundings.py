@@ -11,6 +11,7 @@ from transformers import Cache
 from ..cache.state import SequenceState, in_slots
 from ..cache.tracked import TrackedLayer, sequence_state, track
 from .given import key_length, read_mask, real_tokens
+from .ranks import NOTHING_TOLD, Told
 from .run import RESIDUAL, run_of
 from .sites import AttentionSite
 
@@ -49,6 +50,7 @@ class LayerContext:
         raw_query: the query before its norm, as the norm got it; `None` in a family without one.
         tap: stands between the module and its cache where a variant changes what is stored.
         rows_done: query rows attended so far, where a module attends in chunks.
+        told: what the module that made the mask was told of its tokens.
     """
 
     module: nn.Module
@@ -60,6 +62,7 @@ class LayerContext:
     raw_query: torch.Tensor | None = None
     tap: Tap | None = None
     rows_done: int = 0
+    told: Told = NOTHING_TOLD
 
     def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
         """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.
@@ -265,6 +268,10 @@ class Surroundings:
         if layer is None or self.site.is_cross or in_slots(layer):
             return 0
         return max(0, int(layer.get_seq_length()) - self.key.shape[2])
+
+    def told(self) -> Told:
+        """What the model was told of its tokens, as far as is known."""
+        return NOTHING_TOLD if self.layer is None else self.layer.told
 
     def _cache_layer(self) -> Any:
         layer: Any = None if self.layer is None or self.layer.tap is None else self.layer.tap.layer

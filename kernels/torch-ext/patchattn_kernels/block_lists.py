@@ -12,6 +12,12 @@ import torch.nn.functional as F
 from .rows import AttentionRule, with_heads
 
 UNBOUNDED = 2**30  # as a number of keys: all of them
+UNCOUNTED = (
+    "It is not known how many real keys came before those that these queries see: a sliding window hides them, or its "
+    "kv cache has let go of them, and nobody told which of them were padding. A variant that counts keys from the "
+    "first one, as sinks are, must say keeps_state; and the whole model must be given a mask of tokens (B, T), or "
+    "none, and no masks that are made already, such as those of generate with a static cache."
+)
 
 
 class SinkAndRecent(NamedTuple):
@@ -136,10 +142,7 @@ def key_order(rule: AttentionRule, queries: int, keys: int, device: torch.device
 def check_counted(keep: SinkAndRecent, *, uncounted: bool) -> None:
     """NotImplementedError where first keys are asked for and it is not known which ones are."""
     if uncounted and keep.most_sinks:
-        raise NotImplementedError(
-            "It is not known how many keys a sliding kv cache has let go of, so that none of them is known to be among "
-            "the first: a variant that counts sinks must say keeps_state."
-        )
+        raise NotImplementedError(UNCOUNTED)
 
 
 def ranks(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,6 +151,16 @@ def ranks(rule: AttentionRule, queries: int, keys: int, device: torch.device) ->
         return rule.order, rule.own
     order = key_order(rule, queries, keys, device)
     return order[:, None], order[:, own_keys(rule, queries, keys, device)[0, 0]]
+
+
+def sequence_order(rule: AttentionRule, order: torch.Tensor) -> torch.Tensor:
+    """Ranks `(B or 1, H or 1, Tk)` counted from the start of each key's sequence on."""
+    if rule.place is not None:
+        return rule.place
+    if rule.sequence is None:
+        return order
+    start = torch.searchsorted(rule.sequence, rule.sequence)  # sequences lie one after the other
+    return order - F.pad(order, (1, 0))[..., start]
 
 
 def own_keys(rule: AttentionRule, queries: int, keys: int, device: torch.device) -> torch.Tensor:
@@ -174,7 +187,7 @@ def seen_blocks(
 ) -> torch.Tensor:
     """`(B or 1, H or 1, Qb, Kb)` bool: the key blocks of which some query of a block may see some key.
 
-    Packed sequences are not told apart.
+    Packed sequences are told apart for sinks alone.
 
     Args:
         rule: visibility.
@@ -212,6 +225,9 @@ def seen_blocks(
         seen = seen & (gap() < rule.window)
     if window is not None:
         check_counted(window, uncounted=rule.uncounted)
+        if rule.sequence is not None or rule.place is not None:  # a block may hold the first keys of a later text
+            place = F.pad(sequence_order(rule, order) - 1, (0, len(first) * block_k - keys), value=UNBOUNDED)
+            before = place.unflatten(-1, (-1, block_k)).amin(dim=-1)
         seen = seen & ((gap() < window.recent[:, None, None]) | (before[:, :, None] < window.sinks[:, None, None]))
     return seen
 

@@ -81,8 +81,11 @@ def block_sparse_attention(
     """
     _check(query, key, value, keep, rule)
     lacking = unsupported(rule)
-    if lacking is None and rule.order is not None and isinstance(keep, SinkAndRecent):
-        lacking = "sinks and recent keys are counted among more keys than these"
+    if lacking is None and isinstance(keep, SinkAndRecent):
+        if rule.order is not None:
+            lacking = "sinks and recent keys are counted among more keys than these"
+        elif rule.place is not None:
+            lacking = "sinks are counted from the start of packed sequences"
     if is_empty(query, key):
         with torch.autocast(query.device.type, enabled=False):
             output, _, lse = empty_attention(query, key, value, rule)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from .block_lists import BlockLists, SinkAndRecent, key_order, mask_from_lists, ranks
+from .block_lists import BlockLists, SinkAndRecent, key_order, mask_from_lists, ranks, sequence_order
 from .dense_attention_cpu import flash
 from .rows import AttentionRule, blocks, full_precision, weights_of
 from .sink_and_recent_cpu import by_slices, in_slices
@@ -67,14 +66,6 @@ def kept(
     """
     near = (own[:, None, :, None] - order[:, :, None]).abs() < recent[:, None, None]
     return near | (place[:, :, None] <= sinks[:, None, None])
-
-
-def sequence_order(rule: AttentionRule, order: torch.Tensor) -> torch.Tensor:
-    """Ranks `(B or 1, H or 1, Tk)` counted from the start of each key's sequence on."""
-    if rule.sequence is None:
-        return order
-    start = torch.searchsorted(rule.sequence, rule.sequence)  # sequences lie one after the other
-    return order - F.pad(order, (1, 0))[..., start]
 
 
 def _parts(

@@ -32,7 +32,9 @@ class AttentionRule:
         order: `(B or 1, H or 1, Tk)` int, ascending: real keys of the sequence up to each one, itself included, those
             counted that are not among the Tk. For sinks and recent keys; `None`: the Tk are all there ever were.
         own: `(B or 1, Tq)` int: the same of the queries' own keys, which need not be among the Tk; with `order`.
-        uncounted: whether keys may have left the cache that nobody counted; sinks are then refused.
+        place: `(B or 1, H or 1, Tk)` int: those of keys, each counted from the start of its own sequence, where a 4-dim
+            mask holds several; for sinks. `None`: by `sequence`, else they are `order`.
+        uncounted: whether it is not known how many real keys came before; sinks are then refused.
     """
 
     scaling: float
@@ -46,6 +48,7 @@ class AttentionRule:
     sequence: torch.Tensor | None = None
     order: torch.Tensor | None = None
     own: torch.Tensor | None = None
+    place: torch.Tensor | None = None
     uncounted: bool = False
 
     def visible(

@@ -13,6 +13,7 @@ from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
 from .batching import refuse_paged
+from .told import told_in
 
 
 def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -32,6 +33,7 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         attention_mask=values.get(site.mask_argument) if site.mask_argument else None,
         arguments=values,
         cache=cache,
+        told=told_in(values),
     )
     begin_context(context)
     if cache is None or cache_argument is None or not chain.taps_cache:

@@ -24,6 +24,7 @@ from .compatibility import name_branches, seam_name
 from .context import open_context
 from .masks import is_flash, mask_of_call
 from .sites import find_sites, find_undispatched
+from .told import forget_told, note_told, watch_masks
 
 __all__ = [
     "base_of",
@@ -40,7 +41,7 @@ __all__ = [
     "refuse_bases",
     "release",
 ]
-_HOOKS = (open_context, close_context, note_raw_query)
+_HOOKS = (open_context, close_context, note_raw_query, note_told, forget_told)
 
 
 def base_of(module: nn.Module) -> str:
@@ -75,6 +76,8 @@ def connect(model: nn.Module, module: nn.Module) -> None:
         module.register_forward_hook(close_context, always_call=True)
         if chain.site.query_norm is not None:
             register_last(module.get_submodule(chain.site.query_norm), note_raw_query, with_kwargs=False)
+    if chain.needs_context:
+        watch_masks(model, chain.site.name)
 
 
 def disconnect(module: nn.Module) -> None:

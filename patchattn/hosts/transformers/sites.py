@@ -38,7 +38,7 @@ _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
 _HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
 _HEADS = re.compile(r"(?:num|n)_(?:attention_|attn_|query_|q_)?heads?")
 _KV_HEADS = re.compile(r"(?:num|n)_(?:key_value|kv)_heads?")
-_MASK_ARGUMENTS = ("attention_mask", "mask")
+MASK_ARGUMENTS = ("attention_mask", "mask")
 _MEMORY_ARGUMENTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_states")
 
 
@@ -138,7 +138,7 @@ def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) 
         query_norm=next((child for child, _ in module.named_children() if _QUERY_NORM.fullmatch(child)), None),
         input_argument=arguments[0],
         memory_argument=memory,
-        mask_argument=next((argument for argument in arguments if argument in _MASK_ARGUMENTS), None),
+        mask_argument=next((argument for argument in arguments if argument in MASK_ARGUMENTS), None),
         arguments=arguments,
         max_positions=_max_positions(getattr(module, "config", None)),
     )

@@ -8,10 +8,10 @@ import torch
 from patchattn_kernels import BlockLists, lists_from_mask
 
 from ...core.call import AttentionCall
+from ...core.keeping import of_query_heads
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.ranks import ranks
 from ...reading.selection import CAPABILITIES, SelectionVariant
 
 
@@ -55,10 +55,8 @@ class Power(SelectionVariant):
             own = torch.arange(mask.own, mask.own + mask.queries, rows, device=call.query.device) // block
             other = torch.arange(-(-mask.keys // block), device=call.query.device)
             return lists_from_mask(self.reads(own[:, None], other)[None, None], rows, block)
-        rank = ranks(mask)
-        return self.reads(
-            (rank.own - rank.start) // block, torch.div(rank.key - rank.start, block, rounding_mode="floor")
-        )
+        own, key = mask.row_places()[:, None, :, None], of_query_heads(mask.key_places(), mask.heads)[:, :, None]
+        return self.reads((own - 1) // block, torch.div(key - 1, block, rounding_mode="floor"))
 
     def reads(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Which of other blocks are read from own ones, by their numbers in the text."""

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from patchattn_kernels import SinkAndRecent, sink_and_recent
 
 from ...core.call import AttentionCall
@@ -12,7 +10,6 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.ranks import ranks
 from ...reading.selection import CAPABILITIES, SelectionVariant
 
 
@@ -52,13 +49,10 @@ class Streaming(SelectionVariant):
     def neutral_config(cls) -> dict[str, Any]:
         return {"recent": None}
 
-    def select(self, call: AttentionCall) -> SinkAndRecent | torch.Tensor | None:
+    def select(self, call: AttentionCall) -> SinkAndRecent | None:
         sinks, recent = self.config.sinks, self.config.recent
         if recent is None or call.mask.columns <= sinks + recent:
             return None
-        if sinks and isinstance(call.mask.pairs, torch.Tensor) and call.mask.index is None:
-            own, key, start = ranks(call.mask)  # it may hold several texts
-            return ((own - key).abs() < recent) | ((key >= start) & (key < start + sinks))
         return sink_and_recent(sinks, recent, self.heads, call.query.device)
 
 
