@@ -100,6 +100,7 @@ offer(
             "power": "selection.power",
             "prune": "pruning.prune",
             "pyramidkv": "eviction.pyramidkv",
+            "qk_norm": "temperature.qk_norm",
             "quest": "selection.quest",
             "shrp": "pruning.shrp.variant",
             "sink": "sinks.sink",

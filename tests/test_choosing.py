@@ -32,6 +32,7 @@ SHIPPED = [
     "power",
     "prune",
     "pyramidkv",
+    "qk_norm",
     "quest",
     "shrp",
     "sink",
@@ -117,7 +118,7 @@ def test_variants_are_listed_by_what_they_are() -> None:
     infos = {name: patchattn.variant_info(name) for name in SHIPPED}
     assert patchattn.list_variants() == SHIPPED
     assert patchattn.list_variants("surgery") == ["flap", "gqa_convert", "prune", "shrp"]
-    assert patchattn.list_variants(family="temperature") == ["logn", "ssa", "ssmax"]
+    assert patchattn.list_variants(family="temperature") == ["logn", "qk_norm", "ssa", "ssmax"]
     assert patchattn.list_variants("surgery", family="temperature") == []
     for wanted in (True, False):
         named = [name for name in SHIPPED if infos[name].needs_training is wanted]
