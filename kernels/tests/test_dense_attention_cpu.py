@@ -103,22 +103,24 @@ def test_what_is_not_seen_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> No
     states, rule, _, _ = made({"causal": True}, torch.float32)
     monkeypatch.setattr(dense_attention_cpu, "ROWS", 1)
     pairs, calls = 0, 0
-    multiply, flash = torch.bmm, dense_attention_cpu._flash
+    multiply, flash = torch.baddbmm, dense_attention_cpu._flash
 
-    def counted(left: torch.Tensor, right: torch.Tensor, **how: Any) -> torch.Tensor:
+    def counted(memory: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **how: Any) -> torch.Tensor:
         nonlocal pairs
         pairs += left.shape[0] * left.shape[1] * right.shape[2]
-        return multiply(left, right, **how)
+        return multiply(memory.fill_(float("nan")), left, right, **how)  # whatever was there before
 
     def called(*given: Any, **how: Any) -> Any:
         nonlocal calls
         calls += 1
         return flash(*given, **how)
 
-    monkeypatch.setattr(torch, "bmm", counted)
+    wanted, _ = column_mass(*states[:2], rule)
+    monkeypatch.setattr(torch, "baddbmm", counted)
     monkeypatch.setattr(dense_attention_cpu, "_flash", called)
     _, lse = attention_with_lse(*states, rule)
-    column_mass(*states[:2], rule, lse=lse)
+    mass, _ = column_mass(*states[:2], rule, lse=lse)
+    torch.testing.assert_close(mass, wanted)
     assert pairs == 2 * 6 * 23 * 24 // 2
     assert calls == 1
 

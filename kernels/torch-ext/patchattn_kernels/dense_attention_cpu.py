@@ -11,7 +11,7 @@ from .backend import chosen_backend
 from .rows import AttentionRule, full_precision
 
 ROWS = 128  # queries that share their keys
-TILE = 2**18  # weights that are held at a time: they stay in a core's cache
+TILE = 2**19  # weights that are held at a time: they stay in a cache
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -106,7 +106,7 @@ def mass_by_prefix(
     groups, keys = key.shape[1], key.shape[2]
     repeats = heads // groups
     offset = keys - queries if rule.offset is None else rule.offset
-    query = (query * rule.scaling).reshape(batch * groups, repeats, queries, dim)
+    query = query.reshape(batch * groups, repeats, queries, dim)
     key = key.reshape(batch * groups, keys, dim)
     mass = query.new_zeros(batch * groups, repeats, keys)
     known = lse is not None
@@ -127,14 +127,17 @@ def mass_by_prefix(
             continue
         size = repeats * (stop - start)
         step = max(1, memory.numel() // (size * end))
+        begin = min(end, max(0, offset + start + 1))  # no own key of these queries comes before the keys up to here
+        own_keys = torch.arange(offset + start, offset + stop)
+        later = torch.arange(begin, end) > own_keys[:, None] if rule.causal else None
         for first in range(0, batch * groups, step):
             some = slice(first, min(first + step, batch * groups))
             rows = query[some, :, start:stop].reshape(-1, size, dim)
             tile = memory[: len(rows) * size * end].view(len(rows), size, end)
-            torch.bmm(rows, key[some, :end].mT, out=tile)
+            torch.baddbmm(tile, rows, key[some, :end].mT, beta=0.0, alpha=rule.scaling, out=tile)
             tile = tile.view(len(rows), repeats, stop - start, end)
-            if rule.causal:
-                _hide_later(tile, offset + start)
+            if later is not None:
+                tile[..., begin:].masked_fill_(later, float("-inf"))
             if padding is not None:
                 tile.masked_fill_(padding[some, None, :, :end], float("-inf"))
             own = sums[some, :, start:stop]
@@ -148,11 +151,3 @@ def mass_by_prefix(
                 shares = counted[some, :, start:stop] / total.where(total > 0.0, 1.0)
             mass[some, :, :end] += (shares[:, :, None] @ tile).squeeze(2)
     return mass.view(batch, heads, keys), lse if known else sums.view(batch, heads, queries)
-
-
-def _hide_later(tile: torch.Tensor, own: int) -> None:
-    """Hide what comes after the own keys of a block's rows, `own` that of the first one."""
-    rows, keys = tile.shape[-2:]
-    begin = min(max(0, own + 1), keys)  # no row's own key comes before the keys up to here
-    later = torch.arange(begin, keys) > torch.arange(own, own + rows)[:, None]
-    tile[..., begin:].masked_fill_(later, float("-inf"))

@@ -22,7 +22,7 @@ CAUSAL_GAIN = 0.87
 # gain, and what they leave out must be enough of the whole.
 CAUSAL_SHARE = 1 / 3
 CAUSAL_SAVING = 0.45
-CAUSAL_ROWS = 192  # rows that are attended together, over the keys up to the last one of theirs
+CAUSAL_ROWS = 128  # rows that are attended together, over the keys up to the last one of theirs
 # Kv heads whose numbers of pairs differ by less than this factor are attended in one call.
 UNEVENNESS = 1.25
 
@@ -163,7 +163,7 @@ def _in_two_parts(
     if first == last:
         return output
     later = torch.arange(first + 1, last + 1) > own[..., None]
-    hidden = lse.new_zeros(later.shape).masked_fill_(later, float("-inf"))[None]
+    hidden = torch.where(later, float("-inf"), lse.new_zeros(()))[None]
     rest = slice(first + 1, last + 1)
     other, other_lse = flash(query, key[:, :, rest], value[:, :, rest], scaling, hidden=hidden)
     other_lse = other_lse.masked_fill((own == first)[None], float("-inf"))  # such rows see none of these

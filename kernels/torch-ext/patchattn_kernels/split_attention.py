@@ -198,6 +198,8 @@ def _of_set(
         weights = weights_of(logits.masked_fill(~visible, float("-inf")), lse[:, :, block])
         parts.append(weights @ values_of)
         masses.append(weights.sum(dim=-1))
+    if len(parts) == 1:  # cat copies
+        return parts[0], masses[0]
     return torch.cat(parts, dim=2), torch.cat(masses, dim=2)
 
 

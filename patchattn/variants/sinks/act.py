@@ -145,7 +145,7 @@ class ACT(Variant):
         movable = rest > torch.finfo(rest.dtype).eps ** 0.5
         kept = 1.0 - (1.0 - self.config.beta) * movable.to(rest.dtype)
         factor = torch.where(movable, (total - kept * sink_mass) / rest.where(movable, 1.0), 1.0)
-        changed = factor[..., None] * others + kept[..., None] * part
+        changed = torch.addcmul(factor[..., None] * others, kept[..., None], part)
         self.report(call, sink_keys=sinks, sink_mass=sink_mass.transpose(1, 2))
 
         if weights is not None:
