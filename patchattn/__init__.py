@@ -110,6 +110,7 @@ offer(
             "streaming": "selection.streaming",
             "streaming_llm": "eviction.streaming_llm",
             "tova": "eviction.tova",
+            "triangle": "selection.triangle",
             "twilight": "selection.twilight",
             "var": "sinks.var",
         }.items()

@@ -61,7 +61,7 @@ def _of_pages(*names: str) -> dict[str, list[Refusal]]:
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
 REFUSALS: dict[str, list[Refusal]] = {
-    **_of_causal_selection("mswa", "power", "streaming"),
+    **_of_causal_selection("mswa", "power", "streaming", "triangle"),
     **_of_pages("quest", "twilight"),
     "act": [
         _of(

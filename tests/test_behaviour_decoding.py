@@ -103,6 +103,8 @@ def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, c
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     case.patch(model)
     full = outputs(model, **inputs)[0]
+    if case.info.looks_ahead:  # only the first call is a forward
+        full = outputs(model, **{**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, :2]})[0]
     decoder, parts, past, encoded = inputs.pop("decoder_input_ids"), [], None, None
     for chunk in decoder.split([2, 1, 2, 1], dim=1):
         with torch.no_grad():
@@ -110,7 +112,7 @@ def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, c
             step = model(**given, decoder_input_ids=chunk, **cache_argument(model, past), use_cache=True)
         past, encoded = find_cache(step.values()), step.encoder_last_hidden_state
         parts.append(step.logits)
-    close(torch.cat(parts, dim=1), full)
+    close(torch.cat(parts, dim=1)[:, : full.shape[1]], full)
 
 
 @on(["llama", "gpt2", "qwen3", "t5"])

@@ -42,6 +42,7 @@ SHIPPED = [
     "streaming",
     "streaming_llm",
     "tova",
+    "triangle",
     "twilight",
     "var",
 ]
@@ -156,7 +157,15 @@ def test_the_command_lists_by_the_same_choices(capsys, monkeypatch) -> None:
     assert ended.value.code == 0
     table = capsys.readouterr().out
     named = [line.split()[1] for line in table.splitlines() if line.startswith("│")]
-    assert [name for name in named if name in SHIPPED] == ["act", "heads", "logn", "quest", "streaming", "twilight"]
+    assert [name for name in named if name in SHIPPED] == [
+        "act",
+        "heads",
+        "logn",
+        "quest",
+        "streaming",
+        "triangle",
+        "twilight",
+    ]
     with pytest.raises(SystemExit) as ended:
         main(["list", "--family", "nothing"])
     assert ended.value.code == 2

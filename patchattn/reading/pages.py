@@ -20,7 +20,7 @@ from ..core.places import Places
 from ..core.settings import option
 from ..core.sites import AttentionSite
 from ..core.variant import VariantConfig
-from .selection import SelectionVariant
+from .selection import SelectionVariant, plain_own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +160,9 @@ def visible_pages(mask: Mask, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         Twice bool `(B or 1, 1 or H, Tq, ceil(Tk / page))`. A query that sees nothing has no page of its own.
     """
     number = torch.arange(-(-mask.keys // page), device=mask.device)
-    is_plain = mask.pairs is None and mask.real_columns is None and mask.sequence is None and mask.window is None
-    if is_plain and mask.causal and isinstance(mask.own, int) and not mask.keeps:
-        own = (torch.arange(mask.queries, device=mask.device) + mask.own)[None, None, :, None] // page
+    first = plain_own(mask)
+    if first is not None:
+        own = (torch.arange(mask.queries, device=mask.device) + first)[None, None, :, None] // page
         return number <= own, number == own
     seen = F.pad(mask.seen(), (0, len(number) * page - mask.keys)).unflatten(-1, (-1, page)).any(dim=-1)
     last = torch.where(seen, number, -1).amax(dim=-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from patchattn_kernels.key_mask import unsupported
 
 from ..cache import waiting
 from ..core.call import AttentionCall
-from ..core.mask import Keep
+from ..core.mask import Keep, Mask
 from ..core.places import Places
 from ..core.sites import AttentionSite
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
@@ -21,6 +21,18 @@ from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 CAPABILITIES: frozenset[str] = ALL_CAPABILITIES - {"bidirectional", "cross"}
 # On a CPU, blocks that are left out save time from about so many keys on.
 _PAYS_FROM = 2048
+
+
+class Split(NamedTuple):
+    """What queries read of a call that is one causal text, whole and without padding (`plain_own`).
+
+    Attributes:
+        at: the first query that reads all keys it sees; so do those after it.
+        first: what the queries before it read.
+    """
+
+    at: int
+    first: SinkAndRecent
 
 
 class SelectionVariant(Variant):
@@ -34,7 +46,7 @@ class SelectionVariant(Variant):
     Reports `density` `(B or 1, Tq)`, with heads `(B or 1, Tq, H)` where they differ: keys read over keys seen.
     """
 
-    def select(self, call: AttentionCall) -> Keep | Places | None:
+    def select(self, call: AttentionCall) -> Keep | Places | Split | None:
         """Which of the keys that queries see are read.
 
         Args:
@@ -42,8 +54,8 @@ class SelectionVariant(Variant):
 
         Returns:
             bool `(B or 1, 1 or Hkv or H, Tk)` or `(B or 1, 1 or H, Tq or 1, Tk)`; sinks and recent keys; blocks of
-            keys; places, of calls whose few queries all read the same; or `None`: all, known from shapes and settings
-            alone. The call is then the base's, bit for bit.
+            keys; places, of calls whose few queries all read the same; a split; or `None`: all, known from shapes and
+            settings alone. The call is then the base's, bit for bit.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call).")
 
@@ -64,19 +76,20 @@ class SelectionVariant(Variant):
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         keep = self.select(call)
+        if self.observers:
+            self.report(call, density=density(call, narrowed(call, keep)))
         if isinstance(keep, Places):
             return self._attend_places(call, keep, inner)
-        narrow = call.seeing(keep)
-        if self.observers:
-            self.report(call, density=density(call, narrow))
+        own = plain_own(call.mask) if isinstance(keep, Split) else None
+        if isinstance(keep, Split) and own is not None and call.kwargs.get("position_bias") is None:
+            first, rest = (_of_rows(call, own, *rows) for rows in ((0, keep.at), (keep.at, call.mask.queries)))
+            if _skips(first, keep.first):
+                return torch.cat([_skipping(first, keep.first), inner(rest)[0]], dim=1), None
         if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
-            output = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
-            return output.transpose(1, 2).to(call.query.dtype), None
-        return inner(narrow.replace(context=replace(call.context, of_some_keys=True)))
+            return _skipping(call, keep), None
+        return _under_mask(call, keep, inner)
 
     def _attend_places(self, call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
-        if self.observers:
-            self.report(call, density=density(call, narrowed(call, places)))
         if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
             index, counts = places.index, places.counts
             if counts is None:
@@ -84,13 +97,42 @@ class SelectionVariant(Variant):
             operands = (call.query, call.key, call.value, index, counts, places.block)
             output, _ = selected_attention(*operands, call.rule())
             return output.transpose(1, 2).to(call.query.dtype), None
-        narrow = narrowed(call, places)
-        return inner(narrow.replace(context=replace(call.context, of_some_keys=True)))
+        return _under_mask(call, places, inner)
 
 
-def narrowed(call: AttentionCall, keep: Keep | Places | None) -> AttentionCall:
+def plain_own(mask: Mask) -> int | None:
+    """Column of the first query's own key, where every row is one causal text, whole and without padding; or `None`."""
+    is_one = mask.pairs is None and mask.real_columns is None and mask.sequence is None and mask.window is None
+    is_whole = mask.index is None and not mask.dropped and not mask.extra and not mask.keeps
+    return mask.own if is_one and is_whole and mask.causal and isinstance(mask.own, int) else None
+
+
+def narrowed(call: AttentionCall, keep: Keep | Places | Split | None) -> AttentionCall:
     """The call whose queries see what was chosen and no more."""
-    return call.seeing(keep.kept(call.key.shape[2]) if isinstance(keep, Places) else keep)
+    if isinstance(keep, Places):
+        keep = keep.kept(call.key.shape[2])
+    elif isinstance(keep, Split):
+        first = call.seeing(keep.first).mask.seen()
+        keep = first | (torch.arange(first.shape[2], device=first.device) >= keep.at)[:, None]
+    return call.seeing(keep)
+
+
+def _under_mask(call: AttentionCall, keep: Keep | Places | Split | None, inner: Attend) -> AttentionOutput:
+    return inner(narrowed(call, keep).replace(context=replace(call.context, of_some_keys=True)))
+
+
+def _skipping(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> torch.Tensor:
+    """`(B, Tq, H, D)` by an operation that leaves out what is not kept."""
+    output = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
+    return output.transpose(1, 2).to(call.query.dtype)
+
+
+def _of_rows(call: AttentionCall, own: int, start: int, end: int) -> AttentionCall:
+    """The call of some neighbouring queries, without keys behind the last of them; query 0's own key is key `own`."""
+    keys = own + end
+    mask = replace(call.mask, own=own + start, queries=end - start, keys=keys, columns=keys, given=None, changed=True)
+    query, (key, value) = call.query[:, :, start:end], (tensor[:, :, :keys] for tensor in (call.key, call.value))
+    return call.replace(query=query, key=key, value=value, mask=mask)
 
 
 def _is_worth_a_copy(places: Places, keys: int) -> bool:
