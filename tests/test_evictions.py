@@ -65,8 +65,8 @@ def acts_after_the_prompt(case: Case) -> bool:
 
 
 def asks_nothing(case: Case) -> bool:
-    """All but ratios, which are refused where no key is left, and who lets scores say how many keys a head keeps."""
-    return "compression_ratio" not in settings(case) and case.variant != "adakv"
+    """All but ratios, which are refused where no key is left, and where texts or scores say how many keys stay."""
+    return "compression_ratio" not in settings(case) and case.variant not in ("adakv", "pyramidkv")
 
 
 def of(some: list[Case]) -> pytest.MarkDecorator:

@@ -87,11 +87,13 @@ class KeptKeys:
         latest = max(due, key=lambda decision: decision[:2])
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
         remains = (self.dropped > when) & (self.columns >= 0)
-        if latest.bound is None or not waiting.waits(self.columns):
+        size = None if latest.bound is None else latest.bound + since
+        if size is None or not waiting.waits(self.columns):
             most = int(remains.sum(-1).max())
-            if latest.bound is not None and most > latest.bound + since:
+            if size is not None and most > size:
                 raise ValueError(f"At most {latest.bound} keys per row and head may be kept, but {most - since} are.")
-        size = min(stored, most if latest.bound is None else latest.bound + since)
+            size = most
+        size = min(stored, size)
         # Moving everything costs as much as appending by copying does: not for a key or two.
         if stored - size < max(1, min(stored // 16, 256)):
             self.decisions = [latest, *(decision for decision in self.decisions if decision not in due)]

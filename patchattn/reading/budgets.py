@@ -83,13 +83,8 @@ class Budget:
             if len(self.keys) == 1:
                 return torch.full((1, 1, 1), self.keys[0], device=call.key.device)
             return torch.tensor(self.keys, device=call.key.device)[None, :, None]
-        return self.of_lengths(call.mask.key_order()[:, :1, -1:])
-
-    def of_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
-        """How many keys are kept of sequences of so many real ones, in the head that keeps most; at least one."""
-        if self.ratio is None:
-            return torch.full_like(lengths, max(self.keys))
-        return (lengths.double() * (1.0 - self.ratio) + _ROUNDING).floor().long().clamp(min=1)
+        seen = call.mask.key_order()[:, :1, -1:]
+        return (seen.double() * (1.0 - self.ratio) + _ROUNDING).floor().long().clamp(min=1)
 
     def refuse(self, call: AttentionCall, since: int = 0) -> None:
         """ValueError if a ratio leaves no key of what a sequence had so many tokens ago, which asks the device."""

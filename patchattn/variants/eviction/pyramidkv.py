@@ -49,8 +49,7 @@ class PyramidKV(WindowEviction):
         return self._counts(self.budget.of(call), call.mask.real_keys().sum(-1, keepdim=True))
 
     def bound(self, columns: int) -> int | None:
-        lengths = torch.arange(columns + 1)  # a padded row is shorter
-        return int(self._counts(self.budget.of_lengths(lengths), lengths).max())
+        return None  # in high layers a shorter row of a batch may keep more than a longer one
 
     def _counts(self, mean: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """How many keys this layer keeps of sequences of some lengths, all layers `mean` on average."""
