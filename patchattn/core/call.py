@@ -9,6 +9,7 @@ from torch import nn
 
 from patchattn_kernels import AttentionRule
 
+from .grid import Grid, grid_of
 from .host import host
 from .keeping import of_query_heads
 from .mask import Keep, Mask
@@ -166,6 +167,20 @@ class AttentionCall:
             kwargs["position_ids"] = positions[..., i : i + 1]
         query, mask = self.query[:, :, i : i + 1], self.mask.of_rows(rows)
         return self.replace(query=query, mask=mask, kwargs=kwargs, context=self.context.of_rows(rows))
+
+    def grid(self) -> Grid:
+        """Where the tokens of a vision tower lie on their images, for variants whose `needs_grid` is true.
+
+        It is that of all tokens that the attention module attends over in this call, queries and keys, whatever a
+        variant outside of this one leaves of them.
+
+        Raises:
+            NotImplementedError: the tower, or the base implementation, does not tell where tokens lie: patches in an
+                order of their own (ViT-MAE), windows or smaller maps (Swin), frames in one call; images of several
+                sizes in compiled code; compiled code before a first call with as many patches; layers that are run
+                again by activation checkpointing and do not hand keyword arguments on.
+        """
+        return grid_of(run_of(self.kwargs).patches, self.context, self.mask)
 
     def key_fact(self, name: str) -> torch.Tensor:
         """`(B, 1 or Hkv or H, Tk)` what a variant said of every key when it was new (`Variant.key_facts`).

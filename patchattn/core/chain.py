@@ -100,7 +100,8 @@ class VariantChain(nn.Module):
         self.telling = tuple(name for name, v in active if type(v).key_facts is not Variant.key_facts)
         self.ruling = tuple(name for name, v in active if type(v).rule is not Variant.rule)
         self.taps_cache = bool(self.telling) or any(v.changes_cache or v.keeps_state for _, v in active)
-        self.needs_context = self.taps_cache or any(v.needs_context for _, v in active)
+        self.needs_grid = any(v.needs_grid for _, v in active)
+        self.needs_context = self.taps_cache or self.needs_grid or any(v.needs_context for _, v in active)
         self.own_weights = tuple(variant_info(name).innermost for name, _ in active)
         self.storing = tuple(name for name, v in active if v.changes_cache)
         self.lacking = {

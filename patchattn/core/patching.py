@@ -12,6 +12,7 @@ from .hooks import install_hooks, remove_hooks
 from .host import find_sites, host
 from .notices import note_patched, note_releases, note_unpatched
 from .packing import CHILD
+from .patch_embedding import GridReader, install_grid, patch_embedding
 from .plan import Patch, gathered
 from .probe import forget_probes, refuse_probed
 from .registry import variant_info
@@ -167,6 +168,8 @@ def _build(
         variant = _like(info.variant(patch.config, known[name]), model.get_submodule(name))
         variant.number = number
         variant.prepare(model)
+        if variant.needs_grid:
+            patch_embedding(model, known[name], known)
         built.append(Built(info.name, name, variant))
     return built
 
@@ -359,7 +362,7 @@ def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
 
 
 def is_ours(hook: Any) -> bool:
-    return host().owns(hook) or isinstance(getattr(hook, "__self__", None), Variant)
+    return host().owns(hook) or isinstance(getattr(hook, "__self__", None), Variant | GridReader)
 
 
 def _like(variant: Variant, module: nn.Module) -> Variant:
@@ -389,3 +392,5 @@ def _install(model: nn.Module, modules: list[nn.Module]) -> None:
         recall(chain)
         host().connect(model, module)
         install_hooks(model, active_chain(chain))
+        if active_chain(chain).needs_grid:
+            install_grid(model, active_chain(chain).site, [site.name for site in find_sites(model)])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .patches import Patches
 from .ranks import Told
 
 RUN = "patchattn_run"
@@ -31,6 +32,7 @@ class ModelRun:
         branch: which branch of a decoding variant: 0 is the model itself, branches are counted from 1.
         asked: in a branch, the logits of so many last tokens are asked for; 0: of all, or of chosen ones.
         told: what the modules that make masks were told of the tokens, innermost last.
+        patches: what the vision tower that runs has made of its images, where a variant asks for grids.
         notes: what a mechanism keeps from one of its hooks to the next, by its name.
     """
 
@@ -39,6 +41,7 @@ class ModelRun:
     branch: int = 0
     asked: int = 0
     told: tuple[Told, ...] = ()
+    patches: Patches | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def handed_down(self, facts: Mapping[str, torch.Tensor]) -> "ModelRun":

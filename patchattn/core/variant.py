@@ -169,6 +169,11 @@ class Variant(nn.Module):
         return False
 
     @property
+    def needs_grid(self) -> bool:
+        """Whether `attend` asks `call.grid()`; towers without patches are then refused."""
+        return False
+
+    @property
     def changes_cache(self) -> bool:
         """Whether `before_cache` changes what the kv cache stores: with every setting, where the class defines it."""
         return type(self).before_cache is not Variant.before_cache
