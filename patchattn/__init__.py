@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .checking.check import CheckReport as CheckReport
     from .checking.check import check_patch as check_patch
     from .core.call import AttentionCall as AttentionCall
-    from .core.call import Observation as Observation
     from .core.host import find_sites as find_sites
     from .core.importance import HeadImportance as HeadImportance
     from .core.info import PatchInfo as PatchInfo
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from .core.registry import list_variants as list_variants
     from .core.registry import register_variant as register_variant
     from .core.registry import variant_info as variant_info
+    from .core.report import Observation as Observation
     from .core.settings import Settings as Settings
     from .core.settings import option as option
     from .core.sites import AttentionSite as AttentionSite
@@ -128,10 +128,7 @@ _NAMES = {
         "CheckReport",
         "check_patch",
     ),
-    "core.call": (
-        "AttentionCall",
-        "Observation",
-    ),
+    "core.call": ("AttentionCall",),
     "core.importance": ("HeadImportance",),
     "core.info": (
         "PatchInfo",
@@ -153,6 +150,7 @@ _NAMES = {
         "register_variant",
         "variant_info",
     ),
+    "core.report": ("Observation",),
     "core.settings": (
         "Settings",
         "option",

@@ -263,8 +263,8 @@ def test_weights_of_the_eager_implementation_are_calibrated_and_sum_to_one() -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_no_worse_than_twice_the_weights_rounded(dtype: torch.dtype) -> None:
     """The released form rounds the calibrated weights to the model's dtype."""
-    from patchattn.core.call import ModuleCall
     from patchattn.core.chain import attention_call
+    from patchattn.core.module_call import ModuleCall
 
     query, key, value = (
         torch.randn(1, 2, 64, 8, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1, 2)

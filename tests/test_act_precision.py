@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.core.call import ModuleCall
 from patchattn.core.chain import attention_call
+from patchattn.core.module_call import ModuleCall
 
 from .families import FAMILIES
 from .test_act import calibrate

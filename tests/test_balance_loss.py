@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import patchattn
-from patchattn.core.call import Observation
+from patchattn.core.report import Observation
 from patchattn.training import balance_loss
 from patchattn.training.balance import BalanceLoss
 

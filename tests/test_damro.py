@@ -9,8 +9,8 @@ import torch
 import transformers as tf
 
 import patchattn
-from patchattn.core.call import ModuleCall
 from patchattn.core.chain import attention_call
+from patchattn.core.module_call import ModuleCall
 from patchattn.variants.decoding.damro import DAMRO
 from patchattn.vision.outliers import attention_received
 

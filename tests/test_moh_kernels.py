@@ -11,8 +11,8 @@ from torch import nn
 
 import patchattn
 import patchattn.variants.routing.moh.variant as moh
-from patchattn.core.call import ModuleCall
 from patchattn.core.chain import attention_call
+from patchattn.core.module_call import ModuleCall
 from patchattn_kernels import routed_attention_cpu
 
 from .families import FAMILIES, outputs

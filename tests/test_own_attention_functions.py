@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
 
 import patchattn
-from patchattn.core.call import ModuleCall
 from patchattn.core.chain import attention_call
+from patchattn.core.module_call import ModuleCall
 from patchattn.hosts.transformers.compatibility import seam_name
 
 from .behaviour import randomise

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from patchattn.core.call import ModuleCall
 from patchattn.core.chain import attention_call
 from patchattn.core.host import find_sites
+from patchattn.core.module_call import ModuleCall
 from patchattn.core.places import Places, taken
 from patchattn_kernels import selected_attention
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.core.call import Observation
+from patchattn.core.report import Observation
 from patchattn.training import balance_loss, optimizer_groups
 from patchattn.variants.routing.moh import anneal_active_heads
 from patchattn.variants.routing.moh.callback import ActiveRatioCallback

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import patchattn
-from patchattn.core.call import AttentionCall, ModuleCall
+from patchattn.core.call import AttentionCall
 from patchattn.core.chain import attention_call
 from patchattn.core.kv_caches import cache_argument
+from patchattn.core.module_call import ModuleCall
 from patchattn.core.run import RESIDUAL, RUN, ModelRun
 from patchattn.core.surroundings import LayerContext
 from patchattn.variants.sinks.var import VAR, VARConfig

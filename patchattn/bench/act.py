@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.call import AttentionCall, ModuleCall
+from ..core.call import AttentionCall
 from ..core.chain import attention_call
+from ..core.module_call import ModuleCall
 from ..core.sites import AttentionSite
 from ..core.surroundings import LayerContext
 from ..variants.sinks.act import ACT, ACTConfig

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..cache.tracked import TrackedLayer
-from .call import ModuleCall
+from .module_call import ModuleCall
 from .sites import AttentionSite
 from .variant import AttentionOutput
 

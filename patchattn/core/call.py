@@ -2,41 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
 from patchattn_kernels import AttentionRule
 
+from . import parts
 from .grid import Grid, grid_of
 from .host import host
-from .keeping import of_query_heads
 from .mask import Keep, Mask
-from .places import Places, gathered, of_places, taken
+from .places import Places
 from .run import RUN, ModelRun, run_of
 from .sites import AttentionSite
-from .surroundings import LayerContext, Surroundings
-
-
-@dataclass(eq=False)
-class ModuleCall:
-    """What an attention module calls its function with.
-
-    One opaque object: accelerate moves whatever can be moved among the arguments of a module that it dispatches, and
-    would move the attention module itself, whose weights may lie on disk.
-    """
-
-    module: nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: Any
-    kwargs: dict[str, Any]
-
-    def __len__(self) -> int:
-        """Rows of the batch: PEFT, asked for another adapter per row, counts them before it refuses."""
-        return len(self.query)
+from .surroundings import Surroundings
 
 
 @dataclass(eq=False)
@@ -104,7 +84,8 @@ class AttentionCall:
     def decodes(self) -> bool:
         """Whether it goes on with a text by one token per sequence, behind cached ones.
 
-        A prompt's last chunk looks the same if it is that short.
+        Nothing tells such a token from a prompt's last chunk of one token, nor, in a static cache, from a prompt of one
+        token: shapes, positions and cache are the same, and `generate` does not say which it is. Those read as decoding.
         """
         return not self.site.is_cross and self.mask.queries == 1 and self.mask.columns > 1
 
@@ -140,33 +121,11 @@ class AttentionCall:
             ValueError: the places are those of another number of heads or sequences.
             IndexError: there is no such key or page; told on a CPU alone, for no other device is waited for.
         """
-        places = places.of_keys(self.key.shape[2])
-        index, kwargs = places.index, self.kwargs
-        mask = self.mask.at(index, has_empty=places.has_empty)
-        bias = kwargs.get("position_bias")
-        if bias is not None:
-            heads = of_query_heads(index, self.query.shape[1])[:, :, None]
-            kwargs = {**kwargs, "position_bias": gathered(bias, heads)}
-        return self.replace(
-            key=taken(self.key, index),
-            value=taken(self.value, index),
-            mask=mask,
-            facts={name: of_places(fact, index) for name, fact in self.facts.items()},
-            kwargs=kwargs,
-            context=replace(self.context, of_some_keys=True),
-        )
+        return cast(Self, parts.of_keys(self, places))
 
     def row(self, i: int) -> Self:
         """The call of query i of every sequence alone: queries, mask and what is around them."""
-        rows = torch.tensor([i], device=self.query.device)
-        kwargs, count = dict(self.kwargs), self.query.shape[2]
-        if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = kwargs["position_bias"].expand(-1, -1, count, -1)[:, :, i : i + 1]
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.shape[-1] == count:
-            kwargs["position_ids"] = positions[..., i : i + 1]
-        query, mask = self.query[:, :, i : i + 1], self.mask.of_rows(rows)
-        return self.replace(query=query, mask=mask, kwargs=kwargs, context=self.context.of_rows(rows))
+        return cast(Self, parts.of_row(self, i))
 
     def grid(self) -> Grid:
         """Where the tokens of a vision tower lie on their images, for variants whose `needs_grid` is true.
@@ -198,37 +157,4 @@ class AttentionCall:
         Args:
             heads: `(h,)` the query heads that are meant; all by default.
         """
-        mask = self.mask if heads is None else self.mask.of_heads(heads)
-        bias, sinks = self.kwargs.get("position_bias"), self.kwargs.get("s_aux")
-        if bias is not None:
-            bias = bias[..., : mask.keys].expand(-1, -1, mask.queries, -1)
-            bias = bias if heads is None or bias.shape[1] == 1 else bias[:, heads]
-        sinks = sinks if sinks is None or heads is None else sinks[heads]
-        return mask.rule(self.scaling, softcap=self.kwargs.get("softcap"), bias=bias, sinks=sinks)
-
-
-@dataclass(eq=False)
-class Observation:
-    """What a variant reports while it runs; see `patchattn.observe`.
-
-    Attributes:
-        site: the attention module, as plain data.
-        values: tensors by name, such as `gate` `(B, Tq, H)` of MoH. Padded rows are included.
-        source: the call they belong to; or, for what is said of keys and values on their way into the cache, the
-            context of the module.
-    """
-
-    site: AttentionSite
-    values: dict[str, torch.Tensor]
-    source: AttentionCall | LayerContext
-
-    @property
-    def module(self) -> nn.Module:
-        """The attention module."""
-        return self.source.module
-
-    def real_tokens(self) -> torch.Tensor:
-        """`(B or 1, T or 1)` bool: which rows of the values are text rather than padding."""
-        if isinstance(self.source, LayerContext):  # said of keys and values, which cross attention makes of the memory
-            return self.source.real_tokens(memory=self.site.is_cross)
-        return self.source.mask.real()
+        return parts.rule_of(self, heads)

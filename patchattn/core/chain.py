@@ -9,11 +9,12 @@ from torch import nn
 
 from ..cache.tracked import TrackedLayer
 from .apart import attend_apart
-from .call import AttentionCall, ModuleCall
+from .call import AttentionCall
 from .capabilities import needed_capabilities
 from .context import current_context
 from .host import host
 from .mask import Mask
+from .module_call import ModuleCall
 from .packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
 from .plan import renamed_config
 from .probe import Looks, probes_on

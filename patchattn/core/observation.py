@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from .call import Observation
+from .report import Observation
 from .variant import Observer, Variant
 
 

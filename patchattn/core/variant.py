@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..files.documents import concerning, quoted
-from .call import AttentionCall, Observation
+from .call import AttentionCall
 from .hooks import Hook
 from .mask import Keep
 from .renaming import Renaming
+from .report import Observation
 from .settings import Settings, nearest
 from .sites import AttentionSite
 from .surroundings import LayerContext

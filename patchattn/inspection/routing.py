@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.call import Observation
 from ..core.observation import observe
+from ..core.report import Observation
 from ..core.sites import AttentionSite
 
 

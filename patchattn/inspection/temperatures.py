@@ -11,9 +11,10 @@ from torch import nn
 
 from patchattn_kernels import scale_tokens
 
-from ..core.call import AttentionCall, Observation
+from ..core.call import AttentionCall
 from ..core.observation import observe
 from ..core.patching import active_chains
+from ..core.report import Observation
 from ..core.selection import base_model
 from ..core.sites import AttentionSite
 from .probabilities import attention_probabilities, of_head

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from ..core.call import Observation
 from ..core.observation import observed
+from ..core.report import Observation
 from ..core.variant import Variant
 
 Definition = Literal["paper", "released"]

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..core.call import Observation
 from ..core.observation import observe
+from ..core.report import Observation
 from ..inspection.routing import RoutingStatistics
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ...core.call import ModuleCall
 from ...core.host import PatchedModule
+from ...core.module_call import ModuleCall
 from ...core.probe import chain_on, probes_on
 from ...core.variant import AttentionOutput
 from .batching import REFUSAL, refuse_paged
