@@ -20,8 +20,8 @@ import importlib
 from pathlib import Path
 
 def pytest_configure(config):
-    import patchattn.variants
-    patchattn.variants.__path__.append(str(Path(__file__).parent))
+    import patchattn.variants.gating
+    patchattn.variants.gating.__path__.append(str(Path(__file__).parent / "gating"))
     importlib.import_module("patchattn.variants.gating.head_scale")
 """
 
