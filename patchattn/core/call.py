@@ -84,8 +84,9 @@ class AttentionCall:
     def decodes(self) -> bool:
         """Whether it goes on with a text by one token per sequence, behind cached ones.
 
-        Nothing tells such a token from a prompt's last chunk of one token, nor, in a static cache, from a prompt of one
-        token: shapes, positions and cache are the same, and `generate` does not say which it is. Those read as decoding.
+        Nothing tells such a token from a prompt's last chunk of one token, nor, in a static cache, from a prompt of
+        one token: shapes, positions and cache are the same, and `generate` does not say which it is. These read as
+        decoding.
         """
         return not self.site.is_cross and self.mask.queries == 1 and self.mask.columns > 1
 
