@@ -86,6 +86,7 @@ offer(
             "damro": "decoding.damro",
             "decore": "decoding.decore",
             "duo": "eviction.duo",
+            "entmax": "normalisers.entmax",
             "flap": "pruning.flap.variant",
             "fox": "biases.fox",
             "gated": "gating.gated",

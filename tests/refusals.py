@@ -88,6 +88,7 @@ REFUSALS: dict[str, list[Refusal]] = {
     ],
     "fox": [*_of_causal_selection("fox")["fox"], *_CAPPED],
     "sink": _CAPPED,
+    "entmax": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
     "gqa_convert": [
         _of(
             FAMILIES.keys() - {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss"},

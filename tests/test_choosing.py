@@ -18,6 +18,7 @@ SHIPPED = [
     "damro",
     "decore",
     "duo",
+    "entmax",
     "flap",
     "fox",
     "gated",

@@ -1,0 +1,94 @@
+"""Rows: attention whose weights are another map of a row's logits, a few rows at a time."""
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..core.call import AttentionCall
+from ..core.host import host
+from ..core.variant import Attend, AttentionOutput, Variant
+
+_ENTRIES = 2**24  # of logits that are computed at once, 64 MiB in float32
+
+
+class RowVariant(Variant):
+    """A variant that computes attention weights itself, from the logits of whole rows.
+
+    Logits of all rows are never stored at once: rows come in chunks, which backward computes again. Register it as
+    `innermost`, and without `sinks`: its rows have no place for them.
+    """
+
+    def weights(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """Weights `(B, H, R, Tk)` of some rows.
+
+        Args:
+            logits: `(B, H, R, Tk)` float32 or wider, scaled, capped and with biases; of hidden keys finite and as low
+                as can be.
+            visible: `(B or 1, H or 1, R, Tk)` bool. What hidden keys are given does not matter.
+            call: of these rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define weights(logits, visible, call).")
+
+    @final
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        count, heads, keys = call.query.shape[2], call.query.shape[1], call.key.shape[2]
+        size = max(1, _ENTRIES // (max(len(call.query), len(call.key)) * heads * keys))
+        asked = call.kwargs.get("output_attentions") or not host().computes_softmax(call.base)
+        if size >= count:
+            output, weights = self._of(call)
+            return output, weights if asked else None
+        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        for start in range(0, count, size):
+            part = _rows(call, start, min(start + size, count))
+            if torch.is_grad_enabled() and not asked:
+                output = checkpoint(lambda one: self._of(one)[0], part, use_reentrant=False)
+                parts.append((output, None))
+            else:
+                output, weights = self._of(part)
+                parts.append((output, weights if asked else None))
+        found = [weights for _, weights in parts if weights is not None]
+        return torch.cat([output for output, _ in parts], dim=1), torch.cat(found, dim=2) if found else None
+
+    def _of(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `(B, R, H, D)` and weights `(B, H, R, Tk)` of a call."""
+        groups = call.key.shape[1]
+        visible = call.mask.seen()
+        weights = self.weights(_logits(call, visible), visible, call) * visible
+        weights = weights.to(call.value.dtype)
+        rate = call.kwargs.get("dropout") or 0.0
+        dropped = F.dropout(weights, rate, call.module.training) if rate else weights
+        output = dropped.unflatten(1, (groups, -1)) @ call.value[:, :, None]  # (B, Hkv, H / Hkv, R, D)
+        return output.flatten(1, 2).transpose(1, 2), weights
+
+
+def _logits(call: AttentionCall, visible: torch.Tensor) -> torch.Tensor:
+    """`(B, H, R, Tk)` in float32 at least."""
+    dtype, groups = torch.promote_types(call.query.dtype, torch.float32), call.key.shape[1]
+    query = call.query.to(dtype).unflatten(1, (groups, -1))
+    logits = (query @ call.key.to(dtype).mT[:, :, None]).flatten(1, 2) * call.scaling
+    cap = call.kwargs.get("softcap")
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    bias = call.kwargs.get("position_bias")
+    if bias is not None:
+        logits = logits + bias[..., : logits.shape[-1]].to(dtype)
+    added = call.mask.added()
+    if added is not None:
+        logits = logits + added.to(dtype).where(visible, 0.0)
+    return logits.masked_fill(~visible, torch.finfo(torch.float32).min / 4)
+
+
+def _rows(call: AttentionCall, start: int, end: int) -> AttentionCall:
+    """The call of some of its rows, one after the other."""
+    rows = torch.arange(start, end, device=call.query.device)
+    kwargs, bias = call.kwargs, call.kwargs.get("position_bias")
+    if bias is not None and bias.shape[2] > 1:
+        kwargs = {**kwargs, "position_bias": bias[:, :, start:end]}
+    return call.replace(
+        query=call.query[:, :, start:end],
+        mask=call.mask.of_rows(rows),
+        kwargs=kwargs,
+        context=call.context.of_rows(rows),
+    )

@@ -1,0 +1,1 @@
+"""Weights of attention by other maps than softmax."""
