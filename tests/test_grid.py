@@ -17,6 +17,10 @@ from transformers import (
     DeiTModel,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DPTConfig,
+    DPTModel,
+    MLCDVisionConfig,
+    MLCDVisionModel,
     PixtralVisionConfig,
     PixtralVisionModel,
     Siglip2VisionConfig,
@@ -87,6 +91,20 @@ TOWERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, tuple[int,
         (3, 3),
         f"- {THREE_BY_THREE}",
     ),
+    "mlcd, with a rotary embedding beside": (
+        lambda: MLCDVisionModel(MLCDVisionConfig(**SIZES, **IMAGE)),
+        pixels(2, 3, 24, 24),
+        1,
+        (3, 3),
+        f"- {THREE_BY_THREE}",
+    ),
+    "dpt": (
+        lambda: DPTModel(DPTConfig(**SIZES, **IMAGE, backbone_out_indices=[0, 1, 1, 1]), add_pooling_layer=False),
+        pixels(2, 3, 24, 24),
+        1,
+        (3, 3),
+        f"- {THREE_BY_THREE}",
+    ),
     "siglip": (
         lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES, **IMAGE)),
         pixels(2, 3, 24, 24),
@@ -121,6 +139,28 @@ def test_images_of_one_size(
     assert torch.equal(first(model, inputs), plain)
     after = [{key: len(value) for key, value in vars(m).items() if key.endswith("_hooks")} for m in model.modules()]
     assert before == after
+
+
+@pytest.mark.parametrize(("how", "inputs", "prefix", "shape", "places"), TOWERS.values(), ids=TOWERS)
+@torch.no_grad()
+def test_a_pixel_reaches_the_token_of_its_patch(
+    how: Callable[[], nn.Module], inputs: dict[str, Any], prefix: int, shape: tuple[int, int], places: str
+) -> None:
+    """Of the first layer's queries, in the unpatched model: what the grids written out above say."""
+    model, queries = make(how), []
+
+    def see(call: patchattn.AttentionCall, output: torch.Tensor) -> None:
+        queries.append(call.query[0].clone())
+
+    with patchattn.probed(model, see, layers=0):
+        model(**inputs)
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                moved = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+                moved["pixel_values"][0, :, 8 * row + 5, 8 * column + 2] += 1.0
+                model(**moved)
+                changed = (queries[-1] != queries[0]).any(-1).any(0).nonzero().flatten().tolist()
+                assert changed == [places.split().index(f"{row}{column}")]
 
 
 @torch.no_grad()

@@ -46,8 +46,9 @@ def grid_of(patches: Patches | None, around: Surroundings, mask: Mask) -> Grid:
             "no patch embedding before it was seen in this forward, or its layer, run again by activation "
             "checkpointing, was not handed what was seen",
         )
-    if patches.places is not None:
-        return _of_places(patches, patches.places, around)
+    given = _given(patches, around) if patches.places is not None else ()
+    if patches.places is not None and (given or patches.prefix is None):
+        return _of_places(patches, patches.places, given, around)
     if patches.fault is not None:
         raise unknown_grid(around.site, patches.fault)
     return _of_shapes(patches, around, mask) if patches.sizes is None else _of_sizes(patches, around)
@@ -122,13 +123,23 @@ def _prefix(patches: Patches, around: Surroundings) -> int:
     return patches.prefix
 
 
-def _of_places(patches: Patches, told: torch.Tensor, around: Surroundings) -> Grid:
-    """Of a part of the row that all images of the batch are in."""
+def _given(patches: Patches, around: Surroundings) -> tuple[torch.Tensor, ...]:
+    """What attention gets of the rotary embedding whose places are known."""
+    arguments = (_tensors(value) for value in around.module_call().arguments.values())
+    return next((tensors for tensors in arguments if _shapes(tensors) == _shapes(patches.turned)), ())
+
+
+def _of_places(patches: Patches, told: torch.Tensor, given: tuple[torch.Tensor, ...], around: Surroundings) -> Grid:
+    """Of a part of the row that all images of the batch are in, by the rotary embedding that attention gets."""
+    if not given:
+        raise unknown_grid(around.site, "its attention does not get the rotary embedding whose places are known")
     if torch.compiler.is_compiling():
         raise unknown_grid(
             around.site, "all images of the batch are in one row, of which compiled code cannot ask which is where"
         )
-    packed = _packed(patches, told, around)
+    if patches.packed is None or any(a is not b for a, b in zip(patches.packed[0], given, strict=True)):
+        patches.packed = given, _sorted(told, patches.turned, given, around)
+    packed = patches.packed[1]
     start, (batch, _, rows, _) = around.module_call().rows_done, around.query.shape
     part = slice(start, start + rows)
     if batch != 1 or start + rows > len(packed.images):
@@ -139,23 +150,6 @@ def _of_places(patches: Patches, told: torch.Tensor, around: Surroundings) -> Gr
     images = packed.images[part]
     places, extents = packed.places[part][None], packed.extents[part][None]
     return Grid(0, _shape_of_all(extents[0]), places, extents, (images - images.min())[None])
-
-
-def _packed(patches: Patches, told: torch.Tensor, around: Surroundings) -> Packed:
-    """Where each token of the row is, by the rotary embedding that attention gets for it."""
-    given = next(
-        (
-            tensors
-            for value in around.module_call().arguments.values()
-            if _shapes(tensors := _tensors(value)) == _shapes(patches.turned)
-        ),
-        (),
-    )
-    if not given:
-        raise unknown_grid(around.site, "its attention does not get the rotary embedding whose places are known")
-    if patches.packed is None or any(a is not b for a, b in zip(patches.packed[0], given, strict=True)):
-        patches.packed = given, _sorted(told, patches.turned, given, around)
-    return patches.packed[1]
 
 
 def _sorted(

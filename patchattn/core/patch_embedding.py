@@ -1,7 +1,7 @@
 """What a vision tower's patch embedding and rotary embedding do, seen by hooks, for variants that ask for grids."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +58,11 @@ def patch_embedding(model: nn.Module, site: AttentionSite, sites: Iterable[str])
                 (embedding, projection), others = found[0], [tower.get_submodule(name) for name in free]
                 return PatchEmbedding(tower, embedding, projection, tuple(o for o in others if o is not embedding))
             if found:
-                raise unknown_grid(site, f"{path or type(tower).__name__} has {len(found)} candidates for one")
+                raise unknown_grid(
+                    site,
+                    f"which of {len(found)} layers before it in {path or type(tower).__name__} cuts images into "
+                    "patches cannot be told",
+                )
         if not path:
             raise unknown_grid(site, "before its layers nothing cuts images into patches")
         path = path.rpartition(".")[0]
@@ -230,5 +234,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _first(output: Any) -> torch.Tensor | None:
-    value = output[0] if isinstance(output, tuple | list) and output else output
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    value = values[0] if isinstance(values, tuple | list) and values else values
     return value if isinstance(value, torch.Tensor) else None
