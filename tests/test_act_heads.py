@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -148,3 +149,19 @@ def test_what_it_refuses() -> None:
     model.eval()(tokens(), **cache_argument(model, cache))
     with pytest.raises(NotImplementedError, match="assisted decoding"):
         cache.crop(-1)
+
+
+def test_head_numbers_are_copied_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph must not copy them; and what inference made, training may use."""
+    model = patchattn.patch_model(six_layers(), "act", heads=[[3, 0], [3, 2], [4, 1]], sink_rule="fixed", threshold=0.1)
+    before = dict(model.state_dict())
+    with torch.inference_mode():
+        first = model(tokens()).logits
+    made: list[Any] = []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *given, **how: made.append(given) or tensor(*given, **how))
+    again = model(tokens()).logits
+    again.sum().backward()
+    assert not [given for given in made if given[0] in ((0, 2), (1,))]
+    torch.testing.assert_close(again.detach(), first.clone())
+    assert list(model.state_dict()) == list(before)

@@ -47,8 +47,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found = []
     original = moh.routed_attention_if_faster
 
-    def noted(*operands: Any) -> torch.Tensor | None:
-        output = original(*operands)
+    def noted(*operands: Any, **how: Any) -> torch.Tensor | None:
+        output = original(*operands, **how)
         found.append(output is not None)
         return output
 

@@ -3,8 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .rows import AttentionRule
+
+_Bounds = tuple[torch.Tensor, torch.Tensor]
+# Of masks that live: what they were when their bounds were worked out, and those. All layers of a model share a mask.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class KeyMask(NamedTuple):
@@ -56,7 +61,7 @@ def key_mask(rule: AttentionRule, queries: int, keys: int, device: torch.device)
     mask = rule.mask
     if mask is not None and mask.dim() == 4:
         seen = mask[:, 0, :, :keys]
-        return KeyMask(seen, *_bounds(seen), causal=False, offset=offset, window=0)
+        return KeyMask(seen, *_bounds_of(mask, seen), causal=False, offset=offset, window=0)
     if rule.sequence is not None or (rule.window is not None and mask is not None):
         seen = rule.visible(slice(0, queries), (queries, keys), device)
         return KeyMask(seen, *_bounds(seen), causal=False, offset=offset, window=0)
@@ -64,7 +69,7 @@ def key_mask(rule: AttentionRule, queries: int, keys: int, device: torch.device)
     if mask is None:
         return KeyMask(None, None, None, rule.causal, offset, window)
     seen = mask[:, None, :keys].bool()
-    return KeyMask(seen, *_bounds(seen), causal=rule.causal, offset=offset, window=window)
+    return KeyMask(seen, *_bounds_of(mask, seen), causal=rule.causal, offset=offset, window=window)
 
 
 def strides_but_of_one(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -72,7 +77,26 @@ def strides_but_of_one(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _bounds(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _bounds_of(mask: torch.Tensor, seen: torch.Tensor) -> _Bounds:
+    """`_bounds` of the keys that a mask shows, worked out once until it is written to, for all views that are alike.
+
+    Graphs work them out themselves: what is written to a mask between two replays, nobody sees.
+    """
+    gpu = mask.is_cuda
+    graph = torch.compiler.is_compiling() or (gpu and torch.cuda.is_current_stream_capturing())
+    if graph or mask.is_inference() or type(mask) is not torch.Tensor:
+        return _bounds(seen)
+    root = mask if mask._base is None else mask._base
+    layout = (mask.dtype, mask.shape, mask.stride(), mask.storage_offset(), seen.shape)
+    state = (mask._version, layout, torch.cuda.current_stream(mask.device) if gpu else None)
+    known: tuple[object, _Bounds] | None = _known.get(root)
+    if known is None or known[0] != state:
+        with torch.inference_mode(False):  # training may use them later
+            known = _known[root] = (state, _bounds(seen))
+    return known[1]
+
+
+def _bounds(seen: torch.Tensor) -> _Bounds:
     """First key that is seen, and one past the last; 0 and 0 where none is."""
     bits = seen.to(torch.uint8)
     some = bits.amax(dim=-1).int()

@@ -88,6 +88,7 @@ class ACT(Variant):
             site.require(fact, by="ACT")
         # Not a buffer: one that is not saved holds nothing after a model was built without memory and then loaded.
         self.heads = _chosen(config, site)
+        self._heads_on: dict[torch.device, torch.Tensor] = {}
 
     @classmethod
     def fit(
@@ -111,7 +112,7 @@ class ACT(Variant):
         query, key, value = call.query, call.key, call.value
         heads = None
         if len(self.heads) < query.shape[1]:
-            heads = torch.tensor(self.heads, device=query.device)
+            heads = self._numbers(query.device)
             groups = heads // (query.shape[1] // key.shape[1])
             query, key, value = query[:, heads], key[:, groups], value[:, groups]
         # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
@@ -153,6 +154,16 @@ class ACT(Variant):
             scaled = own * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
             weights = _put(weights, heads, scaled, dim=1)
         return _put(output, heads, changed.transpose(1, 2), dim=2), weights
+
+    def _numbers(self, device: torch.device) -> torch.Tensor:
+        """`(h,)` of the calibrated heads; copied to a device once, since a CUDA graph must not."""
+        if device in self._heads_on and not torch.compiler.is_compiling():
+            return self._heads_on[device]
+        with torch.inference_mode(False):  # training may use them later
+            numbers = torch.tensor(self.heads, device=device)
+        if type(numbers) is torch.Tensor and not torch.compiler.is_compiling():  # it has values, and no graph owns it
+            self._heads_on[device] = numbers
+        return numbers
 
     def sinks(self, mass: torch.Tensor, counts: KeyCounts) -> torch.Tensor:
         """Which keys are sinks, `(B, h, Tk)`, from the attention `(B, h, Tk)` they received (Sec. 3 of the paper).

@@ -174,7 +174,9 @@ class MoH(Variant):
         self.report(call, gate=gate, **routing)
         through_closed = self._passes_all(gate)
         if call.stands_alone and not through_closed:
-            routed = routed_attention_if_faster(call.query, call.key, call.value, gate, call.rule())
+            active = (self.shared + self.routed) / self.heads
+            operands = (call.query, call.key, call.value, gate, call.rule())
+            routed = routed_attention_if_faster(*operands, active=active)
             if routed is not None:
                 return routed.transpose(1, 2), None
         output, weights = inner(call)
