@@ -1,6 +1,4 @@
-"""What a mask is narrowed by: keys, sinks and recent keys, or blocks of keys; and how that follows other changes."""
-
-from typing import Any
+"""What queries see of their keys, and what a mask is narrowed by: keys, sinks and recent keys, or blocks of keys."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +6,13 @@ import torch.nn.functional as F
 from patchattn_kernels import BlockLists, SinkAndRecent
 from patchattn_kernels.block_lists import check_counted, mask_from_lists
 from patchattn_kernels.block_sparse_attention_cpu import kept
+from patchattn_kernels.rows import seen_by
 
 from . import ranks
-
-Keep = torch.Tensor | SinkAndRecent | BlockLists
-# In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module.
+from .columns import Columns, Keep
 
 
-def checked(keep: Any, mask: Any) -> Keep:
+def checked(keep: object, mask: Columns) -> Keep:
     """It in the form that a mask keeps it in, tensors as `(B or 1, H or 1, Tq or 1, Tk)`.
 
     Raises:
@@ -51,7 +48,7 @@ def checked(keep: Any, mask: Any) -> Keep:
     return of_query_heads(whole, mask.heads)
 
 
-def as_mask(keep: Keep, mask: Any) -> torch.Tensor:
+def as_mask(keep: Keep, mask: Columns) -> torch.Tensor:
     """`(B or 1, H or 1, Tq or 1, Tk)` bool."""
     if isinstance(keep, torch.Tensor):
         return keep
@@ -60,13 +57,62 @@ def as_mask(keep: Keep, mask: Any) -> torch.Tensor:
         row, key = (torch.arange(size, device=blocks.device) for size in (mask.queries, mask.keys))
         return blocks[:, :, row // keep.block_q][..., key // keep.block_k]
     check_counted(keep, uncounted=mask.uncounted)
-    order, place = (
-        of_query_heads(mask._by_key(by_column), mask.heads) for by_column in (ranks.order(mask), ranks.places(mask))
-    )
-    return kept(keep.sinks, keep.recent, order, place, mask._by_row(ranks.order(mask)))
+    by_column = ranks.order(mask), ranks.places(mask)
+    order, place = (of_query_heads(ranks.by_key(mask, each), mask.heads) for each in by_column)
+    return kept(keep.sinks, keep.recent, order, place, ranks.by_row(mask, ranks.order(mask)))
 
 
-def gathered(keep: Keep, index: torch.Tensor, mask: Any) -> Keep:
+def seen(mask: Columns) -> torch.Tensor:
+    """As `Mask.seen`."""
+    found = _before_keeps(mask)
+    for keep in mask.keeps:
+        found = found & as_mask(keep, mask)
+    return found
+
+
+def added(mask: Columns) -> torch.Tensor | None:
+    """As `Mask.added`."""
+    if not isinstance(mask.pairs, torch.Tensor) or not mask.pairs.is_floating_point():
+        return None
+    return F.pad(_at_keys(mask, mask.pairs), (mask.extra, 0))
+
+
+def _before_keeps(mask: Columns) -> torch.Tensor:
+    mask._check()
+    if mask.pairs is not None:
+        seen = _at_keys(mask, seen_by(mask._pairs()))
+        if mask.index is not None and mask.has_empty:
+            seen = seen & of_query_heads(mask.index >= 0, mask.heads)[:, :, None]
+        return F.pad(seen, (mask.extra, 0), value=True)
+    seen = ranks.real_keys(mask)[:, :, None].expand(-1, -1, mask.queries, -1)
+    if mask.causal or mask.sequence is not None:
+        size = mask.columns - mask.dropped
+        key = torch.arange(size, device=mask.device)[None, None] if mask.index is None else mask._places(mask.index)
+        own = ranks.own(mask)
+        if mask.causal:
+            seen = seen & (key[:, :, None] <= own[:, None, :, None])
+        if mask.sequence is not None:
+            seen = seen & (mask.sequence[own][:, None, :, None] == mask.sequence[key][:, :, None])
+    if mask.window is not None:
+        order = ranks.order(mask)
+        away = ranks.by_row(mask, order)[:, None, :, None] - ranks.by_key(mask, order)[:, :, None, mask.extra :]
+        seen = seen & (away.abs() < mask.window)
+    return F.pad(of_query_heads(seen, mask.heads), (mask.extra, 0), value=True)
+
+
+def _at_keys(mask: Columns, pairs: torch.Tensor) -> torch.Tensor:
+    """What is said by column `(B or 1, H or 1, Tq, columns)` by key, without the extra ones."""
+    if mask.index is None:
+        return pairs
+    places = mask._places(mask.index)
+    if places.shape[1] > 1:
+        places = of_query_heads(places, mask.heads)
+    batch, heads = (max(one, other) for one, other in zip(pairs.shape[:2], places.shape[:2], strict=True))
+    places = places[:, :, None].expand(batch, heads, pairs.shape[2], -1)
+    return pairs.expand(batch, heads, -1, -1).gather(-1, places)
+
+
+def gathered(keep: Keep, index: torch.Tensor, mask: Columns) -> Keep:
     """Of some keys; ranks stay what they are."""
     if isinstance(keep, SinkAndRecent):
         return keep
@@ -78,7 +124,7 @@ def gathered(keep: Keep, index: torch.Tensor, mask: Any) -> Keep:
     return whole.expand(batch, heads, -1, -1).gather(-1, index)
 
 
-def of_rows(keep: Keep, rows: torch.Tensor, mask: Any) -> Keep:
+def of_rows(keep: Keep, rows: torch.Tensor, mask: Columns) -> Keep:
     """Of some queries, `(B or 1, R)`."""
     if isinstance(keep, SinkAndRecent):
         return keep
@@ -94,7 +140,7 @@ def rows_of(pairs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return pairs.expand(len(rows), -1, -1, -1).gather(2, place)
 
 
-def of_heads(keep: Keep, heads: torch.Tensor, mask: Any) -> Keep:
+def of_heads(keep: Keep, heads: torch.Tensor, mask: Columns) -> Keep:
     """Of some query heads."""
     if isinstance(keep, SinkAndRecent):
         if len(keep.sinks) == 1:
@@ -107,7 +153,7 @@ def of_heads(keep: Keep, heads: torch.Tensor, mask: Any) -> Keep:
     return keep if keep.shape[1] == 1 else keep.index_select(1, heads)
 
 
-def prepended(keep: Keep, count: int, mask: Any) -> Keep:
+def prepended(keep: Keep, count: int, mask: Columns) -> Keep:
     """With keys in front, all of which stay."""
     return keep if isinstance(keep, SinkAndRecent) else F.pad(as_mask(keep, mask), (count, 0), value=True)
 

@@ -1,6 +1,7 @@
 """Which columns of a mask are text, and their ranks among it: what sinks, recent keys and numbers of tokens count."""
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,7 @@ import torch.nn.functional as F
 from patchattn_kernels.block_lists import UNCOUNTED
 from patchattn_kernels.rows import seen_by
 
-# Which of all columns there ever were are text, as `(B or 1, columns)` bool; all of them; or nobody told.
-Text = torch.Tensor | Literal["all", "unknown"]
+from .columns import Columns, Text
 
 
 class Told(NamedTuple):
@@ -26,8 +26,7 @@ class Told(NamedTuple):
 
 
 NOTHING_TOLD = Told()
-# In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module. Its axis of columns begins
-# behind those that the cache has let go of.
+# The axis of columns begins behind those that the cache has let go of.
 
 
 def is_known(text: Text) -> bool:
@@ -48,7 +47,7 @@ def fitting(told: Told, *, batch: int, dropped: int, own: int | torch.Tensor | N
     return Told(text, restarts)
 
 
-def real(mask: Any) -> torch.Tensor:
+def real(mask: Columns) -> torch.Tensor:
     """`(B or 1, columns)` bool: columns that are text, as far as is known."""
     if mask.real_columns is not None:
         found: torch.Tensor = mask.real_columns
@@ -56,7 +55,7 @@ def real(mask: Any) -> torch.Tensor:
     return _remembered(mask, "real", _found_real)
 
 
-def _found_real(mask: Any) -> torch.Tensor:
+def _found_real(mask: Columns) -> torch.Tensor:
     size = mask.columns - mask.dropped
     if mask.pairs is None:
         return torch.ones(1, size, dtype=torch.bool, device=mask.device)
@@ -70,10 +69,12 @@ def _found_real(mask: Any) -> torch.Tensor:
         return shown | (F.pad(told, (0, max(0, size - told.shape[1])))[:, :size] & (key < first))
     if mask.text == "all":
         return shown | (key < first)
-    return shown | (key <= first - mask.window) if mask._window_hides else shown
+    if mask.window is None or not mask._window_hides:
+        return shown
+    return shown | (key <= first - mask.window)
 
 
-def real_rows(mask: Any) -> torch.Tensor:
+def real_rows(mask: Columns) -> torch.Tensor:
     """As `Mask.real`."""
     if mask.fault is not None or (mask.is_cross and mask.pairs is None):
         return torch.ones(1, mask.queries, dtype=torch.bool, device=mask.device)
@@ -87,7 +88,7 @@ def real_rows(mask: Any) -> torch.Tensor:
     return visible.gather(-1, column[..., None]).squeeze(-1)
 
 
-def own(mask: Any) -> torch.Tensor:
+def own(mask: Columns) -> torch.Tensor:
     """`(B or 1, Tq)` place of each query's own key among the columns.
 
     Where nobody told, the last row of a causal mask ends at its own.
@@ -107,7 +108,7 @@ def own(mask: Any) -> torch.Tensor:
     return (rows + end - mask.queries).clamp(min=0)
 
 
-def order(mask: Any) -> torch.Tensor:
+def order(mask: Columns) -> torch.Tensor:
     """`(B or 1, columns)` int: rank of each column among all real ones there ever were, the first is 1.
 
     Where the mask is `uncounted` they are right but for a number that they have in common.
@@ -119,7 +120,7 @@ def order(mask: Any) -> torch.Tensor:
     return found + (mask.dropped if told is None else told[:, : mask.dropped].sum(-1, keepdim=True))
 
 
-def places(mask: Any) -> torch.Tensor:
+def places(mask: Columns) -> torch.Tensor:
     """`(B or 1, columns)` int: the ranks, each counted from the start of the column's own text."""
     ranks = order(mask)
     if mask.sequence is not None:  # all columns of a packed row are real
@@ -128,7 +129,7 @@ def places(mask: Any) -> torch.Tensor:
     return ranks if begins is None else ranks - torch.where(begins, ranks - 1, 0).cummax(-1).values
 
 
-def starts(mask: Any) -> torch.Tensor | None:
+def starts(mask: Columns) -> torch.Tensor | None:
     """`(B or 1, columns)` bool: which of the queries' own columns begin a text behind another; `None`: none does.
 
     In a dense mask that is where no query from there on sees a real key before it, and none before it one from there
@@ -142,7 +143,7 @@ def starts(mask: Any) -> torch.Tensor | None:
     return _remembered(mask, "starts", _found_starts)
 
 
-def _found_starts(mask: Any) -> torch.Tensor:
+def _found_starts(mask: Columns) -> torch.Tensor:
     seen, text, column = seen_by(mask._pairs()).any(dim=1), real(mask), own(mask)
     batch, size = max(len(seen), len(text), len(column)), seen.shape[-1]
     seen, text, column = seen.expand(batch, -1, -1), text.expand(batch, -1), column.expand(batch, -1)
@@ -160,19 +161,37 @@ def _found_starts(mask: Any) -> torch.Tensor:
     return torch.zeros_like(text).scatter(-1, column, begins)
 
 
+def real_keys(mask: Columns) -> torch.Tensor:
+    """`(B or 1, 1 or Hkv, Tk)` bool: which keys are text, as far as is known; without the extra ones."""
+    found = real(mask)
+    return found[:, None] if mask.index is None else mask._of_keys(found, mask.index) & (mask.index >= 0)
+
+
+def by_key(mask: Columns, columns: torch.Tensor) -> torch.Tensor:
+    """`(B or 1, 1 or Hkv, Tk)` numbers by column `(B or 1, columns)` by key: 0 of empty slots and of extra keys."""
+    index = mask.index
+    found = columns[:, None] if index is None else mask._of_keys(columns, index).masked_fill(index < 0, 0)
+    return F.pad(found, (mask.extra, 0))
+
+
+def by_row(mask: Columns, columns: torch.Tensor) -> torch.Tensor:
+    """`(B or 1, Tq)` of what is said by column, `(B or 1, columns)`: that of each query's own."""
+    return taken(columns, own(mask))
+
+
 def taken(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """`(B or 1, K)` entries of `(B or 1, N)` at `(B or 1, K)`."""
     batch = max(len(tensor), len(places))
     return tensor.expand(batch, -1).gather(-1, places.expand(batch, -1).to(tensor.device))
 
 
-def refuse_uncounted(mask: Any, *, keys: bool = False) -> None:
+def refuse_uncounted(mask: Columns, *, keys: bool = False) -> None:
     """NotImplementedError where ranks are asked for that nobody knows; or, of the keys, which are text."""
     if mask.unsure if keys else mask.uncounted:
         raise NotImplementedError(UNCOUNTED)
 
 
-def _remembered(mask: Any, name: str, find: Any) -> torch.Tensor:
+def _remembered(mask: Columns, name: str, find: Callable[[Columns], torch.Tensor]) -> torch.Tensor:
     if name not in mask._memo:
         mask._memo[name] = find(mask)
     kept: torch.Tensor = mask._memo[name]

@@ -1,5 +1,6 @@
 """A mask as others take it: a base implementation in its own format, the kernels as a rule."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from patchattn_kernels import SinkAndRecent
 from patchattn_kernels.block_lists import check_counted
 
 from . import keeping, ranks
+from .columns import Columns
 
-# In what follows `mask` is a `core.mask.Mask`, which is made with the help of this module.
 
-
-def rendered(mask: Any) -> tuple[Any, dict[str, Any]]:
+def rendered(mask: Columns) -> tuple[torch.Tensor | BlockMask | None, dict[str, Any]]:
     """As `Mask.rendered`."""
     if not mask.changed:
         if mask.form == "blocks" and isinstance(mask.given, torch.Tensor) and mask.given.shape[1] > 1:
@@ -33,14 +33,14 @@ def rendered(mask: Any) -> tuple[Any, dict[str, Any]]:
     else:
         is_added = mask.form == "added"
     if not is_added:
-        return (None if _all_seen(mask) else mask.seen()), {}
+        return (None if _all_seen(mask) else keeping.seen(mask)), {}
     dtype = mask.given.dtype if isinstance(mask.given, torch.Tensor) else mask.dtype
-    seen, added = mask.seen(), mask.added()
+    seen, added = keeping.seen(mask), keeping.added(mask)
     values = torch.zeros((), dtype=dtype, device=seen.device) if added is None else added
     return torch.where(seen, values, torch.finfo(dtype).min), {}
 
 
-def _all_seen(mask: Any) -> bool:
+def _all_seen(mask: Columns) -> bool:
     """Whether a single row sees every key, as structure alone says: it then needs no mask."""
     ends = not mask.causal or (isinstance(mask.own, int) and mask.own == mask.columns - mask.dropped - 1)
     structure = (mask.pairs, mask.real_columns, mask.window, mask.sequence)
@@ -48,13 +48,13 @@ def _all_seen(mask: Any) -> bool:
     return mask.queries == 1 and ends and not bounded
 
 
-def _tokens(mask: Any) -> tuple[Any, dict[str, Any]]:
+def _tokens(mask: Columns) -> tuple[torch.Tensor | BlockMask | None, dict[str, Any]]:
     """Flash attention aligns causal rows to the last keys and drops the rows of hidden ones: a window, or one row."""
     if mask.index is None and not mask.keeps and not mask.extra and not isinstance(mask.own, torch.Tensor):
         return mask.given, {"sliding_window": mask.window}
     if mask.queries > 1:
         raise _refused("flash attention", f"a choice of keys for {mask.queries} rows in one call")
-    seen = mask.seen()
+    seen = keeping.seen(mask)
     if seen.shape[1] > 1:
         raise _refused("flash attention", "other keys in some heads than in others")
     words: dict[str, Any] = {"sliding_window": None}
@@ -63,7 +63,7 @@ def _tokens(mask: Any) -> tuple[Any, dict[str, Any]]:
     return (None if _all_seen(mask) else seen[:, 0, 0].expand(mask.batch, -1)), words
 
 
-def _blocks(mask: Any) -> BlockMask:
+def _blocks(mask: Columns) -> BlockMask:
     """Functions that read tensors of up to two dimensions: those of four compile for one shape alone."""
     if isinstance(mask.given, torch.Tensor) or isinstance(mask.pairs, torch.Tensor):
         raise _refused("flex attention", "other keys, or rows, than those of a mask that is a tensor")
@@ -71,15 +71,15 @@ def _blocks(mask: Any) -> BlockMask:
         raise _refused("flex attention", "other keys in some heads than in others")
     if isinstance(mask.own, torch.Tensor) and mask.own.dim() == 2:
         raise _refused("flex attention", "some rows of a call")
-    conditions: list[Any] = []
+    conditions: list[Callable[..., torch.Tensor]] = []
     window = mask.window if mask.pairs is None else None
     order = own = place = None
     if window is not None or any(isinstance(keep, SinkAndRecent) for keep in mask.keeps):
         order, place = (
-            mask._by_key(by_column)[:, 0].expand(mask.batch, -1)
+            ranks.by_key(mask, by_column)[:, 0].expand(mask.batch, -1)
             for by_column in (ranks.order(mask), ranks.places(mask))
         )
-        own = mask._by_row(ranks.order(mask)).expand(mask.batch, -1)
+        own = ranks.by_row(mask, ranks.order(mask)).expand(mask.batch, -1)
     for keep in mask.keeps:
         if isinstance(keep, SinkAndRecent):
             check_counted(keep, uncounted=mask.uncounted)
@@ -101,9 +101,9 @@ def _blocks(mask: Any) -> BlockMask:
             return of_keys[b, j]
 
         conditions.append(among)
-    real = (
-        F.pad(mask._real_keys(), (mask.extra, 0), value=True)[:, 0].expand(mask.batch, -1) if mask.has_empty else None
-    )
+    real = None
+    if mask.has_empty:
+        real = F.pad(ranks.real_keys(mask), (mask.extra, 0), value=True)[:, 0].expand(mask.batch, -1)
     column = None if mask.index is None else (mask.index[:, 0] - mask.dropped).clamp(min=0).expand(mask.batch, -1)
     inner, extra = (None if mask.pairs is None else mask.pairs.mask_mod), mask.extra
 
@@ -128,7 +128,7 @@ def _blocks(mask: Any) -> BlockMask:
     return create_block_mask(shown, *sizes, device=str(mask.device))
 
 
-def structure(mask: Any) -> dict[str, Any]:
+def structure(mask: Columns) -> dict[str, Any]:
     """Fields of an `AttentionRule`: structure where it lasts, else a dense mask and ranks."""
     mask._check()
     if mask.index is not None or mask.keeps or mask.extra:
@@ -152,19 +152,19 @@ def structure(mask: Any) -> dict[str, Any]:
     if mask.dropped or not by_mask or hides:
         found |= _ranks(mask)
     elif mask.pairs is not None and ranks.starts(mask) is not None:
-        found["place"] = mask._by_key(ranks.places(mask))
+        found["place"] = ranks.by_key(mask, ranks.places(mask))
     return {**found, "uncounted": mask.uncounted}
 
 
-def _ranks(mask: Any) -> dict[str, Any]:
+def _ranks(mask: Columns) -> dict[str, Any]:
     """Of keys and of the queries' own, among all there ever were, those that were dropped included."""
     order = ranks.order(mask)
-    found = {"order": mask._by_key(order), "own": mask._by_row(order)}
-    return found if ranks.starts(mask) is None else {**found, "place": mask._by_key(ranks.places(mask))}
+    found = {"order": ranks.by_key(mask, order), "own": ranks.by_row(mask, order)}
+    return found if ranks.starts(mask) is None else {**found, "place": ranks.by_key(mask, ranks.places(mask))}
 
 
-def _gathered(mask: Any) -> dict[str, Any]:
-    seen, added = mask.seen(), mask.added()
+def _gathered(mask: Columns) -> dict[str, Any]:
+    seen, added = keeping.seen(mask), keeping.added(mask)
     if added is not None:
         seen = torch.where(seen, added, torch.finfo(added.dtype).min)
     elif mask.queries == 1 and seen.shape[1] == 1:  # by key alone, which kernels read faster
