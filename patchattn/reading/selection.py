@@ -123,6 +123,9 @@ def _under_mask(call: AttentionCall, keep: Keep | Places | Split | None, inner: 
 
 def _skipping(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> torch.Tensor:
     """`(B, Tq, H, D)` by an operation that leaves out what is not kept."""
+    heads = call.query.shape[1]
+    if isinstance(keep, SinkAndRecent) and len(keep.sinks) == 1 < heads:
+        keep = keep._replace(sinks=keep.sinks.repeat(heads), recent=keep.recent.repeat(heads))
     output = block_sparse_attention(call.query, call.key, call.value, keep, call.rule())
     return output.transpose(1, 2).to(call.query.dtype)
 

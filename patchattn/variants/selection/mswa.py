@@ -59,7 +59,8 @@ class MSWA(SelectionVariant):
     def select(self, call: AttentionCall) -> SinkAndRecent | None:
         if self.config.window is None or call.mask.columns <= min(self.windows):
             return None
-        return sink_and_recent(0, self.windows, len(self.windows), call.query.device)
+        windows = self.windows if self.config.by_head else self.windows[:1]
+        return sink_and_recent(0, windows, len(windows), call.query.device)
 
 
 def _scale(number: int, count: int) -> float:

@@ -8,7 +8,6 @@ from patchattn_kernels import SinkAndRecent, sink_and_recent
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
-from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.selection import CAPABILITIES, SelectionVariant
 
@@ -33,10 +32,6 @@ class Streaming(SelectionVariant):
     config_class = StreamingConfig
     config: StreamingConfig
 
-    def __init__(self, config: StreamingConfig, site: AttentionSite) -> None:
-        super().__init__(config, site)
-        self.heads = site.require("query_heads", by="streaming")
-
     @property
     def keeps_state(self) -> bool:
         return self.config.sinks > 0  # a sliding cache then counts what it lets go of
@@ -53,7 +48,7 @@ class Streaming(SelectionVariant):
         sinks, recent = self.config.sinks, self.config.recent
         if recent is None or call.mask.columns <= sinks + recent:
             return None
-        return sink_and_recent(sinks, recent, self.heads, call.query.device)
+        return sink_and_recent(sinks, recent, 1, call.query.device)
 
 
 register_variant(

@@ -10,7 +10,6 @@ from patchattn_kernels import sink_and_recent
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
-from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.selection import CAPABILITIES, SelectionVariant, Split, plain_own
 
@@ -55,10 +54,6 @@ class Triangle(SelectionVariant):
     config_class = TriangleConfig
     config: TriangleConfig
 
-    def __init__(self, config: TriangleConfig, site: AttentionSite) -> None:
-        super().__init__(config, site)
-        self.heads = site.require("query_heads", by="TriangleMix")
-
     @property
     def keeps_state(self) -> bool:
         return self.config.sinks > 0  # a sliding cache then counts what it lets go of
@@ -76,7 +71,7 @@ class Triangle(SelectionVariant):
         last, sinks, recent = self.config.last, self.config.sinks, self.config.recent
         if last is None or call.decodes or call.mask.queries <= last or call.mask.columns <= sinks + recent:
             return None
-        first = sink_and_recent(sinks, recent, self.heads, call.query.device)
+        first = sink_and_recent(sinks, recent, 1, call.query.device)
         if plain_own(call.mask) is not None:
             return Split(call.mask.queries - last, first)
         order, place = call.mask.row_order(), call.mask.row_places()
