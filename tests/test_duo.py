@@ -14,7 +14,7 @@ import patchattn
 from patchattn.core.kv_caches import cache_argument
 from patchattn.reading.gates import HeadGates
 
-from .evictions import HOW, dense, extended, fed, padded, registered
+from .evictions import HOW, LANGUAGE, dense, extended, fed, padded, registered
 from .families import FAMILIES, outputs
 
 GATES = [[0.9, 0.1], [0.2, 0.3]]
@@ -32,17 +32,19 @@ def text(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([ids, more], dim=1), extended(real, length)
 
 
-def seen_by_loops(real: torch.Tensor, streaming: list[int], full_rows: int = 0) -> torch.Tensor:
-    """`(B, 4, T, T)` bool of one layer: the first rows may see everything in all heads."""
+def seen_by_loops(
+    real: torch.Tensor, streaming: list[int], full_rows: int = 0, heads: int = 4, group: int = 2
+) -> torch.Tensor:
+    """`(B, H, T, T)` bool of one layer: the first rows may see everything in all heads."""
     batch, length = real.shape
-    seen = torch.zeros(batch, 4, length, length, dtype=torch.bool)
+    seen = torch.zeros(batch, heads, length, length, dtype=torch.bool)
     for row in range(batch):
         places = [place for place in range(length) if real[row, place]]
         for own_rank, own in enumerate(places):
             for rank, place in enumerate(places[: own_rank + 1]):
                 is_near = rank < LIMITS["sinks"] or own_rank - rank <= LIMITS["recent"]
-                for head in range(4):
-                    seen[row, head, own, place] = head // 2 not in streaming or is_near or own < full_rows
+                for head in range(heads):
+                    seen[row, head, own, place] = head // group not in streaming or is_near or own < full_rows
     return seen | torch.eye(length, dtype=torch.bool)  # rows of padding see something
 
 
@@ -59,6 +61,36 @@ def test_calls_are_one_forward_in_which_heads_see_what_they_keep(sparsity: float
     found = fed(model_of(sparsity=sparsity), DynamicCache(), ids, real, sizes)
     expected = dense([seen_by_loops(real, heads) for heads in STREAMING[sparsity]], ids, real)
     torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("qwen3", None), ("gpt2", None), ("llava", None), ("gemma2", [1])])
+def test_other_families(family: str, layers: list[int] | None) -> None:
+    """Norms of queries, learned positions and a head for each query, a vision tower; full among sliding layers."""
+    ids, real = text(24)
+    model: Any = FAMILIES[family].make_exact()
+    tower = [site for site in patchattn.find_sites(model) if "vision" not in site.name]
+    heads, kv_heads = tower[0].query_heads, tower[0].kv_heads
+    gates = [[(head + layer) % 2 / 2 for head in range(kv_heads)] for layer in range(len(tower))]
+    patchattn.patch_model(model, "duo", gates=gates, layers=layers, modules=LANGUAGE, **LIMITS)
+    cache = DynamicCache(config=model.config.get_text_config())
+    found = fed(model, cache, ids, real, [7, 5, *[1] * 12])
+    chosen = range(len(tower)) if layers is None else layers
+    streaming = [[head for head in range(kv_heads) if gates[layer][head] == 0] for layer in chosen]
+    seen = [seen_by_loops(real, each, heads=heads, group=heads // kv_heads) for each in streaming]
+    expected = dense(seen, ids, real, family, layers)
+    exact = found.dtype == torch.float64
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-4)
+    assert [list(cache.layers[layer].apart[0]) for layer in chosen] == streaming
+
+
+def test_learned_sinks_are_refused_where_keys_are_apart() -> None:
+    model: Any = FAMILIES["gpt_oss"].make()
+    site = patchattn.find_sites(model)[0]
+    gates = [[0.0, *[1.0] * (site.kv_heads - 1)]] * site.layer_count
+    patchattn.patch_model(model, "duo", gates=gates, layers=[1], **LIMITS)
+    ids, real = text(24)
+    with pytest.raises(NotImplementedError, match="heads apart, and it has sinks, or a position bias, by head"):
+        fed(model, DynamicCache(config=model.config), ids, real, [12, 12])
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
