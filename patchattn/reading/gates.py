@@ -15,7 +15,9 @@ from ..core.sites import AttentionSite
 from ..files.documents import naming, quoted, read_json, read_text
 
 # As settings take them: a file, or per layer a gate for each kv head, or what `HeadGates.to_dict` gives.
-Gates = str | Path | Mapping[str, Any] | Sequence[Sequence[float]]
+Gates = (
+    str | Path | Mapping[str, Sequence[Sequence[float]] | Mapping[str, str | int | None]] | Sequence[Sequence[float]]
+)
 _FIELDS = ("gates", "base", "calibration")
 
 
