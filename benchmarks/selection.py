@@ -93,7 +93,7 @@ def timed(
 @app.command()
 def decode(
     keys: Annotated[list[int], typer.Option(help="Keys in the cache.")] = [4096, 16384],  # noqa: B006
-    share: Annotated[list[float], typer.Option(help="Of the keys that are read.")] = [0.05, 0.1],  # noqa: B006
+    share: Annotated[list[float], typer.Option(help="Share of the keys that is read.")] = [0.05, 0.1],  # noqa: B006
     page: Annotated[list[int], typer.Option(help="Keys of a page.")] = [16, 64],  # noqa: B006
     repeats: Repeats = 30,
     markdown: Markdown = None,

@@ -104,7 +104,9 @@ def plain_own(mask: Mask) -> int | None:
     """Column of the first query's own key, where every row is one causal text, whole and without padding; or `None`."""
     is_one = mask.pairs is None and mask.real_columns is None and mask.sequence is None and mask.window is None
     is_whole = mask.index is None and not mask.dropped and not mask.extra and not mask.keeps
-    return mask.own if is_one and is_whole and mask.causal and isinstance(mask.own, int) else None
+    if not (is_one and is_whole and isinstance(mask.own, int)):
+        return None
+    return mask.own if mask.causal or (mask.queries == 1 and mask.own == mask.keys - 1) else None
 
 
 def narrowed(call: AttentionCall, keep: Keep | Places | Split | None) -> AttentionCall:
