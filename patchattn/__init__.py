@@ -83,6 +83,7 @@ offer(
             "act": "sinks.act",
             "adakv": "eviction.adakv",
             "cad": "decoding.cad",
+            "cope": "biases.cope",
             "damro": "decoding.damro",
             "decore": "decoding.decore",
             "duo": "eviction.duo",

@@ -87,6 +87,12 @@ REFUSALS: dict[str, list[Refusal]] = {
         ),
     ],
     "fox": [*_of_causal_selection("fox")["fox"], *_CAPPED],
+    "cope": [
+        *_of_causal_selection("cope")["cope"],
+        *_CAPPED,
+        _of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value"),
+        _of(["t5"], "does not support position_bias", "its gates would count what a bias says of positions already"),
+    ],
     "sink": _CAPPED,
     "entmax": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
     "gqa_convert": [

@@ -15,6 +15,7 @@ SHIPPED = [
     "act",
     "adakv",
     "cad",
+    "cope",
     "damro",
     "decore",
     "duo",
