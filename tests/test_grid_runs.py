@@ -14,6 +14,8 @@ from transformers import (
     LlamaModel,
     SwinConfig,
     SwinModel,
+    VideoMAEConfig,
+    VideoMAEModel,
     ViTMAEConfig,
     ViTMAEModel,
     VivitConfig,
@@ -70,6 +72,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "frames": (
         lambda: VivitModel(VivitConfig(**SIZES, image_size=24, num_frames=4, tubelet_size=[2, 8, 8])),
+        pixels(1, 4, 3, 24, 24),
+        "its tokens lie along time, too",
+    ),
+    "frames, in layers that hand no keyword arguments on": (
+        lambda: VideoMAEModel(VideoMAEConfig(**SIZES, image_size=24, patch_size=8, num_frames=4)),
         pixels(1, 4, 3, 24, 24),
         "its tokens lie along time, too",
     ),

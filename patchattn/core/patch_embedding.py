@@ -1,7 +1,7 @@
 """What a vision tower's patch embedding and rotary embedding do, seen by hooks, for variants that ask for grids."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ def install_grid(model: nn.Module, site: AttentionSite, sites: Sequence[str]) ->
             parts.embedding.register_forward_hook(reader.see_tokens, with_kwargs=True)
         for other in parts.others:
             other.register_forward_hook(reader.see_places, with_kwargs=True)
-    if layer is not None and _reader_on(layer) is None and _takes_keywords(layer):
+    if layer is not None and _reader_on(layer) is None and all(map(_takes_keywords, _way_to(model, layer, site))):
         register_last(layer, reader.hand_on)
 
 
@@ -208,6 +208,16 @@ def _reader_on(module: nn.Module) -> GridReader | None:
     """The reader that looks at a tower or a layer before its forward."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, GridReader)), None)
+
+
+def _way_to(model: nn.Module, layer: nn.Module, site: AttentionSite) -> Iterator[nn.Module]:
+    """A layer, the attention module in it, and what is between them."""
+    path, module = site.name, model.get_submodule(site.name)
+    while module is not layer:
+        yield module
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+    yield layer
 
 
 def _takes_keywords(module: nn.Module) -> bool:
