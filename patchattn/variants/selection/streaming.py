@@ -63,6 +63,6 @@ register_variant(
         extra_parameters="none",
         needs_training=False,
         capabilities=CAPABILITIES,
-        examples=({"sinks": 1, "recent": 3}, {"sinks": 0, "recent": 4}),
+        examples=({"sinks": 1, "recent": 3}, {"sinks": 0, "recent": 3}),
     )
 )
