@@ -15,7 +15,14 @@ from .behaviour import Case, accepted, on
 from .families import FAMILIES, outputs
 
 TOYS = pytest.mark.usefixtures("toys")
-DENSE = ("toy_mask",)  # flash attention takes no mask per key
+# What other bases cannot be told, by variant, and what the refusal says.
+_CHOICE = "Flash attention cannot be told a choice of keys for"
+NOT_ON_FLASH = {
+    "toy_mask": "",
+    "sink": "Flash attention has no place for the slot of Sink",
+    **dict.fromkeys(("mswa", "power", "quest", "streaming", "triangle", "twilight"), _CHOICE),
+}
+NOT_ON_FLEX = ("power", "quest", "triangle", "twilight")
 
 
 def flash_in_torch(
@@ -47,7 +54,7 @@ def flash_in_torch(
 
 
 @TOYS
-@on(["llama", "mistral", "gemma3_text", "bert"], without=DENSE)
+@on(["llama", "mistral", "gemma3_text", "bert"], without=NOT_ON_FLASH)
 def test_flash_attention_stays_the_base(family: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_in_torch)
     tokens = FAMILIES[family].inputs()["input_ids"]
@@ -74,11 +81,42 @@ def test_flash_attention_stays_the_base(family: str, case: Case, monkeypatch: py
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", accepted("llama"), ids=str)
-def test_flex_attention_stays_the_base(case: Case) -> None:
+def not_on_flash() -> list[Case]:
+    """Papers' cases that it cannot be told, but for a window alone."""
+    cases = [case for case in accepted("llama") if case.variant in NOT_ON_FLASH]
+    return [case for case in cases if case.variant != "streaming" or dict(case.settings)["sinks"]]
+
+
+@pytest.mark.parametrize("case", not_on_flash(), ids=str)
+def test_flash_attention_is_refused_by_name(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_in_torch)
+    model = FAMILIES["llama"].make()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    case.patch(model)
+    with pytest.raises(NotImplementedError, match=NOT_ON_FLASH[case.variant]):
+        outputs(model, **FAMILIES["llama"].inputs())
+
+
+@pytest.mark.parametrize("case", [case for case in accepted("llama") if case.variant in NOT_ON_FLEX], ids=str)
+def test_flex_attention_is_refused_by_name(case: Case) -> None:
+    model = case.patch(FAMILIES["llama"].make(implementation="flex_attention"))
+    with pytest.raises(NotImplementedError, match="Flex attention cannot be told a choice of keys that differs"):
+        outputs(model, **FAMILIES["llama"].inputs())
+
+
+def on_flex() -> list[Any]:
+    """Every case with a padded row, and one without any padding."""
+    cases = [(case, True) for case in accepted("llama") if case.variant not in NOT_ON_FLEX]
+    whole = next((case, False) for case, _ in cases if case.variant == "streaming")
+    return [pytest.param(case, padded, id=f"{case}-{padded}") for case, padded in [*cases, whole]]
+
+
+@pytest.mark.parametrize(("case", "padded"), on_flex())
+def test_flex_attention_stays_the_base(case: Case, padded: bool) -> None:
     tokens = FAMILIES["llama"].inputs()["input_ids"]
     mask = torch.ones_like(tokens)
-    mask[1, 6:] = 0
+    if padded:
+        mask[1, 6:] = 0
     results = []
     for base in ("sdpa", "flex_attention"):
         model = FAMILIES["llama"].make(implementation=base)
@@ -90,7 +128,7 @@ def test_flex_attention_stays_the_base(case: Case) -> None:
 @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize("use_cache", [False, True])
 @TOYS
-@on(["llama", "mistral"], without=DENSE)
+@on(["llama", "mistral"], without=NOT_ON_FLASH)
 def test_packed_sequences_under_flash_attention(
     family: str, case: Case, use_cache: bool, told_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    EuroBertConfig,
+    EuroBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ..core.kv_caches import cache_argument
 from ..core.packing import CHILD
@@ -21,6 +30,7 @@ from ..core.patching import patch_model, patched, unpatch_model
 from ..core.registry import list_variants, variant_info
 from ..core.selection import base_model
 from ..saving.checkpoint import from_pretrained, load_patch, save_patch
+from ..surgery.kv_merge import KvMerge
 from .check import check_patch
 
 _REFERENCE = "patchattn_doctor"
@@ -59,7 +69,9 @@ def self_test(device: str = "cpu") -> Iterator[Finding]:
         for name in list_variants():
             info = variant_info(name)
             if info.kind != "decoding" and {*needed, "without_images"} <= info.capabilities:
-                yield Finding(f"{name}, {kind}", _reason(partial(_try_variant, name, make, device)))
+                merges = kind == "encoder" and issubclass(info.variant, KvMerge)
+                model = _grouped_encoder if merges else make
+                yield Finding(f"{name}, {kind}", _reason(partial(_try_variant, name, model, device)))
 
 
 def _reason(run: Callable[[], str | None]) -> str | None:
@@ -78,6 +90,13 @@ def _decoder() -> Any:
 def _encoder() -> Any:
     torch.manual_seed(0)
     return BertModel(BertConfig(**_SIZES)).eval()
+
+
+def _grouped_encoder() -> Any:
+    """One whose configuration has a number of kv heads, for what changes it."""
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 2}
+    return EuroBertModel(EuroBertConfig(**_SIZES, **special, num_key_value_heads=2)).eval()
 
 
 def _tokens(model: Any) -> torch.Tensor:

@@ -76,15 +76,15 @@ def _blocks(mask: Columns) -> BlockMask:
     order = own = place = None
     if window is not None or any(isinstance(keep, SinkAndRecent) for keep in mask.keeps):
         order, place = (
-            ranks.by_key(mask, by_column)[:, 0].expand(mask.batch, -1)
+            _whole(ranks.by_key(mask, by_column)[:, 0], mask.batch, -1)
             for by_column in (ranks.order(mask), ranks.places(mask))
         )
-        own = ranks.by_row(mask, ranks.order(mask)).expand(mask.batch, -1)
+        own = _whole(ranks.by_row(mask, ranks.order(mask)), mask.batch, -1)
     for keep in mask.keeps:
         if isinstance(keep, SinkAndRecent):
             check_counted(keep, uncounted=mask.uncounted)
 
-            limits = keep.recent.expand(mask.heads), keep.sinks.expand(mask.heads)
+            limits = _whole(keep.recent, mask.heads), _whole(keep.sinks, mask.heads)
 
             def near(b: Any, h: Any, i: Any, j: Any, limits: Any = limits, known: Any = (order, place, own)) -> Any:
                 (recent, sinks), (order, place, own) = limits, known
@@ -95,7 +95,7 @@ def _blocks(mask: Columns) -> BlockMask:
         whole = keeping.as_mask(keep, mask)
         if whole.shape[1] > 1 or whole.shape[2] > 1:
             raise _refused("flex attention", "a choice of keys that differs between rows or heads")
-        of_keys = whole[:, 0, 0].expand(mask.batch, -1)
+        of_keys = _whole(whole[:, 0, 0], mask.batch, -1)
 
         def among(b: Any, h: Any, i: Any, j: Any, of_keys: Any = of_keys) -> Any:
             return of_keys[b, j]
@@ -103,8 +103,8 @@ def _blocks(mask: Columns) -> BlockMask:
         conditions.append(among)
     real = None
     if mask.has_empty:
-        real = F.pad(ranks.real_keys(mask), (mask.extra, 0), value=True)[:, 0].expand(mask.batch, -1)
-    column = None if mask.index is None else (mask.index[:, 0] - mask.dropped).clamp(min=0).expand(mask.batch, -1)
+        real = _whole(F.pad(ranks.real_keys(mask), (mask.extra, 0), value=True)[:, 0], mask.batch, -1)
+    column = None if mask.index is None else _whole((mask.index[:, 0] - mask.dropped).clamp(min=0), mask.batch, -1)
     inner, extra = (None if mask.pairs is None else mask.pairs.mask_mod), mask.extra
 
     def shown(b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -126,6 +126,11 @@ def _blocks(mask: Columns) -> BlockMask:
     )
     sizes = (mask.batch, mask.heads if per_head else None, mask.queries, mask.keys)
     return create_block_mask(shown, *sizes, device=str(mask.device))
+
+
+def _whole(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Expanded in memory: flex attention's code for a CPU does not compile with tensors that stride by 0."""
+    return tensor.expand(*sizes).contiguous()
 
 
 def structure(mask: Columns) -> dict[str, Any]:

@@ -58,9 +58,10 @@ class Entmax(RowVariant):
     def __init__(self, config: EntmaxConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         heads = site.require("query_heads", by="entmax")
-        place = torch.tensor((config.alpha - _LEAST) / (2 - _LEAST)).logit()
         limit = 4.6 if config.learned else 20.0  # a sigmoid of 20 is 1 in float32; one of 4.6 still has a gradient
-        starts = {"sparsity": float(place.clamp(-limit, limit)), "scale": config.scale, "blend": config.blend}
+        least = 1 / (1 + math.exp(limit))
+        share = min(max((config.alpha - _LEAST) / (2 - _LEAST), least), 1 - least)
+        starts = {"sparsity": math.log(share / (1 - share)), "scale": config.scale, "blend": config.blend}
         for name, start in starts.items():
             value = None if start is None else torch.full((heads,), float(start))
             if config.learned:
