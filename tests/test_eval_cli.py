@@ -219,6 +219,7 @@ def test_names_of_tasks(folder: Path) -> None:
     assert len(tasks[GROUPS["ruler"].index("ruler/vt") + 1]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(call: Any, folder: Path) -> None:
     """Seven samples in batches of two, and a router that starts at random."""
     (folder / "text.txt").write_text("All that is said of the film is that it is good. " * 9)

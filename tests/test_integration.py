@@ -14,7 +14,7 @@ from .behaviour import Case, accepted, randomise, variant_parameters
 from .families import FAMILIES, outputs
 
 
-@pytest.mark.parametrize("case", accepted("llama"), ids=str)
+@pytest.mark.parametrize("case", [case for case in accepted("llama") if case.example == 0], ids=str)
 def test_trainer_trains_resumes_and_its_checkpoint_loads(case: Case, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 60, (16, 8), generator=generator)]

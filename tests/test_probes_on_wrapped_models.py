@@ -37,7 +37,7 @@ def noting(model: nn.Module, seen: list[str], **how: Any) -> patchattn.PlacedPro
     return patchattn.probed(model, lambda call, output: seen.append(call.site.name), **how)
 
 
-@pytest.mark.parametrize(("patch", "at"), [(None, "model"), ("ssa", "base")])
+@pytest.mark.parametrize(("patch", "at"), [(None, "model"), pytest.param("ssa", "base", marks=pytest.mark.slow)])
 def test_compiled_code_follows_probes(patch: str | None, at: str) -> None:
     torch.compiler.reset()
     model = made(patch)

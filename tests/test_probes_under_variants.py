@@ -23,7 +23,7 @@ def run(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return list(model.generate(**inputs, **how).logits)
 
 
-@on(("llama", "llava", "bert"), "attention", "surgery", "cache", once=True)
+@on(("llama", "llava", "bert"), "attention", "surgery", "cache", once=True, first=True)
 def test_a_probe_changes_nothing(family: str, case: Case) -> None:
     inputs = FAMILIES[family].inputs()
     model = case.patch(FAMILIES[family].make())
