@@ -25,7 +25,6 @@ class Logits(torch.nn.Module):
     ("variant", "settings", "strict"),
     [
         ("act", {"alpha": 0.9}, False),
-        ("act", {"alpha": 0.9}, True),
         ("act", {"heads": {0: [1], 1: [0, 3]}}, True),
         ("ssmax", {}, True),
     ],

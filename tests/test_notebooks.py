@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -9,6 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+TRAIN = ("2", "3", "5")  # the longest; what they show of training, recipes' tests show as well
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -20,7 +22,11 @@ def test_there_are_six() -> None:
     assert [path.name[0] for path in NOTEBOOKS] == list("123456")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def marked(path: Path) -> Any:
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.name.startswith(TRAIN) else ())
+
+
+@pytest.mark.parametrize("path", map(marked, NOTEBOOKS))
 def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
