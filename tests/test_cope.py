@@ -108,3 +108,12 @@ def test_left_padding_one_token_at_a_time_and_rows_in_chunks(family: str, monkey
 def test_settings_that_change_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="positions=1 gives every key the same embedding"):
         patchattn.patch_model(tiny_llama(), "cope", positions=1)
+
+
+def test_counting_keys_of_which_some_are_gone_is_refused() -> None:
+    model = patchattn.patch_model(tiny_llama(), ["knorm", "cope"], {"knorm": {"budget": 4}})
+    with torch.no_grad():
+        cache = model(TOKENS, use_cache=True).past_key_values
+        with pytest.raises(NotImplementedError, match="its kv cache has dropped keys"):
+            for _ in range(2):
+                model(TOKENS[:, :1], past_key_values=cache)

@@ -76,6 +76,11 @@ class Cope(RowVariant):
         return [self.embedding]
 
     def weights(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        if call.mask.index is not None:
+            raise NotImplementedError(
+                f"CoPE counts the keys between a token and an earlier one, and {self.site.name} is given only some of "
+                "them: its kv cache has dropped keys, or another variant hands on a choice. Patch one of the two alone."
+            )
         gates = logits.sigmoid() * visible
         place = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.config.positions - 1)
         # In two dimensions: a product of more is split by whether it trains, which moves the last digit.
