@@ -18,7 +18,7 @@ from ..core.call import AttentionCall
 from ..core.heads import BaseFacts
 from ..core.patching import is_patched, patch_model, unpatch_model
 from ..core.registry import temporarily_registered
-from ..core.selection import base_model, select_sites
+from ..core.selection import base_model, causal_sites, input_device, select_sites
 from ..core.settings import option
 from ..core.sites import AttentionSite
 from ..core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
@@ -127,7 +127,7 @@ def learn_gates(
         raise ValueError("The model is patched: learn its gates before, or after patchattn.unpatch_model(model).")
     sites = _decoder_sites(base, modules)
     settings = {"steps": steps, "learning_rate": learning_rate, "penalty": penalty, "sinks": sinks, "recent": recent}
-    device, decoder = next(base.parameters()).device, base.get_decoder()
+    device, decoder = input_device(base), base.get_decoder()
     with _gated(base, sites, sinks, recent) as variants:
         gates = [variant.gate for variant in variants]
         optimizer = torch.optim.AdamW(gates, lr=learning_rate, weight_decay=0.0)
@@ -172,7 +172,7 @@ def _hidden(decoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _decoder_sites(base: nn.Module, modules: Any) -> list[AttentionSite]:
     """One attention module for every layer of a decoder."""
     found = select_sites(base, modules=modules)
-    sites = [site for site in found if not site.is_cross and getattr(base.get_submodule(site.name), "is_causal", True)]
+    sites = causal_sites(base, found)
     if not sites:
         raise NotImplementedError(
             f"{type(base).__name__} has no causal self-attention among the chosen modules, whose kv heads could stream."

@@ -123,3 +123,14 @@ def _ranges(numbers: list[int]) -> str:
 def causal_sites(model: nn.Module, sites: Iterable[AttentionSite]) -> list[AttentionSite]:
     """Those of some attention modules that are causal self-attention, as transformers asks."""
     return [site for site in sites if not site.is_cross and getattr(model.get_submodule(site.name), "is_causal", True)]
+
+
+def require_causal(model: nn.Module, sites: Iterable[AttentionSite], *, by: str, because: str) -> list[AttentionSite]:
+    """The same; NotImplementedError if there is none, with the name of what acts in them alone, and the reason."""
+    causal = causal_sites(model, sites)
+    if not causal:
+        raise NotImplementedError(
+            f"{by} does not support bidirectional or cross: {because}, and none of the chosen attention modules of "
+            f"{type(model).__name__} is causal self-attention."
+        )
+    return causal

@@ -11,8 +11,10 @@ from torch import nn
 from ..cache.state import SequenceState
 from ..core.call import AttentionCall
 from ..core.mask import Keep
+from ..core.selection import causal_sites
 from ..core.settings import option
 from ..core.sites import AttentionSite
+from ..core.surroundings import Surroundings
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 from .budgets import Budget, BudgetConfig, best
 
@@ -56,9 +58,7 @@ class EvictionVariant(Variant):
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
         """Leave out attention without a kv cache of its own: of encoders, and to other sequences."""
-        own = [
-            site for site in sites if not site.is_cross and getattr(model.get_submodule(site.name), "is_causal", True)
-        ]
+        own = causal_sites(model, sites)
         if not own:
             raise NotImplementedError(
                 f"{cls.name!r} drops keys of a kv cache, and no attention module that was chosen in "
@@ -76,6 +76,16 @@ class EvictionVariant(Variant):
     def forget(self, call: AttentionCall) -> None:
         """After attention: tell the kv cache by `call.context.keep` what is left."""
         raise NotImplementedError(f"{type(self).__name__} must define forget(call).")
+
+
+def keep_first_and_last(
+    call: AttentionCall, context: Surroundings, owner: str, *, sinks: int, recent: int, slack: int
+) -> None:
+    """Tell the kv cache to keep the first real keys and the last ones, also were `slack` tokens taken back."""
+    order = call.mask.key_order()
+    newest = order[..., : call.mask.keys - slack].amax(-1, keepdim=True)
+    kept = call.mask.real_keys() & ((order <= sinks) | (newest - order < recent))
+    context.keep(owner, kept.expand(len(call.key), -1, -1), bound=sinks + recent, slack=slack, since=slack)
 
 
 @dataclass(frozen=True, kw_only=True)

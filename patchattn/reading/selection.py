@@ -14,6 +14,7 @@ from ..cache import waiting
 from ..core.call import AttentionCall
 from ..core.mask import Keep, Mask
 from ..core.places import Places
+from ..core.selection import require_causal
 from ..core.sites import AttentionSite
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 
@@ -61,17 +62,8 @@ class SelectionVariant(Variant):
 
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
-        causal = [
-            site
-            for site in sites
-            if not site.is_cross and getattr(model.get_submodule(site.name), "is_causal", True)  # as transformers asks
-        ]
-        if not causal:
-            raise NotImplementedError(
-                f"{cls.__name__} does not support bidirectional or cross: it says what tokens read of those before "
-                "them, and none of the chosen attention modules is causal self-attention."
-            )
-        return config, causal
+        because = "it says what tokens read of those before them"
+        return config, require_causal(model, sites, by=cls.__name__, because=because)
 
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:

@@ -58,7 +58,8 @@ def sink_and_recent(
     heads: int,
     device: torch.device | str | None = None,
 ) -> SinkAndRecent:
-    """The sizes of every query head's window. Make it once, not in every call: it copies to the device.
+    """The sizes of every query head's window. Where they differ make it once, not in every call: it copies to the
+    device.
 
     Args:
         sinks: number of first keys, for all heads or one per head; at least 0.
@@ -79,11 +80,18 @@ def sink_and_recent(
     sizes = [min(size or UNBOUNDED, UNBOUNDED) for size in last]
     most = max(bounded, default=0)
     return SinkAndRecent(
-        torch.tensor(bounded, dtype=torch.int32, device=device),
-        torch.tensor(sizes, dtype=torch.int32, device=device),
+        _on_device(bounded, device),
+        _on_device(sizes, device),
         most,
         sizes[0] if most == 0 and len(set(sizes)) == 1 else None,
     )
+
+
+def _on_device(sizes: list[int], device: torch.device | str | None) -> torch.Tensor:
+    """int32; where all are alike nothing is copied."""
+    if len(set(sizes)) == 1:
+        return torch.full((len(sizes),), sizes[0], dtype=torch.int32, device=device)
+    return torch.tensor(sizes, dtype=torch.int32, device=device)
 
 
 def lists_from_mask(blocks: torch.Tensor, block_q: int, block_k: int, *, most: int | None = None) -> BlockLists:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
-from ...core.selection import causal_sites
+from ...core.selection import require_causal
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
@@ -56,13 +56,7 @@ class Cope(RowVariant):
     def fit(
         cls, config: CopeConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[CopeConfig, Sequence[AttentionSite]]:
-        causal = causal_sites(model, sites)
-        if not causal:
-            raise NotImplementedError(
-                "CoPE does not support bidirectional or cross: it counts from a token back to an earlier one, and none "
-                f"of the chosen attention modules of {type(model).__name__} is causal self-attention."
-            )
-        return config, causal
+        return config, require_causal(model, sites, by="CoPE", because="it counts from a token back to an earlier one")
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

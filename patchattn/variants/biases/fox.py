@@ -9,7 +9,7 @@ from torch import nn
 
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
-from ...core.selection import causal_sites
+from ...core.selection import require_causal
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
@@ -65,13 +65,9 @@ class Fox(KeyBiasVariant):
     def fit(
         cls, config: FoxConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[FoxConfig, Sequence[AttentionSite]]:
-        causal = causal_sites(model, sites)
-        if not causal:
-            raise NotImplementedError(
-                "FoX does not support bidirectional or cross: it says what is forgotten between a token and a later "
-                f"one, and none of the chosen attention modules of {type(model).__name__} is causal self-attention."
-            )
-        return config, causal
+        return config, require_causal(
+            model, sites, by="FoX", because="it says what is forgotten between a token and a later one"
+        )
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

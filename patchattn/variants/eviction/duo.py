@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from patchattn_kernels import SinkAndRecent, sink_and_recent
@@ -14,7 +13,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.eviction import CAPABILITIES, EvictionVariant
+from ...reading.eviction import CAPABILITIES, EvictionVariant, keep_first_and_last
 from ...reading.gates import Gates, HeadGates
 
 _MAY_BE_GUESSES = (
@@ -130,17 +129,11 @@ class Duo(EvictionVariant):
         config, is_first = self.config, call.mask.queries == call.mask.columns
         if call.mask.columns <= config.sinks + config.recent + 1 or (is_first and config.prefill == "full"):
             return None
-        if self.is_split and not _is_whole(call):
-            return self._alike(call) if call.context.is_apart else None
-        if not self.is_split:
-            return self._alike(call)
-        return sink_and_recent(config.sinks, self.recent, len(self.recent), call.key.device)
-
-    def _alike(self, call: AttentionCall) -> SinkAndRecent:
-        """Sinks and recent keys, the same in all heads of a call."""
-        sinks, recent = self.config.sinks, self.config.recent + 1  # a token's own key is among the last
-        sizes = [torch.full((1,), size, dtype=torch.int32, device=call.key.device) for size in (sinks, recent)]
-        return SinkAndRecent(sizes[0], sizes[1], sinks, None if sinks else recent)
+        if self.is_split and _is_whole(call):
+            return sink_and_recent(config.sinks, self.recent, len(self.recent), call.key.device)
+        if self.is_split and not call.context.is_apart:
+            return None
+        return sink_and_recent(config.sinks, config.recent + 1, 1, call.key.device)  # a token's own is among the last
 
     def forget(self, call: AttentionCall) -> None:
         config, context = self.config, call.context
@@ -152,11 +145,8 @@ class Duo(EvictionVariant):
         if self.is_split and is_whole:
             context.set_apart(self.owner, self.streaming)
             context = replace(context, is_apart=True)
-        order = call.mask.key_order()
-        newest = order[..., : call.mask.keys - config.slack].amax(-1, keepdim=True)  # were all later ones taken back
-        kept = call.mask.real_keys() & ((order <= config.sinks) | (newest - order < config.recent))
-        kept = kept.expand(len(call.key), -1, -1)
-        context.keep(self.owner, kept, bound=config.sinks + config.recent, slack=config.slack, since=config.slack)
+        sizes = {"sinks": config.sinks, "recent": config.recent, "slack": config.slack}
+        keep_first_and_last(call, context, self.owner, **sizes)
 
     def _settle(self, call: AttentionCall) -> None:
         """Nothing may be taken back between a first call that saw more than later ones do and the next."""

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from patchattn_kernels import SinkAndRecent
+from patchattn_kernels import SinkAndRecent, sink_and_recent
 
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.eviction import CAPABILITIES, EvictionVariant
+from ...reading.eviction import CAPABILITIES, EvictionVariant, keep_first_and_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +55,15 @@ class StreamingLLM(EvictionVariant):
     def rule(self, call: AttentionCall) -> SinkAndRecent | None:
         if call.mask.columns <= self.config.sinks + self.config.recent + 1:
             return None
-        sinks, recent = self.config.sinks, self.config.recent + 1  # a token's own key is among the last
-        sizes = [torch.full((1,), size, dtype=torch.int32, device=call.key.device) for size in (sinks, recent)]
-        return SinkAndRecent(sizes[0], sizes[1], sinks, None if sinks else recent)
+        # A token's own key is among the last.
+        return sink_and_recent(self.config.sinks, self.config.recent + 1, 1, call.key.device)
 
     def forget(self, call: AttentionCall) -> None:
         config = self.config
         if call.mask.keys <= config.sinks + config.recent + config.slack:
             return
-        order = call.mask.key_order()
-        newest = order[..., : call.mask.keys - config.slack].amax(-1, keepdim=True)  # were all later ones taken back
-        kept = call.mask.real_keys() & ((order <= config.sinks) | (newest - order < config.recent))
-        kept = kept.expand(len(call.key), -1, -1)
-        bound = config.sinks + config.recent
-        call.context.keep(self.owner, kept, bound=bound, slack=config.slack, since=config.slack)
+        sizes = {"sinks": config.sinks, "recent": config.recent, "slack": config.slack}
+        keep_first_and_last(call, call.context, self.owner, **sizes)
 
 
 register_variant(

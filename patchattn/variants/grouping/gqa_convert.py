@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...core.registry import register_variant
-from ...core.selection import base_model
+from ...core.selection import base_model, evaluating
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
@@ -102,12 +102,8 @@ def _checked(config: GqaConvertConfig, model: nn.Module, sites: Sequence[Attenti
     if config.moments is not None:
         return config.moments
     base: Any = base_model(model)
-    was_training = base.training
-    base.eval()
-    try:
+    with evaluating(base):
         found = kv_moments(base, [base.dummy_inputs], sites=sites)
-    finally:
-        base.train(was_training)
     white = {
         name: replace(moments, inputs=torch.eye(len(moments.inputs), dtype=torch.float64))
         for name, moments in found.sites.items()
