@@ -82,6 +82,7 @@ offer(
         for name, module in {
             "act": "sinks.act",
             "adakv": "eviction.adakv",
+            "attention_bias": "sinks.attention_bias",
             "cad": "decoding.cad",
             "cope": "biases.cope",
             "damro": "decoding.damro",

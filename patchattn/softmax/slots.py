@@ -1,4 +1,4 @@
-"""Slots: keys of no token that take a part of every row's attention and give nothing, such as attention sinks."""
+"""Slots: keys of no token that take a part of every row's attention, such as attention sinks, which give nothing."""
 
 from dataclasses import replace
 from typing import final
@@ -13,16 +13,25 @@ from .channels import attend_wider, parts
 
 
 class SlotVariant(Variant):
-    """A variant with one more logit per head in the softmax, which no value belongs to.
+    """A variant with one more logit per head in the softmax, which no token belongs to.
 
     The slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
     implementation computes it, and a sink that the model has itself (`s_aux`) stands beside it in the same softmax.
-    Rows that see no key give zeros. Register it as `innermost`: what came after would take the slot for a token.
+    Rows that see no key give the slot's value. Register it as `innermost`: what came after would take the slot for a
+    token.
     """
 
     def slots(self, call: AttentionCall) -> torch.Tensor:
-        """The slot's logit: `(H,)`, or by row `(B, H, Tq)`; not scaled any more."""
+        """The slot's logit, beside what its key gives: `(H,)`, or by row `(B, H, Tq)`; not scaled any more."""
         raise NotImplementedError(f"{type(self).__name__} must define slots(call).")
+
+    def slot_key(self) -> torch.Tensor | None:
+        """`(Hkv, D)` the slot's key, whose scaled product with a query is added to the logit; `None`: zeros."""
+        return None
+
+    def slot_value(self) -> torch.Tensor | None:
+        """`(Hkv, Dv)` what the slot gives; `None`: zeros."""
+        return None
 
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
@@ -42,7 +51,10 @@ class SlotVariant(Variant):
         rows = 1 if _is_plain(call) else 0
         of_query = F.pad(of_query, (0, 0, rows, 0)) if of_query.shape[2] > 1 else of_query
         output, weights = attend_wider(
-            _with_slot(call, rows), of_query, F.pad(of_slot, (0, 0, 0, call.key.shape[2])), inner
+            _with_slot(call, rows, self.slot_key(), self.slot_value()),
+            of_query,
+            F.pad(of_slot, (0, 0, 0, call.key.shape[2])),
+            inner,
         )
         return output[:, rows:], None if weights is None else weights[:, :, rows:, 1:]
 
@@ -54,8 +66,8 @@ def _is_plain(call: AttentionCall) -> bool:
     return plain and mask.fault is None and mask.queries == mask.keys > 1 and call.kwargs.get("position_bias") is None
 
 
-def _with_slot(call: AttentionCall, rows: int) -> AttentionCall:
-    """The call with a key of zeros in front, and as many rows of zeros."""
+def _with_slot(call: AttentionCall, rows: int, key: torch.Tensor | None, value: torch.Tensor | None) -> AttentionCall:
+    """The call with one more key in front, and so many rows of zeros."""
     mask: Mask = call.mask
     if rows:
         more = {"queries": mask.queries + rows, "keys": mask.keys + 1, "columns": mask.columns + 1}
@@ -67,8 +79,15 @@ def _with_slot(call: AttentionCall, rows: int) -> AttentionCall:
         kwargs = {**kwargs, "position_bias": F.pad(bias, (1, 0))}
     return call.replace(
         query=F.pad(call.query, (0, 0, rows, 0)),
-        key=F.pad(call.key, (0, 0, 1, 0)),
-        value=F.pad(call.value, (0, 0, 1, 0)),
+        key=_in_front(call.key, key),
+        value=_in_front(call.value, value),
         mask=mask,
         kwargs=kwargs,
     )
+
+
+def _in_front(states: torch.Tensor, one: torch.Tensor | None) -> torch.Tensor:
+    """`(B, Hkv, Tk + 1, D)`, the first of them `(Hkv, D)` or zeros."""
+    if one is None:
+        return F.pad(states, (0, 0, 1, 0))
+    return torch.cat([one.to(states)[None, :, None].expand(len(states), -1, -1, -1), states], dim=2)
