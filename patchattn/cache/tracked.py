@@ -339,10 +339,13 @@ def track(layer: Any) -> TrackedLayer:
     return layer
 
 
-def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> SequenceState | None:
+def sequence_state(
+    layer: Any, owner: str, *, rows: int, rewinds: bool, late: int | None = None
+) -> SequenceState | None:
     """The state of `owner` on a cache layer that has just been given `rows` tokens; a new one from an empty cache.
 
-    `None` in the first call on a cache if that call is compiled: what follows on that cache is then refused.
+    `None` in the first call on a cache if that call is compiled: what follows on that cache is then refused. `late`
+    tokens at once may be the first that a new state knows of; without that number, all must be.
 
     Raises:
         ValueError: there is none, but the layer held tokens before these.
@@ -355,10 +358,11 @@ def sequence_state(layer: Any, owner: str, *, rows: int, rewinds: bool) -> Seque
         raise NotImplementedError(
             f"{owner} must see the first call on a static cache uncompiled, as `generate` does it; compile the others."
         )
-    if int(layer.get_seq_length()) > rows:
+    if (late is None or rows < late) and int(layer.get_seq_length()) > rows:
+        needed = "" if late is None else f" Give it at least the last {late} tokens of the prompt in one call."
         raise ValueError(
             f"{owner} was to continue {int(layer.get_seq_length()) - rows} cached tokens but knows of none: the cache "
-            "was filled without it."
+            f"was filled without it.{needed}"
         )
     if torch.compiler.is_compiling():
         return None

@@ -277,7 +277,7 @@ class Surroundings:
         layer: Any = None if self.layer is None or self.layer.tap is None else self.layer.tap.layer
         return layer.apart[1] if self.is_apart else layer
 
-    def sequence_state(self, owner: str, *, rewinds: bool = True) -> SequenceState | None:
+    def sequence_state(self, owner: str, *, rewinds: bool = True, late: int | None = None) -> SequenceState | None:
         """What a variant remembers of these sequences, its `per_key` aligned with the keys of this call, new ones zero.
 
         It lives with the layer of the kv cache; `None` without a cache, or if the first call on it is compiled. For
@@ -287,6 +287,8 @@ class Surroundings:
             owner: name of the variant.
             rewinds: whether it stays right when the last tokens are taken out of the cache again; `crop` is refused
                 otherwise.
+            late: a call of at least so many tokens may be the first that is remembered of a cache that was filled
+                without the variant; by default none may.
 
         Raises:
             ValueError: the cache was filled without this variant.
@@ -309,7 +311,7 @@ class Surroundings:
                 f"{self.site.module_class} ({self.site.name}) takes its keys from no layer of its cache; a variant "
                 "that keeps state along the sequence cannot follow them. Leave it out with modules=... or layers=..."
             )
-        state = sequence_state(layer, f"{owner} in {self.site.name}", rows=added, rewinds=rewinds)
+        state = sequence_state(layer, f"{owner} in {self.site.name}", rows=added, rewinds=rewinds, late=late)
         if state is not None:
             state.align(layer, keys=self.key.shape[2], rows=added)
         return state

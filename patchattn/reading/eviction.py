@@ -108,6 +108,7 @@ class ScoredEviction(EvictionVariant):
 
     config: ScoredConfig
     default_budget: ClassVar[int]
+    sums_all_queries: ClassVar[bool] = False  # scores need every call since the first
 
     def __init__(self, config: ScoredConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
@@ -146,15 +147,24 @@ class ScoredEviction(EvictionVariant):
         """Most keys that are kept of a row and head that has seen so many, padding included; `None`: ask the device."""
         return self.budget.most(columns)
 
+    def window(self) -> int:
+        """Queries at the end of a prompt that scores are made of."""
+        return 1
+
+    def state(self, call: AttentionCall) -> SequenceState | None:
+        """What is remembered of the sequence; the end of a prompt, in one call of several tokens, can be the start."""
+        late = None if self.sums_all_queries else max(2, self.window())
+        return call.context.sequence_state(self.owner, late=late)
+
     def rule(self, call: AttentionCall) -> Keep | None:
         if self.config.event != "prompt" or call.query.shape[2] > 1:
             return None
-        state = call.context.sequence_state(self.owner)
+        state = self.state(call)
         kept = None if state is None else state.tensors.get(_DECIDED)
         return None if kept is None else F.pad(kept, (0, 1), value=True)
 
     def forget(self, call: AttentionCall) -> None:
-        state, event, is_single = call.context.sequence_state(self.owner), self.config.event, call.query.shape[2] == 1
+        state, event, is_single = self.state(call), self.config.event, call.query.shape[2] == 1
         if state is None:
             return
         self.observe(call, state)

@@ -72,6 +72,9 @@ class WindowEviction(ScoredEviction):
     def last(self, counts: torch.Tensor) -> int:
         return self.config.window
 
+    def window(self) -> int:
+        return self.config.window
+
     def observe(self, call: AttentionCall, state: SequenceState) -> None:
         rows = call.query.shape[2]
         if rows == 1:
