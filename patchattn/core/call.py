@@ -128,6 +128,27 @@ class AttentionCall:
         """The call of query i of every sequence alone: queries, mask and what is around them."""
         return cast(Self, parts.of_row(self, i))
 
+    def query_positions(self) -> torch.Tensor:
+        """`(B or 1, Tq)` where each query's token stands in its own text, the first real token at 0.
+
+        What it was rotated by may be another position: by its column, where a padded batch comes without position ids
+        (`positions.rotary.Rotary.rotated_by`).
+
+        Raises:
+            NotImplementedError: as `Mask.row_order`.
+        """
+        return self.mask.row_places() - 1
+
+    def key_positions(self) -> torch.Tensor:
+        """`(B or 1, 1 or Hkv, Tk)` the same of every key, also of a cache that has forgotten others.
+
+        Of padding that of the last real token before it, -1 where there is none, of empty slots and of extra keys.
+
+        Raises:
+            NotImplementedError: as `Mask.key_order`.
+        """
+        return self.mask.key_places() - 1
+
     def grid(self) -> Grid:
         """Where the tokens of a vision tower lie on their images, for variants whose `needs_grid` is true.
 

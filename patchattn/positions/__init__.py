@@ -1,0 +1,1 @@
+"""Where tokens stand, and what their queries and keys are rotated by."""
