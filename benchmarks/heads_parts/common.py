@@ -1,0 +1,149 @@
+"""What the parts share: rows of results, differences of pairs, and what may be said of them."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+import patchattn
+from patchattn.core.heads import HeadList
+
+Row = dict[str, Any]
+Job = tuple[str, Callable[[], Row]]  # the key of a row, and what makes the row
+MASKED = (5, 10, 20)  # how many heads are masked
+
+
+@dataclass
+class Setup:
+    """What every part is given.
+
+    Attributes:
+        model: a causal language model in evaluation mode.
+        tokenizer: of it.
+        text: file of plain text, for perplexity and for needles to be hidden in.
+        folder: for rows.
+        samples: prompts of each length.
+        lengths: of prompts with a needle, in tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    text: Path
+    folder: Path
+    samples: int
+    lengths: tuple[int, ...] = (1024, 2048)
+
+    def rows(self, part: str) -> dict[str, Row]:
+        """The rows of a part that are there, by key; a line that was cut off is none."""
+        path = self.folder / f"{part}.jsonl"
+        found = {}
+        for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else []:
+            row = json.loads(line)
+            found[row.pop("key")] = row
+        return found
+
+    def write(self, part: str, key: str, row: Row) -> None:
+        """Append a row, behind whole lines."""
+        path = self.folder / f"{part}.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = path.read_bytes() if path.exists() else b""
+        if old and not old.endswith(b"\n"):
+            path.write_bytes(old[: old.rfind(b"\n") + 1])
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, **row}) + "\n")
+
+
+class Part(Protocol):
+    """A module of this folder: to add a part, write one and name it in `PARTS` of heads.py.
+
+    Attributes:
+        NAME: of its file of rows.
+        STAGE: parts of a lower stage are done before those of a higher one begin; those of one stage take turns.
+    """
+
+    NAME: str
+    STAGE: int
+
+    def jobs(self, setup: Setup) -> list[Job]:
+        """All of them, in the order in which they are done."""
+        ...
+
+    def section(self, setup: Setup, pictures: Path | None) -> list[str]:
+        """Lines of the page, from the rows that are there; pictures go into the folder."""
+        ...
+
+
+@contextmanager
+def patched(model: nn.Module, variant: str, **settings: Any) -> Iterator[None]:
+    patchattn.patch_model(model, variant, settings)
+    try:
+        yield
+    finally:
+        patchattn.unpatch_model(model)
+
+
+def ranking(setup: Setup) -> list[tuple[int, int]]:
+    """(layer, head), the one that retrieves most first; equal ones by layer and head. Fixed when first asked for."""
+    path = setup.folder / "heads.json"
+    if not path.exists():
+        scores = mean_scores(setup)
+        order = sorted((-float(scores[layer, head]), layer, head) for layer, head in np.ndindex(*scores.shape))
+        path.write_text(json.dumps([[layer, head] for _, layer, head in order]) + "\n", encoding="utf-8")
+    return [(layer, head) for layer, head in json.loads(path.read_text("utf-8"))]
+
+
+def mean_scores(setup: Setup) -> np.ndarray:
+    """`(layers, heads)` mean retrieval scores over the texts that count."""
+    counted = [row["scores"] for row in setup.rows("retrieval").values() if row["scores"] is not None]
+    if not counted:
+        raise ValueError("No text counts yet: the model must answer one before heads can be ranked.")
+    return np.mean(np.array(counted), axis=0)
+
+
+def top_and_random(setup: Setup, seed: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Lists of heads by name: the best ones, and as many drawn from outside the longest list."""
+    order = ranking(setup)
+    outside, draw = order[max(MASKED) :], np.random.default_rng(seed)
+    found = {}
+    for count in MASKED:
+        found[f"top {count}"] = order[:count]
+        places = draw.choice(len(outside), count, replace=False)
+        found[f"random {count}"] = [outside[place] for place in places]
+    return {name: HeadList.parse([list(head) for head in heads]).to_dict() for name, heads in found.items()}
+
+
+def paired(found: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean difference and its standard error, NaN for fewer than two pairs."""
+    differences = [a - b for a, b in zip(found, other, strict=True)]
+    if len(differences) < 2:
+        return (differences[0] if differences else math.nan), math.nan
+    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def verdict(claim: str, difference: float, error: float, unit: str, *, wants: int) -> str:
+    """A line that says whether a difference is what is claimed: more than two standard errors from zero.
+
+    Args:
+        claim: what is claimed.
+        difference: mean over pairs.
+        error: its standard error.
+        unit: of both.
+        wants: 1 if it should be above zero, -1 if below.
+    """
+    size = f"{difference:+.2f} {unit}, standard error {error:.2f}"
+    if math.isnan(error):
+        return f"- {claim}: **not measured**, too few pairs."
+    if difference == 0 and error == 0:
+        return f"- {claim}: **not shown**, every pair came out alike."
+    if wants * difference > 2 * error:
+        return f"- {claim}: **shown** ({size})."
+    if wants * difference < -2 * error:
+        return f"- {claim}: **not shown, the opposite is** ({size})."
+    return f"- {claim}: **not shown** ({size})."
