@@ -14,6 +14,7 @@ from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import Case, decoded, on, text, without_dropout
 from .families import FAMILIES, LENGTH, outputs
+from .toys import TOYS
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -25,8 +26,20 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(model: torch.nn.Module) -> Any:
-    return torch.compile(model, fullgraph=True, backend="aot_eager")
+def compiled(model: torch.nn.Module, backend: str = "aot_eager") -> Any:
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def small(family: str, case: Case) -> torch.nn.Module:
+    """A model of text with its first layers alone, as many as the settings name: compilers are slow."""
+    named = [layer for _, value in case.settings if isinstance(value, dict) for layer in value if layer != "all"]
+    model = FAMILIES[family].make()
+    if FAMILIES[family].kind == "multimodal":  # which read the layer before the last of their vision tower
+        return model
+    for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
+        del layers[1 + max(named, default=0) :]
+        model.config.num_hidden_layers = len(layers)
+    return model
 
 
 @functools.cache
@@ -41,13 +54,13 @@ def trains_compiled(family: str) -> bool:
     return True
 
 
-@on(["llama", "bert", "llava"], once=True, first=True)
-def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None:
+def trains_alike(family: str, case: Case, backend: str) -> None:
+    """A step of training computes what it does uncompiled."""
     if not trains_compiled(family):
         pytest.skip("the installed torch does not compile this model's training unpatched")
     results = []
-    for wrapped in (lambda model: model, compiled):
-        model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs()
+    for wrapped in (lambda model: model, functools.partial(compiled, backend=backend)):
+        model, inputs = small(family, case), FAMILIES[family].inputs()
         without_dropout(model)
         case.patch(model).train()
         outputs(model, **inputs)  # in the first forward transformers installs hooks, which is not compiled
@@ -59,9 +72,19 @@ def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
+@on(["llama", "bert", "llava"], once=True, first=True, without=TOYS)
+def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None:
+    trains_alike(family, case, "eager")
+
+
+@on(["llama", "bert", "llava"], once=True, papers=False)
+def test_training_compiles_with_its_gradients(family: str, case: Case) -> None:
+    trains_alike(family, case, "aot_eager")
+
+
 @on(["llama", "qwen3", "gpt2"], once=True, papers=False)
 def test_a_step_on_a_static_cache_compiles_without_graph_breaks(family: str, case: Case) -> None:
-    model, tokens = case.patch(FAMILIES[family].make()), text()
+    model, tokens = case.patch(small(family, case)), text()
     cache = StaticCache(config=model.config, max_cache_len=16)
     outputs(model, input_ids=tokens[:, :-1], **cache_argument(model, cache))
     step = outputs(compiled(model), input_ids=tokens[:, -1:], **cache_argument(model, cache))[0]
@@ -74,8 +97,8 @@ def test_a_step_on_a_static_cache_compiles_without_graph_breaks(family: str, cas
 @on(["llama", "qwen3", "gpt2"], once=True, papers=False)
 def test_a_compiled_model_is_patched_and_unpatched(family: str, case: Case) -> None:
     """torch.compile first, patch later: the compiled code follows."""
-    model, tokens = FAMILIES[family].make(), text()
-    base, outer = outputs(model, input_ids=tokens)[0], compiled(model)
+    model, tokens = small(family, case), text()
+    base, outer = outputs(model, input_ids=tokens)[0], compiled(model, backend="eager")
     torch.testing.assert_close(outputs(outer, input_ids=tokens)[0], base, rtol=1e-5, atol=1e-5)
     case.patch(outer)
     expected = outputs(model, input_ids=tokens)[0]
