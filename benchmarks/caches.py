@@ -112,13 +112,14 @@ def steps(model: Any, cache: DynamicCache, count: int) -> Callable[[], None]:
 
 
 def held_tokens(cache: DynamicCache) -> float:
-    """Keys stored of a token seen, mean over layers and kv heads."""
+    """Numbers of values stored for each that was given, mean over layers."""
     shares = []
     for layer in cache.layers:
         parts = [layer, *((layer.apart or ())[1:] if isinstance(layer, TrackedLayer) else ())]
-        heads = sum(part.keys.shape[1] for part in parts)
-        kept = sum(part.keys.shape[1] * part.keys.shape[2] for part in parts)
-        shares.append(kept / heads / layer.get_seq_length())
+        tensors = [part.values for part in parts]
+        tensors += [part.first.values for part in parts if isinstance(part, TrackedLayer) and part.first is not None]
+        token = sum(part.values[:, :, 0].numel() for part in parts)
+        shares.append(sum(tensor.numel() for tensor in tensors) / token / layer.get_seq_length())
     return statistics.mean(shares)
 
 

@@ -81,10 +81,15 @@ def fed(model: Any, cache: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Se
     return torch.cat(parts, dim=1)
 
 
-def fewest(cache: Any) -> int:
+def stored(layer: Any) -> float:
+    """Keys that a layer stores of a row, in each head on average."""
+    first = 0 if layer.first is None else layer.first.values[0, ..., 0].numel()
+    return layer.keys.shape[2] + first / layer.keys.shape[1]
+
+
+def fewest(cache: Any) -> float:
     """The smallest number of keys that a layer stores, or the part of it that is apart."""
-    parts = [part for layer in cache.layers for part in (layer, *(layer.apart or ())[1:])]
-    return min(part.keys.shape[2] for part in parts)
+    return min(stored(part) for layer in cache.layers for part in (layer, *(layer.apart or ())[1:]))
 
 
 def watched(

@@ -51,7 +51,7 @@ def test_heads_keep_their_share_of_the_layer(settings: dict[str, Any], sizes: li
         settings["window"],
         settings.get("floor", 0.2),
     )
-    most = [0, 0]
+    kept = [[0, 0, 0] for _ in layers]
     for number, (calls, of_layer) in enumerate(zip(layers, scores, strict=True)):
         for row, length in enumerate(real[:, :12].sum(-1).tolist()):
             budget = settings.get("budget") or math.floor(length * 0.5 + 1e-9)
@@ -59,9 +59,35 @@ def test_heads_keep_their_share_of_the_layer(settings: dict[str, Any], sizes: li
             for head, wanted in enumerate(shares(of_layer[row], of_row, budget, window, floor)):
                 expected = kept_by_loops(of_layer[row][head], of_row, wanted, window)
                 assert calls[-1]["seen"][row, 2 * head, 0].nonzero()[:, 0].tolist() == [*expected, 12]
-                most[number] = max(most[number], len(expected))
-    for layer, number in zip(cache.layers, most, strict=True):  # one rectangle, down to the largest head
-        assert layer.keys.shape[2] == number + 1
+                kept[number][row] += len(expected)
+    for layer, numbers in zip(cache.layers, kept, strict=True):  # as many places as the fullest row has keys
+        if layer.first is not None:
+            assert (*layer.first.keys.shape[:2], layer.keys.shape[2]) == (3, max(numbers), 1)
+        else:
+            assert 15 * layer.stored * 2 < 16 * (max(numbers) + 2)
+
+
+def test_memory_is_that_of_the_keys_that_are_kept() -> None:
+    """Read off the tensors, in a model with a head that attends to all keys alike and one that does to few."""
+    model = FAMILIES["llama"].make_exact()
+    for layer in model.model.layers:
+        with torch.no_grad():
+            even, sharp = layer.self_attn.q_proj.weight.chunk(2)
+            even.zero_()
+            sharp.mul_(50.0)
+    patchattn.patch_model(model, "adakv", budget=50, window=8, kernel=1, floor=0.0)
+    ids = torch.randint(3, 60, (1, 400), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache()
+    fed(model, cache, ids, torch.ones(1, 400, dtype=torch.bool), [397, 1, 1, 1])
+    report = patchattn.cache_report(cache)
+    token = 2 * cache.layers[0].keys.shape[3] * cache.layers[0].keys.element_size()
+    for layer, memory in zip(cache.layers, report.layers, strict=True):
+        largest = layer.kept.columns.shape[2]
+        assert largest > 1.3 * 50  # so many one rectangle would have, in both heads
+        behind = layer.keys.untyped_storage().nbytes() // (token // 2)
+        columns, counts = 2 * 4 * 2 * largest, 8 * 2
+        assert memory.stored_bytes == (2 * 50 + behind) * token + columns + counts
+        assert memory.dense_bytes == 2 * 400 * token
 
 
 def test_a_floor_of_one_is_snapkv() -> None:

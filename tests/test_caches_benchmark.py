@@ -58,7 +58,7 @@ def test_every_method_keeps_its_share(script: ModuleType, folder: Path) -> None:
             cache, _ = script.filled(model, 400)
             script.steps(model, cache, 2)()
         patchattn.unpatch_model(model)
-        tolerance = {"adakv": 0.3, "duo": 0.2, "pyramidkv": 0.05}.get(method, 0.02)  # rectangles; whole heads
+        tolerance = {"adakv": 0.03, "duo": 0.2, "pyramidkv": 0.05}.get(method, 0.02)  # rounding; whole heads
         assert script.held_tokens(cache) == pytest.approx(0.5, abs=tolerance), method
 
 

@@ -19,7 +19,7 @@ from patchattn.core.kv_caches import cache_argument, find_cache
 from patchattn.reading.eviction import EvictionVariant, ScoredEviction
 
 from .behaviour import Case, assert_same, cases, snapshot
-from .evictions import HOW, LENGTHS, dense, extended, fed, fewest, padded, registered, seen_by_row, watched
+from .evictions import HOW, LENGTHS, dense, extended, fed, fewest, padded, registered, seen_by_row, stored, watched
 from .families import FAMILIES, outputs
 
 CASES = cases("cache")
@@ -167,7 +167,7 @@ def test_decoding_is_one_forward_without_the_keys_that_were_dropped(case: Case, 
         assert not (of_real & ~causal).any()  # no padding, and nothing later
         assert (of_real[:, :, -1].sum(-1) < causal[:, :, -1].sum(-1)).any()  # something is hidden
         assert of_real.diagonal(dim1=2, dim2=3)[real[:, None].expand(-1, one.shape[1], -1)].all()  # own keys are seen
-        assert layer.keys.shape[2] < total == layer.get_seq_length()
+        assert stored(layer) < total == layer.get_seq_length()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_other_families_decode_without_what_was_dropped(case: Case, family: str,
     expected = dense([seen_by_row(each) for each in calls], ids, real, family, layers)
     exact = found.dtype == torch.float64
     torch.testing.assert_close(found[real], expected[real], rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-4)
-    assert cache.layers[1].keys.shape[2] < 22 == cache.layers[1].get_seq_length()
+    assert stored(cache.layers[1]) < 22 == cache.layers[1].get_seq_length()
 
 
 @of([case for case in CASES if not decides_by_scores(case) and case.variant not in APART])

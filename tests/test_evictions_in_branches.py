@@ -11,6 +11,7 @@ from patchattn.core.kv_caches import cache_argument, find_cache
 from patchattn.decoding.text import context_spans
 
 from .behaviour import Case, cases
+from .evictions import stored
 from .families import FAMILIES
 
 APART = {"duo"}  # stores heads apart, for which one variant must be alone
@@ -51,10 +52,10 @@ def decoded(model: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
     return found.sequences[:, -STEPS:], torch.stack(found.logits, dim=1), find_cache(found.values())
 
 
-def forgotten(cache: Any) -> list[int]:
+def forgotten(cache: Any) -> list[float]:
     """By layer, how many columns are stored no longer."""
     layers = [layer for layer in cache.layers if layer.keys.shape[-1] > 1]  # without those of which tokens are real
-    return [layer.get_seq_length() - layer.keys.shape[2] for layer in layers]
+    return [layer.get_seq_length() - stored(layer) for layer in layers]
 
 
 @pytest.mark.parametrize("is_outer", [True, False], ids=["outer", "inner"])

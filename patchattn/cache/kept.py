@@ -88,14 +88,17 @@ class KeptKeys:
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
         remains = (self.dropped > when) & (self.columns >= 0)
         size = None if latest.bound is None else latest.bound + since
+        left = None  # of the places of each head, on average: those that keep fewer can be stored by their length
         if size is None or not waiting.waits(self.columns):
-            most = int(remains.sum(-1).max())
+            counts = remains.sum(-1)
+            most = int(counts.max())
             if size is not None and most > size:
                 raise ValueError(f"At most {latest.bound} keys per row and head may be kept, but {most - since} are.")
+            left = int(counts.sum(-1).max()) // counts.shape[1] if size is None else None
             size = most
         size = min(stored, size)
         # Moving everything costs as much as appending by copying does: not for a key or two.
-        if stored - size < max(1, min(stored // 16, 256)):
+        if stored - (size if left is None else left) < max(1, min(stored // 16, 256)):
             self.decisions = [latest, *(decision for decision in self.decisions if decision not in due)]
             return None
         self.decisions = [decision for decision in self.decisions if decision not in due]

@@ -106,6 +106,6 @@ def _dense_bytes(layer: Any) -> int:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.dim() != 4:
         return 0
-    token = sum(tensor.element_size() * tensor[:, :, :1].numel() for tensor in (keys, values)) if keys.shape[2] else 0
+    token = sum(each.element_size() * each.shape[0] * each.shape[1] * each.shape[3] for each in (keys, values))
     apart = _dense_bytes(layer.apart[1]) if isinstance(layer, TrackedLayer) and layer.apart is not None else 0
     return int(layer.get_seq_length()) * token + apart

@@ -129,7 +129,7 @@ class SequenceState:
                 known = self._known(name, tensor)
                 self.per_key[name] = known[..., : known.shape[-1] - removed]
         for name, (block, facts) in self.pages.items():
-            self.pages[name] = block, facts[:, :, : layer.keys.shape[-2] // block]
+            self.pages[name] = block, facts[:, :, : layer.stored // block]
 
     def gather(self, places: torch.Tensor) -> None:
         """Only the keys in these places `(B, 1 or Hkv, S)` are left, in this order; no page is what it was."""

@@ -14,30 +14,25 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .kept import KeptKeys
-from .room import Room, may_append
 from .state import SequenceState, in_slots
+from .stored import StoredLayer
 
 
-class TrackedLayer(CacheLayerMixin):
+class TrackedLayer(StoredLayer):
     """A layer of a kv cache with all that must follow its sequences; among its bases, the class it had comes next.
 
     Attributes:
         plain: the class it had.
         grows: whether it is a dynamic layer that keeps all keys. Only such a one can forget some, and appends in place.
         sequence_states: what variants remember, by owner.
-        room: where new keys are written without copying the earlier ones; `None` before the second call.
         owner: who drops keys of this layer, if anybody does.
         kept: the keys that are left, once some were dropped; the last `crop` may have brought all back.
         is_expected: whether the next call comes from a model that knows that keys were forgotten.
         apart: kv heads whose keys are in another layer, as their number differs, and that layer.
     """
 
-    keys: Any
-    values: Any
     plain: type
-    grows: bool
     sequence_states: dict[str, SequenceState]
-    room: Room | None
     owner: str | None
     kept: KeptKeys | None
     is_expected: bool
@@ -50,7 +45,7 @@ class TrackedLayer(CacheLayerMixin):
     def track(self) -> None:
         """Start to carry what `plain` does not."""
         self.sequence_states = {}
-        self.room = self.owner = self.kept = self.apart = None
+        self.room = self.first = self.owner = self.kept = self.apart = None
         self.is_expected = False
 
     # What is stored
@@ -73,26 +68,16 @@ class TrackedLayer(CacheLayerMixin):
             other.is_expected = True
             other.update(key_states[:, heads], value_states[:, heads], *args, **kwargs)
             key_states, value_states = key_states[:, rest], value_states[:, rest]
-        held = self._append(key_states, value_states, *args, **kwargs)
+        held = self.append(key_states, value_states, *args, **kwargs)
         if self.kept is not None:
             self.kept.append(key_states.shape[-2])
         return held
 
-    def _append(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_filled = self.grows and self.is_initialized and self.keys.numel() > 0
-        if not is_filled or not may_append((self.keys, self.values), (keys, values)):
-            self.room = None
-            return super().update(keys, values, *args, **kwargs)
-        rows = keys.shape[-2]
-        if self.room is None or not self.room.holds(self.keys, self.values) or not self.room.has_places(rows):
-            self.room = Room(self.keys, self.values, rows)
-        self.room.append(keys, values)
-        self.keys, self.values = self.room.keys, self.room.values
-        return self.keys, self.values
-
     def get_seq_length(self) -> Any:
         """How many tokens it was given: also those that it has forgotten count."""
-        return super().get_seq_length() if self.kept is None else self.kept.seen
+        if self.kept is not None:
+            return self.kept.seen
+        return super().get_seq_length() if self.first is None else self.stored
 
     def columns(self) -> torch.Tensor | None:
         """`(B, 1 or Hkv, S)` int64: which of the tokens ever given each stored key is of, ascending.
@@ -115,7 +100,7 @@ class TrackedLayer(CacheLayerMixin):
             kept: `(B, 1 or Hkv, S)` bool, over the keys that are stored; what is hidden already stays so.
             owner: who decides. Only one may do so in a layer.
             bound: the largest number of keys of a row and head among `kept`, without the last `since`; the device is
-                asked for it otherwise.
+                asked for it otherwise, and heads that keep fewer than others then take up less.
             slack: number of tokens that can always be taken back.
             since: so many tokens ago it was right already to drop them, so that taking back no more brings none back:
                 of rules on columns, not of scores. The keys of these tokens stay.
@@ -126,7 +111,7 @@ class TrackedLayer(CacheLayerMixin):
             ValueError: a mask of another shape, a negative number, or more keys than `bound`.
         """
         self.claim(owner)
-        batch, heads, stored = self.keys.shape[:3]
+        (batch, heads), stored = self.keys.shape[:2], self.stored
         if kept.dtype != torch.bool or (*kept.shape,) not in {(batch, 1, stored), (batch, heads, stored)}:
             raise ValueError(
                 f"{owner}: which of {stored} keys to keep is told by bools (B, 1 or Hkv, S) = ({batch}, 1 or {heads}, "
@@ -142,12 +127,9 @@ class TrackedLayer(CacheLayerMixin):
             return
         for state in self.sequence_states.values():
             state.gather(places)
-        every = places.expand(-1, heads, -1)[..., None].to(self.keys.device)
-        self.keys, self.values, self.room = (
-            self.keys.gather(2, every.expand(-1, -1, -1, self.keys.shape[-1])),
-            self.values.gather(2, every.expand(-1, -1, -1, self.values.shape[-1])),
-            None,
-        )
+        self.gather(places)
+        if bound is None:
+            self.hold_by_length(self.kept.columns >= 0, newest=self.kept.seen - self.kept.carried_out)
 
     def set_apart(self, heads: Sequence[int], *, owner: str) -> "TrackedLayer":
         """Keep the keys of some kv heads in a layer of their own, which may forget others than this one.
@@ -203,7 +185,7 @@ class TrackedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.room = None
+        self.change_first(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
         for each in self._followers():
             each.select(beam_idx)
         if self.apart is not None:
@@ -211,7 +193,7 @@ class TrackedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.room = None
+        self.change_first(lambda tensor: tensor[indices.to(tensor.device)])
         for each in self._followers():
             each.select(indices)
         if self.apart is not None:
@@ -219,7 +201,7 @@ class TrackedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.room = None
+        self.change_first(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         for each in self._followers():
             each.repeat(repeats)
         if self.apart is not None:
@@ -280,12 +262,14 @@ class TrackedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         super().offload()
-        self.room = None
+        self.change_first(lambda tensor: tensor.to("cpu", non_blocking=True))
         if self.apart is not None:
             self.apart[1].offload()
 
     def prefetch(self) -> None:
         super().prefetch()
+        if self.first is not None:
+            self.change_first(lambda tensor: tensor.to(self.keys.device, non_blocking=True))
         if self.apart is not None:
             self.apart[1].prefetch()
 
@@ -315,6 +299,7 @@ class TrackedLayer(CacheLayerMixin):
         tensors += [tensor for state in self.sequence_states.values() for tensor in state.held()]
         tensors += [] if self.kept is None else [self.kept.columns, self.kept.dropped]
         tensors += [] if self.room is None else [self.room.keys, self.room.values]
+        tensors += [] if self.first is None else self.first.held()
         return tensors + ([] if self.apart is None else self.apart[1].held())
 
 
