@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .core.variant import Variant as Variant
     from .core.variant import VariantConfig as VariantConfig
     from .core.variant import VariantInfo as VariantInfo
+    from .exporting.export import export as export
     from .inspection.channels import ChannelStatistics as ChannelStatistics
     from .inspection.channels import channel_statistics as channel_statistics
     from .inspection.head_importance import head_importance as head_importance
@@ -168,6 +169,7 @@ _NAMES = {
         "VariantConfig",
         "VariantInfo",
     ),
+    "exporting.export": ("export",),
     "inspection.channels": (
         "ChannelStatistics",
         "channel_statistics",

@@ -16,7 +16,7 @@ ORDER = (
     ("hosts",),
     ("positions", "reading", "softmax", "surgery", "vision", "saving"),
     ("decoding", "checking"),
-    ("inspection",),
+    ("inspection", "exporting"),
     ("variants",),
     ("training", "plotting", "bench"),
     ("evaluation",),

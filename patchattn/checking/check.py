@@ -15,13 +15,12 @@ from ..core.kv_caches import cache_argument, find_cache, takes_cache
 from ..core.patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from ..core.plan import Patch
 from ..core.registry import variant_info
-from ..core.selection import base_model, evaluating, input_device
+from ..core.selection import base_model, evaluating
 from ..core.variant import VariantConfig
+from .forwards import TOLERANCE, difference, first_output, inputs_for
 
 _REPEATS = 5  # timed pairs of forwards
 _PAD = 3  # tokens of padding added
-# Largest relative error of a real token, by dtype; an error that the unpatched model has as well is not the patch's.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def check_patch(
         raise ValueError("The model is patched already: leave variant out to check that patch, or unpatch it first.")
     if not is_patched(model) and variant is None:
         raise ValueError("The model is not patched: patch it first, or say which variant to check.")
-    given = _inputs(model, inputs)
+    given = inputs_for(model, inputs)
     if variant is None:
         with evaluating(model):
             return _report(model, given)
@@ -127,7 +126,7 @@ def _report(model: nn.Module, inputs: dict[str, Any]) -> CheckReport:
     with unpatched(model):
         checks = [_check_neutral(model, inputs, plan), _check_restore(model, inputs, plan)]
     for name, probe in (("padding changes no real token", _padding), ("cached decoding equals one forward", _caching)):
-        checks.append(_check_probe(name, probe, model, inputs, _TOLERANCE.get(parameter.dtype, 1e-4)))
+        checks.append(_check_probe(name, probe, model, inputs, TOLERANCE.get(parameter.dtype, 1e-4)))
     base_times, times = _times(model, inputs)
     return CheckReport(
         model=type(base_model(model)).__name__,
@@ -142,7 +141,7 @@ def _report(model: nn.Module, inputs: dict[str, Any]) -> CheckReport:
 
 
 def _check_neutral(model: nn.Module, inputs: dict[str, Any], plan: list[Patch]) -> Check:
-    expected = _output(model, inputs)
+    expected = first_output(model, inputs)
     neutral = []
     for patch in plan:
         variant = variant_info(patch.variant).variant
@@ -150,18 +149,18 @@ def _check_neutral(model: nn.Module, inputs: dict[str, Any], plan: list[Patch]) 
         neutral.append(Patch(patch.variant, variant.config_class.from_dict(settings), patch.sites))
     apply_patches(base_model(model), neutral)
     try:
-        error = _difference(_output(model, inputs), expected)
+        error = difference(first_output(model, inputs), expected)
     finally:
         unpatch_model(model)
     return Check("neutral settings equal the unpatched model", "passed" if error == 0 else "failed", error)
 
 
 def _check_restore(model: nn.Module, inputs: dict[str, Any], plan: list[Patch]) -> Check:
-    expected, keys = _output(model, inputs), list(model.state_dict())
+    expected, keys = first_output(model, inputs), list(model.state_dict())
     apply_patches(base_model(model), plan)
-    _output(model, inputs)
+    first_output(model, inputs)
     unpatch_model(model)
-    error = _difference(_output(model, inputs), expected)
+    error = difference(first_output(model, inputs), expected)
     same = error == 0 and list(model.state_dict()) == keys
     return Check("unpatching restores the model", "passed" if same else "failed", error)
 
@@ -201,13 +200,13 @@ def _padding(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     pairs = {name: value.repeat(2, 1) for name, value in decoder.items()}
     pad = getattr(base.config.get_text_config(), "pad_token_id", None) or 0
     padded = tokens.repeat(2, 1).masked_fill(mask == 0, pad)
-    together = _output(model, {"input_ids": padded, "attention_mask": mask, **extra, **pairs})
+    together = first_output(model, {"input_ids": padded, "attention_mask": mask, **extra, **pairs})
     if together.dim() != 3:
         return "the output has no row per token"
     rows = slice(None) if paired else real  # a decoder's rows are all real
     return max(
-        _difference(together[1:, rows], _output(model, {"input_ids": padded[1:, real], **decoder})),
-        _difference(together[:1], _output(model, {"input_ids": tokens, **decoder})),
+        difference(together[1:, rows], first_output(model, {"input_ids": padded[1:, real], **decoder})),
+        difference(together[:1], first_output(model, {"input_ids": tokens, **decoder})),
     )
 
 
@@ -227,8 +226,8 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
     if isinstance(tokens, str):
         return tokens
     given = {key: value[:1] for key, value in inputs.items() if key != name} if paired else {}
-    full = _output(model, {**given, name: tokens, "use_cache": False})
-    at_once = _difference(_output(model, {**given, name: tokens, "use_cache": True}), full)
+    full = first_output(model, {**given, name: tokens, "use_cache": False})
+    at_once = difference(first_output(model, {**given, name: tokens, "use_cache": True}), full)
     cache = None if paired else DynamicCache(config=base.config.get_text_config())
     half, parts = tokens.shape[1] // 2, []
     for chunk in tokens.split([half, tokens.shape[1] - half - 1, 1], dim=1):
@@ -238,7 +237,7 @@ def _caching(model: nn.Module, inputs: dict[str, Any]) -> float | str:
         if paired:
             given = {"encoder_outputs": (result.encoder_last_hidden_state,)}
         parts.append(result.logits if "logits" in result else result.last_hidden_state)
-    return max(at_once, _difference(torch.cat(parts, dim=1), full))
+    return max(at_once, difference(torch.cat(parts, dim=1), full))
 
 
 def _plain_tokens(inputs: dict[str, Any], name: str) -> torch.Tensor | str:
@@ -270,10 +269,10 @@ def _times(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[float], list[
 
 
 def _time(model: nn.Module, inputs: dict[str, Any]) -> float:
-    _output(model, inputs)  # warm-up
+    first_output(model, inputs)  # warm-up
     _synchronize(model)
     start = time.perf_counter()
-    _output(model, inputs)
+    first_output(model, inputs)
     _synchronize(model)
     return (time.perf_counter() - start) * 1e3
 
@@ -282,46 +281,3 @@ def _synchronize(model: nn.Module) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """The first floating tensor of a forward: logits, the last hidden state or what comes first."""
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad():
-        result = model(**inputs)
-    values = list(result.values()) if isinstance(result, Mapping) else list(result)
-    named = [result[name] for name in ("logits", "last_hidden_state") if isinstance(result, Mapping) and name in result]
-    return next(v for v in [*named, *values] if isinstance(v, torch.Tensor) and v.is_floating_point())
-
-
-def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value; NaN counts as infinite unless both have it."""
-    both = left.isnan() & right.isnan()
-    gap = (left.double() - right.double()).abs().masked_fill(both, 0.0).nan_to_num(nan=float("inf"))
-    scale = right.double().abs().nan_to_num(nan=0.0).max()
-    return float(gap.max() / scale.clamp(min=1e-12))
-
-
-def _inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> dict[str, Any]:
-    if isinstance(inputs, torch.Tensor):
-        inputs = {"input_ids": inputs}
-    if inputs is not None and not isinstance(inputs, Mapping):
-        raise TypeError(
-            f"inputs must be a dictionary of a forward's arguments or input ids, got {type(inputs).__name__}."
-        )
-    if not inputs:
-        inputs = _random_inputs(base_model(model))
-    device = input_device(model)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-
-
-def _random_inputs(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
-    name, generator = getattr(model, "main_input_name", "input_ids"), torch.Generator().manual_seed(0)
-    if name == "input_ids":
-        tokens = torch.randint(3, config.get_text_config().vocab_size, (2, 16), generator=generator)
-        return {"input_ids": tokens, **({"decoder_input_ids": tokens[:, :8]} if config.is_encoder_decoder else {})}
-    if name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        shape = (2, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(shape, generator=generator).to(next(model.parameters()).dtype)}
-    raise ValueError(f"{type(model).__name__} takes {name}: give inputs=... to check it.")

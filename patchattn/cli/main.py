@@ -1,5 +1,5 @@
-"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | bench | plot |
-lm-eval`."""
+"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | export | bench |
+plot | lm-eval`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads
 from .common import parse_settings, quiet
 from .duo import calibrate_duo
 from .evaluate import evaluate_model
+from .export import export_model
 from .plot import plot
 from .retrieval import calibrate_retrieval
 
@@ -322,6 +323,7 @@ calibrate.command("flap")(calibrate_flap)
 calibrate.command("retrieval")(calibrate_retrieval)
 calibrate.command("duo")(calibrate_duo)
 app.command("eval")(evaluate_model)
+app.command("export")(export_model)
 app.command("bench")(bench)
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -112,6 +112,35 @@ class HeadImportance:
             wanted = count if sparsity is None else math.floor(sparsity * available + 1e-9)
             self._take(names, int(wanted or 0), groups, keep_one_per_layer, removed)
         return {name: tuple(sorted(heads)) for name, heads in removed.items() if heads}
+
+    def lowest_of_each(self, sparsity: float, *, groups: bool = False) -> dict[str, tuple[int, ...]]:
+        """The heads to be removed first where all attention modules, and in each all kv heads, lose equally many.
+
+        Args:
+            sparsity: share of the query heads of each kv head, from 0 to 1, rounded down; each keeps one. Where every
+                query head has a kv head of its own, share of these pairs.
+            groups: share of the kv heads of each attention module, which go with all their query heads.
+
+        Returns, raises: as `lowest`.
+        """
+        if groups:
+            return self.lowest(sparsity=sparsity, scope="layer", groups=True)
+        parts: dict[str, SiteScores] = {}
+        for name, site in self.sites.items():
+            size, rest = divmod(len(site.scores), site.kv_heads)
+            if rest:
+                raise ValueError(
+                    f"{name} has {len(site.scores)} query heads on {site.kv_heads} kv heads: equally many of each "
+                    "cannot be taken out."
+                )
+            size = len(site.scores) if size == 1 else size
+            for start in range(0, len(site.scores), size):
+                parts[f"{name}/{start}"] = SiteScores(site.layer, 1, site.scores[start : start + size])
+        removed: dict[str, list[int]] = {}
+        for part, heads in replace(self, sites=parts).lowest(sparsity=sparsity, scope="layer").items():
+            name, _, first = part.rpartition("/")
+            removed.setdefault(name, []).extend(int(first) + head for head in heads)
+        return {name: tuple(sorted(heads)) for name, heads in removed.items()}
 
     def _take(
         self, names: Sequence[str], wanted: int, groups: bool, keep_one: bool, removed: dict[str, list[int]]

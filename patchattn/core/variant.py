@@ -150,6 +150,20 @@ class Variant(nn.Module):
     def check_undo(self, model: nn.Module) -> None:
         """ValueError if what `exchange` took out cannot be put back."""
 
+    def fold(self, plain: nn.Module) -> None:
+        """Write what this variant does into a plain model, for `patchattn.export`.
+
+        Asked of every variant that is no identity, outermost first.
+
+        Args:
+            plain: an unpatched model of the same class, with the shapes and weights of the patched one. Its parameters
+                may be exchanged, and not written to: the patched model shares them.
+
+        Raises:
+            NotImplementedError: weights cannot say it; the message gives the reason, and what can be said instead.
+        """
+        raise NotImplementedError("what it computes is not in the weights")
+
     @classmethod
     def exchanges(cls) -> bool:
         """Whether it changes the model itself: it then comes before all that is made for the shapes it leaves."""

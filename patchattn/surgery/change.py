@@ -86,6 +86,12 @@ class SurgeryVariant(Variant):
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         return inner(call)
 
+    def check_plain(self) -> None:
+        """NotImplementedError if no configuration describes the shapes that it leaves, as `fold` says it."""
+
+    def fold(self, plain: nn.Module) -> None:
+        """The weights and shapes that it leaves are all there is to it."""
+
     def exchange(self, model: nn.Module) -> None:
         for change in self.changes:
             change.exchange(model)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -145,9 +145,21 @@ class KeptHeads:
 
 
 class HeadSurgery(SurgeryVariant):
-    """Surgery that may take out heads: those that are left are its `heads`."""
+    """Surgery that may take out heads: those that are left are its `heads`.
+
+    Attributes:
+        even_choice: how its settings choose equally many in all layers and groups, in words.
+    """
+
+    even_choice: ClassVar[str] = ""
 
     heads: KeptHeads
+
+    def check_plain(self) -> None:
+        if self.changes and self.heads.kv_index is not None:
+            raise NotImplementedError(
+                f"some kv heads of {self.site.name} have more query heads left than others. {self.even_choice}"
+            )
 
     @property
     def kv_heads_left(self) -> int:
@@ -240,8 +252,14 @@ def kv_fields(module: Any) -> list[str]:
     config: Any = getattr(module, "config", None)
     if config is None:
         return []
-    queries, ours = ({config.attribute_map.get(name, name) for name in names} for names in (_QUERY_HEADS, _KV_HEADS))
-    return [name for name in sorted(ours - queries) if isinstance(vars(config).get(name), int)]
+    ours = {config.attribute_map.get(name, name) for name in _KV_HEADS}
+    return [name for name in sorted(ours - set(query_fields(config))) if isinstance(vars(config).get(name), int)]
+
+
+def query_fields(config: Any) -> list[str]:
+    """Names of the fields of a configuration that say how many query heads there are."""
+    names = {config.attribute_map.get(name, name) for name in _QUERY_HEADS}
+    return [name for name in sorted(names) if isinstance(vars(config).get(name), int)]
 
 
 def sizes_of_heads(module: Any, site: AttentionSite, kept: Sequence[int], kv_kept: Sequence[int]) -> dict[str, Any]:

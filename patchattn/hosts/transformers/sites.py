@@ -35,7 +35,7 @@ _QUERY_DOWN = re.compile(rf"{_PREFIX}q(?:uery)?_?a(?:_?(?:proj|projection|layer)
 _QUERY_PART = re.compile(rf"{_PREFIX}q(?:uery)?_\w+_(?:proj|projection|layer)", re.I)
 _QUERY_NORM = re.compile(r"(?:q|query)_?(?:layer_?)?(?:norm|ln)|(?:norm|ln|layer_?norm)_?(?:q|query)", re.I)
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
-_HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
+HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
 _HEADS = re.compile(r"(?:num|n)_(?:attention_|attn_|query_|q_)?heads?")
 _KV_HEADS = re.compile(r"(?:num|n)_(?:key_value|kv)_heads?")
 MASK_ARGUMENTS = ("attention_mask", "mask")
@@ -63,7 +63,7 @@ def projects(module: nn.Module) -> bool:
     earlier layers: its axes are not those of tokens and heads.
     """
     own = list(module.parameters())
-    head_dim = next(_integers(module, _HEAD_DIM), 1)
+    head_dim = next(_integers(module, HEAD_DIM), 1)
     return (
         not own
         or any(LinearView.of(child) is not None for child in module.modules() if child is not module)
@@ -178,7 +178,7 @@ def _max_positions(config: Any) -> int | None:
 def _geometry(module: nn.Module, projections: dict[str, str]) -> tuple[int | None, int | None, int | None]:
     """Query heads, kv heads and head dim: stated by module or configuration, and corrected by the tensors' shapes."""
     stated_heads = next(_integers(module, _HEADS), None)
-    stated_dim = next(_integers(module, _HEAD_DIM), None)
+    stated_dim = next(_integers(module, HEAD_DIM), None)
     outputs = {role: LinearView.at(module, child).out_features for role, child in projections.items()}
     width = outputs.get("query")
     if width is None and "fused" in outputs and stated_heads:

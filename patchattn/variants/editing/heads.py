@@ -19,6 +19,7 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.token_numbers import key_numbers, last_rows, row_numbers
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
+from ...surgery.folding import fold_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,17 @@ class HeadEdit(Variant):
             return inner(call.replace(value=self._edited(call.value, self._keys(call.mask))))
         output, weights = inner(call)
         return self._edited(output.transpose(1, 2), self._rows(call)).transpose(1, 2), weights
+
+    def fold(self, plain: nn.Module) -> None:
+        config = self.config
+        if config.rows != "all" or config.phase != "both":
+            raise NotImplementedError("it edits some tokens and not others")
+        if self.vectors and config.strength != 0.0:
+            raise NotImplementedError("it adds vectors, for which attention has no place; leave them out")
+        size = (self.site.query_heads or 0) // (self.site.kv_heads or 1) if config.edit == "value" else 1
+        factors = torch.ones((self.site.query_heads or 0) // size)
+        factors[sorted({head // size for head in self.heads})] = config.gain
+        fold_factors(plain, self.site, config.edit, factors)
 
     def _edited(self, states: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
         """`(B, H, T, D)` with `gain * x + strength * vector` in some heads, at tokens `(B or 1, T)` or at all."""

@@ -15,6 +15,7 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
 from ...softmax.gates import GateVariant
+from ...surgery.folding import fold_factors
 from ...surgery.projections import output_projection
 
 
@@ -62,6 +63,15 @@ class Gated(GateVariant):
         gate = opening.unflatten(-1, (output.shape[2], -1))
         self.report(call, gate=gate.mean(-1))
         return gate
+
+    def fold(self, plain: nn.Module) -> None:
+        if self.weight.any():
+            raise NotImplementedError(
+                f"its gates depend on the token, and {self.site.module_class} has none. For a class that has, take the "
+                "weights that patchattn.variants.gating.gated.fold returns"
+            )
+        heads = self.site.require("query_heads", by="gated attention")
+        fold_factors(plain, self.site, "output", torch.full((heads,), self.config.factor / 2))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from ...core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...files.documents import concerning, quoted
 from ...inspection.head_importance import head_importance
 from ...surgery.change import Change
+from ...surgery.folding import fold_factors
 from ...surgery.heads import HeadSurgery, KeptHeads, cut_heads, heads_at, heads_by_module, parse_heads
 
 _DATA_FREE = ("magnitude", "random")
@@ -59,6 +60,11 @@ class PruneConfig(VariantConfig):
         help="With sparsity, where several query heads share a kv head: take out single query heads, or all of a kv "
         "head together, which also shrinks the kv cache.",
     )
+    uniform: bool = option(
+        False,
+        help="With sparsity: take the same number from every layer and, where query heads share a kv head, from those "
+        "of each, rounded down, so that a plain configuration can say it (`patchattn export`). scope is then layer.",
+    )
     physical: bool = option(
         True, help="Take the heads out of the weights; false masks their output instead and saves nothing."
     )
@@ -68,6 +74,8 @@ class PruneConfig(VariantConfig):
         if self.heads is not None:
             if self.sparsity is not None or self.importance is not None:
                 raise ValueError("heads=... names the heads to take out: leave out sparsity and importance.")
+            if self.uniform:
+                raise ValueError("uniform=True chooses heads by sparsity=...: leave it out where heads=... names them.")
         elif self.sparsity == 1.0:
             raise ValueError("sparsity=1.0 would take out every head; a layer must keep at least one.")
         elif self.sparsity and self.importance is None:
@@ -86,6 +94,10 @@ class Prune(HeadSurgery):
 
     config_class = PruneConfig
     config: PruneConfig
+    even_choice = (
+        "uniform=True takes equally many query heads from all layers and kv heads; physical=False leaves shapes alone "
+        "and masks heads, which becomes zeros in the output projection."
+    )
 
     def __init__(self, config: PruneConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
@@ -107,7 +119,9 @@ class Prune(HeadSurgery):
             raise ValueError("Head pruning needs heads=..., or sparsity=... with importance=...; got neither.")
         else:
             return config, sites
-        return replace(config, heads=heads, sparsity=None, importance=None), [s for s in sites if s.name in heads]
+        return replace(config, heads=heads, sparsity=None, importance=None, uniform=False), [
+            s for s in sites if s.name in heads
+        ]
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
@@ -121,6 +135,12 @@ class Prune(HeadSurgery):
         if self.is_identity or not self.config.physical:
             return []
         return cut_heads(model, self.site, self.heads.kept)
+
+    def fold(self, plain: nn.Module) -> None:
+        if not self.config.physical:
+            factors = torch.ones(self.heads.total)
+            factors[list(self.pruned)] = 0.0
+            fold_factors(plain, self.site, "output", factors)
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         if self.config.physical:
@@ -150,7 +170,15 @@ def _least_important(config: PruneConfig, model: nn.Module, sites: Sequence[Atte
     if missing := [name for name in wanted if name not in importance.sites]:
         raise ValueError(f"There are no scores of {missing[0]}: choose modules that have with modules=...")
     chosen = replace(importance, sites={name: importance.sites[name] for name in wanted})
-    heads = chosen.lowest(sparsity=config.sparsity, scope=config.scope, groups=config.groups == "kv")
+    if config.uniform:
+        heads = chosen.lowest_of_each(config.sparsity or 0.0, groups=config.groups == "kv")
+    else:
+        heads = chosen.lowest(sparsity=config.sparsity, scope=config.scope, groups=config.groups == "kv")
+    if not heads and config.uniform:
+        raise ValueError(
+            f"sparsity={config.sparsity} with uniform=True is less than a query head of every kv head, or with "
+            "groups='kv' less than a kv head: nothing would be taken out."
+        )
     if not heads:
         raise ValueError(f"sparsity={config.sparsity} is less than a single head: nothing would be taken out.")
     return {name: list(numbers) for name, numbers in heads.items()}

@@ -59,6 +59,18 @@ class Sink(SlotVariant):
     def slots(self, call: AttentionCall) -> torch.Tensor:
         return self.logit
 
+    @torch.no_grad()
+    def fold(self, plain: nn.Module) -> None:
+        """Two sinks of a head are one, whose exponential is the sum of theirs."""
+        module = plain.get_submodule(self.site.name)
+        own = module._parameters.get("sinks")
+        if own is None:
+            raise NotImplementedError(
+                f"{self.site.module_class} has no sinks of its own to join it to, as GPT-OSS's attention has"
+            )
+        joined = torch.logaddexp(own.double(), self.logit.to(own.device).double()).to(own.dtype)
+        module._parameters["sinks"] = nn.Parameter(joined, requires_grad=own.requires_grad)
+
 
 register_variant(
     VariantInfo(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from patchattn_kernels import scale_tokens
 
@@ -53,6 +54,12 @@ class LogN(Variant):
         scaled = call.replace(query=scale_tokens(call.query, factor))
         self.report(scaled, query_temperature=factor)
         return inner(scaled)
+
+    def fold(self, plain: nn.Module) -> None:
+        raise NotImplementedError(
+            "its factor grows with the number of keys, which no configuration of transformers says. Without it the "
+            f"model is the same up to {self.train_length} tokens: call patchattn.unpatch_model"
+        )
 
 
 register_variant(

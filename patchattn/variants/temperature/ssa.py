@@ -171,6 +171,13 @@ class SSA(Variant):
             tau = tau + self.position_coefficient(stream) * visible.clamp(min=1).to(dtype).log()
         return tau
 
+    def fold(self, plain: nn.Module) -> None:
+        """Only the constant part of the temperatures, 1, is in the weights already."""
+        for stream in self.streams:
+            by_token = self.config.token_aware and getattr(self, f"{stream}_token").any()
+            if by_token or (self.config.position_aware and self.position_coefficient(stream).any()):
+                raise NotImplementedError(f"its {stream} temperature is not the same for all tokens")
+
     def position_coefficient(self, stream: str) -> torch.Tensor:
         """`(1,)` what multiplies log n for a scaled stream, in float32 at least."""
         alpha = getattr(self, f"{stream}_alpha")

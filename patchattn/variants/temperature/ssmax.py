@@ -13,6 +13,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
+from ...surgery.folding import fold_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,11 @@ class SSMax(Variant):
         scaled = call.replace(query=scale_tokens(call.query, factor))
         self.report(scaled, query_temperature=factor)
         return inner(scaled)
+
+    def fold(self, plain: nn.Module) -> None:
+        if self.scale.any() or self.bias is None:
+            raise NotImplementedError("its logits grow with the number of keys: only s = 0 is a factor of queries")
+        fold_factors(plain, self.site, "query", self.bias)
 
     def factor(self, visible: torch.Tensor) -> torch.Tensor:
         """Factor of the logits `(B or 1, T, H)`, in float32 at least, of tokens that see `visible` keys.

@@ -111,6 +111,7 @@ class Flap(HeadSurgery):
 
     config_class = FlapConfig
     config: FlapConfig
+    even_choice = 'structure="ul-um" takes the same share of every layer; compensate=False adds no biases.'
 
     def __init__(self, config: FlapConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

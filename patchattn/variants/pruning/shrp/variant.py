@@ -184,6 +184,9 @@ class SHRP(SurgeryVariant):
         changes = cut_heads(model, self.site, kept)
         return [change for change in changes if change.module in (*roles, self.site.name)]
 
+    def check_plain(self) -> None:
+        raise NotImplementedError("its expander is no part of a plain model")
+
     def carried(self) -> list[str]:
         own = [change for change in self.changes if isinstance(change.value, nn.Parameter)]
         return [f"{change.module}.{change.name}" for change in own]
