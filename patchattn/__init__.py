@@ -90,6 +90,7 @@ offer(
             "decore": "decoding.decore",
             "duo": "eviction.duo",
             "entmax": "normalisers.entmax",
+            "expected_attention": "eviction.expected_attention",
             "flap": "pruning.flap.variant",
             "fox": "biases.fox",
             "gated": "gating.gated",

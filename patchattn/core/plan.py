@@ -114,7 +114,9 @@ def _by_module(config: VariantConfig, change: Callable[[Mapping[str, Any]], dict
 
 
 def _renamed_paths(value: Any, renaming: Renaming) -> Any:
-    """A list of modules' paths by their new names; any other value as it is."""
+    """A list of modules' paths by their new names, also within a dictionary; any other value as it is."""
+    if isinstance(value, Mapping):
+        return {name: _renamed_paths(part, renaming) for name, part in value.items()}
     if isinstance(value, list) and value and all(isinstance(path, str) for path in value):
         return [name for path in value if (name := renaming.get(path)) is not None]
     return value

@@ -51,7 +51,9 @@ class EvictionVariant(Variant):
     def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__(config, site)
         given = [
-            f"{item.name}={value}" for item in fields(config) if (value := getattr(config, item.name)) != item.default
+            f"{item.name}={value}"
+            for item in fields(config)
+            if (value := getattr(config, item.name)) != item.default and item.name not in config.by_module
         ]
         self.owner = f"{self.name}({', '.join(given)})"  # whoever has other settings is another one
 
