@@ -15,9 +15,9 @@ TOKENS, CHUNKS, PREFILL = [1] * LENGTH, [4, 3, 1, 1], [LENGTH - 1, 1]
 CALLS = [
     pytest.param(TOKENS, "dynamic", id="tokens-dynamic"),
     pytest.param(CHUNKS, "static", id="chunks-static"),
-    pytest.param(PREFILL, "dynamic", id="prefill-dynamic"),
     pytest.param(TOKENS, "static", id="tokens-static", marks=pytest.mark.full),
     pytest.param(CHUNKS, "dynamic", id="chunks-dynamic", marks=pytest.mark.full),
+    pytest.param(PREFILL, "dynamic", id="prefill-dynamic", marks=pytest.mark.full),
     pytest.param(PREFILL, "static", id="prefill-static", marks=pytest.mark.full),
 ]
 
@@ -115,7 +115,7 @@ def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, c
     close(torch.cat(parts, dim=1)[:, : full.shape[1]], full)
 
 
-@on(["llama", "gpt2", "qwen3", "t5"])
+@on(["llama", "gpt2", "qwen3", "t5"], first=True)
 def test_generation_with_beams_static_cache_and_padding(family: str, case: Case) -> None:
     model, tokens = FAMILIES[family].make_exact(), text(6)
     case.patch(model)

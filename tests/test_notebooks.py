@@ -10,7 +10,8 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-TRAIN = ("2", "3", "5")  # the longest; what they show of training, recipes' tests show as well
+# The longest; what they show of training, calibration and new variants, other tests show as well.
+LONG = ("2", "3", "4", "5", "6")
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -23,7 +24,7 @@ def test_there_are_six() -> None:
 
 
 def marked(path: Path) -> Any:
-    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.name.startswith(TRAIN) else ())
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.name.startswith(LONG) else ())
 
 
 @pytest.mark.parametrize("path", map(marked, NOTEBOOKS))

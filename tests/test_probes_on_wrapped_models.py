@@ -37,11 +37,14 @@ def noting(model: nn.Module, seen: list[str], **how: Any) -> patchattn.PlacedPro
     return patchattn.probed(model, lambda call, output: seen.append(call.site.name), **how)
 
 
-@pytest.mark.parametrize(("patch", "at"), [(None, "model"), pytest.param("ssa", "base", marks=pytest.mark.slow)])
-def test_compiled_code_follows_probes(patch: str | None, at: str) -> None:
+@pytest.mark.parametrize(
+    ("patch", "at", "backend"),
+    [(None, "model", "eager"), pytest.param("ssa", "base", "aot_eager", marks=pytest.mark.slow)],
+)
+def test_compiled_code_follows_probes(patch: str | None, at: str, backend: str) -> None:
     torch.compiler.reset()
     model = made(patch)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     plain = run(compiled)
     for _ in range(2):  # another list each time, which the code of the first probe must not write to
         seen: list[tuple[str, torch.Tensor]] = []

@@ -2,6 +2,7 @@
 complete, the launcher's configurations parse; and the examples run."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from .recipes import RECIPES, ROOT, recipe, started, written
+from .recipes import RECIPES, ROOT, recipe, written
 
 
 @pytest.fixture
@@ -65,7 +66,9 @@ def test_bad_configurations_are_refused(
         read({**settings, **changes}, tmp_path)
 
 
-def test_bad_files_are_refused_in_one_line(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_files_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match="There is no configuration"):
         recipe("finetune_causal_lm").CausalLMSettings.from_yaml(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
@@ -77,10 +80,13 @@ def test_bad_files_are_refused_in_one_line(settings: dict[str, Any], tmp_path: P
         path.write_text(text)
         with pytest.raises((TypeError, ValueError), match=message):
             recipe("finetune_causal_lm").CausalLMSettings.from_yaml(path)
-    done = started(RECIPES / "finetune_causal_lm.py", path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"Error: {path}: ")
-    assert done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["finetune_causal_lm.py", str(path)])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(RECIPES / "finetune_causal_lm.py"), run_name="__main__")
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"Error: {path}: ")
+    assert error.count("\n") == 1
 
 
 def test_presets_and_defaults_are_written_out(settings: dict[str, Any], tmp_path: Path) -> None:
