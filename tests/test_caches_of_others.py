@@ -9,19 +9,24 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
+from patchattn.core.registry import variant_info
+from patchattn.reading.eviction import ScoredEviction
+from patchattn.reading.windows import WindowEviction
 
 from .evictions import extended, fed, padded
 from .long_context import tiny_llama
 
 PROMPT, STEPS = 12, 3
 WINDOW = {"window": 3, "kernel": 1}
-METHODS: dict[str, dict[str, Any]] = {
-    "knorm": {},
-    "keydiff": {},
-    "tova": {},
-    "snapkv": WINDOW,
-    "pyramidkv": WINDOW,
-    "adakv": WINDOW,
+SCORED: dict[str, type[ScoredEviction]] = {
+    name: variant_info(name).variant
+    for name in patchattn.list_variants("cache")
+    if issubclass(variant_info(name).variant, ScoredEviction)
+}
+METHODS = {
+    name: WINDOW if issubclass(variant, WindowEviction) else {}
+    for name, variant in SCORED.items()
+    if variant.window is not ScoredEviction.window
 }
 
 
@@ -66,7 +71,10 @@ def test_the_end_of_a_prompt_is_enough(model: Any, prompt: Any, method: str, eve
     assert all(torch.equal(keys, old) for keys, old in zip(kept(plain), before, strict=True))
 
 
-@pytest.mark.parametrize(("method", "rows"), [("knorm", 1), ("snapkv", 2), ("tova", 1), ("h2o", 4)])
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [("knorm", 1), ("snapkv", 2), ("tova", 1), *((name, PROMPT - 1) for name in SCORED if name not in METHODS)],
+)
 def test_too_little_of_a_prompt_is_refused(model: Any, prompt: Any, method: str, rows: int) -> None:
     ids, real = prompt
     cache = DynamicCache(config=model.config)
@@ -79,4 +87,4 @@ def test_too_little_of_a_prompt_is_refused(model: Any, prompt: Any, method: str,
             )
     finally:
         patchattn.unpatch_model(model)
-    assert ("at least the last" in str(refusal.value)) == (method != "h2o")
+    assert ("at least the last" in str(refusal.value)) == (method in METHODS)

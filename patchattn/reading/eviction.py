@@ -110,7 +110,6 @@ class ScoredEviction(EvictionVariant):
 
     config: ScoredConfig
     default_budget: ClassVar[int]
-    sums_all_queries: ClassVar[bool] = False  # scores need every call since the first
 
     def __init__(self, config: ScoredConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
@@ -149,14 +148,14 @@ class ScoredEviction(EvictionVariant):
         """Most keys that are kept of a row and head that has seen so many, padding included; `None`: ask the device."""
         return self.budget.most(columns)
 
-    def window(self) -> int:
-        """Queries at the end of a prompt that scores are made of."""
-        return 1
+    def window(self) -> int | None:
+        """Queries at the end of a prompt that scores are made of; `None`: all, since the first."""
+        return None
 
     def state(self, call: AttentionCall) -> SequenceState | None:
-        """What is remembered of the sequence; the end of a prompt, in one call of several tokens, can be the start."""
-        late = None if self.sums_all_queries else max(2, self.window())
-        return call.context.sequence_state(self.owner, late=late)
+        """What is remembered; where the end of a prompt is enough, one call of several tokens can be the first."""
+        window = self.window()
+        return call.context.sequence_state(self.owner, late=None if window is None else max(2, window))
 
     def rule(self, call: AttentionCall) -> Keep | None:
         if self.config.event != "prompt" or call.query.shape[2] > 1:

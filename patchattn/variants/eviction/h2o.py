@@ -48,7 +48,6 @@ class H2O(ScoredEviction):
     config: H2OConfig
     name = "h2o"
     default_budget = 2048
-    sums_all_queries = True
 
     def last(self, counts: torch.Tensor) -> torch.Tensor:
         return (counts * self.config.recent_share).floor().long()

@@ -27,6 +27,9 @@ class KeyDiff(ScoredEviction):
     name = "keydiff"
     default_budget = 2048
 
+    def window(self) -> int:
+        return 0
+
     def scores(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
         real = call.mask.real_keys()[..., None]
         direction = F.normalize(call.key.to(torch.promote_types(call.key.dtype, torch.float32)), dim=-1)

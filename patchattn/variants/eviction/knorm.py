@@ -23,6 +23,9 @@ class Knorm(ScoredEviction):
     name = "knorm"
     default_budget = 2048
 
+    def window(self) -> int:
+        return 0
+
     def scores(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
         key = call.key.to(torch.promote_types(call.key.dtype, torch.float32))
         return -key.norm(dim=-1)

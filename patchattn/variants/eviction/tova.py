@@ -28,6 +28,9 @@ class TOVA(ScoredEviction):
     name = "tova"
     default_budget = 512
 
+    def window(self) -> int:
+        return 1
+
     def scores(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
         row = call.row(call.query.shape[2] - 1)
         mass, _ = column_mass(row.query, row.key, row.rule())
