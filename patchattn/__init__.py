@@ -100,6 +100,7 @@ offer(
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",
             "logn": "temperature.logn",
+            "moba": "selection.moba",
             "moh": "routing.moh",
             "mswa": "selection.mswa",
             "power": "selection.power",
@@ -118,6 +119,8 @@ offer(
             "triangle": "selection.triangle",
             "twilight": "selection.twilight",
             "var": "sinks.var",
+            "vertical_slash": "selection.vertical_slash",
+            "xattention": "selection.xattention",
         }.items()
     }
 )

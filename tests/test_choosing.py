@@ -31,6 +31,7 @@ SHIPPED = [
     "keydiff",
     "knorm",
     "logn",
+    "moba",
     "moh",
     "mswa",
     "power",
@@ -49,6 +50,8 @@ SHIPPED = [
     "triangle",
     "twilight",
     "var",
+    "vertical_slash",
+    "xattention",
 ]
 
 
@@ -169,6 +172,8 @@ def test_the_command_lists_by_the_same_choices(capsys, monkeypatch) -> None:
         "streaming",
         "triangle",
         "twilight",
+        "vertical_slash",
+        "xattention",
     ]
     with pytest.raises(SystemExit) as ended:
         main(["list", "--family", "nothing"])

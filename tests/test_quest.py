@@ -139,7 +139,7 @@ def test_sliding_layers_are_left_out_and_caches_that_forget_are_refused() -> Non
     patchattn.patch_model(
         forgetful, ["streaming_llm", "quest"], {"quest": ALL, "streaming_llm": {"sinks": 1, "recent": 3, "slack": 0}}
     )
-    with pytest.raises(NotImplementedError, match="reads keys by pages"):
+    with pytest.raises(NotImplementedError, match="chooses among all keys"):
         decoded(forgetful, text(12), [8, 1, 1, 1, 1])
 
 

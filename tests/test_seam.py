@@ -20,9 +20,11 @@ _CHOICE = "Flash attention cannot be told a choice of keys for"
 NOT_ON_FLASH = {
     "toy_mask": "",
     "sink": "Flash attention has no place for the slot of Sink",
-    **dict.fromkeys(("mswa", "power", "quest", "streaming", "triangle", "twilight"), _CHOICE),
+    **dict.fromkeys(
+        ("moba", "mswa", "power", "quest", "streaming", "triangle", "twilight", "vertical_slash", "xattention"), _CHOICE
+    ),
 }
-NOT_ON_FLEX = ("power", "quest", "triangle", "twilight")
+NOT_ON_FLEX = ("moba", "power", "quest", "triangle", "twilight", "vertical_slash", "xattention")
 
 
 def flash_in_torch(

@@ -3,24 +3,24 @@
 Page p is the keys from `p * page` on, by their columns, so that a page stays what it is as a kv cache grows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+from patchattn_kernels.rows import full_precision
 
 from ..core.call import AttentionCall
-from ..core.chain import window_of
 from ..core.keeping import of_query_heads
 from ..core.mask import Mask
 from ..core.places import Places
 from ..core.settings import option
-from ..core.sites import AttentionSite
 from ..core.variant import VariantConfig
-from .selection import SelectionVariant, plain_own
+from .selection import plain_own
+from .whole import WholeSelection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,43 +55,71 @@ class PagedConfig(VariantConfig):
         return self.prefill == "dense"
 
 
-class PagedSelection(SelectionVariant):
-    """A variant whose settings are a `PagedConfig`; facts of pages are remembered under the name `pages`."""
+class PagedSelection(WholeSelection):
+    """A variant that chooses pages of keys; what it knows of complete ones lives with the kv cache."""
 
-    config: PagedConfig
     keeps_state = True
 
-    @classmethod
-    def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
-        config, causal = super().fit(config, model, sites)
-        whole = [site for site in causal if window_of(model.get_submodule(site.name)) is None]
-        if not whole:
-            raise NotImplementedError(
-                f"{cls.__name__} reads keys by pages and leaves out layers with a sliding window, whose kv cache lets "
-                "go of keys: no other one is among the chosen attention modules."
-            )
-        return config, whole
+    def check(self, call: AttentionCall) -> None:
+        """As `WholeSelection.check`; a kv cache is told of the variant here, and refused if it was filled without."""
+        call.context.sequence_state(self.owner)
+        super().check(call)
+
+    def facts(
+        self, call: AttentionCall, name: str, page: int, make: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """`(B, Hkv, P, ...)` what is known of the P = Tk // page complete pages, made once where the kv cache grows.
+
+        Args:
+            call: the call.
+            name: of these facts.
+            page: keys of a page.
+            make: of `(B, Hkv, p * page, D)`, the keys of the last p complete pages, their facts `(B, Hkv, p, ...)`.
+        """
+        state, facts, keys = call.context.sequence_state(self.owner), None, call.key
+        if state is not None and state.grows:
+            facts = state.blocks(name, page, keys, make)
+        # in a static cache, and without one, they are made anew
+        return make(keys[:, :, : keys.shape[2] // page * page]) if facts is None else facts
+
+    def chosen(
+        self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str
+    ) -> torch.Tensor | Places:
+        """Each query's own page, and the visible ones that score highest, `count` in all; of equal ones the first.
+
+        Args:
+            call: the call.
+            scores: `(B, H, Tq, P)` of complete pages, the higher the better.
+            page: keys of a page.
+            count: how many.
+            heads: "query", or "kv": the highest score among the query heads of a kv head counts.
+
+        Returns:
+            As `select` gives it.
+        """
+        visible, own = visible_pages(call.mask, page)
+        scores = F.pad(scores, (0, visible.shape[-1] - scores.shape[-1]))  # an incomplete page is an own or hidden one
+        if heads == "kv":
+            groups = call.key.shape[1]
+            scores = scores.masked_fill(~visible, float("-inf")).unflatten(1, (groups, -1)).amax(dim=2)
+            visible, own = (any_of_group(pages, groups) for pages in (visible, own))
+        scores = scores.masked_fill(~visible, float("-inf")).masked_fill(own, float("inf"))
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        pages = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
+        if call.query.shape[2] == 1 and heads == "kv":
+            return Places(*chosen_first(pages[:, :, 0], count), block=page)
+        by_head = of_query_heads(pages, call.query.shape[1])
+        return by_head.repeat_interleave(page, dim=-1)[..., : call.key.shape[2]]
+
+
+class BoundedSelection(PagedSelection):
+    """A variant whose settings are a `PagedConfig`."""
+
+    config: PagedConfig
 
     @property
     def is_identity(self) -> bool:
         return self.site.layer_index < self.config.dense_layers
-
-    def check(self, call: AttentionCall) -> None:
-        """To be asked in every call: NotImplementedError if the keys have no lasting place.
-
-        A kv cache is told of the variant here; it is refused if it was filled without.
-        """
-        call.context.sequence_state(self.owner)
-        if call.mask.index is not None or call.mask.dropped or call.mask.extra:
-            raise NotImplementedError(
-                f"{self.owner} reads keys by pages, and in {self.site.name} the kv cache lets go of some, or keys come "
-                "in front of the others: use it without the variant that drops or adds keys."
-            )
-
-    @property
-    def owner(self) -> str:
-        """Name for messages, and of what is remembered."""
-        return type(self).__name__
 
     def is_dense(self, call: AttentionCall) -> bool:
         """Whether the settings leave this call as it is."""
@@ -104,31 +132,10 @@ class PagedSelection(SelectionVariant):
         """
         if budget is None or call.mask.columns <= budget:
             return None
-        page, count = self.config.page, -(-budget // self.config.page)
-        pages = self._best(call, count)
-        if call.query.shape[2] == 1 and self.config.heads == "kv":
-            return Places(*chosen_first(pages[:, :, 0], count), block=page)
-        by_head = of_query_heads(pages, call.query.shape[1])
-        return by_head.repeat_interleave(page, dim=-1)[..., : call.key.shape[2]]
-
-    def _best(self, call: AttentionCall, count: int) -> torch.Tensor:
-        """bool `(B, Hkv or H, Tq, P)`: pages that are chosen among the P = ceil(Tk / page)."""
-        page, keys = self.config.page, call.key
-        state, facts = call.context.sequence_state(self.owner), None
-        if state is not None and state.grows:
-            facts = state.blocks("pages", page, keys, partial(ends_of_pages, page=page))
-        if facts is None:  # in a static cache, and without one, they are made anew
-            facts = ends_of_pages(keys[:, :, : keys.shape[2] // page * page], page)
-        visible, own = visible_pages(call.mask, page)
+        page = self.config.page
+        facts = self.facts(call, "pages", page, partial(ends_of_pages, page=page))
         bounds = upper_bounds(call.query, facts)
-        scores = F.pad(bounds, (0, visible.shape[-1] - bounds.shape[-1]))  # an incomplete page is an own or hidden one
-        if self.config.heads == "kv":
-            groups = keys.shape[1]
-            scores = scores.masked_fill(~visible, float("-inf")).unflatten(1, (groups, -1)).amax(dim=2)
-            visible, own = (any_of_group(pages, groups) for pages in (visible, own))
-        scores = scores.masked_fill(~visible, float("-inf")).masked_fill(own, float("inf"))
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
+        return self.chosen(call, bounds, page=page, count=-(-budget // page), heads=self.config.heads)
 
 
 def ends_of_pages(keys: torch.Tensor, page: int) -> torch.Tensor:
@@ -147,10 +154,15 @@ def upper_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         query: `(B, H, Tq, D)`.
         ends: `(B, Hkv, P, 2D)`, as `ends_of_pages` gives them.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    halves = torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1).to(wide)
-    grouped = halves.reshape(len(query), ends.shape[1], -1, halves.shape[-1])
-    return (grouped @ ends.to(wide).mT).view(*query.shape[:3], -1)
+    return products(torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1), ends)
+
+
+def products(query: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """`(B, H, Tq, P)` products of queries `(B, H, Tq, D)` with a vector of every page `(B, Hkv, P, D)`, in float32 at
+    least."""
+    query, facts = full_precision(query), full_precision(facts)
+    grouped = query.reshape(len(query), facts.shape[1], -1, query.shape[-1])
+    return (grouped @ facts.mT).view(*query.shape[:3], -1)
 
 
 def visible_pages(mask: Mask, page: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from ...core.call import AttentionCall
 from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.variant import VariantInfo
-from ...reading.pages import PagedConfig, PagedSelection
+from ...reading.pages import BoundedSelection, PagedConfig
 from ...reading.selection import CAPABILITIES
 
 
@@ -22,7 +22,7 @@ class QuestConfig(PagedConfig):
         return self.budget is not None and super().looks_ahead
 
 
-class Quest(PagedSelection):
+class Quest(BoundedSelection):
     """Attention to the pages whose keys have the highest upper bound of their products with the query."""
 
     config_class = QuestConfig

@@ -11,6 +11,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
+from ...reading.lines import texts_of
 from ...reading.selection import CAPABILITIES, SelectionVariant, Split, plain_own
 
 
@@ -74,10 +75,7 @@ class Triangle(SelectionVariant):
         first = sink_and_recent(sinks, recent, 1, call.query.device)
         if plain_own(call.mask) is not None:
             return Split(call.mask.queries - last, first)
-        order, place = call.mask.row_order(), call.mask.row_places()
-        before = order - place  # real keys in front of each query's text, which tell texts apart
-        ends = order.new_zeros(len(order), call.mask.columns + 1).scatter_reduce(1, before, order, "amax")
-        is_last = ends.gather(1, before) - order < last
+        is_last = texts_of(call.mask).behind_rows < last
         return call.seeing(first).mask.seen() | is_last[:, None, :, None]
 
 

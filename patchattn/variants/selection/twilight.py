@@ -13,7 +13,7 @@ from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
-from ...reading.pages import PagedConfig, PagedSelection, any_of_group, chosen_first
+from ...reading.pages import BoundedSelection, PagedConfig, any_of_group, chosen_first
 from ...reading.selection import CAPABILITIES, narrowed
 
 _STEPS = 15  # between the least and the greatest number of four bits
@@ -43,7 +43,7 @@ class TwilightConfig(PagedConfig):
         return (self.top_p < 1.0 or self.budget is not None) and super().looks_ahead
 
 
-class Twilight(PagedSelection):
+class Twilight(BoundedSelection):
     """Attention to the keys with the largest estimated weights, as many as sum up to a share."""
 
     config_class = TwilightConfig

@@ -1,0 +1,123 @@
+"""What the last queries of a text attend to, summed over columns and along diagonals.
+
+A diagonal is the pairs of a query and a key at one distance. It is told by the key at that distance from its text's
+last token, so that what is said of diagonals has a place for each key, and texts that are packed in one row stay apart.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from patchattn_kernels.rows import blocks, full_precision, row_logits
+
+from ..core.call import AttentionCall
+from ..core.mask import Mask
+from .selection import plain_own
+
+
+class Texts(NamedTuple):
+    """Where the texts of a call's rows lie.
+
+    Attributes:
+        of_keys: `(B or 1, Tk)` number of real keys in front of each key's text, which tells texts apart.
+        behind_keys: `(B or 1, Tk)` number of real keys behind each key in its text.
+        behind_rows: `(B or 1, Tq)` the same of each query's own key.
+    """
+
+    of_keys: torch.Tensor
+    behind_keys: torch.Tensor
+    behind_rows: torch.Tensor
+
+
+class Lines(NamedTuple):
+    """Sums `(B, H, Tk)` of weights: received by each key, and along the diagonal that each key stands for."""
+
+    columns: torch.Tensor
+    diagonals: torch.Tensor
+
+
+def texts_of(mask: Mask) -> Texts:
+    """Of a call whose keys are all that there ever were.
+
+    Raises:
+        NotImplementedError: nothing says which key is a query's own.
+    """
+    row, key = mask.row_order(), mask.key_order()[:, 0]
+    of_rows, of_keys = row - mask.row_places(), key - mask.key_places()[:, 0]
+    batch = max(len(row), len(key))
+    row, of_rows, key, of_keys = (part.expand(batch, -1) for part in (row, of_rows, key, of_keys))
+    ends = row.new_zeros(batch, mask.columns + 1).scatter_reduce(1, of_rows, row, "amax")
+    return Texts(of_keys, ends.gather(1, of_keys) - key, ends.gather(1, of_rows) - row)
+
+
+def lines_of(call: AttentionCall, texts: Texts, last: int) -> Lines:
+    """Attention weights of the last queries of each text, summed up.
+
+    Args:
+        call: the call.
+        texts: of its rows.
+        last: how many queries of each text count.
+    """
+    query, key, rule = full_precision(call.query), full_precision(call.key), call.rule()
+    batch, heads, rows, _ = query.shape
+    keys, real = key.shape[2], call.mask.real()
+    parts = [slice(max(0, rows - last), rows)]
+    if plain_own(call.mask) is None:  # the last queries are anywhere
+        parts = list(blocks(rows, batch * heads * keys))
+    sums = [query.new_zeros(batch, heads, keys) for _ in range(2)]
+    for part in parts:
+        behind = texts.behind_rows[:, part]
+        weights = row_logits(query, key, rule, part).softmax(dim=-1).nan_to_num(0.0)
+        counts = (behind < last) & real[:, part]
+        weights = weights.masked_fill(~counts[:, None, :, None], 0.0)
+        # the weight at key j of a query with n tokens behind it counts at key j + n
+        from_key = torch.arange(keys, device=key.device) - behind[..., None]
+        shifted = weights.gather(-1, from_key.clamp(min=0)[:, None].expand_as(weights))
+        sums[0] = sums[0] + weights.sum(dim=2)
+        sums[1] = sums[1] + shifted.masked_fill((from_key < 0)[:, None], 0.0).sum(dim=2)
+    return Lines(*(total.detach() for total in sums))
+
+
+def best_of_texts(scores: torch.Tensor, texts: Texts, count: int) -> torch.Tensor:
+    """bool `(B, H, Tk)`: which scores are among the `count` highest of their text; of equal ones the first.
+
+    Args:
+        scores: `(B, H, Tk)`, -inf of keys that are not text.
+        texts: of the rows.
+        count: how many.
+    """
+    of_keys = texts.of_keys[:, None].expand(scores.shape)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    by_text = of_keys.gather(-1, order).sort(dim=-1, stable=True)
+    order = order.gather(-1, by_text.indices)
+    start = torch.searchsorted(by_text.values, by_text.values)
+    rank = torch.arange(scores.shape[-1], device=scores.device) - start
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, rank < count)
+
+
+def along_diagonals(chosen: torch.Tensor, texts: Texts, mask: Mask, block: int) -> torch.Tensor:
+    """bool `(B, H, Tq, Tk)`: which pairs lie on a chosen diagonal, for some query of the same block.
+
+    Blocks of queries are counted from the start of each text.
+
+    Args:
+        chosen: bool `(B, H, Tk)`, by the key that stands for a diagonal.
+        texts: of the rows.
+        mask: of the call.
+        block: queries of a block; 1 reads the diagonals alone.
+    """
+    batch, heads, keys = chosen.shape
+    within = (mask.row_places() - 1).clamp(min=0) % block
+    shift = texts.behind_rows + within
+    numbers = texts.of_keys.contiguous()
+    start, end = (torch.searchsorted(numbers, numbers, right=right)[:, None] for right in (False, True))
+    running = F.pad(chosen.cumsum(dim=-1, dtype=torch.int32), (1, 0))[:, :, None]
+    key, parts = torch.arange(1, keys + 1, device=chosen.device), []
+    for part in blocks(mask.queries, batch * heads * keys):
+        place = key + shift[:, part, None]
+        until = torch.minimum(place, end)[:, None].expand(batch, heads, -1, -1)
+        since = torch.minimum(torch.maximum(place - block, start), end)[:, None].expand(batch, heads, -1, -1)
+        counts = running.expand(-1, -1, until.shape[2], -1)
+        parts.append(counts.gather(-1, until) > counts.gather(-1, since))
+    return torch.cat(parts, dim=2)
