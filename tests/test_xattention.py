@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import StaticCache
 
 import patchattn
+from patchattn.core.kv_caches import cache_argument
 from patchattn.variants.selection.xattention import enough_blocks
 from patchattn_kernels import BlockLists
 
@@ -41,7 +43,7 @@ def blocks_read(
         mass: dict[tuple[int, int], float] = {}
         for a in sorted({i // stride for i in rows}):
             # a tile counts where a token that is there sees a key of it
-            seen = [b for b in range(first // stride, max(i for i in rows if i // stride == a) // stride + 1)]
+            seen = list(range(first // stride, max(i for i in rows if i // stride == a) // stride + 1))
             logits = []
             for b in seen:
                 total = 0.0
@@ -149,3 +151,19 @@ def test_settings_and_models_that_do_not_fit_are_named() -> None:
     patchattn.patch_model(forgetful, ["streaming_llm", "xattention"], settings)
     with pytest.raises(NotImplementedError, match="lets go of some"):
         decoded(forgetful, text(14), [9, 1, 1, 1, 2])
+
+
+def test_what_a_static_cache_holds_behind_the_text_is_in_no_tile(calls: Recorded) -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "xattention", threshold=0.5, stride=2, block=2)
+    tokens, cache = text(16), StaticCache(config=model.config, max_cache_len=16)
+    outputs(model, input_ids=tokens[:, 5:], **cache_argument(model, cache))
+    cache.reset()
+    calls.clear()
+    for layer in cache.layers:
+        layer.keys.fill_(100.0)
+    outputs(model, input_ids=tokens[:, :7], **cache_argument(model, cache))
+    held = [seen[..., :7] for _, seen, _ in calls]
+    calls.clear()
+    outputs(model, input_ids=tokens[:, :7])
+    for (_, seen, _), other in zip(calls, held, strict=True):
+        assert torch.equal(seen, other)

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..core import ranks
 from ..core.call import AttentionCall
 from ..core.chain import window_of
+from ..core.mask import Mask
 from ..core.sites import AttentionSite
 from .selection import SelectionVariant
 
@@ -40,3 +43,12 @@ class WholeSelection(SelectionVariant):
     def owner(self) -> str:
         """Name for messages, and of what is remembered."""
         return type(self).__name__
+
+
+def keys_so_far(mask: Mask) -> torch.Tensor:
+    """`(B or 1, 1, Tk)` bool: which keys are text, up to that of the last query; a static cache has slots behind it.
+
+    Raises:
+        NotImplementedError: nothing says which key is a query's own.
+    """
+    return mask.real_keys() & (torch.arange(mask.keys, device=mask.device) <= ranks.own(mask)[:, -1:, None])

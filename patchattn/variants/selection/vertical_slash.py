@@ -11,7 +11,7 @@ from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.lines import along_diagonals, best_of_texts, lines_of, texts_of
 from ...reading.selection import CAPABILITIES
-from ...reading.whole import WholeSelection
+from ...reading.whole import WholeSelection, keys_so_far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class VerticalSlash(WholeSelection):
         config, mask = self.config, call.mask
         if config.columns is None or call.decodes or mask.columns <= max(config.columns, config.diagonals):
             return None
-        texts, hidden = texts_of(mask), ~mask.real_keys()
+        texts, hidden = texts_of(mask), ~keys_so_far(mask)
         columns, diagonals = lines_of(call, texts, config.window)
         columns = columns.masked_fill(mask.key_places() <= config.sinks, float("inf"))
         diagonals = diagonals.masked_fill((texts.behind_keys < config.recent)[:, None], float("inf"))

@@ -16,7 +16,7 @@ from ...core.variant import VariantConfig, VariantInfo
 from ...reading.pages import products
 from ...reading.selection import CAPABILITIES
 from ...reading.tiles import RowGrid
-from ...reading.whole import WholeSelection
+from ...reading.whole import WholeSelection, keys_so_far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def tile_weights(call: AttentionCall, grid: RowGrid, stride: int) -> torch.Tenso
     """
     mask = call.mask
     query = grid.spread(full_precision(call.query) * mask.real()[:, None, :, None])
-    key = full_precision(call.key) * mask.real_keys()[..., None]
+    key = full_precision(call.key) * keys_so_far(mask)[..., None]
     key = F.pad(key, (0, 0, 0, -key.shape[2] % stride))
     # queries of a tile from the last to the first, beside its keys from the first to the last
     from_last = query.unflatten(2, (-1, stride)).flip(3).flatten(3)
