@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ..core.call import AttentionCall
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
+from .rows import attend_rows, reads_keys_once
 
 _STEP = 64.0  # of queries: keys hold that much less, so that float16 has room
 
@@ -16,8 +17,9 @@ class KeyBiasVariant(Variant):
     """A variant that adds a number to the logit of each key, by query head.
 
     It is made by extra channels, of which every query head has its own, so that every base implementation computes it,
-    without an `(N, N)` mask. Register it as `innermost`: what came after would take the channels for those of the
-    model; and without `softcap`, which would bend it.
+    without an `(N, N)` mask. Decoding in float32 adds it to the logits of its one row, so that keys are not copied.
+    Register it as `innermost`: what came after would take the channels for those of the model; and without `softcap`,
+    which would bend it.
     """
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor:
@@ -26,7 +28,11 @@ class KeyBiasVariant(Variant):
 
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        bias = self.key_bias(call) / (_STEP * call.scaling)
+        bias = self.key_bias(call)
+        if reads_keys_once(call):
+            output, _ = attend_rows(call, lambda logits, _: (logits + bias[:, :, None]).softmax(-1))
+            return output, None
+        bias = bias / (_STEP * call.scaling)
         heads, groups = call.query.shape[1], call.key.shape[1]
         of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)
         pieces = parts(of_group, call.key.dtype, most=3)

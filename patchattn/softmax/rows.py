@@ -1,5 +1,6 @@
 """Rows: attention whose weights are another map of a row's logits, a few rows at a time."""
 
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -52,22 +53,45 @@ class RowVariant(Variant):
         return torch.cat([output for output, _ in parts], dim=1), torch.cat(found, dim=2) if found else None
 
     def _of(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `(B, R, H, D)` and weights `(B, H, R, Tk)` of a call."""
-        groups = call.key.shape[1]
-        visible = call.mask.seen()
-        weights = self.weights(_logits(call, visible), visible, call) * visible
-        weights = weights.to(call.value.dtype)
-        rate = call.kwargs.get("dropout") or 0.0
-        dropped = F.dropout(weights, rate, call.module.training) if rate else weights
-        output = dropped.unflatten(1, (groups, -1)) @ call.value[:, :, None]  # (B, Hkv, H / Hkv, R, D)
-        return output.flatten(1, 2).transpose(1, 2), weights
+        return attend_rows(call, lambda logits, visible: self.weights(logits, visible, call))
+
+
+def attend_rows(
+    call: AttentionCall, weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `(B, R, H, D)` and weights `(B, H, R, Tk)` of a call, all logits of which are stored.
+
+    Args:
+        call: of attention.
+        weigh: weights of logits `(B, H, R, Tk)` and of what is visible, as `RowVariant.weights`.
+    """
+    visible = call.mask.seen()
+    weights = (weigh(_logits(call, visible), visible) * visible).to(call.value.dtype)
+    rate = call.kwargs.get("dropout") or 0.0
+    dropped = F.dropout(weights, rate, call.module.training) if rate else weights
+    return _of_groups(dropped, call.value).transpose(1, 2), weights
+
+
+def reads_keys_once(call: AttentionCall) -> bool:
+    """Whether a call is one row that `attend_rows` computes as well as the base implementation, without copying keys.
+
+    So decoding needs no wider keys for a term of the logits. Of keys in half precision it would need a copy.
+    """
+    one_row = call.query.shape[2] == 1 and torch.finfo(call.key.dtype).bits >= 32
+    return one_row and call.stands_alone and call.kwargs.get("s_aux") is None
+
+
+def _of_groups(rows: torch.Tensor, of_kv: torch.Tensor) -> torch.Tensor:
+    """`(B, H, R, n)`: rows `(B, H, R, m)` times the matrix `(B, Hkv, m, n)` of their kv head, which is not repeated."""
+    groups, heads = of_kv.shape[1], rows.shape[1]
+    stacked = rows.unflatten(1, (groups, -1)).flatten(2, 3)
+    return (stacked @ of_kv).unflatten(2, (heads // groups, -1)).flatten(1, 2)
 
 
 def _logits(call: AttentionCall, visible: torch.Tensor) -> torch.Tensor:
     """`(B, H, R, Tk)` in float32 at least."""
-    dtype, groups = torch.promote_types(call.query.dtype, torch.float32), call.key.shape[1]
-    query = call.query.to(dtype).unflatten(1, (groups, -1))
-    logits = (query @ call.key.to(dtype).mT[:, :, None]).flatten(1, 2) * call.scaling
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    logits = _of_groups(call.query.to(dtype), call.key.to(dtype).mT) * call.scaling
     cap = call.kwargs.get("softcap")
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap

@@ -10,6 +10,7 @@ from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
+from .rows import attend_rows, reads_keys_once
 
 
 class SlotVariant(Variant):
@@ -17,6 +18,7 @@ class SlotVariant(Variant):
 
     The slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
     implementation computes it, and a sink that the model has itself (`s_aux`) stands beside it in the same softmax.
+    Decoding in float32 puts it beside the logits of its one row, so that keys are not copied.
     Rows that see no key give the slot's value. Register it as `innermost`: what came after would take the slot for a
     token.
     """
@@ -43,6 +45,8 @@ class SlotVariant(Variant):
         logit = self.slots(call)
         dtype = torch.promote_types(logit.dtype, torch.float32)
         logit = logit.to(dtype).reshape(1, -1, 1) if logit.dim() == 1 else logit.to(dtype)
+        if reads_keys_once(call):
+            return _in_rows(call, logit, self.slot_key(), self.slot_value()), None
         # A product, both in as many parts as the dtype needs: large logits do not overflow, small ones are kept.
         inverse = torch.full((), 1 / call.scaling, dtype=dtype, device=logit.device)
         pairs = [(b, s) for b in parts(logit, call.query.dtype) for s in parts(inverse, call.key.dtype)]
@@ -57,6 +61,28 @@ class SlotVariant(Variant):
             inner,
         )
         return output[:, rows:], None if weights is None else weights[:, :, rows:, 1:]
+
+
+def _in_rows(
+    call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
+) -> torch.Tensor:
+    """Output `(B, R, H, Dv)` of a call whose rows see a slot with a logit `(B or 1, H, R or 1)` beside the keys."""
+    group = call.query.shape[1] // call.key.shape[1]
+    if key is not None:
+        own = key.to(call.query).repeat_interleave(group, dim=0)
+        logit = logit + (call.query * own[:, None]).sum(-1) * call.scaling
+    of_slot = []
+
+    def weigh(logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        slot = logit.to(logits.dtype).expand(logits.shape[:3])[..., None]
+        weights = torch.cat([slot, logits], dim=-1).softmax(-1)
+        of_slot.append(weights[..., :1])
+        return weights[..., 1:]
+
+    output, _ = attend_rows(call, weigh)
+    if value is None:
+        return output
+    return output + of_slot[0].transpose(1, 2).to(output.dtype) * value.to(output).repeat_interleave(group, dim=0)
 
 
 def _is_plain(call: AttentionCall) -> bool:
