@@ -43,6 +43,8 @@ def settings_of(method: str, share: float, length: int, gates: Gates) -> tuple[s
     if method.startswith("duo"):
         near = (DUO["sinks"] + DUO["recent"]) / length
         return "duo", {"gates": gates, "sparsity": min(1.0, (1.0 - share) / (1.0 - near)), "slack": 0, **DUO}
+    if method == "think":  # values stay whole, so that half is its floor
+        return method, {"ratio": min(2.0 * (1.0 - share), 0.95)}
     return method, {"budget": budget}
 
 
@@ -101,14 +103,14 @@ def steps(model: Any, cache: DynamicCache, count: int) -> Callable[[], None]:
 
 
 def held_tokens(cache: DynamicCache) -> float:
-    """Numbers of values stored for each that was given, mean over layers."""
+    """Numbers stored for each of the keys and values that were given, mean over layers."""
     shares = []
     for layer in cache.layers:
         parts = [layer, *((layer.apart or ())[1:] if isinstance(layer, TrackedLayer) else ())]
-        tensors = [part.values for part in parts]
-        tensors += [part.first.values for part in parts if isinstance(part, TrackedLayer) and part.first is not None]
-        token = sum(part.values[:, :, 0].numel() for part in parts)
-        shares.append(sum(tensor.numel() for tensor in tensors) / token / layer.get_seq_length())
+        firsts = [part.first for part in parts if isinstance(part, TrackedLayer) and part.first is not None]
+        numbers = sum(tensor.numel() for part in (*parts, *firsts) for tensor in (part.keys, part.values))
+        token = sum(tensor[:, :, 0].numel() for part in parts for tensor in (part.keys, part.values))
+        shares.append(numbers / token / layer.get_seq_length())
     return statistics.mean(shares)
 
 
@@ -130,7 +132,7 @@ def cost(
     with torch.inference_mode():
         for length in context or [2048, 8192, 16384]:
             dense, dense_prefill = filled(base, length)
-            for name in method or ["buffered", "streaming_llm", *SCORED, "duo"]:
+            for name in method or ["buffered", "streaming_llm", *SCORED, "think", "duo"]:
                 variant, settings = settings_of(name, share, length, gates)
                 patchattn.patch_model(base, variant, settings)
                 cache, prefill = filled(base, length)

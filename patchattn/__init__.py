@@ -115,6 +115,7 @@ offer(
             "ssmax": "temperature.ssmax",
             "streaming": "selection.streaming",
             "streaming_llm": "eviction.streaming_llm",
+            "think": "eviction.think",
             "tova": "eviction.tova",
             "triangle": "selection.triangle",
             "twilight": "selection.twilight",

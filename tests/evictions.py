@@ -82,9 +82,11 @@ def fed(model: Any, cache: Any, ids: torch.Tensor, real: torch.Tensor, sizes: Se
 
 
 def stored(layer: Any) -> float:
-    """Keys that a layer stores of a row, in each head on average."""
-    first = 0 if layer.first is None else layer.first.values[0, ..., 0].numel()
-    return layer.keys.shape[2] + first / layer.keys.shape[1]
+    """Tokens whose keys and values would take up what a layer stores of a row, in each head on average."""
+    parts = [layer] if layer.first is None else [layer, layer.first]
+    numbers = sum(tensor.numel() for part in parts for tensor in (part.keys, part.values))
+    token = sum(tensor[:, :, 0].numel() for tensor in (layer.keys, layer.values))
+    return numbers / token
 
 
 def fewest(cache: Any) -> float:

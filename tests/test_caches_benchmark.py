@@ -37,15 +37,16 @@ def folder(tmp_path: Path) -> Path:
 def test_every_method_keeps_its_share(script: ModuleType, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     gates = script.random_gates(model)
-    for method in ("streaming_llm", *script.SCORED, "duo"):
-        variant, settings = script.settings_of(method, 0.5, 400, gates)
+    for method in ("streaming_llm", *script.SCORED, "think", "duo"):
+        share = 0.75 if method == "think" else 0.5
+        variant, settings = script.settings_of(method, share, 400, gates)
         patchattn.patch_model(model, variant, settings)
         with torch.inference_mode():
             cache, _ = script.filled(model, 400)
             script.steps(model, cache, 2)()
         patchattn.unpatch_model(model)
-        tolerance = {"adakv": 0.03, "duo": 0.2, "pyramidkv": 0.05}.get(method, 0.02)  # rounding; whole heads
-        assert script.held_tokens(cache) == pytest.approx(0.5, abs=tolerance), method
+        tolerance = {"adakv": 0.03, "duo": 0.2, "pyramidkv": 0.05, "think": 0.03}.get(method, 0.02)  # rounding
+        assert script.held_tokens(cache) == pytest.approx(share, abs=tolerance), method
 
 
 def test_costs_are_written_down(script: ModuleType, folder: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ SHIPPED = [
     "ssmax",
     "streaming",
     "streaming_llm",
+    "think",
     "tova",
     "triangle",
     "twilight",

@@ -24,11 +24,12 @@ from .families import FAMILIES, outputs
 
 CASES = cases("cache")
 SUMS = {"expected_attention", "h2o"}  # what it remembers of the rows so far cannot be taken back, whatever is kept
-APART = {"duo"}  # stores heads apart, so that no other variant can watch: its own tests show what it sees
 REFUSED = {
     ("expected_attention", "gpt2"): "must know how GPT2Attention .* its positions are learned",
     ("expected_attention", "gemma2"): "'expected_attention' does not support softcap",
 }
+# Store heads apart, so that no other variant can watch, or hide no key: their own tests show what they see.
+OTHERS = {"duo", "think"}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -55,7 +56,7 @@ def model_of(case: Case) -> Any:
 
 
 def decides_by_scores(case: Case) -> bool:
-    return issubclass(case.info.variant, ScoredEviction)
+    return issubclass(case.info.variant, ScoredEviction) or case.variant == "think"
 
 
 def knows_calls(case: Case) -> bool:
@@ -65,7 +66,7 @@ def knows_calls(case: Case) -> bool:
 
 def acts_after_the_prompt(case: Case) -> bool:
     """What it keeps does not depend on how the prompt is cut, as long as no piece is a single token."""
-    return not knows_calls(case) or getattr(case.info.configure(settings(case)), "event", None) == "prompt"
+    return not knows_calls(case) or getattr(case.info.configure(settings(case)), "event", "prompt") == "prompt"
 
 
 def asks_nothing(case: Case) -> bool:
@@ -79,7 +80,7 @@ def of(some: list[Case]) -> pytest.MarkDecorator:
 
 every = of(CASES)
 first = of([case for case in CASES if not case.example])
-can_be_watched = of([case for case in CASES if case.variant not in APART])
+can_be_watched = of([case for case in CASES if case.variant not in OTHERS])
 
 
 def test_they_are_what_is_tested_here() -> None:
@@ -178,7 +179,7 @@ def test_decoding_is_one_forward_without_the_keys_that_were_dropped(case: Case, 
     ("family", "layers"),
     [("qwen3", None), ("gpt2", None), ("llava", None), ("gemma2", [1]), ("gpt_oss", [1])],
 )
-@of([case for case in CASES if not case.example and case.variant not in APART])
+@of([case for case in CASES if not case.example and case.variant not in OTHERS])
 def test_other_families_decode_without_what_was_dropped(case: Case, family: str, layers: list[int] | None) -> None:
     """Norms of queries, learned positions, a vision tower, capped logits, learned sinks; full among sliding layers."""
     if reason := REFUSED.get((case.variant, family)):
@@ -195,7 +196,7 @@ def test_other_families_decode_without_what_was_dropped(case: Case, family: str,
     assert stored(cache.layers[1]) < 22 == cache.layers[1].get_seq_length()
 
 
-@of([case for case in CASES if not decides_by_scores(case) and case.variant not in APART])
+@of([case for case in CASES if not decides_by_scores(case) and case.variant not in OTHERS])
 def test_the_order_of_names_does_not_matter_to_rules(case: Case) -> None:
     ids, real = padded()
     found = []

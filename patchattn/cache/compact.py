@@ -52,7 +52,8 @@ class Ragged(Compact):
         """Take up those of a rectangle `(B, Hkv, P, D)` that are `filled`, `(B, Hkv, P)` bool, the empty ones first.
 
         Args:
-            keys, values: of the rectangle.
+            keys: of the rectangle.
+            values: likewise.
             filled: which there are.
             size: how many there are in a row, in all heads, at most.
         """
@@ -75,6 +76,34 @@ class Ragged(Compact):
             tensor.flatten(0, 1).index_select(0, rows).unflatten(0, shape) for tensor in (self.keys, self.values)
         )
         return keys, values
+
+
+@dataclass(frozen=True, eq=False)
+class Narrow(Compact):
+    """With some channels of each row and kv head alone: keys `(B, Hkv, P, D')`, values whole.
+
+    Attributes:
+        channels: `(B, Hkv, D')` int64, which of a key's they are; the others read as zero.
+        width: D, how many a key has.
+    """
+
+    channels: torch.Tensor
+    width: int
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, channels: torch.Tensor) -> Self:
+        """Take up these channels of keys `(B, Hkv, P, D)`."""
+        channels = channels.to(keys.device)
+        where = channels[:, :, None].expand(-1, -1, keys.shape[2], -1)
+        return cls(keys.gather(-1, where), values.clone(), channels, keys.shape[-1])
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[2]
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        where = self.channels[:, :, None].expand_as(self.keys)
+        return self.keys.new_zeros(*self.keys.shape[:-1], self.width).scatter_(-1, where, self.keys), self.values
 
 
 def _along(where: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

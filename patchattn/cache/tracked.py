@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from .compact import Narrow
 from .kept import KeptKeys
 from .state import SequenceState, in_slots
 from .stored import StoredLayer
@@ -56,10 +57,10 @@ class TrackedLayer(StoredLayer):
         Raises:
             NotImplementedError: keys were forgotten, and nobody is there to say so to attention.
         """
-        if (self.kept is not None or self.apart is not None) and not self.is_expected:
+        if self.has_forgotten and not self.is_expected:
             raise NotImplementedError(
-                f"{self.owner} has dropped keys of this kv cache, which a model without that patch would attend to "
-                "wrongly. Start with a new cache."
+                f"{self.owner} has dropped keys of this kv cache, or parts of them, which a model without that patch "
+                "would attend to wrongly. Start with a new cache."
             )
         self.is_expected = False
         if self.apart is not None:
@@ -78,6 +79,11 @@ class TrackedLayer(StoredLayer):
         if self.kept is not None:
             return self.kept.seen
         return super().get_seq_length() if self.first is None else self.stored
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether only a model that knows of it may go on."""
+        return any(part is not None for part in (self.kept, self.apart, self.first))
 
     def columns(self) -> torch.Tensor | None:
         """`(B, 1 or Hkv, S)` int64: which of the tokens ever given each stored key is of, ascending.
@@ -154,6 +160,18 @@ class TrackedLayer(StoredLayer):
         self.apart = chosen, other
         return self.apart[1]
 
+    def narrow(self, channels: torch.Tensor, count: int, *, owner: str) -> None:
+        """Keep of the first `count` keys these channels alone, `(B, Hkv, D')` int64; the others are zero from now on.
+
+        Raises:
+            NotImplementedError: as `keep`.
+            ValueError: keys or channels were dropped already, or there are not as many keys.
+        """
+        self.claim(owner)
+        if self.has_forgotten or not 0 < count <= self.stored:
+            raise ValueError(f"{owner}: channels of 1 to {self.stored} keys can be dropped, once; got {count} keys.")
+        self.hold_first(Narrow.of(self.keys[:, :, :count], self.values[:, :, :count], channels))
+
     def claim(self, owner: str) -> None:
         """Be the only one who drops keys of this layer.
 
@@ -163,8 +181,9 @@ class TrackedLayer(StoredLayer):
         """
         if not self.grows:
             raise NotImplementedError(
-                f"{owner} drops keys, which {self.plain.__name__} cannot follow: use a dynamic kv cache, not a static "
-                "or quantised one, and leave out layers with a sliding window (layers=...), which forget by themselves."
+                f"{owner} drops keys, or parts of them, which {self.plain.__name__} cannot follow: use a dynamic kv "
+                "cache, not a static or quantised one, and leave out layers with a sliding window (layers=...), which "
+                "forget by themselves."
             )
         if self.owner not in (None, owner):
             raise NotImplementedError(
@@ -250,13 +269,17 @@ class TrackedLayer(StoredLayer):
                 f"{self.owner} cannot take back the last {removed} tokens: it has forgotten keys since "
                 f"{self.kept.carried_out} tokens were there, and {self.kept.seen} are now."
             )
+        if self.first is not None and removed > self.keys.shape[2]:
+            raise NotImplementedError(
+                f"{self.owner} cannot take back the last {removed} tokens: it has dropped parts of the keys of all but "
+                f"the last {self.keys.shape[2]}."
+            )
         if self.apart is not None:
             self.apart[1]._refuse_crop(removed)
 
     def reset(self) -> None:
         if self.grows:  # not zeroed: whoever was handed keys keeps them
-            self.keys = self.values = None
-            self.is_initialized = False
+            self.keys, self.values, self.is_initialized = None, None, False
         super().reset()
         self.track()
 

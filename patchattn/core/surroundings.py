@@ -239,6 +239,24 @@ class Surroundings:
         if layer is not None:
             layer.set_apart(kv_heads, owner=f"{owner} in {self.site.name}")
 
+    def narrow(self, owner: str, channels: torch.Tensor, count: int) -> None:
+        """Have the kv cache keep of its first `count` keys these channels alone; the others are zero from now on.
+
+        For variants whose `keeps_state` is true, once on a cache, after attention; without a cache nothing is dropped.
+
+        Args:
+            owner: name of the variant.
+            channels: `(B, Hkv, D')` int64.
+            count: how many keys.
+
+        Raises:
+            NotImplementedError: as `keep`.
+            ValueError: something was dropped already, or there are not as many keys.
+        """
+        layer = self._own_layer(owner)
+        if layer is not None:
+            layer.narrow(channels, count, owner=f"{owner} in {self.site.name}")
+
     def _own_layer(self, owner: str) -> TrackedLayer | None:
         """The layer of the kv cache, for who drops keys of it; `None` without a cache."""
         layer = self._cache_layer()
