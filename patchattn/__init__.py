@@ -97,6 +97,7 @@ offer(
             "gqa_convert": "grouping.gqa_convert",
             "h2o": "eviction.h2o",
             "heads": "editing.heads",
+            "attention_transition": "editing.attention_transition",
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",
             "logn": "temperature.logn",

@@ -86,6 +86,11 @@ REFUSALS: dict[str, list[Refusal]] = {
             2,
         ),
     ],
+    "attention_transition": [
+        *_of_causal_selection("attention_transition")["attention_transition"],
+        _of(of_kind("encoder_decoder"), "reads with its encoder", "the decoder begins with one token, and no prompt"),
+        _of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value"),
+    ],
     "fox": [*_of_causal_selection("fox")["fox"], *_CAPPED],
     "cope": [
         *_of_causal_selection("cope")["cope"],
