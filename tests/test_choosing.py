@@ -15,6 +15,7 @@ SHIPPED = [
     "act",
     "adakv",
     "attention_bias",
+    "attention_transition",
     "cad",
     "cope",
     "damro",
