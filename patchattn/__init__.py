@@ -92,6 +92,7 @@ offer(
             "entmax": "normalisers.entmax",
             "expected_attention": "eviction.expected_attention",
             "flap": "pruning.flap.variant",
+            "flex_prefill": "selection.flex_prefill",
             "fox": "biases.fox",
             "gated": "gating.gated",
             "gqa_convert": "grouping.gqa_convert",

@@ -24,6 +24,7 @@ SHIPPED = [
     "entmax",
     "expected_attention",
     "flap",
+    "flex_prefill",
     "fox",
     "gated",
     "gqa_convert",
@@ -168,6 +169,7 @@ def test_the_command_lists_by_the_same_choices(capsys, monkeypatch) -> None:
     named = [line.split()[1] for line in table.splitlines() if line.startswith("│")]
     assert [name for name in named if name in SHIPPED] == [
         "act",
+        "flex_prefill",
         "heads",
         "logn",
         "quest",

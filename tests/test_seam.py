@@ -21,10 +21,22 @@ NOT_ON_FLASH = {
     "toy_mask": "",
     "sink": "Flash attention has no place for the slot of Sink",
     **dict.fromkeys(
-        ("moba", "mswa", "power", "quest", "streaming", "triangle", "twilight", "vertical_slash", "xattention"), _CHOICE
+        (
+            "flex_prefill",
+            "moba",
+            "mswa",
+            "power",
+            "quest",
+            "streaming",
+            "triangle",
+            "twilight",
+            "vertical_slash",
+            "xattention",
+        ),
+        _CHOICE,
     ),
 }
-NOT_ON_FLEX = ("moba", "power", "quest", "triangle", "twilight", "vertical_slash", "xattention")
+NOT_ON_FLEX = ("flex_prefill", "moba", "power", "quest", "triangle", "twilight", "vertical_slash", "xattention")
 
 
 def flash_in_torch(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.reading.lines import Texts, best_of_texts
+from patchattn.reading.lines import ranked
 
 from .behaviour import close, decoded, positions, text
 from .families import FAMILIES, outputs
@@ -99,11 +99,10 @@ def test_each_text_has_lines_of_its_own(side: str, block: int) -> None:
     close(together[:, 14:], alone[1])
 
 
-def test_of_equal_scores_the_first_of_a_text_are_chosen() -> None:
-    texts = Texts(torch.tensor([[0, 0, 0, 3, 3, 3, 3]]), torch.empty(0), torch.empty(0))
-    scores = torch.tensor([[[1.0, 2, 2, 5, 5, 7, 5]]])
-    found = best_of_texts(scores, texts, 2).flatten().tolist()
-    assert found == [False, True, True, True, False, True, False]
+def test_scores_are_ranked_within_their_text_and_of_equal_ones_the_first_comes_first() -> None:
+    found = ranked(torch.tensor([[[1.0, 2, 2, 5, 5, 7, 5]]]), torch.tensor([[0, 0, 0, 3, 3, 3, 3]]))
+    assert found.rank.flatten().tolist() == [2, 0, 1, 1, 2, 0, 3]
+    assert found.running.flatten().tolist() == [5, 2, 4, 12, 17, 7, 22]
 
 
 def test_lines_that_hold_the_text_are_the_base_bit_for_bit() -> None:

@@ -21,11 +21,13 @@ class Texts(NamedTuple):
 
     Attributes:
         of_keys: `(B or 1, Tk)` number of real keys in front of each key's text, which tells texts apart.
+        of_rows: `(B or 1, Tq)` the same of each query's text.
         behind_keys: `(B or 1, Tk)` number of real keys behind each key in its text.
-        behind_rows: `(B or 1, Tq)` the same of each query's own key.
+        behind_rows: `(B or 1, Tq)` the same of each query's own.
     """
 
     of_keys: torch.Tensor
+    of_rows: torch.Tensor
     behind_keys: torch.Tensor
     behind_rows: torch.Tensor
 
@@ -48,7 +50,7 @@ def texts_of(mask: Mask) -> Texts:
     batch = max(len(row), len(key))
     row, of_rows, key, of_keys = (part.expand(batch, -1) for part in (row, of_rows, key, of_keys))
     ends = row.new_zeros(batch, mask.columns + 1).scatter_reduce(1, of_rows, row, "amax")
-    return Texts(of_keys, ends.gather(1, of_keys) - key, ends.gather(1, of_rows) - row)
+    return Texts(of_keys, of_rows, ends.gather(1, of_keys) - key, ends.gather(1, of_rows) - row)
 
 
 def lines_of(call: AttentionCall, texts: Texts, last: int) -> Lines:
@@ -79,21 +81,31 @@ def lines_of(call: AttentionCall, texts: Texts, last: int) -> Lines:
     return Lines(*(total.detach() for total in sums))
 
 
-def best_of_texts(scores: torch.Tensor, texts: Texts, count: int) -> torch.Tensor:
-    """bool `(B, H, Tk)`: which scores are among the `count` highest of their text; of equal ones the first.
+class Ranks(NamedTuple):
+    """Places of scores `(B, H, N)` in the order from the highest to the lowest of each one's group.
 
-    Args:
-        scores: `(B, H, Tk)`, -inf of keys that are not text.
-        texts: of the rows.
-        count: how many.
+    Attributes:
+        rank: how many come before it; of equal ones the first comes first.
+        running: sum of those up to it, itself included.
     """
-    of_keys = texts.of_keys[:, None].expand(scores.shape)
+
+    rank: torch.Tensor
+    running: torch.Tensor
+
+
+def ranked(scores: torch.Tensor, groups: torch.Tensor) -> Ranks:
+    """Scores `(B, H, N)` ranked within groups, told by numbers `(B or 1, N)`."""
+    groups = groups[:, None].expand(scores.shape)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    by_text = of_keys.gather(-1, order).sort(dim=-1, stable=True)
-    order = order.gather(-1, by_text.indices)
-    start = torch.searchsorted(by_text.values, by_text.values)
-    rank = torch.arange(scores.shape[-1], device=scores.device) - start
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, rank < count)
+    by_group = groups.gather(-1, order).sort(dim=-1, stable=True)
+    order = order.gather(-1, by_group.indices)
+    start = torch.searchsorted(by_group.values, by_group.values)
+    running = F.pad(scores.gather(-1, order).cumsum(dim=-1), (1, 0))
+    place = torch.arange(scores.shape[-1], device=scores.device) - start
+    return Ranks(
+        torch.zeros_like(start).scatter(-1, order, place),
+        torch.zeros_like(scores).scatter(-1, order, running[..., 1:] - running.gather(-1, start)),
+    )
 
 
 def along_diagonals(chosen: torch.Tensor, texts: Texts, mask: Mask, block: int) -> torch.Tensor:

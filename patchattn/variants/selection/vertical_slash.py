@@ -9,7 +9,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.lines import along_diagonals, best_of_texts, lines_of, texts_of
+from ...reading.lines import along_diagonals, lines_of, ranked, texts_of
 from ...reading.selection import CAPABILITIES
 from ...reading.whole import WholeSelection, keys_so_far
 
@@ -89,7 +89,7 @@ class VerticalSlash(WholeSelection):
         columns = columns.masked_fill(mask.key_places() <= config.sinks, float("inf"))
         diagonals = diagonals.masked_fill((texts.behind_keys < config.recent)[:, None], float("inf"))
         in_column, on_diagonal = (
-            best_of_texts(scores.masked_fill(hidden, float("-inf")), texts, count) & ~hidden
+            (ranked(scores.masked_fill(hidden, float("-inf")), texts.of_keys).rank < count) & ~hidden
             for scores, count in ((columns, config.columns), (diagonals, config.diagonals))
         )
         return in_column[:, :, None] | along_diagonals(on_diagonal, texts, mask, config.block)
