@@ -23,18 +23,22 @@ class FlexPrefillConfig(VariantConfig):
     """Settings of FlexPrefill."""
 
     gamma: float = option(
-        0.9, help="Share of the weights that is read. 1: all.", source="paper: 0.9 or 0.95", minimum=0.0, maximum=1.0
+        0.9,
+        help="Share of the weights that is read. 1: all.",
+        source="released code: 0.9 or 0.95",
+        minimum=0.0,
+        maximum=1.0,
     )
     tau: float = option(
         0.1,
         help="Distance between estimated and true weights of blocks below which a head reads the blocks that its own "
         "queries score highest, in place of lines. 0: no head does.",
-        source="paper",
+        source="released code",
         minimum=0.0,
         maximum=1.0,
     )
     block: int = option(
-        128, help="Tokens that read the same, and keys of a block.", source="paper", unit="tokens", minimum=1
+        128, help="Tokens that read the same, and keys of a block.", source="released code", unit="tokens", minimum=1
     )
     budget: int = option(
         512,
@@ -127,7 +131,7 @@ def visible(grid: TextBlocks) -> torch.Tensor:
 
 
 def distance(logits: torch.Tensor, mass: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
-    """`(B, H, N)` square root of the Jensen-Shannon divergence, within each one's group: equation 3 of the paper.
+    """`(B, H, N)` square root of the Jensen-Shannon divergence, within each one's group.
 
     Args:
         logits: `(B, H, N)` whose softmax is the one distribution.

@@ -35,7 +35,7 @@ class VerticalSlashConfig(VariantConfig):
     window: int = option(
         64,
         help="Last tokens of a call whose attention chooses columns and diagonals.",
-        source="paper; released code",
+        source="released code",
         unit="tokens",
         minimum=1,
     )

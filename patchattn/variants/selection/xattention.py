@@ -72,7 +72,7 @@ class XAttention(WholeSelection):
 
 
 def tile_weights(call: AttentionCall, grid: RowGrid, stride: int) -> torch.Tensor:
-    """`(B, H, rows, tiles)` softmax over the tiles of keys that queries of a tile see: section 2.1 of the paper.
+    """`(B, H, rows, tiles)` softmax over the tiles of keys that queries of a tile see.
 
     The logit of a tile is the mean over the antidiagonal of its logits, without bias or cap; what is no text counts as
     zeros.
