@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import patchattn
+from patchattn.core.layer_outputs import LayerOutputVariant
 from patchattn.decoding.variant import DecodingVariant
 from patchattn.reading.eviction import EvictionVariant, ScoredEviction
 from patchattn.surgery.change import SurgeryVariant
@@ -20,7 +21,7 @@ from patchattn.surgery.change import SurgeryVariant
 FACTOR = 1.5
 # Of each kind of variant, the methods that make its changes.
 STAGES = {
-    "attention": ("attend", "before_cache"),
+    "attention": ("attend", "before_cache", "changed"),
     "surgery": ("attend", "plan"),
     "decoding": ("combine",),
     "cache": ("rule", "scores"),
@@ -30,7 +31,7 @@ TESTS = Path(__file__).parent
 
 def stages(variant: type[patchattn.Variant]) -> list[str]:
     """The methods by which a variant changes a model."""
-    contract = (patchattn.Variant, SurgeryVariant, DecodingVariant, EvictionVariant, ScoredEviction)
+    contract = (patchattn.Variant, LayerOutputVariant, SurgeryVariant, DecodingVariant, EvictionVariant, ScoredEviction)
     return [
         stage
         for stage in STAGES.get(variant.kind, ())
@@ -62,6 +63,14 @@ def _before_cache(original: Callable[..., Any], factor: float, *, difference: bo
         return key + (new_key - key) * factor, value + (new_value - value) * factor
 
     return before_cache
+
+
+def _changed(original: Callable[..., Any], factor: float, *, difference: bool) -> Callable[..., Any]:
+    def changed(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        new = original(self, hidden)
+        return hidden + (new - hidden) * factor if difference else new * factor
+
+    return changed
 
 
 def _combine(original: Callable[..., Any], factor: float, *, difference: bool) -> Callable[..., Any]:
@@ -101,6 +110,7 @@ def _scores(original: Callable[..., Any], factor: float, *, difference: bool) ->
 _MUTATORS = {
     "attend": _attend,
     "before_cache": _before_cache,
+    "changed": _changed,
     "combine": _combine,
     "plan": _plan,
     "rule": _rule,

@@ -1,4 +1,4 @@
-"""The commands `patchattn calibrate heads`, `curve` and `flap`."""
+"""The commands `patchattn calibrate heads`, `curve`, `flap` and `massive`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,6 +179,47 @@ def calibrate_flap(
         found = flap_statistics(loaded, batches, sites=sites, mlp=mlp, amp=amp, progress=move)
     found.save(output)
     console.print(f"{len(found.channels)} projections of {found.base}. Wrote {output}", soft_wrap=True)
+
+
+def calibrate_massive(
+    model: Model,
+    data: Texts = None,
+    output: Annotated[Path, typer.Option("--output", "--out", help="Where to write what was found.")] = Path(
+        "massive.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="Draw sizes by layer into this file, such as massive.png.")] = None,
+    threshold: Annotated[float, typer.Option(help="An entry is massive if its size is above this.", min=0.0)] = 100.0,
+    ratio: Annotated[
+        float, typer.Option(help="A massive entry is at least so many times the median of its text.", min=0.0)
+    ] = 1000.0,
+    modules: Modules = None,
+    samples: Samples = None,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+) -> None:
+    """Find massive activations behind a model's layers: which dimensions, at which tokens, how large.
+
+    `patch_model(model, "massive", activations=OUTPUT)` then sets them to zero or to their mean.
+    """
+    from ..inspection.massive import massive_activations
+
+    loading = _Loading(model, "flap", {})
+    batches = loading.batches(data, samples, length, batch_size)
+    loaded = loading.load(device)
+    console = Console(highlight=False)
+    with bar(console, "batches", len(batches)) as move:
+        found = massive_activations(loaded, batches, threshold=threshold, ratio=ratio, modules=modules, progress=move)
+    found.save(output)
+    some = [each for each in found.layers if each.dimensions]
+    dimensions = sorted({one for each in some for one in each.dimensions})
+    told = f"{len(some)} of {len(found.layers)} layers are massive in the dimensions {dimensions}" if some else "None"
+    console.print(f"{told}; texts: {found.sequences}. Wrote {output}", soft_wrap=True)
+    if plot is not None:
+        from ..plotting import plot_massive_activations
+
+        plot_massive_activations(found).savefig(plot)
+        console.print(f"Wrote {plot}", soft_wrap=True)
 
 
 class _Loading:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .bench import bench
-from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads
+from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads, calibrate_massive
 from .common import parse_settings, quiet
 from .duo import calibrate_duo
 from .evaluate import evaluate_model
@@ -320,6 +320,7 @@ def lm_eval(context: typer.Context) -> None:
 calibrate.command("heads")(calibrate_heads)
 calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
+calibrate.command("massive")(calibrate_massive)
 calibrate.command("retrieval")(calibrate_retrieval)
 calibrate.command("duo")(calibrate_duo)
 app.command("eval")(evaluate_model)

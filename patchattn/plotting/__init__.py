@@ -2,6 +2,7 @@
 
 from .attention import plot_attention_grid, plot_attention_map, plot_attention_received, plot_image_attention
 from .heads import plot_head_importance, plot_head_usage, plot_pruning_curve
+from .massive import plot_massive_activations
 from .pareto import ParetoPoint, pareto_front, plot_pareto
 from .rollout import plot_rollout
 from .temperatures import plot_temperatures
@@ -15,6 +16,7 @@ __all__ = [
     "plot_head_importance",
     "plot_head_usage",
     "plot_image_attention",
+    "plot_massive_activations",
     "plot_pareto",
     "plot_pruning_curve",
     "plot_rollout",
