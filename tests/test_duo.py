@@ -33,16 +33,22 @@ def text(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def seen_by_loops(
-    real: torch.Tensor, streaming: list[int], full_rows: int = 0, heads: int = 4, group: int = 2
+    real: torch.Tensor,
+    streaming: list[int],
+    full_rows: int = 0,
+    heads: int = 4,
+    group: int = 2,
+    recent_of_prompt: int = 0,
 ) -> torch.Tensor:
-    """`(B, H, T, T)` bool of one layer: the first rows may see everything in all heads."""
+    """`(B, H, T, T)` bool of one layer: the first rows may see everything, the first 12 more keys, in all heads."""
     batch, length = real.shape
     seen = torch.zeros(batch, heads, length, length, dtype=torch.bool)
     for row in range(batch):
         places = [place for place in range(length) if real[row, place]]
         for own_rank, own in enumerate(places):
             for rank, place in enumerate(places[: own_rank + 1]):
-                is_near = rank < LIMITS["sinks"] or own_rank - rank <= LIMITS["recent"]
+                near = recent_of_prompt if recent_of_prompt and own < 12 else LIMITS["recent"]
+                is_near = rank < LIMITS["sinks"] or own_rank - rank <= near
                 for head in range(heads):
                     seen[row, head, own, place] = head // group not in streaming or is_near or own < full_rows
     return seen | torch.eye(length, dtype=torch.bool)  # rows of padding see something
@@ -100,6 +106,48 @@ def test_a_first_call_may_see_everything(sparsity: float) -> None:
     for sizes in ([12, *[1] * 12], [12, 5, 7]):
         found = fed(model_of(sparsity=sparsity, prefill="full"), DynamicCache(), ids, real, sizes)
         torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_a_prompt_may_see_more_recent_keys(sparsity: float) -> None:
+    """As LServe has it, however the prompt is cut; what it saw more of leaves storage behind it."""
+    ids, real = text(24)
+    expected = dense([seen_by_loops(real, heads, recent_of_prompt=7) for heads in STREAMING[sparsity]], ids, real)
+    for sizes in ([12, *[1] * 12], [5, 4, 3, *[1] * 12]):
+        cache = DynamicCache()
+        found = fed(model_of(sparsity=sparsity, prefill_recent=7, slack=0), cache, ids, real, sizes)
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+        assert cache.layers[0].apart[1].keys.shape[2] <= LIMITS["sinks"] + LIMITS["recent"] + 1
+    with pytest.raises(NotImplementedError, match=r"duo.* no assisted decoding, .* with prefill_recent"):
+        model_of(prefill_recent=7).generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=9, **HOW)
+
+
+def test_tokens_behind_a_prompt_that_saw_more_are_taken_back() -> None:
+    ids, real = text(24)
+    model, cache = model_of(prefill_recent=7), DynamicCache()
+    fed(model, cache, ids, real, [12, *[1] * 3])
+    expected = fed(model, cache, ids, real, [1] * 6)
+    cache.crop(-LIMITS["slack"])
+    torch.testing.assert_close(fed(model, cache, ids, real, [1] * 3), expected[:, 3:6], rtol=1e-9, atol=1e-9)
+
+
+def test_lserve_is_a_preset() -> None:
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "duo", preset="lserve", gates=GATES)
+    settings = patchattn.patch_info(model)["patches"][0]["config"]
+    wanted = {"sparsity": 0.5, "sinks": 128, "recent": 256, "prefill_recent": 8192, "prefill": "streaming"}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefill_recent": 3}, "must be at least recent, 4, got 3"),
+        ({"prefill_recent": 9, "prefill": "full"}, "leave out prefill_recent, got 9"),
+    ],
+)
+def test_prompts_that_see_less_or_everything_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of(**settings)
 
 
 def test_heads_that_forget_are_stored_apart_and_take_up_what_they_keep() -> None:

@@ -28,8 +28,10 @@ REFUSED = {
     ("expected_attention", "gpt2"): "must know how GPT2Attention .* its positions are learned",
     ("expected_attention", "gemma2"): "'expected_attention' does not support softcap",
 }
-# Store heads apart, so that no other variant can watch, or hide no key: their own tests show what they see.
-OTHERS = {"duo", "think"}
+OTHERS = {
+    "duo",
+    "think",
+}  # store heads apart, where nobody can watch, or hide no key: their own tests show what they do
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -66,7 +68,8 @@ def knows_calls(case: Case) -> bool:
 
 def acts_after_the_prompt(case: Case) -> bool:
     """What it keeps does not depend on how the prompt is cut, as long as no piece is a single token."""
-    return not knows_calls(case) or getattr(case.info.configure(settings(case)), "event", "prompt") == "prompt"
+    event = getattr(case.info.configure(settings(case)), "event", "prompt" if case.variant == "think" else None)
+    return not knows_calls(case) or event == "prompt"
 
 
 def asks_nothing(case: Case) -> bool:

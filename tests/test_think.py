@@ -1,5 +1,6 @@
 """ThinK: which channels go, by loops, and one forward in which later rows read keys without them."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,3 +163,16 @@ def test_a_ratio_that_leaves_nothing_is_refused() -> None:
     model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "think", ratio=1.0, recent=3)
     with pytest.raises(ValueError, match=r"ratio=1.0 leaves no channel of keys of 8"):
         model.generate(padded()[0], max_new_tokens=3, **HOW)
+
+
+def test_the_end_of_a_prompt_is_enough() -> None:
+    """A cache that the unpatched model has filled goes on as one of its own, and is refused with less."""
+    ids, real = text(18)
+    filled = DynamicCache()
+    fed(FAMILIES["llama"].make_exact(), filled, ids, real, [8])
+    short, model = copy.deepcopy(filled), patchattn.patch_model(FAMILIES["llama"].make_exact(), "think", SETTINGS)
+    found = fed(model, filled, ids, real, [4, *[1] * 6])
+    expected = fed(model, DynamicCache(), ids, real, [12, *[1] * 6])[:, 8:]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="Give it at least the last 4 tokens of the prompt in one call"):
+        fed(model, short, ids, real, [3])

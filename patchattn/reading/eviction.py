@@ -81,13 +81,31 @@ class EvictionVariant(Variant):
 
 
 def keep_first_and_last(
-    call: AttentionCall, context: Surroundings, owner: str, *, sinks: int, recent: int, slack: int
+    call: AttentionCall,
+    context: Surroundings,
+    owner: str,
+    *,
+    sinks: int,
+    recent: int,
+    slack: int,
+    since: int | None = None,
 ) -> None:
-    """Tell the kv cache to keep the first real keys and the last ones, also were `slack` tokens taken back."""
+    """Tell the kv cache to keep the first real keys and the last ones, also were `slack` tokens taken back.
+
+    Args:
+        call: the call.
+        context: around it.
+        owner: who decides.
+        sinks: how many first ones.
+        recent: how many last ones.
+        slack: so many tokens can be taken back.
+        since: so many tokens ago it was right already; as many as can be taken back, by default.
+    """
+    since = slack if since is None else since
     order = call.mask.key_order()
-    newest = order[..., : call.mask.keys - slack].amax(-1, keepdim=True)
+    newest = order[..., : call.mask.keys - since].amax(-1, keepdim=True)
     kept = call.mask.real_keys() & ((order <= sinks) | (newest - order < recent))
-    context.keep(owner, kept.expand(len(call.key), -1, -1), bound=sinks + recent, slack=slack, since=slack)
+    context.keep(owner, kept.expand(len(call.key), -1, -1), bound=sinks + recent, slack=slack, since=since)
 
 
 @dataclass(frozen=True, kw_only=True)

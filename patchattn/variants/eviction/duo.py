@@ -17,8 +17,8 @@ from ...reading.eviction import CAPABILITIES, EvictionVariant, keep_first_and_la
 from ...reading.gates import Gates, HeadGates
 
 _MAY_BE_GUESSES = (
-    "attends to everything in the first call on a kv cache, and what that was given may hold guesses that are taken "
-    'back: no assisted decoding, and no crop before the next call, under prefill="full".'
+    "attends to more in a prompt than behind it, and what it was just given may hold guesses that are taken back: no "
+    'assisted decoding, and no crop before the next call, under prefill="full" or with prefill_recent.'
 )
 
 
@@ -63,6 +63,15 @@ class DuoConfig(VariantConfig):
         source="ours: as gates are learned, and exact however a prompt is cut; released code: full",
         choices=("streaming", "full"),
     )
+    prefill_recent: int | None = option(
+        None,
+        help="Last real keys that tokens of calls with several see in these heads; they stay until a single token "
+        "comes. None: as many as recent.",
+        source="LServe: 8192 (preset=lserve)",
+        unit="keys",
+        minimum=1,
+        maximum=1 << 30,
+    )
     slack: int = option(
         32,
         help="So many last tokens can be taken back exactly (assisted decoding); as many more keys are stored, hidden.",
@@ -71,9 +80,21 @@ class DuoConfig(VariantConfig):
         minimum=0,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefill_recent is None:
+            return
+        if self.prefill == "full":
+            raise ValueError(f'prefill="full" sees everything: leave out prefill_recent, got {self.prefill_recent}.')
+        if self.prefill_recent < self.recent:
+            raise ValueError(
+                f"prefill_recent must be at least recent, {self.recent}, got {self.prefill_recent}: what a call of "
+                "several tokens does not see is dropped."
+            )
+
     @property
     def looks_ahead(self) -> bool:
-        return self.prefill == "full"
+        return self.prefill == "full" or self.prefill_recent is not None
 
 
 class Duo(EvictionVariant):
@@ -97,12 +118,12 @@ class Duo(EvictionVariant):
             "sinks": config.sinks,
             "recent": config.recent,
             "prefill": config.prefill,
+            **({} if config.prefill_recent is None else {"prefill_recent": config.prefill_recent}),
             "slack": config.slack,
             "streaming": list(self.streaming),
         }
         self.owner = f"duo({', '.join(f'{name}={value}' for name, value in limits.items())})"
-        of_query_heads = [head // (heads // kv_heads) in self.streaming for head in range(heads)]
-        self.recent = [config.recent + 1 if streams else None for streams in of_query_heads]
+        self.streams = [head // (heads // kv_heads) in self.streaming for head in range(heads)]
 
     @classmethod
     def fit(
@@ -127,34 +148,44 @@ class Duo(EvictionVariant):
 
     def rule(self, call: AttentionCall) -> SinkAndRecent | None:
         config, is_first = self.config, call.mask.queries == call.mask.columns
-        if call.mask.columns <= config.sinks + config.recent + 1 or (is_first and config.prefill == "full"):
+        near = self._recent(call) + 1  # a token's own is among the last
+        if call.mask.columns < config.sinks + near + 1 or (is_first and config.prefill == "full"):
             return None
         if self.is_split and _is_whole(call):
-            return sink_and_recent(config.sinks, self.recent, len(self.recent), call.key.device)
+            recent = [near if streams else None for streams in self.streams]
+            return sink_and_recent(config.sinks, recent, len(recent), call.key.device)
         if self.is_split and not call.context.is_apart:
             return None
-        return sink_and_recent(config.sinks, config.recent + 1, 1, call.key.device)  # a token's own is among the last
+        return sink_and_recent(config.sinks, near, 1, call.key.device)
+
+    def _recent(self, call: AttentionCall) -> int:
+        config = self.config
+        return config.recent if config.prefill_recent is None or call.mask.queries == 1 else config.prefill_recent
 
     def forget(self, call: AttentionCall) -> None:
-        config, context = self.config, call.context
+        config, context, recent = self.config, call.context, self._recent(call)
         is_whole = _is_whole(call)
-        if config.prefill == "full" and not context.is_apart:
+        if config.looks_ahead and not context.is_apart:
             self._settle(call)
-        if call.mask.keys <= config.sinks + config.recent + config.slack or (not is_whole and not context.is_apart):
+        if call.mask.keys <= config.sinks + recent + config.slack or (not is_whole and not context.is_apart):
             return
         if self.is_split and is_whole:
             context.set_apart(self.owner, self.streaming)
             context = replace(context, is_apart=True)
-        sizes = {"sinks": config.sinks, "recent": config.recent, "slack": config.slack}
-        keep_first_and_last(call, context, self.owner, **sizes)
+        # Behind a prompt whose end saw more, nothing was right to drop before.
+        since = 0 if config.prefill_recent is not None and call.mask.queries == 1 else None
+        sizes = {"sinks": config.sinks, "recent": recent, "slack": config.slack}
+        keep_first_and_last(call, context, self.owner, **sizes, since=since)
 
     def _settle(self, call: AttentionCall) -> None:
-        """Nothing may be taken back between a first call that saw more than later ones do and the next."""
+        """Nothing may be taken back between a call that saw more than the next ones do and the next."""
         state = call.context.sequence_state(self.owner)
         if state is None:
             return
-        sees_all = 1 < call.mask.queries == call.mask.columns > self.config.sinks + self.config.recent + 1
-        state.settled = _MAY_BE_GUESSES if sees_all else None
+        config, mask = self.config, call.mask
+        sees_more = mask.queries > 1 and (config.prefill_recent is not None or mask.queries == mask.columns)
+        sees_more = sees_more and mask.columns > config.sinks + config.recent + 1
+        state.settled = _MAY_BE_GUESSES if sees_more else None
 
 
 def _is_whole(call: AttentionCall) -> bool:
@@ -174,6 +205,7 @@ register_variant(
         extra_parameters="none",
         needs_training=False,
         capabilities=CAPABILITIES,
+        presets={"lserve": {"sparsity": 0.5, "sinks": 128, "recent": 256, "prefill_recent": 8192}},
         examples=(
             {"gates": [[0.9, 0.1], [0.8, 0.2]], "sinks": 2, "recent": 4, "slack": 4},
             {"gates": [[0.9, 0.1], [0.2, 0.3]], "sparsity": 0.75, "sinks": 1, "recent": 3, "slack": 4},

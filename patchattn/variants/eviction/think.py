@@ -64,7 +64,8 @@ class ThinK(EvictionVariant):
         return self.config.ratio == 0.0
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        state = call.context.sequence_state(self.owner) if call.context.claim(self.owner) else None
+        late = max(2, self.config.window)  # the end of a prompt, in one call, says all
+        state = call.context.sequence_state(self.owner, late=late) if call.context.claim(self.owner) else None
         if state is None or _DONE in state.tensors:
             return inner(call)
         if call.query.shape[2] > 1:
