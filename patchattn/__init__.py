@@ -111,6 +111,7 @@ offer(
             "pyramidkv": "eviction.pyramidkv",
             "qk_norm": "temperature.qk_norm",
             "quest": "selection.quest",
+            "self_extend": "positions.self_extend",
             "shrp": "pruning.shrp.variant",
             "sink": "sinks.sink",
             "snapkv": "eviction.snapkv",

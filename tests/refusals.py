@@ -125,6 +125,14 @@ REFUSALS: dict[str, list[Refusal]] = {
             "it takes the feed-forward part out of layers that are arranged as BERT's or ViT's",
         ),
     ],
+    "self_extend": [
+        *_of_causal_selection("self_extend")["self_extend"],
+        _of(
+            ["gpt2", "opt", "t5", "bart", "whisper", "qwen2_5_vl"],
+            "self_extend must know how",
+            "learned positions, a bias of distances and several axes of positions cannot be turned",
+        ),
+    ],
     "damro": [
         _of(
             FAMILIES.keys() - WITH_IMAGES,

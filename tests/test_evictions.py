@@ -83,7 +83,10 @@ def of(some: list[Case]) -> pytest.MarkDecorator:
 
 every = of(CASES)
 first = of([case for case in CASES if not case.example])
-can_be_watched = of([case for case in CASES if case.variant not in OTHERS])
+# At places within the cache a key's angle changes from row to row, as under no mask: its own tests show what rows see.
+is_a_mask = of(
+    [case for case in CASES if case.variant not in OTHERS and settings(case).get("positions") != "reindexed"]
+)
 
 
 def test_they_are_what_is_tested_here() -> None:
@@ -159,7 +162,7 @@ def test_selected_and_repeated_rows_go_on_as_they_are(case: Case, done: list[int
 
 
 @pytest.mark.parametrize("sizes", [[12], [5, 4, 3], [12, 1, 1, 1, 4]], ids=["whole", "chunks", "turns"])
-@can_be_watched
+@is_a_mask
 def test_decoding_is_one_forward_without_the_keys_that_were_dropped(case: Case, sizes: list[int]) -> None:
     ids, real = padded()
     total = sum(sizes) + 12

@@ -1,5 +1,6 @@
 """StreamingLLM against masks written by loops from the definition."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,6 +10,7 @@ from patchattn.core.kv_caches import find_cache
 
 from .evictions import HOW, dense, extended, fed, padded, registered
 from .families import FAMILIES
+from .reference import DIM, HEADS, KV_HEADS, layer_in_and_out, rotate, tiny_llama
 
 SINKS, RECENT, SLACK = 2, 4, 3
 SETTINGS = {"sinks": SINKS, "recent": RECENT, "slack": SLACK}
@@ -88,3 +90,59 @@ def test_memory_does_not_grow() -> None:
 def test_settings_out_of_range(setting: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{setting} must lie between"):
         patchattn.patch_model(FAMILIES["llama"].make(), "streaming_llm", **{setting: value})
+
+
+def _reindexed(ids: torch.Tensor) -> torch.Tensor:
+    """Output `(T, E)` of a layer, by loops in float64: each row's keys at their places among those it sees."""
+    model = patchattn.patch_model(tiny_llama(), "streaming_llm", {**SETTINGS, "positions": "reindexed"})
+    inputs, found = layer_in_and_out(model, ids)
+    module = model.model.layers[0].self_attn
+    weights = {name: getattr(module, f"{name}_proj").weight.detach().numpy() for name in "qkvo"}
+    queries, keys, values = ((inputs[0] @ weights[name].T).reshape(ids.shape[1], -1, DIM) for name in "qkv")
+    rows = []
+    for row in range(ids.shape[1]):
+        seen = [key for key in range(row + 1) if key < SINKS or row - key <= RECENT]
+        heads = []
+        for head in range(HEADS):
+            own, query = head // (HEADS // KV_HEADS), rotate(queries[row, head], len(seen) - 1)
+            logits = np.array([query @ rotate(keys[key, own], place) for place, key in enumerate(seen)]) / DIM**0.5
+            share = np.exp(logits - logits.max())
+            heads.append(share / share.sum() @ values[seen, own])
+        rows.append(weights["o"] @ np.concatenate(heads))
+    np.testing.assert_allclose(found[0], np.stack(rows), atol=2e-6)
+    return torch.from_numpy(np.stack(rows))
+
+
+def test_positions_within_the_cache_written_out() -> None:
+    """Keys at places 0, 1, ... of those that are seen, the query at the last: not what original positions give."""
+    ids = torch.arange(3, 23)[None]
+    reindexed = _reindexed(ids)
+    model = patchattn.patch_model(tiny_llama(), "streaming_llm", SETTINGS)
+    _, original = layer_in_and_out(model, ids)
+    same = SINKS + RECENT + 1  # tokens up to which nothing is dropped
+    np.testing.assert_allclose(original[0, :same], reindexed[:same].numpy(), atol=2e-6)
+    assert np.abs(original[0, same:] - reindexed[same:].numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [[12, *[1] * 24], [5, 7, 1, 6, *[1] * 17]])
+def test_reindexed_under_any_calls(sizes: list[int]) -> None:
+    """Also with padding, and where the model rotates by column; the keys that are stored are those of the model."""
+    ids, real = padded()
+    ids, real = torch.cat([ids, ids.clamp(min=3), ids.clamp(min=3)], dim=1), extended(real, 36)
+    model = patchattn.patch_model(
+        FAMILIES["llama"].make_exact(), "streaming_llm", {**SETTINGS, "positions": "reindexed"}
+    )
+    cache, plain = DynamicCache(), DynamicCache()
+    found = fed(model, cache, ids, real, sizes)
+    with torch.no_grad():
+        by_column = model(ids, attention_mask=real.long(), use_cache=False).logits
+    torch.testing.assert_close(found[real], by_column[real], rtol=1e-5, atol=1e-5)
+    fed(FAMILIES["llama"].make_exact(), plain, ids, real, [36])
+    held, own = (each.layers[0].keys for each in (cache, plain))  # behind the first layer they differ
+    assert held.shape[2] == SINKS + RECENT + SLACK
+    torch.testing.assert_close(held[:, :, SINKS:], own[:, :, SINKS - held.shape[2] :], rtol=1e-9, atol=1e-9)
+
+
+def test_reindexed_needs_rotary_positions() -> None:
+    with pytest.raises(NotImplementedError, match=r"streaming_llm must know how GPT2Attention .* are learned"):
+        patchattn.patch_model(FAMILIES["gpt2"].make(), "streaming_llm", positions="reindexed")

@@ -1,19 +1,21 @@
 """StreamingLLM: the first keys and the last ones stay. Xiao et al., arXiv 2309.17453."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from patchattn_kernels import SinkAndRecent, sink_and_recent
 
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
-from ...core.variant import VariantConfig, VariantInfo
+from ...core.variant import Attend, AttentionOutput, VariantInfo
+from ...positions.two_queries import with_two_queries
+from ...positions.variant import RotaryConfig, RotaryVariant
 from ...reading.eviction import CAPABILITIES, EvictionVariant, keep_first_and_last
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLMConfig(VariantConfig):
+class StreamingLLMConfig(RotaryConfig):
     """Settings of StreamingLLM; every field is described by `patchattn info streaming_llm`."""
 
     sinks: int = option(
@@ -39,9 +41,20 @@ class StreamingLLMConfig(VariantConfig):
         unit="tokens",
         minimum=0,
     )
+    positions: Literal["original", "reindexed"] = option(
+        "original",
+        help="Where a token stands to the sinks: at its own position, or at its place among the keys that it sees, so "
+        "that no distance grows beyond sinks + recent.",
+        source="ours, as DuoAttention's streaming heads; paper: its place in the cache",
+        choices=("original", "reindexed"),
+    )
+
+    @property
+    def turns(self) -> bool:
+        return self.positions == "reindexed"
 
 
-class StreamingLLM(EvictionVariant):
+class StreamingLLM(RotaryVariant, EvictionVariant):
     """Attention to the first keys and the last ones of a sequence; no other is kept."""
 
     config_class = StreamingLLMConfig
@@ -57,6 +70,18 @@ class StreamingLLM(EvictionVariant):
             return None
         # A token's own key is among the last.
         return sink_and_recent(self.config.sinks, self.config.recent + 1, 1, call.key.device)
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        return super().attend(call, lambda given: inner(self._reindexed(given)))
+
+    def _reindexed(self, call: AttentionCall) -> AttentionCall:
+        """Sinks meet the queries where these stand among the keys that they see. No stored key is turned."""
+        sinks, last = self.config.sinks, self.config.sinks + self.config.recent
+        if self.rotary is None or not self.rotary.is_rotated or call.mask.columns <= last + 1 or not sinks:
+            return call
+        places, by, keys = call.query_positions(), self.rotary.rotated_by(call), call.key_positions()
+        query = self.rotary.turned(call.query, by, by + places.clamp(max=last) - places)
+        return with_two_queries(call, query, (keys >= 0) & (keys < sinks))
 
     def forget(self, call: AttentionCall) -> None:
         config = self.config
@@ -78,6 +103,10 @@ register_variant(
         extra_parameters="none",
         needs_training=False,
         capabilities=CAPABILITIES,
-        examples=({"sinks": 2, "recent": 4, "slack": 4}, {"sinks": 0, "recent": 3, "slack": 4}),
+        examples=(
+            {"sinks": 2, "recent": 4, "slack": 4},
+            {"sinks": 0, "recent": 3, "slack": 4},
+            {"sinks": 2, "recent": 3, "slack": 4, "positions": "reindexed"},
+        ),
     )
 )

@@ -1,0 +1,58 @@
+"""Several calls under one softmax: for queries, or keys, that stand at other positions to some keys than to others."""
+
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+
+from patchattn_kernels import attention_with_lse
+from patchattn_kernels.rows import full_precision, log_sum_exp, row_logits, weights_of
+
+from ..core.call import AttentionCall
+from ..core.host import host
+from ..core.variant import AttentionOutput
+
+
+def merged(*calls: AttentionCall) -> AttentionOutput:
+    """Attention whose rows are one softmax over all that several calls see.
+
+    Each is computed alone, with the log-sum-exp of its rows, by which the outputs are then weighted. Weights are made
+    only where they are asked for or dropped out: those of a key in all calls together. A variant that returns this is
+    registered as `innermost`.
+
+    Args:
+        calls: of the same queries, as many keys and the same values, which differ in queries, keys and masks; of the
+            logits of learned sinks those of the first count.
+
+    Returns:
+        As `Variant.attend`.
+    """
+    first, *others = calls
+    calls = (first, *(other.replace(kwargs={**other.kwargs, "s_aux": None}) for other in others))
+    rate = (first.kwargs.get("dropout") or 0.0) if first.module.training else 0.0
+    if rate or first.kwargs.get("output_attentions") or not host().computes_softmax(first.base):
+        return _with_weights(calls, rate)
+    found = [attention_with_lse(call.query, call.key, call.value, call.rule()) for call in calls]
+    total = reduce(torch.logaddexp, [lse for _, lse in found])
+    shares = [_share(lse, total) for _, lse in found]
+    output = sum(share[..., None] * part for share, (part, _) in zip(shares, found, strict=True))
+    return torch.as_tensor(output).transpose(1, 2).to(first.value.dtype), None
+
+
+def _share(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Of the sum of a row's exponentials, that of one call; 0 where the row sees nothing."""
+    return (lse - total.masked_fill(total == -torch.inf, 0.0)).exp()
+
+
+def _with_weights(calls: tuple[AttentionCall, ...], rate: float) -> AttentionOutput:
+    rules = [call.rule() for call in calls]
+    logits = [
+        row_logits(full_precision(call.query), full_precision(call.key), rule, slice(None))
+        for call, rule in zip(calls, rules, strict=True)
+    ]
+    total = reduce(torch.logaddexp, [log_sum_exp(part, rule) for part, rule in zip(logits, rules, strict=True)])
+    value = calls[0].value
+    weights = torch.stack([weights_of(part, total) for part in logits]).sum(0).to(value.dtype)
+    dropped = F.dropout(weights, rate) if rate else weights
+    output = (dropped.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]).flatten(1, 2)
+    return output.transpose(1, 2), weights
