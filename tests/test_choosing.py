@@ -170,6 +170,7 @@ def test_the_command_lists_by_the_same_choices(capsys, monkeypatch) -> None:
     named = [line.split()[1] for line in table.splitlines() if line.startswith("│")]
     assert [name for name in named if name in SHIPPED] == [
         "act",
+        "attention_transition",
         "flex_prefill",
         "heads",
         "logn",

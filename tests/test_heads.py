@@ -174,8 +174,7 @@ def test_vectors_come_from_a_file_and_are_saved_with_the_patch(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"rows": "marked"}, ValueError, "go together"),
-        ({"tokens": [1]}, ValueError, "go together"),
+        ({"tokens": [1]}, ValueError, "tokens are for"),
         ({"first_row": 2}, ValueError, 'is for rows="from"'),
         ({"edit": "query", "vectors": {0: {0: [1.0]}}}, ValueError, "leave out vectors"),
         ({"edit": "value", "rows": "last"}, ValueError, "is of tokens"),

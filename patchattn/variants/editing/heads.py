@@ -3,7 +3,9 @@
 What papers call masking a head is several things; `docs/variants/heads.md` says which setting is which paper's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,13 +15,39 @@ from torch import nn
 from ...core.call import AttentionCall
 from ...core.head_vectors import HeadVectors, Vectors
 from ...core.heads import HeadList, Heads
-from ...core.mask import Mask
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.token_numbers import key_numbers, last_rows, row_numbers
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 from ...surgery.folding import fold_factors
+
+_marks: ContextVar[tuple[tuple[int, ...], ...] | None] = ContextVar("marks", default=None)
+
+
+@contextmanager
+def marked_tokens(tokens: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Say which tokens of each sequence `rows="marked"` edits, in a `with` block.
+
+    Args:
+        tokens: for every sequence of the batch their numbers, maybe none; the first token that is no padding is 0.
+
+    Raises:
+        ValueError: no sequence, or a negative number.
+        TypeError: something else than a list of integers for each sequence.
+    """
+    if not isinstance(tokens, Sequence) or not all(isinstance(of_one, Sequence) for of_one in tokens):
+        raise TypeError(f"Marks are a list of numbers for each sequence, got {tokens!r}.")
+    numbers = [number for of_one in tokens for number in of_one]
+    if wrong := [number for number in numbers if isinstance(number, bool) or not isinstance(number, int)]:
+        raise TypeError(f"Marks are numbers of tokens, got {wrong[0]!r}.")
+    if not tokens or min(numbers, default=0) < 0:
+        raise ValueError(f"Marks are of at least one sequence, counted from 0, got {tokens!r}.")
+    token = _marks.set(tuple(tuple(of_one) for of_one in tokens))
+    try:
+        yield
+    finally:
+        _marks.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +91,7 @@ class HeadsConfig(VariantConfig):
     tokens: tuple[int, ...] | None = option(
         None,
         help="With rows=marked: numbers of the edited tokens, the same in every sequence; the first that is not "
-        "padding is 0.",
+        "padding is 0. None: `with marked_tokens(...)` says them of each sequence.",
         minimum=0,
     )
     phase: Literal["both", "prompt", "decoding"] = option(
@@ -73,8 +101,8 @@ class HeadsConfig(VariantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.rows == "marked") != (self.tokens is not None):
-            raise ValueError('rows="marked" and tokens=[...] go together: give both or neither.')
+        if self.tokens is not None and self.rows != "marked":
+            raise ValueError(f'tokens are for rows="marked", got rows={self.rows!r}.')
         if self.rows != "from" and self.first_row != 0:
             raise ValueError(f'first_row={self.first_row} is for rows="from", got rows={self.rows!r}.')
         if self.edit == "query" and self.vectors is not None:
@@ -159,7 +187,7 @@ class HeadEdit(Variant):
         if self.config.edit == "query":
             return inner(call.replace(query=self._edited(call.query, self._rows(call))))
         if self.config.edit == "value":
-            return inner(call.replace(value=self._edited(call.value, self._keys(call.mask))))
+            return inner(call.replace(value=self._edited(call.value, self._keys(call))))
         output, weights = inner(call)
         return self._edited(output.transpose(1, 2), self._rows(call)).transpose(1, 2), weights
 
@@ -199,7 +227,7 @@ class HeadEdit(Variant):
         if config.rows == "last":
             chosen = last_rows(call.mask)
         elif config.rows != "all":
-            chosen = self._among(row_numbers(call.mask))
+            chosen = self._among(row_numbers(call.mask), call)
         if config.phase == "both":
             return chosen
         own = call.context.own_key()
@@ -207,17 +235,27 @@ class HeadEdit(Variant):
         wanted = torch.as_tensor(begins, device=call.query.device).view(1, 1) == (config.phase == "prompt")
         return wanted if chosen is None else chosen & wanted
 
-    def _keys(self, mask: Mask) -> torch.Tensor | None:
+    def _keys(self, call: AttentionCall) -> torch.Tensor | None:
         """`(B or 1, Tk)` bool: whose values are edited; `None`: all."""
         if self.config.rows == "all":
             return None
-        return self._among(key_numbers(mask)) & mask.real_keys()[:, 0]
+        return self._among(key_numbers(call.mask), call) & call.mask.real_keys()[:, 0]
 
-    def _among(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _among(self, numbers: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """`(B or 1, T)` bool: which of the numbers are edited."""
         if self.config.rows == "from":
             return numbers >= self.config.first_row
-        wanted = torch.tensor(self.config.tokens or (), device=numbers.device, dtype=numbers.dtype)
-        return (numbers[..., None] == wanted).any(-1)
+        marks, batch = _marks.get() if self.config.tokens is None else (self.config.tokens,), len(call.query)
+        if marks is None or batch % len(marks):
+            given = "nobody said of which" if marks is None else f"{len(marks)} lists of them are given"
+            raise ValueError(
+                f'rows="marked" edits tokens of a batch of {batch} sequences, and {given}: give tokens=[...] for all '
+                "sequences, or a list for each by `with marked_tokens([[...], ...]):`."
+            )
+        width = max(map(len, marks))
+        table = torch.tensor([[*of_one, *[-2] * (width - len(of_one))] for of_one in marks], dtype=torch.long)
+        wanted = table.repeat_interleave(batch // len(marks), dim=0) if len(marks) > 1 else table  # by beams
+        return (numbers[..., None] == wanted.to(numbers.device)[:, None]).any(-1)
 
 
 register_variant(
