@@ -112,6 +112,12 @@ REFUSALS: dict[str, list[Refusal]] = {
             "a norm of keys undoes their scale, and comes between the projection and what is turned",
             0,
         ),
+        _of(
+            ["phi3"],
+            "WGQA's factors are of projections of keys and of values",
+            "one projection makes queries, keys and values",
+            1,
+        ),
     ],
     "shrp": [
         _of(

@@ -31,6 +31,18 @@ def current_context(module: nn.Module) -> LayerContext:
     return context
 
 
+def running_module() -> nn.Module:
+    """The patched attention module that now runs in this thread, for hooks on what is inside of it.
+
+    Raises:
+        RuntimeError: none does: what is inside was called by itself.
+    """
+    context: LayerContext | None = getattr(_local, "context", None)
+    if context is None:
+        raise RuntimeError("A projection of a patched attention module was called by itself: call the whole module.")
+    return context.module
+
+
 def _is_called(module: nn.Module) -> bool:
     """Whether the module, and not just its forward method, is being called in this thread."""
     frame = sys._getframe()

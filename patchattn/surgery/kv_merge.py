@@ -99,6 +99,9 @@ class KvMerge(HeadSurgery):
         """
         raise NotImplementedError(f"{type(self).__name__} must define merge(group).")
 
+    def keep_shares(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """What each head of a group gives to the merged one, weights and bias `(G, m, D, E + 1)`: they sum to it."""
+
     @property
     def is_identity(self) -> bool:
         return not self.kv_heads or self.kv_heads == self.site.kv_heads
@@ -155,10 +158,13 @@ class KvMerge(HeadSurgery):
         energy = ((query @ inputs) * query).sum(-1).mean(2)
         readers = torch.einsum("gmrdx,gmrex->gmde", output, output)
         of_key, of_value = self.merge(Group(of_keys, of_values, energy, readers, moments))
+        shares = [
+            torch.einsum("gmed,gmdx->gmex", maps.encode, each) for maps, each in ((of_key, key), (of_value, value))
+        ]
+        self.keep_shares(*shares)
         return [
             torch.einsum("gmde,gmrdx->gmrex", of_key.decode, query).reshape(heads, dim, -1),
-            torch.einsum("gmed,gmdx->gex", of_key.encode, key),
-            torch.einsum("gmed,gmdx->gex", of_value.encode, value),
+            *(share.sum(1) for share in shares),
             torch.einsum("gmde,gmrdx->gmrex", of_value.decode, output).reshape(heads, dim, -1),
         ]
 
@@ -243,4 +249,6 @@ def fold(model: nn.Module) -> Any:
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items() if f".{CHILD}." not in name}
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
+    for variant in variants:
+        variant.fold(made)
     return made.train(base.training)

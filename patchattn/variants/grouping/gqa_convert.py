@@ -1,4 +1,5 @@
-"""GQA conversion: groups of kv heads become one. After GQA, arXiv 2305.13245, with starts that keep more of them."""
+"""GQA conversion: groups of kv heads become one. After GQA, arXiv 2305.13245, with starts that keep more of them; and
+WGQA, arXiv 2407.10855, which learns how much of each head goes into the one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...core.chain import active_chain
+from ...core.context import running_module
+from ...core.hooks import Hook
+from ...core.probe import chain_on
 from ...core.registry import register_variant
 from ...core.selection import base_model, evaluating
 from ...core.settings import option
@@ -41,6 +46,12 @@ class GqaConvertConfig(VariantConfig):
     weighted: bool = option(
         True, help="With components: heads count in each pair of channels as much as queries use it."
     )
+    factors: Literal["none", "head", "row", "column"] = option(
+        "none",
+        help="Learned factors, 1 at the start, of what each head gives to the merged one (WGQA): one per head, per "
+        "channel of it (row), or per channel of the layer's input (column).",
+        source="GQA has none; arXiv 2407.10855 has all three",
+    )
     moments: KvMoments | None = option(
         None,
         help="What patchattn.kv_moments(model, batches) returned; without, the inputs of layers are taken for white "
@@ -63,6 +74,13 @@ class GqaConvert(KvMerge):
         have = site.require("kv_heads", by="GQA conversion")
         if config.kv_heads and have % config.kv_heads:
             raise ValueError(f"{site.name} has {have} kv heads, which {config.kv_heads} does not divide.")
+        if self.has_factors:
+            dim, width = (site.require(fact, by="WGQA") for fact in ("head_dim", "input_size"))
+            heads = (config.kv_heads, have // config.kv_heads)
+            sizes = {"head": (1, 1), "row": (dim, 1), "column": (1, width)}[config.factors]
+            for stream in ("key", "value"):
+                self.register_buffer(f"{stream}_shares", torch.zeros(*heads, dim, width + 1))
+                self.register_parameter(f"{stream}_factors", nn.Parameter(torch.ones(*heads, *sizes)))
 
     @classmethod
     def fit(
@@ -72,11 +90,73 @@ class GqaConvert(KvMerge):
             return config, sites
         for site in sites:
             merged_projections(model, site)
+            if config.factors != "none" and "fused" in site.projections:
+                raise unrecognised(site, "WGQA's factors are of projections of keys and of values, which are one here")
         return replace(config, moments=_checked(config, model, sites)), sites
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"kv_heads": 0}
+
+    @property
+    def has_factors(self) -> bool:
+        return self.config.factors != "none" and not self.is_identity
+
+    @property
+    def needs_context(self) -> bool:
+        return self.has_factors
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def keep_shares(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.has_factors:
+            for stream, shares in (("key", keys), ("value", values)):
+                self.get_buffer(f"{stream}_shares").copy_(shares)
+
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        if not self.has_factors:
+            return super().hooks(model)
+        streams = (("key", self.after_keys), ("value", self.after_values))
+        places = [(model.get_submodule(self._projection(stream)), method) for stream, method in streams]
+        return [*super().hooks(model), *(Hook(module, "after", method) for module, method in places)]
+
+    def after_keys(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+        """What the projection of keys gives with the factors as they are now, of which it knows those of the start."""
+        return output + self._of_this_call().change("key", args[0]).to(output.dtype)
+
+    def after_values(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+        """Likewise, of values."""
+        return output + self._of_this_call().change("value", args[0]).to(output.dtype)
+
+    def change(self, stream: str, inputs: torch.Tensor) -> torch.Tensor:
+        """`(..., G * D)` what factors other than 1 add to merged keys or values, of inputs `(..., E)`."""
+        weight, bias = self._changes(stream)
+        return nn.functional.linear(inputs.to(weight.dtype), weight, bias)
+
+    def _changes(self, stream: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(G * D, E)` and `(G * D,)`; what is by the input's channel leaves the bias alone."""
+        shares, more = self.get_buffer(f"{stream}_shares"), self.get_parameter(f"{stream}_factors") - 1
+        weight = (shares[..., :-1] * more).sum(1)
+        of_bias = more if more.shape[-1] == 1 else torch.zeros_like(more[..., :1])
+        return weight.flatten(0, 1), (shares[..., -1:] * of_bias).sum(1).flatten()
+
+    def _of_this_call(self) -> "GqaConvert":
+        """The variant that computes: PEFT trains a copy of the one that hooks were placed of."""
+        chain: Any = chain_on(running_module())
+        return next(variant for variant in active_chain(chain).variants().values() if isinstance(variant, GqaConvert))
+
+    def _projection(self, stream: str) -> str:
+        return f"{self.site.name}.{self.site.projections[stream]}"
+
+    @torch.no_grad()
+    def fold(self, plain: nn.Module) -> None:
+        for stream in ("key", "value") if self.has_factors else ():
+            layer: Any = plain.get_submodule(self._projection(stream))
+            weight, bias = self._changes(stream)
+            layer.weight = nn.Parameter(layer.weight + weight.to(layer.weight), layer.weight.requires_grad)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias + bias.to(layer.bias), layer.bias.requires_grad)
 
     def merge(self, group: Group) -> tuple[Maps, Maps]:
         moments, method = group.moments, self.config.method
@@ -207,8 +287,9 @@ register_variant(
         arxiv_id="2305.13245",
         year=2023,
         summary="Groups of kv heads are merged into one each, for a smaller kv cache.",
-        extra_parameters="none; fewer",
+        extra_parameters="none; fewer. With factors one per kv head and layer, or one per channel",
         needs_training=True,
-        examples=({"kv_heads": 1}, {"kv_heads": 1, "method": "mean"}),
+        presets={"wgqa": {"method": "mean", "factors": "head"}},
+        examples=({"kv_heads": 1}, {"kv_heads": 1, "method": "mean", "factors": "row"}),
     )
 )
