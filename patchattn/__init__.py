@@ -102,6 +102,7 @@ offer(
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",
             "logn": "temperature.logn",
+            "longlora": "selection.longlora",
             "massive": "editing.massive",
             "moba": "selection.moba",
             "moh": "routing.moh",

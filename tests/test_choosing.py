@@ -33,6 +33,7 @@ SHIPPED = [
     "keydiff",
     "knorm",
     "logn",
+    "longlora",
     "moba",
     "moh",
     "mswa",

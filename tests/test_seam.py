@@ -23,6 +23,7 @@ NOT_ON_FLASH = {
     **dict.fromkeys(
         (
             "flex_prefill",
+            "longlora",
             "moba",
             "mswa",
             "power",
@@ -36,7 +37,17 @@ NOT_ON_FLASH = {
         _CHOICE,
     ),
 }
-NOT_ON_FLEX = ("flex_prefill", "moba", "power", "quest", "triangle", "twilight", "vertical_slash", "xattention")
+NOT_ON_FLEX = (
+    "flex_prefill",
+    "longlora",
+    "moba",
+    "power",
+    "quest",
+    "triangle",
+    "twilight",
+    "vertical_slash",
+    "xattention",
+)
 
 
 def flash_in_torch(
