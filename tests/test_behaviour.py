@@ -75,6 +75,8 @@ def test_eager_gives_attentions_and_the_same_output_as_sdpa(family: str, case: C
         if issubclass(case.info.variant, SlotVariant):  # which takes a part of every row
             assert bool((attention.sum(-1) < 1 + 1e-5).all())
             continue
+        if case.info.family == "mixing":  # rows are sums of those of heads, at any factors
+            continue
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 
 

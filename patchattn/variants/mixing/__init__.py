@@ -1,0 +1,1 @@
+"""What mixes the attention of heads."""
