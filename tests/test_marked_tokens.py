@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.variants.editing.heads import marked_tokens
+from patchattn.core.chosen_rows import marked_tokens
 
 from .reference import DIM, HEADS, tiny_llama
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from torch import nn
 
 from ..files.documents import naming, quoted, read_json, write_json
-from .heads import BaseFacts, parse_facts
+from .heads import BaseFacts, HeadList, parse_facts
 from .host import find_sites
 from .settings import nearest
 
@@ -69,6 +69,31 @@ class HeadImportance:
     def scores(self) -> dict[str, list[float]]:
         """Name of the attention module to the score of each of its query heads."""
         return {name: list(site.scores) for name, site in self.sites.items()}
+
+    def highest(self, count: int | None = None, *, threshold: float | None = None) -> HeadList:
+        """The heads of the largest scores, as settings take lists of heads.
+
+        Args:
+            count: so many; equal scores go by layer and head.
+            threshold: instead, all whose score is above it.
+
+        Raises:
+            ValueError: neither or both of them, a count of less than 1 or of more than there are, or no head.
+        """
+        if (count is None) == (threshold is None):
+            raise ValueError(f"Give either count or threshold, got count={count} and threshold={threshold}.")
+        ranked = sorted(
+            (-score, site.layer, head) for site in self.sites.values() for head, score in enumerate(site.scores)
+        )
+        if count is not None and not 1 <= count <= len(ranked):
+            raise ValueError(f"count is a number of heads from 1 to {len(ranked)}, got {count}.")
+        chosen = ranked[:count] if threshold is None else [one for one in ranked if -one[0] > threshold]
+        if not chosen:
+            raise ValueError(f"No head scores above {threshold}; the highest score is {-ranked[0][0]:.3f}.")
+        heads: dict[int, list[int]] = {}
+        for _, layer, head in chosen:
+            heads.setdefault(layer, []).append(head)
+        return HeadList({layer: tuple(sorted(heads[layer])) for layer in sorted(heads)}, self.base)
 
     def lowest(
         self,

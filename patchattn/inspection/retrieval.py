@@ -65,20 +65,7 @@ class RetrievalScores:
         Raises:
             ValueError: neither or both of them, a count of less than 1 or of more than there are, or no head.
         """
-        if (count is None) == (threshold is None):
-            raise ValueError(f"Give either count or threshold, got count={count} and threshold={threshold}.")
-        ranked = sorted(
-            (-score, site.layer, head) for site in self.scores.sites.values() for head, score in enumerate(site.scores)
-        )
-        if count is not None and not 1 <= count <= len(ranked):
-            raise ValueError(f"count is a number of heads from 1 to {len(ranked)}, got {count}.")
-        chosen = ranked[:count] if threshold is None else [one for one in ranked if -one[0] > threshold]
-        if not chosen:
-            raise ValueError(f"No head scores above {threshold}; the highest score is {-ranked[0][0]:.3f}.")
-        heads: dict[int, list[int]] = {}
-        for _, layer, head in chosen:
-            heads.setdefault(layer, []).append(head)
-        return HeadList({layer: tuple(sorted(heads[layer])) for layer in sorted(heads)}, self.scores.base)
+        return self.scores.highest(count, threshold=threshold)
 
 
 @torch.no_grad()
