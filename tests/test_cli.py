@@ -1,5 +1,6 @@
 """The command line: what each command prints, and that a mistake is one line and exit code 2."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import patchattn
 from patchattn import list_variants, variant_info
 from patchattn.cli.devices import choose_device
 from patchattn.cli.main import main
@@ -41,6 +43,41 @@ def test_list_names_every_variant(run):
     for name in list_variants():
         assert name in out
         assert variant_info(name).summary in out
+
+
+def test_list_fits_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("list")[1].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "} == set(list_variants())
+    assert len(lines) < 4 * len(list_variants())
+
+
+def test_programs_read_json(run, bert_folder):
+    listed = {row["name"]: row for row in json.loads(run("list", "--json")[1])}
+    assert list(listed) == list_variants()
+    described = json.loads(run("info", "logn", "--json")[1])
+    assert described.items() >= listed["logn"].items()
+    assert described["settings"]["train_length"]["takes"] == "at least 2 or None"
+    code, out, _ = run("check", bert_folder, "--variant", "logn", "--json")
+    checked = json.loads(out)
+    assert (code, checked["passed"], checked["sites"]) == (0, True, 2)
+    assert {"passed"} <= {each["status"] for each in checked["checks"]} <= {"passed", "not applicable"}
+    (row,) = json.loads(run("coverage", "bert", "--json")[1])
+    assert (row["model_type"], row["status"]) == ("bert", "patchable")
+
+
+@pytest.mark.parametrize("name", list_variants())
+def test_info_is_json_too(run, name):
+    described = json.loads(run("info", name, "--json")[1])
+    info = variant_info(name)
+    assert described["title"] == info.title
+    assert set(described["settings"]) == set(info.config_fields)
+    assert described["presets"].keys() == info.presets.keys()
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"patchattn {patchattn.__version__}\n")
 
 
 @pytest.mark.parametrize("name", list_variants())

@@ -1,15 +1,17 @@
 """The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | export | bench |
 plot | lm-eval`."""
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..version import __version__
 from .bench import bench
 from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads, calibrate_massive
 from .common import parse_settings, quiet
@@ -18,6 +20,7 @@ from .evaluate import evaluate_model
 from .export import export_model
 from .plot import plot
 from .retrieval import calibrate_retrieval
+from .variants import AsJson, info_, list_variants_
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +34,21 @@ app.add_typer(calibrate, name="calibrate")
 app.add_typer(plot, name="plot")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"patchattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of patchattn itself."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry of the console script: a user's mistake is one line on stderr and exit code 2."""
     try:
@@ -40,75 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-@app.command("list")
-def list_(
-    kind: Annotated[str | None, typer.Option(help="Only those that act so: attention, surgery or decoding.")] = None,
-    family: Annotated[str | None, typer.Option(help="Only those of a mechanism, such as temperature.")] = None,
-    needs_training: Annotated[
-        bool | None,
-        typer.Option("--needs-training/--training-free", help="Only those that need training, or need none."),
-    ] = None,
-    capability: Annotated[
-        list[str] | None, typer.Option(help="Only those that support this, such as kv_cache; may be repeated.")
-    ] = None,
-) -> None:
-    """The variants that can be patched in."""
-    from rich.table import Table
-
-    from ..core.registry import list_variants, variant_info
-
-    table = Table("name", "what it does", "acts on", "paper", "year", "needs training")
-    chosen = list_variants(
-        kind,  # type: ignore[arg-type]
-        family=family,
-        needs_training=needs_training,
-        capability=capability,  # type: ignore[arg-type]
-    )
-    for name in chosen:
-        info = variant_info(name)
-        paper = f"arXiv {info.arxiv_id}" if info.arxiv_id else info.title
-        acts_on = {"attention": "attention", "surgery": "weights", "decoding": "logits", "cache": "kv cache"}[info.kind]
-        table.add_row(name, info.summary, acts_on, paper, str(info.year), "yes" if info.needs_training else "no")
-    Console().print(table)
-
-
-@app.command()
-def info(name: Annotated[str, typer.Argument(help="A variant, as `patchattn list` names it.")]) -> None:
-    """Paper, code, capabilities, every setting and every preset of a variant."""
-    from typing import get_type_hints
-
-    from rich.padding import Padding
-
-    from ..core.registry import variant_info
-
-    console, variant = Console(highlight=False), variant_info(name)
-    console.print(f"[bold]{variant.name}[/]: {variant.title} ({variant.year})")
-    console.print(variant.summary)
-    facts = {
-        "paper": f"https://arxiv.org/abs/{variant.arxiv_id}" if variant.arxiv_id else "none",
-        "code": variant.code or "none released",
-        "adds": variant.extra_parameters,
-        "kind": variant.kind,
-        "needs training": "yes" if variant.needs_training else "no",
-        "supports": ", ".join(sorted(variant.capabilities)),
-    }
-    for key, value in facts.items():
-        console.print(f"  {key}: {value}", soft_wrap=True)
-    hints = get_type_hints(variant.variant.config_class)
-    for key, field in variant.config_fields.items():
-        unit = f" {field['unit']}" if field["unit"] else ""
-        console.print(f"\n[bold]{key}[/] = {field['default']}{unit}   ({_allowed(field, hints[key])})")
-        console.print(Padding(f"{field['help']}\nDefault: {field['source']}", (0, 0, 0, 4)))
-    for preset, settings in variant.presets.items():
-        spelt = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        console.print(f"\n[bold]preset={preset}[/]")
-        console.print(f"    {spelt}", soft_wrap=True, markup=False)
-
-
 @app.command()
 def coverage(
     types: Annotated[list[str] | None, typer.Argument(help="Model types such as llama; all by default.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the whole table to this file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Try every model type of the installed transformers: patchable, refused and why, or not built."""
     from collections import Counter
@@ -119,13 +73,15 @@ def coverage(
     from ..checking.coverage import current_versions, sweep, to_markdown
 
     console = Console()
-    with Progress(console=console) as progress:
+    with Progress(console=Console(stderr=as_json)) as progress:
         bar = progress.add_task("model types", total=None)
         rows = sweep(types, progress=lambda row, done, total: progress.update(bar, completed=done, total=total))
     if markdown is not None:
         markdown.write_text(to_markdown(rows, current_versions()), encoding="utf-8")
-        console.print(f"Wrote {markdown}", soft_wrap=True)
-    if types:
+        Console(stderr=as_json).print(f"Wrote {markdown}", soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    elif types:
         table = Table("model type", "status", "reason")
         for row in rows:
             table.add_row(row.model_type, row.status, row.reason)
@@ -133,7 +89,8 @@ def coverage(
         table = Table("status", "model types")
         for status, count in Counter(row.status for row in rows).most_common():
             table.add_row(status, str(count))
-    console.print(table)
+    if not as_json:
+        console.print(table)
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
 
@@ -146,6 +103,7 @@ def check(
         list[str] | None,
         typer.Option("--set", help="A setting, such as active_ratio=0.5 or preset=NAME; may be repeated."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check that a patch behaves on a model: neutral, undone exactly, with padding, with a cache; and its cost."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -160,7 +118,10 @@ def check(
     decodes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     loaded = load_pretrained(AutoModelForCausalLM if decodes else AutoModel, model)
     report = check_patch(loaded, variant=variant, config=config)
-    Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({**asdict(report), "passed": report.passed}, indent=2))
+    else:
+        Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -323,28 +284,11 @@ calibrate.command("flap")(calibrate_flap)
 calibrate.command("massive")(calibrate_massive)
 calibrate.command("retrieval")(calibrate_retrieval)
 calibrate.command("duo")(calibrate_duo)
+app.command("list")(list_variants_)
+app.command("info")(info_)
 app.command("eval")(evaluate_model)
 app.command("export")(export_model)
 app.command("bench")(bench)
-
-
-def _allowed(field: dict[str, Any], hint: Any) -> str:
-    """The values that a setting takes, in words."""
-    from types import UnionType
-    from typing import Literal, Union, get_args, get_origin
-
-    if hint is bool:
-        return "True or False"
-    choices = field["choices"] or (get_args(hint) if get_origin(hint) is Literal else None)
-    if choices:
-        return " or ".join(map(str, choices))
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    low, high = ("" if field[bound] is None else f"{field[bound]:g}" for bound in ("minimum", "maximum"))
-    numbers = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else "any"
-    words = {float: numbers, int: numbers, str: "text", Path: "a file", type(None): "None"}
-    words |= {tuple: "several", Sequence: "several", dict: "a mapping", Mapping: "a mapping"}
-    kinds = [get_origin(part) or part for part in parts]
-    return " or ".join(dict.fromkeys(words.get(kind) or f"a {kind.__name__}" for kind in kinds))
 
 
 def _one_line(error: Exception) -> str:
