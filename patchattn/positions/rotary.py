@@ -34,9 +34,9 @@ class Rotation(Settings):
         choices=("pairs", "halves", "neighbours"),
     )
     module: tuple[str, ...] = option((), help="Path of the module that gives these tables, alone in a list.")
-    hidden: str | None = option(None, help="Its argument whose dtype and device they have.")
-    positions: str = option("", help="Its argument that holds positions.")
-    given: dict[str, Any] = option({}, help="Its other arguments.")
+    hidden: str | None = option(None, help="Argument of that module whose dtype and device the tables have.")
+    positions: str = option("", help="Argument of that module that holds positions.")
+    given: dict[str, Any] = option({}, help="Other arguments of that module.")
     told: str = option("", help="Argument of the attention function that holds the positions of its queries.")
     border: int | None = option(
         None, help="Length of text, in tokens, from which on the tables depend on the longest one.", minimum=1
