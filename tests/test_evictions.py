@@ -84,9 +84,8 @@ def of(some: list[Case]) -> pytest.MarkDecorator:
 every = of(CASES)
 first = of([case for case in CASES if not case.example])
 # At places within the cache a key's angle changes from row to row, as under no mask: its own tests show what rows see.
-is_a_mask = of(
-    [case for case in CASES if case.variant not in OTHERS and settings(case).get("positions") != "reindexed"]
-)
+IS_A_MASK = [case for case in CASES if case.variant not in OTHERS and settings(case).get("positions") != "reindexed"]
+is_a_mask = of(IS_A_MASK)
 
 
 def test_they_are_what_is_tested_here() -> None:
@@ -202,7 +201,7 @@ def test_other_families_decode_without_what_was_dropped(case: Case, family: str,
     assert stored(cache.layers[1]) < 22 == cache.layers[1].get_seq_length()
 
 
-@of([case for case in CASES if not decides_by_scores(case) and case.variant not in OTHERS])
+@of([case for case in IS_A_MASK if not decides_by_scores(case)])
 def test_the_order_of_names_does_not_matter_to_rules(case: Case) -> None:
     ids, real = padded()
     found = []

@@ -146,3 +146,13 @@ def test_reindexed_under_any_calls(sizes: list[int]) -> None:
 def test_reindexed_needs_rotary_positions() -> None:
     with pytest.raises(NotImplementedError, match=r"streaming_llm must know how GPT2Attention .* are learned"):
         patchattn.patch_model(FAMILIES["gpt2"].make(), "streaming_llm", positions="reindexed")
+
+
+def test_reindexed_comes_last() -> None:
+    """A norm of queries after it would be one of two queries side by side."""
+    model, ids = FAMILIES["llama"].make(), torch.arange(3, 23)[None]
+    patchattn.patch_model(
+        model, ["streaming_llm", "ssmax"], {"streaming_llm": {**SETTINGS, "positions": "reindexed"}, "ssmax": {}}
+    )
+    with pytest.raises(NotImplementedError, match="name it last"):
+        model(ids)

@@ -33,6 +33,7 @@ class AttentionCall:
         context: what is known around the call: the layer's input, state along the sequence, ...
         facts: what variants said of every key (`Variant.key_facts`), `(B, 1 or Hkv or H, Tk)` by name.
         innermost: whether `inner` is the base implementation itself, for the variant that sees this call.
+        is_last: whether no other variant comes after that one, be there probes or not.
     """
 
     query: torch.Tensor
@@ -46,6 +47,7 @@ class AttentionCall:
     context: Surroundings
     facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     innermost: bool = False
+    is_last: bool = False
 
     @property
     def scaling(self) -> float:

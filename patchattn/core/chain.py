@@ -197,8 +197,8 @@ class VariantChain(nn.Module):
         def inner(inner_call: AttentionCall) -> AttentionOutput:
             return self._attend(depth + 1, base, inner_call, looks)
 
-        if depth + 1 == len(self.active) and not looks.reaches_base:
-            call = call.replace(innermost=True)
+        if depth + 1 == len(self.active):
+            call = call.replace(innermost=not looks.reaches_base, is_last=True)
         return self._variant(self.active[depth])("attend", call, inner)
 
     def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
