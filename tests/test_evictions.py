@@ -49,10 +49,6 @@ def helpers() -> Iterator[None]:
         yield
 
 
-def settings(case: Case) -> dict[str, Any]:
-    return dict(case.settings)
-
-
 def model_of(case: Case) -> Any:
     return case.patch(FAMILIES["llama"].make_exact())
 
@@ -63,18 +59,18 @@ def decides_by_scores(case: Case) -> bool:
 
 def knows_calls(case: Case) -> bool:
     """It depends on where one call ends what rows of the next see."""
-    return decides_by_scores(case) or case.info.configure(settings(case)).looks_ahead
+    return decides_by_scores(case) or case.info.configure(dict(case.settings)).looks_ahead
 
 
 def acts_after_the_prompt(case: Case) -> bool:
     """What it keeps does not depend on how the prompt is cut, as long as no piece is a single token."""
-    event = getattr(case.info.configure(settings(case)), "event", "prompt" if case.variant == "think" else None)
+    event = getattr(case.info.configure(dict(case.settings)), "event", "prompt" if case.variant == "think" else None)
     return not knows_calls(case) or event == "prompt"
 
 
 def asks_nothing(case: Case) -> bool:
     """All but ratios, which are refused where no key is left, and where texts or scores say how many keys stay."""
-    return "compression_ratio" not in settings(case) and case.variant not in ("adakv", "pyramidkv")
+    return "compression_ratio" not in dict(case.settings) and case.variant not in ("adakv", "pyramidkv")
 
 
 def of(some: list[Case]) -> pytest.MarkDecorator:
@@ -167,7 +163,7 @@ def test_decoding_is_one_forward_without_the_keys_that_were_dropped(case: Case, 
     total = sum(sizes) + 12
     more = torch.randint(3, 60, (3, total - 12), generator=torch.Generator().manual_seed(1))
     ids, real = torch.cat([ids, more], dim=1), extended(real, total)
-    found, layers, cache = watched(case.variant, settings(case), ids, real, [*sizes, *[1] * 12])
+    found, layers, cache = watched(case.variant, dict(case.settings), ids, real, [*sizes, *[1] * 12])
     seen = [seen_by_row(calls) for calls in layers]
     expected = dense(seen, ids, real)
     torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
@@ -194,7 +190,7 @@ def test_other_families_decode_without_what_was_dropped(case: Case, family: str,
     ids, real = padded()
     more = torch.randint(3, 60, (3, 10), generator=torch.Generator().manual_seed(1))
     ids, real = torch.cat([ids, more], dim=1), extended(real, 22)
-    found, calls, cache = watched(case.variant, settings(case), ids, real, [12, *[1] * 10], family, layers)
+    found, calls, cache = watched(case.variant, dict(case.settings), ids, real, [12, *[1] * 10], family, layers)
     expected = dense([seen_by_row(each) for each in calls], ids, real, family, layers)
     exact = found.dtype == torch.float64
     torch.testing.assert_close(found[real], expected[real], rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-4)
@@ -207,7 +203,7 @@ def test_the_order_of_names_does_not_matter_to_rules(case: Case) -> None:
     found = []
     for order in ([case.variant, "ssmax"], ["ssmax", case.variant]):
         model = FAMILIES["llama"].make_exact()
-        patchattn.patch_model(model, order, {case.variant: settings(case), "ssmax": {"initial_scale": 0.7}})
+        patchattn.patch_model(model, order, {case.variant: dict(case.settings), "ssmax": {"initial_scale": 0.7}})
         found.append(fed(model, DynamicCache(), ids, real, [7, 5])[real])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
@@ -310,7 +306,7 @@ def test_a_cache_that_forgot_is_for_the_variant_that_dropped_its_keys(case: Case
 def test_two_of_them_are_refused(case: Case) -> None:
     other = next(each for each in CASES if each.variant != case.variant)
     model = FAMILIES["llama"].make_exact()
-    patchattn.patch_model(model, [case.variant, other.variant], {c.variant: settings(c) for c in (case, other)})
+    patchattn.patch_model(model, [case.variant, other.variant], {c.variant: dict(c.settings) for c in (case, other)})
     with pytest.raises(NotImplementedError, match=f"was to drop keys of a kv cache from which {case.variant}"):
         model.generate(padded()[0], max_new_tokens=2, **HOW)
 
@@ -356,8 +352,8 @@ def test_prompts_shorter_than_everything_are_kept_whole(case: Case) -> None:
     model = model_of(case)
     for length in (1, 2, 3):
         ids = padded()[0][:1, :length]
-        ratio = settings(case).get("compression_ratio")
-        if length == 1 and ratio and case.info.configure(settings(case)).event == "call":
+        ratio = dict(case.settings).get("compression_ratio")
+        if length == 1 and ratio and case.info.configure(dict(case.settings)).event == "call":
             with pytest.raises(ValueError, match=f"compression_ratio={ratio} leaves no key of a sequence of 1"):
                 model.generate(ids, max_new_tokens=2, **HOW)
             continue

@@ -181,7 +181,8 @@ def test_only_a_dynamic_layer_forgets() -> None:
         layer.update(*some(2, 3))
         assert isinstance(layer, TrackedLayer)
         with pytest.raises(
-            NotImplementedError, match=f"drops keys, which {name} cannot follow: use a dynamic kv cache"
+            NotImplementedError,
+            match=f"drops keys, or parts of them, which {name} cannot follow: use a dynamic kv cache",
         ):
             layer.keep(torch.ones(2, 1, 3, dtype=torch.bool), owner=OWNER)
         state = sequence_state(layer, OWNER, rows=3, rewinds=True)

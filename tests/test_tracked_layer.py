@@ -137,18 +137,19 @@ class Layers(RuleBasedStateMachine):
         kept = torch.rand(len(layer.keys), 1 if alike else HEADS, layer.stored) < share
         self.drop(number, kept, since, int(kept.sum(-1).max()) if is_bound_known else None)
 
-    @rule(number=st.integers(0, 9), share=st.floats(0.0, 1.0), rows=st.integers(1, 3))
-    def keep_fewer_in_one_head(self, number: int, share: float, rows: int) -> None:
+    @rule(number=st.integers(0, 9), share=st.floats(0.0, 1.0), rows=st.integers(1, 3), is_bound_known=st.booleans())
+    def keep_fewer_in_one_head(self, number: int, share: float, rows: int, is_bound_known: bool) -> None:
         """And have it leave storage."""
         layer, reference = self.of(number)
         if layer.stored < 2:
             return
         kept = torch.rand(len(layer.keys), HEADS, layer.stored) < torch.tensor([share, share / 4])[:, None]
-        self.drop(number, kept, 0, None)
+        self.drop(number, kept, 0, tuple(kept.sum(-1).amax(0).tolist()) if is_bound_known else None)
         self.give(number, SLACK + rows, len(reference.tokens))
-        self.drop(number, torch.ones(len(layer.keys), 1, layer.stored, dtype=torch.bool), 0, None)
+        every = torch.ones(len(layer.keys), HEADS, layer.stored, dtype=torch.bool)
+        self.drop(number, every, 0, (layer.stored,) * HEADS if is_bound_known else None)
 
-    def drop(self, number: int, kept: torch.Tensor, since: int, bound: int | None) -> None:
+    def drop(self, number: int, kept: torch.Tensor, since: int, bound: int | tuple[int, ...] | None) -> None:
         layer, reference = self.of(number)
         batch = len(reference.tokens)
         columns = torch.arange(layer.stored).expand(batch, 1, -1) if layer.kept is None else layer.kept.columns

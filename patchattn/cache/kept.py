@@ -16,12 +16,33 @@ class Decision(NamedTuple):
     Attributes:
         holds_from: how many tokens were seen when it was right already.
         seen: how many when it was made.
-        bound: the largest number of keys of a row and head that were left then, if that is known.
+        bounds: the largest number of keys of a row that were left then in all heads, or in each, if that is known.
     """
 
     holds_from: int
     seen: int
-    bound: int | None
+    bounds: tuple[int, ...] | None
+
+    def check(self, most: list[int], since: int) -> None:
+        """ValueError if a row has more keys in some head, of which so many came since."""
+        bounds = () if self.bounds is None else self.bounds * (len(most) if len(self.bounds) == 1 else 1)
+        if any(one - since > bound for one, bound in zip(most, bounds, strict=False)):
+            raise ValueError(
+                f"At most {', '.join(map(str, self.bounds or ()))} keys per row and head may be kept, but "
+                f"{max(most) - since} are."
+            )
+
+
+class Shrunk(NamedTuple):
+    """What storage consists of after some keys have left it.
+
+    Attributes:
+        places: `(B, 1 or Hkv, S')` int64, ascending: of those before, empty slots first.
+        total: how many keys a row has at most, in all heads, where these have other numbers of them.
+    """
+
+    places: torch.Tensor
+    total: int | None
 
 
 class KeptKeys:
@@ -37,6 +58,7 @@ class KeptKeys:
         dropped: likewise: from how many tokens on the key is dropped; a large number if it is not.
         decisions: the drops whose keys are in storage still.
         carried_out: from how many tokens on the drops hold whose keys have left it.
+        held: places that keys take up in each head, on average, as far as the host knows.
     """
 
     def __init__(self, stored: int, batch: int, device: torch.device) -> None:
@@ -45,6 +67,7 @@ class KeptKeys:
         self.dropped = torch.full_like(self.columns, _NEVER)
         self.decisions: list[Decision] = []
         self.carried_out = 0
+        self.held: float = stored
 
     def seen_columns(self) -> torch.Tensor:
         """`(B, 1 or Hkv, S)` int64: the column of each stored key, -1 if it is hidden or its slot empty."""
@@ -57,26 +80,23 @@ class KeptKeys:
         self.columns = torch.cat([self.columns, new], dim=-1)
         self.dropped = torch.cat([self.dropped, torch.full_like(new, _NEVER)], dim=-1)
         self.seen += rows
+        self.held += rows
 
-    def drop(self, kept: torch.Tensor, bound: int | None, since: int) -> None:
+    def drop(self, kept: torch.Tensor, bounds: tuple[int, ...] | None, since: int) -> None:
         """Hide the stored keys that are not among `kept`, `(B, 1 or Hkv, S)` bool.
 
-        It was right before the last `since` tokens came, which stay; of the others, at most `bound` are among `kept`.
+        It was right before the last `since` tokens came, which stay; of the others, at most `bounds` are among `kept`.
         """
         holds_from = max(0, self.seen - since)
         heads = max(kept.shape[1], self.columns.shape[1])
         self.columns = self.columns.expand(-1, heads, -1)
         now = torch.where(kept | (self.columns >= holds_from), _NEVER, holds_from).to(torch.int32)
         self.dropped = torch.minimum(self.dropped, now)
-        most = None if bound is None else bound + self.seen - holds_from
+        most = None if bounds is None else tuple(bound + self.seen - holds_from for bound in bounds)
         self.decisions.append(Decision(holds_from, self.seen, most))
 
-    def shrink(self, slack: int) -> torch.Tensor | None:
-        """Take out of storage what was dropped before the last `slack` tokens came.
-
-        Returns:
-            `(B, 1 or Hkv, S')` int64, ascending: the places that storage now consists of, empty slots first; `None` if
-            it stays as it is.
+    def shrink(self, slack: int) -> Shrunk | None:
+        """Take out of storage what was dropped before the last `slack` tokens came; `None` if it stays as it is.
 
         Raises:
             ValueError: more keys are left than a bound said.
@@ -87,26 +107,27 @@ class KeptKeys:
         latest = max(due, key=lambda decision: decision[:2])
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
         remains = (self.dropped > when) & (self.columns >= 0)
-        size = None if latest.bound is None else latest.bound + since
-        left = None  # of the places of each head, on average: those that keep fewer can be stored by their length
-        if size is None or not waiting.waits(self.columns):
+        sizes, total = None if latest.bounds is None else [min(stored, bound + since) for bound in latest.bounds], None
+        if sizes is None or not waiting.waits(self.columns):
             counts = remains.sum(-1)
-            most = int(counts.max())
-            if size is not None and most > size:
-                raise ValueError(f"At most {latest.bound} keys per row and head may be kept, but {most - since} are.")
-            left = int(counts.sum(-1).max()) // counts.shape[1] if size is None else None
-            size = most
-        size = min(stored, size)
+            most = counts.amax(0).tolist()
+            latest.check(most, since)
+            if sizes is None:
+                sizes, total = most, int(counts.sum(-1).max())
+            elif len(sizes) == 1:
+                sizes = [max(most)]
+        total, size = sum(sizes) if total is None else total, max(sizes)
+        held = total / len(sizes)
         # Moving everything costs as much as appending by copying does: not for a key or two.
-        if stored - (size if left is None else left) < max(1, min(stored // 16, 256)):
+        if self.held - held < max(1, min(self.held // 16, 256)):
             self.decisions = [latest, *(decision for decision in self.decisions if decision not in due)]
             return None
         self.decisions = [decision for decision in self.decisions if decision not in due]
-        self.carried_out = max(self.carried_out, when)
+        self.carried_out, self.held = max(self.carried_out, when), held
         places = remains.to(torch.uint8).argsort(dim=-1, stable=True)[..., stored - size :]
         self.columns = self.columns.masked_fill(~remains, -1).gather(-1, places)
         self.dropped = self.dropped.gather(-1, places)
-        return places
+        return Shrunk(places, total if len(sizes) > 1 else None)
 
     def can_crop(self, removed: int) -> bool:
         """Whether what was seen before the last `removed` tokens came is all still there."""
@@ -116,6 +137,7 @@ class KeptKeys:
         """The last `removed` keys are taken back, and with them whatever was dropped since they came."""
         left = self.columns.shape[-1] - removed
         self.seen -= removed
+        self.held -= removed
         self.columns = self.columns[..., :left]
         dropped = self.dropped[..., :left]
         self.dropped = dropped.masked_fill(dropped > self.seen, _NEVER)
@@ -136,3 +158,35 @@ class KeptKeys:
         twin = copy.copy(self)
         twin.decisions = list(self.decisions)
         return twin
+
+
+def checked_bounds(
+    kept: torch.Tensor,
+    shape: tuple[int, int, int],
+    owner: str,
+    bound: int | tuple[int, ...] | None,
+    slack: int,
+    since: int,
+) -> tuple[int, ...] | None:
+    """One bound, or one for each head, as `TrackedLayer.keep` is given it; ValueError if anything does not fit.
+
+    Args:
+        kept: which keys.
+        shape: `(B, Hkv, S)` of those that are stored.
+        owner: who decides.
+        bound: of how many are kept.
+        slack: as there.
+        since: as there.
+    """
+    batch, heads, stored = shape
+    if kept.dtype != torch.bool or (*kept.shape,) not in {(batch, 1, stored), shape}:
+        raise ValueError(
+            f"{owner}: which of {stored} keys to keep is told by bools (B, 1 or Hkv, S) = ({batch}, 1 or {heads}, "
+            f"{stored}), got {kept.dtype} {(*kept.shape,)}."
+        )
+    bounds = (bound,) if isinstance(bound, int) else bound
+    if min(slack, since, *(bounds or (0,))) < 0:
+        raise ValueError(f"{owner}: slack, since and bound must not be negative, got {slack}, {since} and {bound}.")
+    if bounds is not None and len(bounds) not in (1, kept.shape[1]):
+        raise ValueError(f"{owner}: one bound, or one for each of {kept.shape[1]} heads, is needed, got {bound}.")
+    return bounds

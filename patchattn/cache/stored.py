@@ -66,18 +66,18 @@ class StoredLayer(CacheLayerMixin):
         self.keys, self.values = (each.gather(2, every.expand(-1, -1, -1, each.shape[-1])) for each in (keys, values))
         self.room = self.first = None
 
-    def hold_by_length(self, filled: torch.Tensor, newest: int) -> None:
-        """Leave out empty slots, where that saves much; the device is asked how much.
+    def hold_by_length(self, filled: torch.Tensor, newest: int, most: int) -> None:
+        """Leave out empty slots, where that saves much.
 
         Args:
-            filled: `(B, 1 or Hkv, S)` bool, the empty ones first: which places hold a key.
+            filled: `(B, Hkv, S)` bool, the empty ones first: which places hold a key.
             newest: so many last places are held as they are.
+            most: how many of the others a row has at most, in all heads.
         """
         heads, count = self.keys.shape[1], filled.shape[-1] - newest
-        filled = filled[..., :count].expand(-1, heads, -1).to(self.keys.device)
-        most = int(filled.sum((1, 2)).max()) if count > 0 else 0
         if count > 0 and 16 * most <= 15 * heads * count:
-            self.hold_first(Ragged.of(self.keys[:, :, :count], self.values[:, :, :count], filled, most))
+            earlier = filled[..., :count].to(self.keys.device)
+            self.hold_first(Ragged.of(self.keys[:, :, :count], self.values[:, :, :count], earlier, most))
 
     def hold_first(self, first: Compact) -> None:
         """Hold the earliest keys and values in this form."""

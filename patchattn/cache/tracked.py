@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .compact import Narrow
-from .kept import KeptKeys
+from .kept import KeptKeys, checked_bounds
 from .state import SequenceState, in_slots
 from .stored import StoredLayer
 
@@ -95,7 +95,13 @@ class TrackedLayer(StoredLayer):
     # What is forgotten
 
     def keep(
-        self, kept: torch.Tensor, *, owner: str, bound: int | None = None, slack: int = 16, since: int = 0
+        self,
+        kept: torch.Tensor,
+        *,
+        owner: str,
+        bound: int | tuple[int, ...] | None = None,
+        slack: int = 16,
+        since: int = 0,
     ) -> None:
         """Drop the stored keys that are not among `kept`.
 
@@ -105,8 +111,8 @@ class TrackedLayer(StoredLayer):
         Args:
             kept: `(B, 1 or Hkv, S)` bool, over the keys that are stored; what is hidden already stays so.
             owner: who decides. Only one may do so in a layer.
-            bound: the largest number of keys of a row and head among `kept`, without the last `since`; the device is
-                asked for it otherwise, and heads that keep fewer than others then take up less.
+            bound: the largest number of keys of a row among `kept`, without the last `since`: in all heads, or in each,
+                and heads that keep fewer then take up less. `None`: likewise, and the device is asked.
             slack: number of tokens that can always be taken back.
             since: so many tokens ago it was right already to drop them, so that taking back no more brings none back:
                 of rules on columns, not of scores. The keys of these tokens stay.
@@ -118,24 +124,18 @@ class TrackedLayer(StoredLayer):
         """
         self.claim(owner)
         (batch, heads), stored = self.keys.shape[:2], self.stored
-        if kept.dtype != torch.bool or (*kept.shape,) not in {(batch, 1, stored), (batch, heads, stored)}:
-            raise ValueError(
-                f"{owner}: which of {stored} keys to keep is told by bools (B, 1 or Hkv, S) = ({batch}, 1 or {heads}, "
-                f"{stored}), got {kept.dtype} {(*kept.shape,)}."
-            )
-        if min(slack, since, bound or 0) < 0:
-            raise ValueError(f"{owner}: slack, since and bound must not be negative, got {slack}, {since} and {bound}.")
-        if self.kept is None:
-            self.kept = KeptKeys(stored, batch, kept.device)
-        self.kept.drop(kept.to(self.kept.columns.device), bound, since)
-        places = self.kept.shrink(slack)
-        if places is None:
+        bounds = checked_bounds(kept, (batch, heads, stored), owner, bound, slack, since)
+        self.kept = KeptKeys(stored, batch, kept.device) if self.kept is None else self.kept
+        self.kept.drop(kept.to(self.kept.columns.device), bounds, since)
+        shrunk = self.kept.shrink(slack)
+        if shrunk is None:
             return
         for state in self.sequence_states.values():
-            state.gather(places)
-        self.gather(places)
-        if bound is None:
-            self.hold_by_length(self.kept.columns >= 0, newest=self.kept.seen - self.kept.carried_out)
+            state.gather(shrunk.places)
+        self.gather(shrunk.places)
+        if shrunk.total is not None:
+            newest = self.kept.seen - self.kept.carried_out
+            self.hold_by_length(self.kept.columns >= 0, newest, shrunk.total - heads * newest)
 
     def set_apart(self, heads: Sequence[int], *, owner: str) -> "TrackedLayer":
         """Keep the keys of some kv heads in a layer of their own, which may forget others than this one.

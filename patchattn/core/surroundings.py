@@ -196,7 +196,13 @@ class Surroundings:
         return layer is not None
 
     def keep(
-        self, owner: str, kept: torch.Tensor, *, bound: int | None = None, slack: int = 16, since: int = 0
+        self,
+        owner: str,
+        kept: torch.Tensor,
+        *,
+        bound: int | tuple[int, ...] | None = None,
+        slack: int = 16,
+        since: int = 0,
     ) -> None:
         """Have the kv cache forget the keys of this call that are not among `kept`; later calls do not see them.
 
@@ -206,8 +212,8 @@ class Surroundings:
         Args:
             owner: name of the variant.
             kept: `(B, 1 or Hkv, Tk)` bool.
-            bound: the largest number of keys of a row and head among `kept`, without the last `since`; the device is
-                asked for it otherwise.
+            bound: the largest number of keys of a row among `kept`, without the last `since`: in all heads, or in each,
+                and heads that keep fewer then take up less. `None`: likewise, and the device is asked.
             slack: how many tokens can be taken back exactly (assisted decoding), after which keys leave memory.
             since: so many tokens ago it was right already to drop them, as a rule on columns can say: they then leave
                 memory also where every call's last tokens are taken back. The keys of these tokens stay.

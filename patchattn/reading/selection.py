@@ -65,8 +65,16 @@ class SelectionVariant(Variant):
         because = "it says what tokens read of those before them"
         return config, require_causal(model, sites, by=cls.__name__, because=because)
 
+    def forget(self, call: AttentionCall) -> None:
+        """After attention: tell the kv cache which keys no later call reads; nothing by default."""
+
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        output = self._attend(call, inner)
+        self.forget(call)
+        return output
+
+    def _attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         keep = self.select(call)
         if self.observers:
             self.report(call, density=density(call, narrowed(call, keep)))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from patchattn_kernels import SinkAndRecent, sink_and_recent
 
 from ...core.call import AttentionCall
@@ -27,6 +29,20 @@ class MSWAConfig(VariantConfig):
         minimum=16,
     )
     by_head: bool = option(True, help="Scale windows by 1/4, 1/2, 1 and 2 over four groups of heads.", source="paper")
+    drop_keys: bool = option(
+        False,
+        help="Have the kv cache drop keys that no later token reads: of each kv head those outside the largest window "
+        "among its query heads.",
+        source="paper: what is stored shrinks with the windows",
+    )
+    slack: int = option(
+        32,
+        help="With drop_keys, so many last tokens can be taken back exactly (assisted decoding); as many more keys are "
+        "stored, hidden.",
+        source="ours: transformers guesses 20 tokens at a time",
+        unit="tokens",
+        minimum=0,
+    )
     by_layer: bool = option(True, help="Scale windows by 1/4, 1/2, 1 and 2 over four groups of layers.", source="paper")
 
     def __post_init__(self) -> None:
@@ -48,6 +64,12 @@ class MSWA(SelectionVariant):
         of_heads = [_scale(head, heads) if config.by_head else 1.0 for head in range(heads)]
         self.windows = [int((config.window or 0) * of_layer * of_head) for of_head in of_heads]
 
+        self.owner = f"mswa(windows={self.windows}, slack={config.slack})"
+
+    @property
+    def keeps_state(self) -> bool:
+        return self.config.drop_keys
+
     @property
     def is_identity(self) -> bool:
         return self.config.window is None
@@ -61,6 +83,22 @@ class MSWA(SelectionVariant):
             return None
         windows = self.windows if self.config.by_head else self.windows[:1]
         return sink_and_recent(0, windows, len(windows), call.query.device)
+
+    def forget(self, call: AttentionCall) -> None:
+        if not self.config.drop_keys or not call.context.claim(self.owner):
+            return
+        slack, kv_heads = self.config.slack, call.key.shape[1]
+        group = len(self.windows) // kv_heads
+        # Of the next token, whose own key is one of its window's.
+        earlier = [max(self.windows[head * group : (head + 1) * group]) - 1 for head in range(kv_heads)]
+        if call.mask.keys <= min(earlier) + slack:
+            return
+        order = call.mask.key_order()
+        newest = order[..., : call.mask.keys - slack].amax(-1, keepdim=True)
+        near = newest - order < torch.tensor(earlier, device=order.device)[:, None]
+        kept = (call.mask.real_keys() & near).expand(len(call.key), kv_heads, -1)
+        bound = earlier[0] if len(set(earlier)) == 1 else tuple(earlier)
+        call.context.keep(self.owner, kept, bound=bound, slack=slack, since=slack)
 
 
 def _scale(number: int, count: int) -> float:
