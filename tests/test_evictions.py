@@ -64,8 +64,8 @@ def knows_calls(case: Case) -> bool:
 
 def acts_after_the_prompt(case: Case) -> bool:
     """What it keeps does not depend on how the prompt is cut, as long as no piece is a single token."""
-    event = getattr(case.info.configure(dict(case.settings)), "event", "prompt" if case.variant == "think" else None)
-    return not knows_calls(case) or event == "prompt"
+    own = "prompt" if case.variant == "think" else None
+    return not knows_calls(case) or getattr(case.info.configure(dict(case.settings)), "event", own) == "prompt"
 
 
 def asks_nothing(case: Case) -> bool:
@@ -80,7 +80,7 @@ def of(some: list[Case]) -> pytest.MarkDecorator:
 every = of(CASES)
 first = of([case for case in CASES if not case.example])
 # At places within the cache a key's angle changes from row to row, as under no mask: its own tests show what rows see.
-IS_A_MASK = [case for case in CASES if case.variant not in OTHERS and settings(case).get("positions") != "reindexed"]
+IS_A_MASK = [c for c in CASES if c.variant not in OTHERS and ("positions", "reindexed") not in c.settings]
 is_a_mask = of(IS_A_MASK)
 
 
