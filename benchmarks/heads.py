@@ -27,6 +27,10 @@ from heads_parts import contrast, masking, retrieval
 from heads_parts.common import Part, Setup
 
 PARTS: tuple[Part, ...] = (retrieval, masking, contrast)
+NOT_WRITTEN = (
+    "Not begun: Lookback Lens's probe, massive activations, rollout against gradient x input, cross attention against "
+    "audio frames."
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -63,7 +67,7 @@ def page(setup: Setup, parts: tuple[Part, ...], about: str, pictures: Path | Non
     for part in parts:
         count, total = len(setup.rows(part.NAME)), len(part.jobs(setup))
         states.append(f"{part.NAME} {count} of {total} rows")
-    lines += ["## How far it went", "", f"{'; '.join(states)}.", ""]
+    lines += ["## How far it went", "", f"{'; '.join(states)}. {NOT_WRITTEN}", ""]
     return "\n".join(lines)
 
 
@@ -77,6 +81,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Begin nothing new after so long; 0: only the page.")] = 1e9,
     part: Annotated[list[str] | None, typer.Option(help="Parts; all by default.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,
+    note: Annotated[str, typer.Option(help="What the page is to say of the model and the text besides.")] = "",
     output: Annotated[Path | None, typer.Option(help="Markdown file to write; pictures go beside it.")] = None,
 ) -> None:
     """Measure what heads do, and write the page."""
@@ -94,8 +99,10 @@ def main(
     about = (
         f"{datetime.date.today()}, {platform.machine()}, {threads} thread(s), Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, patchattn {patchattn.__version__}. "
-        f"{type(base).__name__}, {sum(p.numel() for p in base.parameters()) / 1e6:.0f} M parameters, float32.\n\n"
-        f"`python benchmarks/heads.py DIR --text FILE --folder runs/heads --samples {samples}`"
+        f"{type(base).__name__}, {sum(p.numel() for p in base.parameters()) / 1e6:.0f} M parameters, float32. "
+        f"{note}\n\n`python benchmarks/heads.py DIR --text FILE --folder ROWS --samples {samples}`, from the rows that "
+        "are there. A difference is called shown if it is more than two standard errors from zero. An error of 0 means "
+        "that all pairs came out alike, not that the size is exact: the numbers of prompts are small."
     )
     found = page(setup, PARTS, about, None if output is None else output.parent)
     print(found)

@@ -95,8 +95,8 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
         f"{count[0]} questions whose context says something false (`swapped`, as NQ-Swap, but of generated sentences: "
         f"another capital, currency, author or language), and {count[1]} without a context (`closed`). Greedy answers "
         f"of at most {TOKENS} tokens. DeCoRe masks the {HEADS} best retrieval heads, outputs unless it says queries; "
-        "its strength is the entropy unless it says alpha. CAD needs a context to leave out, so it has no closed "
-        "questions. Differences are of pairs, to the dense model, with their standard errors.",
+        "its strength is the entropy unless it says alpha, with random heads too. CAD needs a context to leave out, so "
+        "it has no closed questions. Differences are of pairs, to the dense model, with their standard errors.",
         "",
     ]
     table = []
@@ -117,10 +117,10 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
         ("cad, alpha 1", "dense", swapped, "swapped", "CAD (alpha 1) follows the context more often"),
         ("decore", "dense", swapped, "swapped", "DeCoRe follows the context more often"),
         ("decore, alpha 0.5", "dense", swapped, "swapped", "DeCoRe (alpha 0.5) follows the context more often"),
-        ("decore", "decore, random heads", swapped, "swapped", "and more often than with random heads"),
+        ("decore", "decore, random heads", swapped, "swapped", "DeCoRe follows it more often than with random heads"),
         ("decore", "dense", closed, "known", "DeCoRe knows more answers without a context"),
         ("decore, alpha 0.5", "dense", closed, "known", "DeCoRe (alpha 0.5) knows more answers without a context"),
-        ("decore", "decore, random heads", closed, "known", "and more than with random heads"),
+        ("decore", "decore, random heads", closed, "known", "DeCoRe knows more than with random heads"),
     ):
         pair = paired(scores(rows, name, expected), scores(rows, other, expected))
         lines += [verdict(claim, *pair, "points", wants=1)]
