@@ -13,7 +13,7 @@ import patchattn
 from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import Case, decoded, on, text, without_dropout
-from .families import FAMILIES, LENGTH, outputs
+from .families import FAMILIES, LENGTH, outputs, shortened
 from .toys import TOYS
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -31,15 +31,12 @@ def compiled(model: torch.nn.Module, backend: str = "aot_eager") -> Any:
 
 
 def small(family: str, case: Case) -> torch.nn.Module:
-    """A model of text with its first layers alone, as many as the settings name: compilers are slow."""
+    """The model of a family, with as many of its layers as the settings name if it is one of text."""
     named = [layer for _, value in case.settings if isinstance(value, dict) for layer in value if layer != "all"]
     model = FAMILIES[family].make()
     if FAMILIES[family].kind == "multimodal":  # which read the layer before the last of their vision tower
         return model
-    for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
-        del layers[1 + max(named, default=0) :]
-        model.config.num_hidden_layers = len(layers)
-    return model
+    return shortened(model, 1 + max(named, default=0))
 
 
 @functools.cache

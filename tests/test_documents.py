@@ -130,7 +130,7 @@ def test_a_few_bytes_stand_for_a_few_bytes():
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"f, line 2: .* an alias"):
         parse_yaml(text, "f")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30  # all of it would take hours
 
 
 def test_dates_are_texts():

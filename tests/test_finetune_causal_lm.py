@@ -169,6 +169,7 @@ def test_a_killed_run_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) 
         assert ours["curve"] == theirs["curve"]
 
 
+@pytest.mark.slow  # by default two processes train in test_distributed.py
 def test_two_processes_compute_what_one_does(settings: dict[str, Any], tmp_path: Path) -> None:
     """Two processes see the batches that one process accumulates; 5 rows to evaluate are uneven for both."""
     model = tiny_language_model(tmp_path / "model")  # without dropout: processes draw their own

@@ -32,9 +32,10 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.rpartition("::")[2]
-        files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(None)]
-        if name in ASKING and not any("patchattn_kernels" in file for file in files):
-            self.places.append(f"{name} in {next((file for file in files if '/patchattn/' in file), 'the model')}")
+        if name in ASKING:
+            files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(None)]
+            if not any("patchattn_kernels" in file for file in files):
+                self.places.append(f"{name} in {next((file for file in files if '/patchattn/' in file), 'the model')}")
         return func(*args, **(kwargs or {}))
 
 

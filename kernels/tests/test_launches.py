@@ -182,7 +182,7 @@ def test_two_processes_lose_nothing(tmp_path: Path) -> None:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(300) for process in processes] == [0, 0]
     (path,) = (tmp_path / "kernels").iterdir()
     shapes = {json.loads(name.removeprefix("kernel "))["rows"] for name in tuning._read(path)}
     assert shapes == set(range(2 * count))
