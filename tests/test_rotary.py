@@ -204,6 +204,24 @@ def test_frequencies_that_depend_on_the_length(kind: str) -> None:
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
+def test_tables_that_end() -> None:
+    model = _made("Llama", max_position_embeddings=64)
+    plain = type(model.model.rotary_emb)
+
+    class Ends(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            if int(position_ids.max()) >= 64:
+                raise IndexError("index out of range")
+            return super().forward(x, position_ids)
+
+    model.model.rotary_emb.__class__ = Ends
+    rotary = _rotary(model)
+    assert rotary.rotation.border == 64
+    assert rotary.rotation.layout == "half"
+    with pytest.raises(NotImplementedError, match=r"From 64 tokens on .* ends"):
+        rotary.tables(torch.tensor([[63]]))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = _made("Llama").train()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]

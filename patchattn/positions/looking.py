@@ -235,7 +235,7 @@ def _axes_differ(module: nn.Module, given: dict[str, Any]) -> bool:
 
 
 def _border(module: nn.Module, given: dict[str, Any], site: AttentionSite, by: str) -> int | None:
-    """The length of text from which on the tables of the first positions are others; `None`: they never are."""
+    """The length of text from which on the tables of the first positions are others, or end; `None`: they never do."""
     places = next(v for v in given.values() if _is_integers(v))
 
     def first(last: int) -> torch.Tensor:
@@ -243,8 +243,11 @@ def _border(module: nn.Module, given: dict[str, Any], site: AttentionSite, by: s
         return _asked(copy.deepcopy(module), given, longer)[0][:, :TOKENS]
 
     alone = _asked(copy.deepcopy(module), given, places)[0]
-    if torch.equal(first(FAR), alone):
-        return None
+    try:
+        if torch.equal(first(FAR), alone):
+            return None
+    except (IndexError, RuntimeError):
+        pass  # its table ends before
     border = site.max_positions
     if border is None or border < FIRST + TOKENS + 2 or not torch.equal(first(border - 2), alone):
         reason = (

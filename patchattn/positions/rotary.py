@@ -174,9 +174,9 @@ class Rotary(nn.Module):
             reason = f"position {last} is asked for"
         if reason is not None:
             raise NotImplementedError(
-                f"From {border} tokens on the model's rotary embedding depends on the length of the text (dynamic NTK "
-                f"or longrope), and {reason}: keys that were stored before are rotated by other frequencies. Keep the "
-                "text shorter, or load the model with another rope_type in its configuration."
+                f"From {border} tokens on the model's rotary embedding ends, or depends on the length of the text "
+                "(dynamic NTK, longrope), so that keys stored before are rotated by other frequencies; and "
+                f"{reason}. Keep the text shorter, or load the model with another rope_type in its configuration."
             )
 
 
