@@ -69,10 +69,11 @@ def test_scores_are_those_of_whole_matrices(base: str, variant: str | None, monk
     if variant is not None:
         patchattn.patch_model(fresh, variant)
         fresh.load_state_dict(model.state_dict())
-    found = retrieval_scores(fresh, TRIALS)
-    np.testing.assert_allclose([site.scores for site in found.scores.sites.values()], want)
     assert want.max() > 0
-    assert (found.counted, found.trials, found.scores.tokens) == (2, 2, 7)
+    for size in (1, 2, 5):  # texts of unequal lengths, padded, with answers of unequal lengths
+        found = retrieval_scores(fresh, TRIALS, batch_size=size)
+        np.testing.assert_allclose([site.scores for site in found.scores.sites.values()], want)
+        assert (found.counted, found.trials, found.scores.tokens) == (2, 2, 7)
 
 
 def test_a_head_that_copies_more_tokens_than_the_needle_has_scores_above_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +84,18 @@ def test_a_head_that_copies_more_tokens_than_the_needle_has_scores_above_one(mon
     trial = RetrievalTrial([9, 3, 4, 9, 9, 9], (0, 1), 3)
     scores = retrieval_scores(model, [trial]).scores.scores["model.layers.0.self_attn"]
     assert scores == [3.0] * HEADS  # all weights equal: the first key counts, in each of three rows
+
+
+def test_padding_moves_no_needle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer text pads a trial beside it, and its needle lies further along: scores are those of each alone."""
+    monkeypatch.setattr(retrieval, "_LEAST_ANSWERED", -1.0)
+    first = TRIALS[0]
+    moved = RetrievalTrial([6, 2, 11, *first.tokens], (first.needle[0] + 3, first.needle[1] + 3), first.answer)
+    want = np.mean([expected(knowing(9), trial) for trial in (first, moved, first)], axis=0)
+    found = retrieval_scores(knowing(9), [first, moved, first], batch_size=3)
+    np.testing.assert_allclose([site.scores for site in found.scores.sites.values()], want)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        retrieval_scores(knowing(9), TRIALS, batch_size=0)
 
 
 def test_a_trial_counts_if_more_than_half_of_its_answer_is_expected() -> None:

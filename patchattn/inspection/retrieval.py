@@ -1,7 +1,8 @@
 """Retrieval heads: how much of an answer each head copies out of its context. arXiv 2404.15574."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def retrieval_scores(
     trials: Iterable[RetrievalTrial],
     *,
     modules: str | Iterable[str] | None = None,
+    batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> RetrievalScores:
     """Retrieval score of every query head of a causal language model.
@@ -87,10 +89,12 @@ def retrieval_scores(
         model: in evaluation mode, patched or not.
         trials: texts with something to be copied.
         modules: which attention modules, as in `patch_model`, where the model has several towers.
+        batch_size: trials of a forward, padded on the right, which changes no score.
         progress: called with the number of trials done.
 
     Raises:
-        ValueError: no trial, none that counts, a model in training mode, or an attention module that is not run.
+        ValueError: a batch of no trial, no trial, none that counts, a model in training mode, or an attention module
+            that is not run.
         NotImplementedError: keys have been dropped or gathered, so that a key is no token of the text; or a variant
             computes attention itself, as `act` does.
     """
@@ -102,26 +106,23 @@ def retrieval_scores(
     device, done, counted, tokens = input_device(base), 0, 0, 0
     found: dict[str, torch.Tensor] = {}
     with probed(base, lambda call, output: see(call), modules=[f"^{site.name}$" for site in sites], at="base"):
-        for trial in trials:
-            ids = torch.tensor(trial.tokens, device=device)
-            rows = torch.arange(len(ids) - trial.answer - 1, len(ids) - 1, device=device)
-            start, stop = trial.needle
+        for some in _batched(trials, batch_size):
+            given = _Padded.of(some, device)
 
-            def see(
-                call: AttentionCall, ids: Any = ids, rows: Any = rows, start: int = start, stop: int = stop
-            ) -> None:
-                found[call.site.name] = _hits(call, ids, rows, start, stop) / (stop - start)
+            def see(call: AttentionCall, given: _Padded = given) -> None:
+                found[call.site.name] = _hits(call, given) / (given.stop - given.start).double().cpu()
 
-            logits = base(input_ids=ids[None], use_cache=False).logits
-            said = logits[0, rows].argmax(-1) == ids[rows + 1]
+            logits = base(input_ids=given.ids, attention_mask=given.mask, use_cache=False).logits
             if missing := [name for name in sums if name not in found]:
                 raise ValueError(f"{missing[0]} was not run on a text. Leave it out with modules=...")
-            if float(said.double().mean()) > _LEAST_ANSWERED:
-                counted, tokens = counted + 1, tokens + len(rows)
-                for name, total in sums.items():
-                    total += found[name]
+            right = (logits[:, given.rows].argmax(-1) == given.ids[:, given.rows + 1]) & given.wanted
+            for one, trial in enumerate(some):
+                if float(right[one].sum()) / trial.answer > _LEAST_ANSWERED:
+                    counted, tokens = counted + 1, tokens + trial.answer
+                    for name, total in sums.items():
+                        total += found[name][one]
             found.clear()
-            done += 1
+            done += len(some)
             if progress is not None:
                 progress(done)
     if not counted:
@@ -141,12 +142,52 @@ def retrieval_scores(
     return RetrievalScores(importance, counted, done)
 
 
-def _hits(call: AttentionCall, ids: torch.Tensor, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """`(H,)` how many rows of a text have their largest weight on a token of the needle that is the next one."""
-    if call.mask.index is not None or call.key.shape[2] != len(ids):
+@dataclass(frozen=True, eq=False)
+class _Padded:
+    """A batch of trials.
+
+    Attributes:
+        ids, mask: `(B, T)`, padded on the right.
+        rows: `(R,)` rows of which any trial's answer is predicted from.
+        wanted: `(B, R)` bool: which of them are a trial's own.
+        start, stop: `(B, 1)` the needles.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+    wanted: torch.Tensor
+    start: torch.Tensor
+    stop: torch.Tensor
+
+    @classmethod
+    def of(cls, trials: Sequence[RetrievalTrial], device: torch.device) -> "_Padded":
+        lengths = torch.tensor([len(trial.tokens) for trial in trials], device=device)[:, None]
+        answers = torch.tensor([trial.answer for trial in trials], device=device)[:, None]
+        needles = torch.tensor([trial.needle for trial in trials], device=device)
+        places = torch.arange(int(lengths.max()), device=device)
+        own = (places >= lengths - answers - 1) & (places < lengths - 1)
+        rows = own.any(0).nonzero()[:, 0]
+        width = len(places)
+        ids = torch.tensor([[*trial.tokens, *[0] * (width - len(trial.tokens))] for trial in trials], device=device)
+        return cls(ids, (places < lengths).long(), rows, own[:, rows], needles[:, :1], needles[:, 1:])
+
+
+def _batched(trials: Iterable[RetrievalTrial], size: int) -> Iterator[list[RetrievalTrial]]:
+    if size < 1:
+        raise ValueError(f"A batch has at least one trial, got batch_size={size}.")
+    left = iter(trials)
+    while some := list(islice(left, size)):
+        yield some
+
+
+def _hits(call: AttentionCall, given: _Padded) -> torch.Tensor:
+    """`(B, H)` how many rows of a text have their largest weight on a token of the needle that is the next one."""
+    if call.mask.index is not None or call.key.shape[2] != given.ids.shape[1]:
         raise NotImplementedError(f"Keys of {call.site.name} are no longer the tokens of the text, one by one.")
-    logits = row_logits(full_precision(call.query), full_precision(call.key), call.rule(), rows)
-    place = logits.argmax(-1)[0].cpu()  # the first of equal ones
-    tokens, after = ids.cpu(), (rows + 1).cpu()
-    hit = (place >= start) & (place < stop) & (tokens[place] == tokens[after])
-    return hit.double().sum(-1)
+    logits = row_logits(full_precision(call.query), full_precision(call.key), call.rule(), given.rows)
+    place = logits.argmax(-1)  # (B, H, R), the first of equal ones
+    said = given.ids[:, None].expand(-1, place.shape[1], -1).gather(2, place)
+    inside = (place >= given.start[:, None]) & (place < given.stop[:, None])
+    hit = inside & (said == given.ids[:, None, given.rows + 1]) & given.wanted[:, None]
+    return hit.cpu().double().sum(-1)
