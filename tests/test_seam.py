@@ -20,6 +20,7 @@ _CHOICE = "Flash attention cannot be told a choice of keys for"
 NOT_ON_FLASH = {
     "toy_mask": "",
     "sink": "Flash attention has no place for the slot of Sink",
+    "attention_bias": "Flash attention has no place for the slot of AttentionBias",
     **dict.fromkeys(
         (
             "flex_prefill",
