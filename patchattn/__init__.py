@@ -128,6 +128,7 @@ offer(
             "tova": "eviction.tova",
             "triangle": "selection.triangle",
             "twilight": "selection.twilight",
+            "urpe": "biases.urpe",
             "var": "sinks.var",
             "vertical_slash": "selection.vertical_slash",
             "xattention": "selection.xattention",

@@ -100,6 +100,7 @@ REFUSALS: dict[str, list[Refusal]] = {
     ],
     "sink": _CAPPED,
     "entmax": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
+    "urpe": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
     "talking_heads": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
     "gqa_convert": [
         _of(
