@@ -54,7 +54,7 @@ def test_the_form_of_the_paper() -> None:
     assert variant.fast_parameters() == [scale]
     query = torch.randn(1, HEADS, 7, 8, dtype=torch.float64)
     want = query * 0.168 * torch.arange(1, 8).log()[:, None]
-    factor = variant.factor(torch.arange(1, 8)[None])
+    factor = variant.factor(torch.arange(1, 8)[None].log())
     torch.testing.assert_close(query * factor.transpose(1, 2)[..., None], want, rtol=1e-6, atol=1e-6)
 
 

@@ -93,7 +93,8 @@ class VariantChain(nn.Module):
         }
 
     def _variant(self, name: str) -> Variant:
-        return cast(Variant, self._modules[name])
+        variant: Variant = self._modules[name]  # type: ignore[assignment]
+        return variant
 
     def _refresh(self) -> None:
         active = [(name, v) for name in self.names() if not (v := self._variant(name)).is_identity]
@@ -120,10 +121,11 @@ class VariantChain(nn.Module):
         host().keep(self)
 
     def forward(self, given: ModuleCall, base: Callable[..., Any]) -> AttentionOutput:
-        looks = self._looks(given.module)
+        probes = probes_on(given.module)
+        looks = Looks(probes, self.own_weights) if probes else _NO_LOOKS
         context = current_context(given.module) if self.needs_context or looks.probes else None
         layer: Any = None if context is None or context.tap is None else context.tap.layer
-        if not isinstance(layer, TrackedLayer) or layer.apart is None:
+        if layer is None or not isinstance(layer, TrackedLayer) or layer.apart is None:
             output = self._attend_heads(given, base, context, looks)
         else:
             output = attend_apart(
@@ -138,10 +140,6 @@ class VariantChain(nn.Module):
             context.rows_done += given.query.shape[2]
         return output
 
-    def _looks(self, module: nn.Module) -> Looks:
-        probes = probes_on(module)
-        return Looks(probes, self.own_weights) if probes else _NO_LOOKS
-
     def _attend_heads(
         self,
         given: ModuleCall,
@@ -154,6 +152,8 @@ class VariantChain(nn.Module):
     ) -> AttentionOutput:
         """One call of all heads, or of those whose keys are in one layer of the kv cache."""
         call = attention_call(given, self.site, self.base, context, is_apart=is_apart)
+        if len(self.active) == 1:
+            call.innermost, call.is_last = not (looks.probes and looks.reaches_base), True
         self._refuse(call, are_some)
         if self.storing and context is not None:
             call = self._store(call, context)
@@ -163,7 +163,7 @@ class VariantChain(nn.Module):
                 call = call.replace(facts={**call.facts, **call.context.remembered(name, told)})
         for name in self.ruling:
             call = call.seeing(self._variant(name)("rule", call))
-        if looks.at_base:
+        if looks.probes and looks.at_base:
             return self._attend_through(base, call, looks)
         return self._attend(0, base, call, looks)
 
@@ -187,17 +187,18 @@ class VariantChain(nn.Module):
 
     def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
         output, weights = self._attend_from(depth, base, call, looks)
-        return looks.shown(depth, call, output, weights)
+        return looks.shown(depth, call, output, weights) if looks.probes else (output, weights)
 
     def _attend_from(self, depth: int, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
         if depth == len(self.active):
             mask, words = call.mask.rendered()
-            return base(call.module, call.query, call.key, call.value, mask, **{**call.kwargs, **words})
+            kwargs = {**call.kwargs, **words} if words else call.kwargs
+            return base(call.module, call.query, call.key, call.value, mask, **kwargs)
 
         def inner(inner_call: AttentionCall) -> AttentionOutput:
             return self._attend(depth + 1, base, inner_call, looks)
 
-        if depth + 1 == len(self.active):
+        if depth + 1 == len(self.active) and not call.is_last:
             call = call.replace(innermost=not looks.reaches_base, is_last=True)
         return self._variant(self.active[depth])("attend", call, inner)
 
@@ -288,9 +289,9 @@ def attention_call(
     query, key, kwargs, module = given.query, given.key, given.kwargs, given.module
     context = Surroundings(module, site, kwargs, query, key, layer, is_apart=is_apart)
     said = kwargs.get("is_causal")
-    columns = context.columns()
+    columns, own, dropped = context.axis_of_keys()
     # Where keys were forgotten in between, the model's mask is about all there ever were.
-    keys = key.shape[2] + (0 if columns is None else context.dropped() or 0)
+    keys = key.shape[2] + (0 if columns is None else dropped or 0)
     mask = host().mask_of_call(
         given.mask,
         base,
@@ -302,8 +303,8 @@ def attention_call(
         queries=query.shape[2],
         keys=keys,
         window=kwargs.get("sliding_window"),
-        own=context.own_key() if columns is None else keys - query.shape[2],
-        dropped=context.dropped() if columns is None else 0,
+        own=own if columns is None else keys - query.shape[2],
+        dropped=dropped if columns is None else 0,
         told=context.told(),
         device=query.device,
         dtype=query.dtype,

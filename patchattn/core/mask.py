@@ -16,6 +16,11 @@ from .columns import Form as Form
 from .columns import Keep as Keep
 
 
+def log_counts(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Mask.log_counts` of `Mask.counts`."""
+    return counts.clamp(min=1).to(dtype).log()
+
+
 @dataclass(frozen=True, eq=False)
 class Mask(Columns):
     """Which keys queries see. B sequences, H query heads, Tq queries, Tk keys.
@@ -43,6 +48,17 @@ class Mask(Columns):
         Raises:
             NotImplementedError: as `seen`.
         """
+        return ranks.remembered(self, "counts", lambda _: self._found_counts())
+
+    def log_counts(self, dtype: torch.dtype) -> torch.Tensor:
+        """Natural logarithm of `counts`, in their shape; a query that sees no key counts as if it saw one.
+
+        Raises:
+            NotImplementedError: as `seen`.
+        """
+        return ranks.remembered(self, f"log counts {dtype}", lambda _: log_counts(self.counts(), dtype))
+
+    def _found_counts(self) -> torch.Tensor:
         self._check()
         if self.pairs is not None or self.index is not None or self.keeps:
             return self.seen().sum(-1).transpose(1, 2).squeeze(-1)

@@ -15,6 +15,7 @@ from .variant import AttentionOutput
 See = Callable[[AttentionCall, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Place = Literal["model", "base"]
 _PROBES = "_patchattn_probes"  # attribute of an attention module that a probe looks at
+_any_placed = False  # ever, in this process: most never ask a module, which takes long where it has none
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,8 @@ def chain_on(module: nn.Module) -> nn.Module | None:
 
 def probes_on(module: nn.Module) -> tuple[Probe, ...]:
     """The probes that look at the calls of an attention module."""
+    if not _any_placed:
+        return ()
     # getattr, since compiled code does not notice it when a key of the module's dictionary comes or goes
     probes: Probes | None = getattr(module, _PROBES, None)
     return () if probes is None else probes.placed
@@ -114,6 +117,8 @@ def probes_on(module: nn.Module) -> tuple[Probe, ...]:
 
 def place(module: nn.Module, probe: Probe, chain: Callable[[], nn.Module]) -> None:
     """Put a probe on an attention module; `chain` makes the empty one that it runs, where it runs none."""
+    global _any_placed
+    _any_placed = True
     probes: Probes = vars(module).setdefault(_PROBES, Probes())
     probes.placed = (*probes.placed, probe)
     if chain_on(module) is None:

@@ -52,7 +52,7 @@ def real(mask: Columns) -> torch.Tensor:
     if mask.real_columns is not None:
         found: torch.Tensor = mask.real_columns
         return found
-    return _remembered(mask, "real", _found_real)
+    return remembered(mask, "real", _found_real)
 
 
 def _found_real(mask: Columns) -> torch.Tensor:
@@ -140,7 +140,7 @@ def starts(mask: Columns) -> torch.Tensor | None:
         return found if mask.sequence is None else F.pad(mask.sequence.diff() != 0, (1, 0))[None]
     if mask.pairs is None or mask.restarts is False or 1 in (mask.window, mask.queries) or not mask._knows_own:
         return None
-    return _remembered(mask, "starts", _found_starts)
+    return remembered(mask, "starts", _found_starts)
 
 
 def _found_starts(mask: Columns) -> torch.Tensor:
@@ -191,7 +191,7 @@ def refuse_uncounted(mask: Columns, *, keys: bool = False) -> None:
         raise NotImplementedError(UNCOUNTED)
 
 
-def _remembered(mask: Columns, name: str, find: Callable[[Columns], torch.Tensor]) -> torch.Tensor:
+def remembered(mask: Columns, name: str, find: Callable[[Columns], torch.Tensor]) -> torch.Tensor:
     if name not in mask._memo:
         mask._memo[name] = find(mask)
     kept: torch.Tensor = mask._memo[name]

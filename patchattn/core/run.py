@@ -6,7 +6,7 @@ in `backward`, in another thread on a GPU, when the run of the forward is over a
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +32,8 @@ class ModelRun:
         branch: which branch of a decoding variant: 0 is the model itself, branches are counted from 1.
         asked: in a branch, the logits of so many last tokens are asked for; 0: of all, or of chosen ones.
         told: what the modules that make masks were told of the tokens, innermost last.
+        masks: those that calls of attention were seen to have since the last of these modules began or ended, by what
+            they were read off, for the layers to come.
         patches: what the vision tower that runs has made of its images, where a variant asks for grids.
         notes: what a mechanism keeps from one of its hooks to the next, by its name.
     """
@@ -41,6 +43,7 @@ class ModelRun:
     branch: int = 0
     asked: int = 0
     told: tuple[Told, ...] = ()
+    masks: dict[Hashable, Any] = field(default_factory=dict)
     patches: Patches | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -83,13 +86,13 @@ def end_run(*notes: str) -> None:
 def note_told(told: Told) -> None:
     """A module that makes masks begins, and was told that."""
     run = current_run()
-    run.told = (*run.told, told)
+    run.told, run.masks = (*run.told, told), {}
 
 
 def forget_told() -> None:
     """It ends."""
     run = current_run()
-    run.told = run.told[:-1]
+    run.told, run.masks = run.told[:-1], {}
     if not run.told and not run.notes and run.token_ids is None and not run.branch:
         _local.run = None
 

@@ -165,24 +165,29 @@ class Surroundings:
             return self._of_rows(raw, 2)
         return self._of_rows(raw.reshape(batch, rows, heads, -1).transpose(1, 2), 2)
 
-    def own_key(self) -> int | torch.Tensor | None:
-        """Place of the first query's own key among the keys, where the layer of the kv cache is known."""
+    def axis_of_keys(self) -> tuple[torch.Tensor | None, int | torch.Tensor | None, int | None]:
+        """`columns`, `own_key`, and how many keys the layer of the kv cache has let go of before the first it gave.
+
+        The last is `None` where it is not known, of a sliding layer.
+        """
         layer = self._cache_layer()
         if layer is None or self.site.is_cross:
-            return None
-        rows: int = self.query.shape[2]
-        if not in_slots(layer):
-            return self.key.shape[2] - rows
-        seen: int | torch.Tensor = layer.get_seq_length()
-        return seen - rows
+            slides = layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]
+            return None, None, None if slides and not self.site.is_cross else 0
+        columns = layer.columns() if isinstance(layer, TrackedLayer) else None
+        seen, keys, rows = layer.get_seq_length(), self.key.shape[2], self.query.shape[2]
+        return (columns, seen - rows, 0) if in_slots(layer) else (columns, keys - rows, max(0, int(seen) - keys))
+
+    def own_key(self) -> int | torch.Tensor | None:
+        """Place of the first query's own key among the keys, where the layer of the kv cache is known."""
+        return self.axis_of_keys()[1]
 
     def columns(self) -> torch.Tensor | None:
         """`(B, 1 or Hkv, Tk)` which of all keys there ever were each key is, -1 where it is hidden or its slot empty.
 
         `None` unless the layer of the kv cache has forgotten some in between.
         """
-        layer = self._cache_layer()
-        return layer.columns() if isinstance(layer, TrackedLayer) and not self.site.is_cross else None
+        return self.axis_of_keys()[0]
 
     def claim(self, owner: str) -> bool:
         """Be the only one who drops keys of the kv cache that this call writes to; false without a cache.
@@ -280,18 +285,6 @@ class Surroundings:
         if fault is not None:
             raise NotImplementedError(f"{owner} in {self.site.name} cannot drop keys: {fault}.")
         return track(layer)
-
-    def dropped(self) -> int | None:
-        """How many keys the layer of the kv cache has let go of before the first one that it gave.
-
-        `None`: not known, of a sliding one whose layer is not.
-        """
-        layer = self._cache_layer()
-        if layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]:
-            return None if not self.site.is_cross else 0
-        if layer is None or self.site.is_cross or in_slots(layer):
-            return 0
-        return max(0, int(layer.get_seq_length()) - self.key.shape[2])
 
     def told(self) -> Told:
         """What the model was told of its tokens, as far as is known."""

@@ -11,7 +11,7 @@ from .block_lists import (
 )
 from .block_sparse_attention import block_sparse_attention
 from .column_mass import KeyCounts, column_mass, key_counts
-from .routed_attention import routed_attention, routed_attention_if_faster
+from .routed_attention import may_be_routed, routed_attention, routed_attention_if_faster
 from .routing import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 from .rows import AttentionRule
 from .selected_attention import selected_attention
@@ -32,6 +32,7 @@ __all__ = [
     "head_norms",
     "key_counts",
     "lists_from_mask",
+    "may_be_routed",
     "normalized_scores",
     "routed_attention",
     "routed_attention_if_faster",

@@ -7,7 +7,7 @@ import torch
 from .backend import chosen_backend, rowwise, triton_runs
 from .key_mask import KeyMask, key_mask, unsupported
 from .namespace import add_op_namespace_prefix
-from .routed_attention_cpu import routed_on_cpu
+from .routed_attention_cpu import SHORTEST, routed_on_cpu
 from .routing import apply_head_gate
 from .rows import (
     AttentionRule,
@@ -46,6 +46,13 @@ def routed_attention(
     """
     output = routed_attention_if_faster(query, key, value, gate, rule)
     return _reference(query, key, value, gate, rule) if output is None else output
+
+
+def may_be_routed(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether `routed_attention_if_faster` may compute calls of these shapes on this device; cheap, as asked for every
+    token that is decoded."""
+    is_short = min(query.shape[2], key.shape[2]) < SHORTEST and not is_empty(query, key)
+    return not is_short or query.device.type != "cpu" or chosen_backend() == "triton"
 
 
 def routed_attention_if_faster(

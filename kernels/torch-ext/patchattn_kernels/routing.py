@@ -42,7 +42,7 @@ def select_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     """0/1 mask, same shape and dtype as `scores`, of the `k` largest entries of the last dimension."""
     if k == 0:
         return torch.zeros_like(scores)
-    return torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
+    return torch.zeros_like(scores).scatter_(-1, scores.topk(k, dim=-1).indices, 1.0)
 
 
 def straight_through(mask: torch.Tensor, scores: torch.Tensor, through_closed: bool = False) -> torch.Tensor:
@@ -66,10 +66,12 @@ def apply_head_gate(output: torch.Tensor, gate: torch.Tensor, through_closed: bo
         through_closed: give the gradient of what it removes to a closed gate; else that is zero.
 
     Returns:
-        `(B, T, H, D)` in the dtype of `output`. A closed gate gives exact zeros, and finite gradients, also where
-        `output` is not finite, as on rows that see no key.
+        `(B, T, H, D)` in the dtype of `output`. With gradients, a closed gate gives exact zeros, and finite gradients,
+        also where `output` is not finite, as on rows that see no key.
     """
     gate = gate.to(output.dtype).unsqueeze(-1)
+    if not torch.is_grad_enabled():
+        return output * gate
     # cleared before the product: NaN times an upstream gradient of zero would reach the gate's gradient
     hidden = (gate == 0) & ~output.isfinite() if through_closed else gate == 0
     return output.masked_fill(hidden, 0.0) * gate

@@ -35,7 +35,7 @@ live_chains: "weakref.WeakSet[Any]" = weakref.WeakSet()  # chains of variants th
 
 def register_base(base: str) -> str:
     """Register the attention and the mask function for a base implementation; idempotent. Returns our name for it."""
-    name = seam_name(base)
+    name, flash = seam_name(base), is_flash(base)
     if name in _base_names:
         return name
 
@@ -48,11 +48,12 @@ def register_base(base: str) -> str:
         **kwargs: Any,
     ) -> AttentionOutput:
         attend = base_function(type(module), base_in_force(module, base))
-        if is_flash(base):
+        if flash:
             attend = partial(_as_base_sees, attend, base)
         chain: Any = chain_on(module)
         if chain is not None and (chain.active or probes_on(module)):
-            refuse_paged(kwargs)
+            if not chain.needs_context:  # else its hook has refused already
+                refuse_paged(kwargs)
             return cast(AttentionOutput, chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -76,7 +77,9 @@ def base_in_force(module: nn.Module, base: str) -> str:
     Raises:
         RuntimeError: its own code asks for the implementation's name, and has not been shown the new one.
     """
-    wanted: str = original_config(module)._attn_implementation or "eager"
+    config = module.config
+    attributes = vars if torch.compiler.is_compiling() else _attributes
+    wanted: str = attributes(attributes(config).get(_ORIGINAL, config))["_attn_implementation_internal"] or "eager"
     if wanted == base:
         return base
     if "|" in wanted:
@@ -123,7 +126,10 @@ def base_function(module_class: type[nn.Module], base: str) -> Callable[..., Any
         names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
         _lookups[module_class] = (forward.__globals__, names[0] if names else None)
     place, eager = _lookups[module_class]
-    found: Callable[..., Any] | None = place[REGISTRY_NAME].get_interface(base, None if eager is None else place[eager])
+    registry = place[REGISTRY_NAME]
+    found: Callable[..., Any] | None = registry._local_mapping.get(base) or registry._global_mapping.get(base)
+    if found is None:  # refused there, or eager
+        found = registry.get_interface(base, None if eager is None else place[eager])
     if found is None:
         raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
     return found
@@ -161,3 +167,9 @@ def seam_config(config: Any, base: str) -> Any:
 def original_config(module: nn.Module) -> Any:
     """The configuration that an attention module had before it was patched."""
     return vars(module.config).get(_ORIGINAL, module.config)
+
+
+def _attributes(config: Any) -> dict[str, Any]:
+    """As `vars`, past the configuration's own `__getattribute__`, which takes long where every layer asks."""
+    attributes: dict[str, Any] = object.__getattribute__(config, "__dict__")
+    return attributes

@@ -26,8 +26,9 @@ def allow_batching(module: nn.Module) -> None:
 
 def refuse_paged(arguments: Mapping[str, Any]) -> None:
     """NotImplementedError if a module or its attention function is called with continuous batching's kv cache."""
-    if any(isinstance(value, PagedAttentionCache) for value in arguments.values()):
-        raise NotImplementedError(f"{REFUSAL} (a paged kv cache).")
+    for value in arguments.values():
+        if isinstance(value, PagedAttentionCache):
+            raise NotImplementedError(f"{REFUSAL} (a paged kv cache).")
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:

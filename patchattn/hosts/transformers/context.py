@@ -22,10 +22,14 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not torch.compiler.is_compiling():
         refuse_later_hooks(module)
     site = chain.site
-    values = {**dict(zip(site.arguments, args, strict=False)), **kwargs}
+    values = {**dict(zip(site.arguments, args, strict=False)), **kwargs} if args else kwargs
     refuse_paged(values)
     base_in_force(module, chain.base)
-    cache_argument, cache = next(((name, v) for name, v in values.items() if isinstance(v, Cache)), (None, None))
+    cache_argument = cache = None
+    for name, value in values.items():
+        if isinstance(value, Cache):
+            cache_argument, cache = name, value
+            break
     context = LayerContext(
         module=module,
         layer_input=values[site.input_argument],

@@ -14,6 +14,8 @@ from transformers.masking_utils import (
 
 from ...core.given import Meaning, read_mask
 from ...core.mask import Form, Mask
+from ...core.ranks import NOTHING_TOLD, Told
+from ...core.run import run_of
 
 # What an implementation takes, and what it computes without one, by the function that makes its masks.
 _KINDS: dict[Any, tuple[Form, Meaning]] = {
@@ -24,16 +26,53 @@ _KINDS: dict[Any, tuple[Form, Meaning]] = {
 }
 
 
-def mask_of_call(given: Any, base: str, arguments: Mapping[str, Any], *, is_causal: bool, **sizes: Any) -> Mask:
-    """The mask of a call of a base implementation.
+# Of one forward: layers of two kinds, the calls of attention and what enters their caches.
+_MASKS_AT_ONCE = 4
+
+
+def mask_of_call(
+    given: Any,
+    base: str,
+    arguments: Mapping[str, Any],
+    *,
+    is_causal: bool,
+    told: Told = NOTHING_TOLD,
+    **sizes: Any,
+) -> Mask:
+    """The mask of a call of a base implementation. Layers of one forward that are called alike share it.
 
     Args:
         given: as the attention function gets it.
         base: the base implementation.
         arguments: what the attention module, or its attention function, was called with.
         is_causal: by the call's argument, else the module's attribute.
+        told: what the model was told of its tokens.
         sizes: of the call, as `read_mask` takes them.
     """
+    run = run_of(arguments)
+    if not run.told or not _is_read_once(given, base, sizes):
+        return _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
+    # While the run knows them, what is told and what was given live: no other object has their identity.
+    of_given = (id(given), None if given is None else given._version)
+    key = (*of_given, base, is_causal, id(told), torch.is_inference_mode_enabled(), *sizes.items())
+    mask: Mask | None = run.masks.get(key)
+    if mask is None:
+        if len(run.masks) == _MASKS_AT_ONCE:  # layers on several devices get copies of their own
+            del run.masks[next(iter(run.masks))]
+        mask = run.masks[key] = _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
+    return mask
+
+
+def _is_read_once(given: Any, base: str, sizes: Mapping[str, Any]) -> bool:
+    """Whether a mask follows from what it is found by: tensors, by identity and version, and numbers."""
+    if torch.compiler.is_compiling() or isinstance(sizes.get("own"), torch.Tensor):
+        return False
+    if given is None:  # flash attention may be told of packed sequences by tensors beside it
+        return sizes["queries"] == 1 or not is_flash(base)
+    return isinstance(given, torch.Tensor) and not given.is_inference()  # such a one does not count its changes
+
+
+def _read(given: Any, base: str, arguments: Mapping[str, Any], *, is_causal: bool, **sizes: Any) -> Mask:
     form, _ = _KINDS.get(_mask_function(base), (None, None))
     is_causal, sequence = is_causal and not sizes["is_cross"], None
     meaning: Meaning | str = "all"

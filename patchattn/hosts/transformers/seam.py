@@ -76,7 +76,7 @@ def connect(model: nn.Module, module: nn.Module) -> None:
         module.register_forward_hook(close_context, always_call=True)
         if chain.site.query_norm is not None:
             register_last(module.get_submodule(chain.site.query_norm), note_raw_query, with_kwargs=False)
-    if chain.needs_context:
+    if chain.active:
         watch_masks(model, chain.site.name)
 
 

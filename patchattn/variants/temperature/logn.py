@@ -49,8 +49,8 @@ class LogN(Variant):
         return {"train_length": 1 << 30}
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        visible, dtype = call.mask.counts(), torch.promote_types(call.query.dtype, torch.float32)
-        factor = (visible.clamp(min=1).to(dtype).log() / math.log(self.train_length)).clamp(min=1.0)
+        log_counts = call.mask.log_counts(torch.promote_types(call.query.dtype, torch.float32))
+        factor = (log_counts / math.log(self.train_length)).clamp(min=1.0)
         scaled = call.replace(query=scale_tokens(call.query, factor))
         self.report(scaled, query_temperature=factor)
         return inner(scaled)

@@ -9,6 +9,7 @@ from torch import nn
 from patchattn_kernels import scale_tokens
 
 from ...core.call import AttentionCall
+from ...core.mask import log_counts
 from ...core.patching import active_chains
 from ...core.registry import register_variant
 from ...core.selection import base_model
@@ -122,7 +123,7 @@ class SSA(Variant):
             features = None
             if self.config.token_aware:
                 features = self.features("query", call.module, call.context.layer_input())
-            tau = self.temperature("query", features, call.mask.counts())
+            tau = self.temperature("query", features, call.mask.log_counts(self._dtype("query")))
             call = call.replace(query=scale_tokens(call.query, tau))
             self.report(call, query_temperature=tau)
         return inner(call)
@@ -137,7 +138,7 @@ class SSA(Variant):
         for stream in ("key", "value"):
             if stream in self.streams:
                 features = None if tokens is None else self.features(stream, context.module, tokens)
-                tau = self.temperature(stream, features, visible)
+                tau = self.temperature(stream, features, log_counts(visible, self._dtype(stream)))
                 states[stream] = scale_tokens(states[stream], tau)
                 self.report(context, **{f"{stream}_temperature": tau})
         return states["key"], states["value"]
@@ -149,27 +150,32 @@ class SSA(Variant):
         projection = module.get_submodule(self.site.projections[self._projection(stream)])
         return nn.functional.gelu(projection(tokens))
 
-    def temperature(self, stream: str, features: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
-        """Inverse temperatures, in float32 at least.
+    def _dtype(self, stream: str) -> torch.dtype:
+        """What temperatures of a stream are computed in: that of its parameters, or float32."""
+        name = f"{stream}_token" if self.config.token_aware else f"{stream}_alpha"
+        return torch.promote_types(getattr(self, name).dtype, torch.float32)
+
+    def temperature(self, stream: str, features: torch.Tensor | None, log_counts: torch.Tensor) -> torch.Tensor:
+        """Inverse temperatures, in the dtype of `log_counts`.
 
         Args:
             stream: `query`, `key` or `value`.
             features: `(B, T, E)` what the token part reads, `None` without one.
-            visible: `(B or 1, T or 1)` number of keys each token sees, `(B or 1, T or 1, H)` under a mask per head. A
-                padded token that sees none counts as one.
+            log_counts: `(B or 1, T or 1)` logarithm of the number of keys each token sees, `(B or 1, T or 1, H)` under
+                a mask per head.
 
         Returns:
-            `(B or 1, T)`, with heads if `visible` has them.
+            `(B or 1, T)`, with heads if `log_counts` has them.
         """
-        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        tau = visible.new_ones((), dtype=dtype)
-        if features is not None:
-            token = getattr(self, f"{stream}_token")
-            tau = tau + torch.tanh((features.to(token.dtype) @ token).to(dtype))
-            tau = tau if visible.dim() == 2 else tau.unsqueeze(-1)
-        if self.config.position_aware:
-            tau = tau + self.position_coefficient(stream) * visible.clamp(min=1).to(dtype).log()
-        return tau
+        tau = log_counts.new_ones(()) if features is None else self._token_part(stream, features, log_counts) + 1.0
+        if not self.config.position_aware:
+            return tau
+        return torch.addcmul(tau, self.position_coefficient(stream).to(log_counts.dtype), log_counts)
+
+    def _token_part(self, stream: str, features: torch.Tensor, log_counts: torch.Tensor) -> torch.Tensor:
+        token = getattr(self, f"{stream}_token")
+        part = torch.tanh((features.to(token.dtype) @ token).to(log_counts.dtype))
+        return part if log_counts.dim() == 2 else part.unsqueeze(-1)
 
     def fold(self, plain: nn.Module) -> None:
         """Only the constant part of the temperatures, 1, is in the weights already."""

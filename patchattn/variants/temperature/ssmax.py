@@ -60,7 +60,7 @@ class SSMax(Variant):
         return list(self.parameters())
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        factor = self.factor(call.mask.counts())
+        factor = self.factor(call.mask.log_counts(torch.promote_types(self.scale.dtype, torch.float32)))
         scaled = call.replace(query=scale_tokens(call.query, factor))
         self.report(scaled, query_temperature=factor)
         return inner(scaled)
@@ -70,16 +70,14 @@ class SSMax(Variant):
             raise NotImplementedError("its logits grow with the number of keys: only s = 0 is a factor of queries")
         fold_factors(plain, self.site, "query", self.bias)
 
-    def factor(self, visible: torch.Tensor) -> torch.Tensor:
-        """Factor of the logits `(B or 1, T, H)`, in float32 at least, of tokens that see `visible` keys.
+    def factor(self, log_counts: torch.Tensor) -> torch.Tensor:
+        """Factor of the logits `(B or 1, T, H)` of tokens that see n keys, from log n in float32 at least.
 
-        `visible` is `(B or 1, T)`, or `(B or 1, T, H)` under a mask per head. A padded token that sees none counts as
-        one.
+        `log_counts` is `(B or 1, T)`, or `(B or 1, T, H)` under a mask per head.
         """
-        dtype = torch.promote_types(self.scale.dtype, torch.float32)
-        visible = visible if visible.dim() == 3 else visible.unsqueeze(-1)
-        factor = self.scale.to(dtype) * visible.clamp(min=1).to(dtype).log()
-        return factor if self.bias is None else factor + self.bias.to(dtype)
+        scale, bias = self.scale.to(log_counts.dtype), self.bias
+        log_counts = log_counts if log_counts.dim() == 3 else log_counts.unsqueeze(-1)
+        return scale * log_counts if bias is None else torch.addcmul(bias.to(log_counts.dtype), scale, log_counts)
 
 
 register_variant(

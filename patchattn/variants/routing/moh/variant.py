@@ -9,6 +9,7 @@ from torch import nn
 from patchattn_kernels import (
     apply_head_gate,
     head_norms,
+    may_be_routed,
     normalized_scores,
     routed_attention_if_faster,
     select_top_k,
@@ -173,7 +174,7 @@ class MoH(Variant):
         gate, routing = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
         self.report(call, gate=gate, **routing)
         through_closed = self._passes_all(gate)
-        if call.stands_alone and not through_closed:
+        if not through_closed and may_be_routed(call.query, call.key) and call.stands_alone:
             active = (self.shared + self.routed) / self.heads
             operands = (call.query, call.key, call.value, gate, call.rule())
             routed = routed_attention_if_faster(*operands, active=active)
@@ -191,14 +192,14 @@ class MoH(Variant):
     def norm_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` of 0 and 1; while training with the straight-through gradient of scores."""
         norms = head_norms(call.context.raw_query()[:, self.shared :])
-        choice = mask = select_top_k(norms.detach(), self.routed)
+        choice = mask = select_top_k(norms, self.routed)
         routing = {}
         if self.budget and (self.training or self.observers):
             scores = normalized_scores(norms)
             routing = {"router_probability": scores, "router_choice": choice}
             if self.training:
                 mask = straight_through(choice, scores, self.config.straight_through == "all")
-        return torch.cat([mask.new_ones(*mask.shape[:2], self.shared), mask], dim=-1), routing
+        return torch.constant_pad_nd(mask, (self.shared, 0), 1.0), routing
 
     def learned_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` weights whose mean over the active heads is about one."""
@@ -210,7 +211,7 @@ class MoH(Variant):
             parts.append(torch.zeros(*shape, self.heads - self.shared, device=tokens.device))
             return torch.cat(parts, dim=-1), {}
         scores = self._softmax(tokens, "routed_weight", 1)
-        choice = select_top_k(scores.detach(), self.routed)
+        choice = select_top_k(scores, self.routed)
         chosen = scores * choice
         total = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).eps)
         parts.append(chosen / total * self.routed)
