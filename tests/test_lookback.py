@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import patchattn
 from patchattn.decoding.chunks import BestOfChunks, Chunk, ChunkScore
 from patchattn.inspection.lookback import LookbackProbe, LookbackScore, lookback_ratios, lookback_windows
 
@@ -177,6 +178,8 @@ def test_one_candidate_is_plain_sampling() -> None:
     model = tiny_llama(num_hidden_layers=LAYERS)
     score = LookbackScore(drawn_probe(model), [(0, 2)] * 2)
     assert torch.equal(generated(model, custom_generate=BestOfChunks(score, candidates=1)), generated(model))
+    with patchattn.patched(model, "decore", heads=[[1, 0]], alpha=2.0):  # whose second branch is not looked at
+        assert torch.equal(generated(model, custom_generate=BestOfChunks(score, candidates=1)), generated(model))
     with pytest.raises(ValueError, match="3 contexts for a batch of 2"):
         generated(model, custom_generate=BestOfChunks(LookbackScore(drawn_probe(model), [(0, 2)] * 3), candidates=1))
 
