@@ -105,6 +105,7 @@ offer(
             "knorm": "eviction.knorm",
             "logn": "temperature.logn",
             "longlora": "selection.longlora",
+            "lserve": "selection.lserve",
             "massive": "editing.massive",
             "moba": "selection.moba",
             "moh": "routing.moh",

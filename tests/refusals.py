@@ -62,7 +62,7 @@ _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logi
 
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("mswa", "power", "streaming", "triangle"),
-    **_of_pages("flex_prefill", "longlora", "moba", "quest", "twilight", "vertical_slash", "xattention"),
+    **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

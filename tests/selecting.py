@@ -76,7 +76,7 @@ def projected(module: nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, np.nda
     return query, key, value
 
 
-def _bound(query: np.ndarray, keys: np.ndarray) -> float:
+def bound(query: np.ndarray, keys: np.ndarray) -> float:
     """What no product of a query `(D,)` with one of the keys `(n, D)` exceeds, number by number."""
     return sum(max(x * column.min(), x * column.max()) for x, column in zip(query, keys.T, strict=True))
 
@@ -91,7 +91,7 @@ def pages_by_bounds(query: np.ndarray, key: np.ndarray, budget: int, page: int, 
             kv = head // group
             asking = range(kv * group, (kv + 1) * group) if heads == "kv" else [head]
             bounds = [
-                max(_bound(query[i, one], key[p * page : (p + 1) * page, kv]) for one in asking) for p in range(own)
+                max(bound(query[i, one], key[p * page : (p + 1) * page, kv]) for one in asking) for p in range(own)
             ]
             others = np.argsort(-np.array(bounds), kind="stable")[: -(-budget // page) - 1] if own else []
             rows.append({own, *(int(p) for p in others)})

@@ -25,6 +25,7 @@ NOT_ON_FLASH = {
         (
             "flex_prefill",
             "longlora",
+            "lserve",
             "moba",
             "mswa",
             "power",
@@ -41,6 +42,7 @@ NOT_ON_FLASH = {
 NOT_ON_FLEX = (
     "flex_prefill",
     "longlora",
+    "lserve",
     "moba",
     "power",
     "quest",

@@ -85,6 +85,10 @@ class PagedSelection(WholeSelection):
     def chosen(
         self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str
     ) -> torch.Tensor | Places:
+        """The pages that `best_pages` finds, as `select` gives them."""
+        return self.of_pages(call, self.best_pages(call, scores, page, count, heads), page, heads, most=count)
+
+    def best_pages(self, call: AttentionCall, scores: torch.Tensor, page: int, count: int, heads: str) -> torch.Tensor:
         """Each query's own page, and the visible ones that score highest, `count` in all; of equal ones the first.
 
         Args:
@@ -95,7 +99,7 @@ class PagedSelection(WholeSelection):
             heads: "query", or "kv": the highest score among the query heads of a kv head counts.
 
         Returns:
-            As `select` gives it.
+            bool `(B, Hkv or H, Tq, ceil(Tk / page))`.
         """
         visible, own = visible_pages(call.mask, page)
         scores = F.pad(scores, (0, visible.shape[-1] - scores.shape[-1]))  # an incomplete page is an own or hidden one
@@ -105,9 +109,14 @@ class PagedSelection(WholeSelection):
             visible, own = (any_of_group(pages, groups) for pages in (visible, own))
         scores = scores.masked_fill(~visible, float("-inf")).masked_fill(own, float("inf"))
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        pages = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
+
+    def of_pages(
+        self, call: AttentionCall, pages: torch.Tensor, page: int, heads: str, *, most: int
+    ) -> torch.Tensor | Places:
+        """What `select` gives, of pages `(B, Hkv or H, Tq, P)` bool, no more than `most` for each."""
         if call.query.shape[2] == 1 and heads == "kv":
-            return Places(*chosen_first(pages[:, :, 0], count), block=page)
+            return Places(*chosen_first(pages[:, :, 0], most), block=page)
         by_head = of_query_heads(pages, call.query.shape[1])
         return by_head.repeat_interleave(page, dim=-1)[..., : call.key.shape[2]]
 

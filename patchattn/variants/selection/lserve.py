@@ -1,0 +1,129 @@
+"""LServe's choice of pages: they are scored by smaller ones, and it lasts some tokens. arXiv 2502.14866."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from ...core.call import AttentionCall
+from ...core.places import Places
+from ...core.registry import register_variant
+from ...core.settings import option
+from ...core.variant import VariantInfo
+from ...reading.pages import BoundedSelection, PagedConfig, any_of_group, ends_of_pages, upper_bounds, visible_pages
+from ...reading.selection import CAPABILITIES
+
+_CHOICE, _WHEN = "choice", "when"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LServeConfig(PagedConfig):
+    """Settings of LServe's page selection."""
+
+    budget: int | None = option(
+        4096,
+        help="Keys that a token reads, rounded up to whole pages, its own page among them. None: all.",
+        source="released code",
+        unit="keys",
+        minimum=1,
+    )
+    page: int = option(64, help="Keys of a page, which is read as a whole.", source="released code", minimum=1)
+    logical: int = option(
+        16, help="Keys of the smaller pages that a page is scored by.", source="released code", unit="keys", minimum=1
+    )
+    refresh: int = option(
+        4,
+        help="Tokens that a choice lasts while decoding: it is made anew where the number of keys is a multiple.",
+        source="released code",
+        unit="tokens",
+        minimum=1,
+    )
+    heads: Literal["kv", "query"] = option(
+        "query",
+        help="What is chosen for: every kv head, whatever any of its query heads wants most, or every query head.",
+        source="released code",
+        choices=("kv", "query"),
+    )
+    dense_layers: int = option(0, help="First layers that stay dense.", source="released code", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page % self.logical:
+            raise ValueError(f"page must be a multiple of logical={self.logical}, got {self.page}.")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token chooses depends on whether it comes alone, and which ones came before it."""
+        return self.budget is not None and (super().looks_ahead or self.refresh > 1)
+
+
+class LServe(BoundedSelection):
+    """Attention to the pages with the highest bounds of their smaller pages; decoding tokens share a choice."""
+
+    config_class = LServeConfig
+    config: LServeConfig
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.budget is None or super().is_identity
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"budget": None}
+
+    def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
+        self.check(call)
+        budget, page, heads = self.config.budget, self.config.page, self.config.heads
+        state, columns = call.context.sequence_state(self.owner), call.mask.columns
+        lasts = state is not None and state.grows and self.config.refresh > 1
+        if state is not None and not call.decodes:
+            state.tensors.pop(_CHOICE, None)  # what a choice was made by may have been taken back before this call
+        if budget is None or self.is_dense(call) or columns <= budget:
+            return None
+        count = -(-budget // page)
+        if lasts and state is not None and call.decodes and _CHOICE in state.tensors:
+            # the number of keys is remembered as a size, which the host knows without asking the device
+            known, when = state.tensors[_CHOICE], state.tensors[_WHEN].shape[1]
+            if when < columns and when // self.config.refresh == columns // self.config.refresh:
+                since = -(-columns // page) - known.shape[-1]
+                visible = visible_pages(call.mask, page)[0]
+                visible = visible if heads == "query" else any_of_group(visible, call.key.shape[1])
+                pages = F.pad(known, (0, since), value=True)[:, :, None] & visible
+                return self.of_pages(call, pages, page, heads, most=min(count + since, pages.shape[-1]))
+        pages = self.best_pages(call, self._scores(call), page, count, heads)
+        if lasts and state is not None and call.decodes:
+            state.write(_CHOICE, pages[:, :, 0].expand(len(call.query), -1, -1))
+            state.write(_WHEN, pages.new_empty(len(call.query), columns, 0))
+        return self.of_pages(call, pages, page, heads, most=count)
+
+    def _scores(self, call: AttentionCall) -> torch.Tensor:
+        """`(B, H, Tq, P)` the highest bound among the smaller pages of each."""
+        logical = self.config.logical
+        facts = self.facts(call, "logical", logical, partial(ends_of_pages, page=logical))
+        bounds = upper_bounds(call.query, facts)
+        ratio = self.config.page // logical
+        return (
+            F.pad(bounds, (0, -bounds.shape[-1] % ratio), value=float("-inf")).unflatten(-1, (-1, ratio)).amax(dim=-1)
+        )
+
+
+register_variant(
+    VariantInfo(
+        name="lserve",
+        variant=LServe,
+        title="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention",
+        arxiv_id="2502.14866",
+        year=2025,
+        code="https://github.com/mit-han-lab/omniserve",
+        summary="Decoding tokens read the pages of keys that score highest by smaller ones, and share a choice.",
+        extra_parameters="none",
+        needs_training=False,
+        capabilities=CAPABILITIES,
+        examples=(
+            {"budget": 3, "page": 1, "logical": 1, "refresh": 1, "prefill": "selected"},
+            {"budget": 3, "page": 1, "logical": 1, "refresh": 1, "heads": "kv", "prefill": "selected"},
+        ),
+    )
+)
