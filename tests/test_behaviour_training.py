@@ -54,7 +54,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str, case: Ca
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-12)
 
 
-@on(["llama", "bert"])
+@on(["llama", "bert"], first=True)
 def test_only_adapters_and_the_variant_move_under_peft(family: str, case: Case, tmp_path: Path) -> None:
     """LoRA beside the variant's own parameters: trains, saves, reloads on a fresh base, and comes off again."""
     torch.manual_seed(0)
