@@ -388,7 +388,7 @@ def test_no_device_is_asked(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-@of([case for case in CASES if case.variant in ("streaming_llm", "snapkv", "h2o") and not case.example])
+@of([case for case in CASES if case.variant in ("streaming_llm", "adakv", "think", "h2o") and not case.example])
 def test_a_thousand_texts_leave_nothing_behind(case: Case) -> None:
     model, ids = model_of(case), padded()[0][:1]
     counts = []
