@@ -132,6 +132,8 @@ class LayerVectorVariant(LayerOutputVariant):
         cls, config: LayerVectorConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[LayerVectorConfig, Sequence[AttentionSite]]:
         if config.vectors is None:
+            if config.gain == 1.0 and config.strength == 0.0:
+                return config, [site for site in sites if not site.is_cross]
             raise ValueError(f"{cls.__name__} needs vectors: a file, or a mapping from layers to numbers.")
         given = LayerVectors.parse(config.vectors)
         chosen = [site for site in sites if not site.is_cross and site.layer_index in given.vectors]
@@ -159,7 +161,9 @@ class LayerVectorVariant(LayerOutputVariant):
         return self.config.of_call(call)
 
     def changed(self, hidden: torch.Tensor) -> torch.Tensor:
-        vector = self.vector or ()
+        vector = self.vector
+        if vector is None:  # of a patch without vectors, which is neutral
+            return hidden
         if len(vector) != hidden.shape[-1]:
             raise ValueError(
                 f"The vector has {len(vector)} numbers, but the layer of {self.site.name} hands on {hidden.shape[-1]}."

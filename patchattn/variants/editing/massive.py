@@ -124,6 +124,8 @@ class Massive(LayerOutputVariant):
     ) -> tuple[MassiveConfig, Sequence[AttentionSite]]:
         given: Any = config.activations
         if given is None:
+            if config.strength == 0.0:
+                return config, [site for site in sites if not site.is_cross]
             raise ValueError(
                 "massive needs activations=FILE of `patchattn calibrate massive`, or a mapping from layers to "
                 "dimensions to values."
@@ -151,6 +153,8 @@ class Massive(LayerOutputVariant):
         return self.config.strength == 0.0
 
     def changed(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.values:  # of a patch without activations, which is neutral
+            return hidden
         places = torch.tensor(sorted(self.values), device=hidden.device)
         if max(self.values) >= hidden.shape[-1]:
             raise ValueError(
