@@ -77,9 +77,7 @@ def base_in_force(module: nn.Module, base: str) -> str:
     Raises:
         RuntimeError: its own code asks for the implementation's name, and has not been shown the new one.
     """
-    config = module.config
-    attributes = vars if torch.compiler.is_compiling() else _attributes
-    wanted: str = attributes(attributes(config).get(_ORIGINAL, config))["_attn_implementation_internal"] or "eager"
+    wanted: str = original_config(module)._attn_implementation or "eager"
     if wanted == base:
         return base
     if "|" in wanted:
@@ -126,10 +124,7 @@ def base_function(module_class: type[nn.Module], base: str) -> Callable[..., Any
         names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
         _lookups[module_class] = (forward.__globals__, names[0] if names else None)
     place, eager = _lookups[module_class]
-    registry = place[REGISTRY_NAME]
-    found: Callable[..., Any] | None = registry._local_mapping.get(base) or registry._global_mapping.get(base)
-    if found is None:  # refused there, or eager
-        found = registry.get_interface(base, None if eager is None else place[eager])
+    found: Callable[..., Any] | None = place[REGISTRY_NAME].get_interface(base, None if eager is None else place[eager])
     if found is None:
         raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
     return found
@@ -167,9 +162,3 @@ def seam_config(config: Any, base: str) -> Any:
 def original_config(module: nn.Module) -> Any:
     """The configuration that an attention module had before it was patched."""
     return vars(module.config).get(_ORIGINAL, module.config)
-
-
-def _attributes(config: Any) -> dict[str, Any]:
-    """As `vars`, past the configuration's own `__getattribute__`, which takes long where every layer asks."""
-    attributes: dict[str, Any] = object.__getattribute__(config, "__dict__")
-    return attributes

@@ -52,15 +52,15 @@ def mask_of_call(
     run = run_of(arguments)
     if not run.told or not _is_read_once(given, base, sizes):
         return _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
-    # While the run knows them, what is told and what was given live: no other object has their identity.
     of_given = (id(given), None if given is None else given._version)
     key = (*of_given, base, is_causal, id(told), torch.is_inference_mode_enabled(), *sizes.items())
-    mask: Mask | None = run.masks.get(key)
-    if mask is None:
+    found: tuple[Any, Told, Mask] | None = run.masks.get(key)
+    if found is None:
         if len(run.masks) == _MASKS_AT_ONCE:  # layers on several devices get copies of their own
             del run.masks[next(iter(run.masks))]
-        mask = run.masks[key] = _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
-    return mask
+        # What was given and told lives on beside the mask, so that no other object gets its identity.
+        found = run.masks[key] = given, told, _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
+    return found[2]
 
 
 def _is_read_once(given: Any, base: str, sizes: Mapping[str, Any]) -> bool:
