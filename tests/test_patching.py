@@ -5,6 +5,7 @@ import gc
 import inspect
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from patchattn.hosts.transformers.compatibility import seam_name
 
 from .behaviour import assert_same, implementations, randomise, registered, snapshot
 from .families import FAMILIES, outputs
+from .long_context import BYTES
 from .toy import Toy
 
 
@@ -114,6 +116,10 @@ def test_the_wrong_state_of_a_model(llama) -> None:
         patchattn.unpatch_model(llama)
     with pytest.raises(TypeError, match="expects a model, got dict"):
         patchattn.patch_model({}, "moh")
+    pipe = tf.TextGenerationPipeline(model=llama, tokenizer=BYTES)
+    for call in (partial(patchattn.patch_model, variant="moh"), patchattn.unpatch_model, patchattn.patch_info):
+        with pytest.raises(TypeError, match=r"got TextGenerationPipeline, whose model is its \.model: give that"):
+            call(pipe)
     with pytest.raises(TypeError, match="transformers model"):
         patchattn.patch_model(nn.Linear(2, 2), "moh")
     patchattn.patch_model(llama, "moh")

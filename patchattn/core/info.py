@@ -8,7 +8,7 @@ from torch import nn
 
 from .host import find_sites
 from .patching import active_chains, applied_patches
-from .selection import base_model
+from .selection import base_model, expect_model
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,8 +63,7 @@ def patch_info(model: nn.Module) -> PatchInfo:
         >>> patch_info(patch_model(model, "ssmax", layers=1))
         PatchInfo(ssmax on 1 of 2 attention modules, 8 extra parameters)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch_info expects a model, got {type(model).__name__}.")
+    expect_model("patch_info", model)
     base = base_model(model)
     chains = active_chains(base)
     variants = {name: chain.names() for name, chain in chains.items()}

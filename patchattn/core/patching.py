@@ -16,7 +16,7 @@ from .patch_embedding import GridReader, install_grid, patch_embedding
 from .plan import Patch, gathered
 from .probe import forget_probes, refuse_probed
 from .registry import variant_info
-from .selection import base_model, select_sites
+from .selection import base_model, expect_model, select_sites
 from .settings import nearest
 from .sites import AttentionSite
 from .variant import Variant, VariantConfig, VariantInfo
@@ -71,8 +71,7 @@ def patch_model(
         >>> model.model.layers[0].self_attn.patchattn.names()
         ['moh']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch_model expects a model, got {type(model).__name__}.")
+    expect_model("patch_model", model)
     if layers_to_transform is not None:
         if layers is not None:
             raise ValueError("Give layers or layers_to_transform, not both: they are two names of one thing.")
@@ -192,8 +191,7 @@ def unpatch_model(model: ModelT) -> ModelT:
             the model, or carry an adapter.
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unpatch_model expects a model, got {type(model).__name__}.")
+    expect_model("unpatch_model", model)
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched; nothing to undo.")

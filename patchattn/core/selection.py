@@ -15,6 +15,15 @@ from .linear import is_dispatched
 from .sites import AttentionSite
 
 
+def expect_model(asker: str, given: Any) -> None:
+    """TypeError for what is no module; of what holds one, such as a pipeline or a trainer, it says where."""
+    if isinstance(given, nn.Module):
+        return
+    held = next((name for name, value in getattr(given, "__dict__", {}).items() if isinstance(value, nn.Module)), None)
+    hint = "." if held is None else f", whose model is its .{held}: give that."
+    raise TypeError(f"{asker} expects a model, got {type(given).__name__}{hint}")
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model itself, out of a PeftModel or a compiled or data-parallel wrapper."""
     if not isinstance(model, PreTrainedModel):

@@ -23,7 +23,7 @@ from ..core.packing import CHILD
 from ..core.patching import active_chains, applied_patches, apply_patches, is_patched
 from ..core.plan import Patch, plan_dict, renamed_config
 from ..core.renaming import Renaming
-from ..core.selection import base_model
+from ..core.selection import base_model, expect_model
 from ..core.settings import nearest
 from ..core.variant import Variant
 from ..files.documents import concerning, naming, quoted, read_json_object
@@ -131,8 +131,7 @@ def load_patch(
         TypeError: `model` is not a transformers model.
         NotImplementedError: as `patch_model`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load_patch expects a model, got {type(model).__name__}.")
+    expect_model("load_patch", model)
     base = base_model(model)
     if is_patched(base):
         raise ValueError("load_patch expects an unpatched model; this one is patched. Call unpatch_model first.")
