@@ -164,6 +164,20 @@ def _on_meta() -> nn.Module:
         return _made("Llama")
 
 
+def _called_with_a_dtype() -> nn.Module:
+    model = _made("Llama")
+    plain = type(model.model.rotary_emb)
+
+    class Typed(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor, kind: Any = None) -> Any:
+            return super().forward(x, position_ids)
+
+    model.model.rotary_emb.__class__ = Typed
+    add = lambda module, args, kwargs: (args, {**kwargs, "kind": torch.float32})  # noqa: E731
+    model.model.rotary_emb.register_forward_pre_hook(add, with_kwargs=True)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -173,8 +187,9 @@ def _on_meta() -> nn.Module:
         (FAMILIES["t5"].make, "no model around it can be run on input_ids at given position_ids"),
         (_on_meta, "its weights are on the meta device"),
         (lambda: _made("Llama", max_position_embeddings=8), "trained length is 8 tokens"),
+        (_called_with_a_dtype, "Typed is called with what no patch can be saved with .*dtype"),
     ],
-    ids=["learned", "mrope", "mla", "relative", "meta", "short"],
+    ids=["learned", "mrope", "mla", "relative", "meta", "short", "dtype"],
 )
 def test_refused_by_name(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()
@@ -264,7 +279,7 @@ def test_settings_from_a_file_are_checked() -> None:
     good = find_rotations(model := _made("Llama"), find_sites(model), by="the test")
     assert parse_rotations(good) == good
     name = next(iter(good))
-    for change in ({"layout": "third"}, {"module": 3}, {"border": 0}, {"unknown": 1}):
+    for change in ({"layout": "third"}, {"module": 3}, {"border": 0}, {"unknown": 1}, {"given": {"a": {}}}):
         with pytest.raises((ValueError, TypeError), match=next(iter(change))):
             parse_rotations({name: {**good[name], **change}})
     with pytest.raises(TypeError, match="got list"):

@@ -6,11 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.registry import temporarily_registered
+from patchattn.positions.variant import RotaryVariant
 
 from .behaviour import Case, on, randomise
 from .evictions import fewest
@@ -20,6 +22,13 @@ from .toy import registered_toy
 ASKING = ("_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique2")
 
 COMPUTES_WEIGHTS = ("gqa_convert",)  # when it patches: refused on meta, by name
+
+
+def patched_on_meta(family: str, case: Case, dtype: torch.dtype) -> nn.Module:
+    """A patched model without values. How it rotates is seen in runs of it, when patching: that needs values."""
+    if issubclass(case.info.variant, RotaryVariant):
+        return case.patch(FAMILIES[family].make().to(dtype)).to("meta")
+    return case.patch(FAMILIES[family].make().to("meta", dtype))
 
 
 class Asked(TorchDispatchMode):
@@ -60,7 +69,7 @@ def test_decoding_asks_no_device(family: str, case: Case, dtype: torch.dtype, to
         assert asked(case.patch(FAMILIES[family].make().to(dtype)), input_ids=tokens) == unpatched
         return
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # torch has none for meta
-    model = case.patch(FAMILIES[family].make().to("meta", dtype))
+    model = patched_on_meta(family, case, dtype)
     tokens = torch.zeros(2, 7, dtype=torch.long, device="meta")
     assert decode(model, tokens).shape[:2] == (2, 1)
 

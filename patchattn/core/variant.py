@@ -116,8 +116,9 @@ class Variant(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define attend(call, inner).")
 
-    def forward(self, stage: Literal["attend", "before_cache", "key_facts", "rule"], *arguments: Any) -> Any:
-        """Run one stage. What gathers parameters before a forward (FSDP, accelerate's offloading) relies on it."""
+    def forward(self, stage: str, *arguments: Any) -> Any:
+        """Run one stage, a method by its name. What gathers parameters before a forward (FSDP, accelerate's offloading)
+        relies on it, so that whatever reads parameters of a variant while the model runs is called so."""
         return getattr(self, stage)(*arguments)
 
     @classmethod

@@ -196,7 +196,12 @@ def _candidates(model: nn.Module, run: Run, site: AttentionSite, by: str) -> lis
             continue
         named |= {"form": form, "border": _border(module, given, site, by)}
         for layout, share in itertools.product(get_args(Layout), get_args(Share)):
-            found.append(Rotary(Rotation(layout=layout, share=share, **named), model))
+            try:
+                rotation = Rotation(layout=layout, share=share, **named)
+            except TypeError as error:
+                reason = f"{type(module).__name__} is called with what no patch can be saved with ({error})"
+                raise _refused(by, site, reason) from error
+            found.append(Rotary(rotation, model))
     return found
 
 

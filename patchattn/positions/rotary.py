@@ -16,6 +16,8 @@ from ..core.call import AttentionCall
 from ..core.settings import Settings, option
 
 ROTATED_BY = "rotated_by"  # a fact of keys: the position that each was rotated by
+Plain = str | int | float | bool | None
+Given = Plain | list[Plain]  # an argument that a patch can be saved with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +38,14 @@ class Rotation(Settings):
     module: tuple[str, ...] = option((), help="Path of the module that gives these tables, alone in a list.")
     hidden: str | None = option(None, help="Argument of that module whose dtype and device the tables have.")
     positions: str = option("", help="Argument of that module that holds positions.")
-    given: dict[str, Any] = option({}, help="Other arguments of that module.")
+    given: dict[str, Given] = option({}, help="Other arguments of that module.")
     told: str = option("", help="Argument of the attention function that holds the positions of its queries.")
     border: int | None = option(
         None, help="Length of text, in tokens, from which on the tables depend on the longest one.", minimum=1
     )
 
 
-Rotations = dict[str, dict[str, Any]]  # of attention modules, by name
+Rotations = dict[str, dict[str, Plain | list[str] | dict[str, Given]]]  # as `to_dict` gives them, by attention module
 
 
 def parse_rotations(given: Any) -> Rotations:

@@ -123,11 +123,11 @@ class GqaConvert(KvMerge):
 
     def after_keys(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         """What the projection of keys gives with the factors as they are now, of which it knows those of the start."""
-        return output + self._of_this_call().change("key", args[0]).to(output.dtype)
+        return output + self._of_this_call()("change", "key", args[0]).to(output.dtype)
 
     def after_values(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         """Likewise, of values."""
-        return output + self._of_this_call().change("value", args[0]).to(output.dtype)
+        return output + self._of_this_call()("change", "value", args[0]).to(output.dtype)
 
     def change(self, stream: str, inputs: torch.Tensor) -> torch.Tensor:
         """`(..., G * D)` what factors other than 1 add to merged keys or values, of inputs `(..., E)`."""

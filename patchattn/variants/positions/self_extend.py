@@ -40,10 +40,6 @@ class SelfExtendConfig(RotaryConfig):
         maximum=1 << 30,
     )
 
-    @property
-    def turns(self) -> bool:
-        return self.group > 1
-
 
 class SelfExtend(RotaryVariant):
     """Attention to near keys at their positions, and to far ones at positions divided by the size of a group."""
@@ -58,10 +54,11 @@ class SelfExtend(RotaryVariant):
     ) -> tuple[SelfExtendConfig, Sequence[AttentionSite]]:
         """Leave out what is not causal self-attention, and layers that rotate nothing."""
         because = "near and far are told by where a token stands in its own text"
-        config, own = super().fit(config, model, require_causal(model, sites, by=f"'{cls.name}'", because=because))
-        if config.rotary is None:
-            return config, own
-        rotated = {name: each for name, each in config.rotary.items() if each["share"] != "none"}
+        causal = require_causal(model, sites, by=f"'{cls.name}'", because=because)
+        if config.group == 1:
+            return replace(config, rotary=None), causal
+        config, own = super().fit(config, model, causal)
+        rotated = {name: each for name, each in (config.rotary or {}).items() if each["share"] != "none"}
         return replace(config, rotary=rotated), [site for site in own if site.name in rotated]
 
     @classmethod
