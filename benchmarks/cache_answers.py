@@ -286,8 +286,11 @@ def table(rows: Mapping[str, float], tasks: Sequence[str], when: When, digits: i
             continue
         each = [compared(select(rows, [task], when, name, kept), dense)[1] for task in tasks]
         means = [*each, *([mean] if len(tasks) > 1 else [])]
-        apart = ["", ""] if name == "dense" else [f"{difference:+.{digits}f}", f"{error:.{digits}f}"]
-        lines.append([name, f"{kept:g}", *(f"{value:.{digits}f}" for value in means), *apart, str(count)])
+        apart = (
+            ["", ""] if name == "dense" else [f"{difference:+.{digits}f}", f"{error:.{digits}f}" if count > 1 else ""]
+        )
+        numbers = ("" if math.isnan(value) else f"{value:.{digits}f}" for value in means)  # no prompt yet
+        lines.append([name, f"{kept:g}", *numbers, *apart, str(count)])
     return markdown_table(head, lines, texts=1)
 
 
