@@ -73,11 +73,11 @@ def asks_nothing(case: Case) -> bool:
     return "compression_ratio" not in dict(case.settings) and case.variant not in ("adakv", "pyramidkv")
 
 
-def of(some: list[Case]) -> pytest.MarkDecorator:
+def of(some: list[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", some, ids=str)
 
 
-every = of(CASES)
+every = of([pytest.param(c, marks=pytest.mark.full) if c.example else c for c in CASES])  # by default the first
 first = of([case for case in CASES if not case.example])
 # At places within the cache a key's angle changes from row to row, as under no mask: its own tests show what rows see.
 IS_A_MASK = [c for c in CASES if c.variant not in OTHERS and ("positions", "reindexed") not in c.settings]
