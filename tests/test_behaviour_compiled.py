@@ -86,7 +86,7 @@ def test_a_step_on_a_static_cache_compiles_without_graph_breaks(family: str, cas
     outputs(model, input_ids=tokens[:, :-1], **cache_argument(model, cache))
     step = outputs(compiled(model), input_ids=tokens[:, -1:], **cache_argument(model, cache))[0]
     expected = outputs(model, input_ids=tokens)[0]
-    if case.info.looks_ahead:
+    if case.looks_ahead:
         expected = decoded(model, tokens, [LENGTH - 1, 1])
     torch.testing.assert_close(step, expected[:, -1:], rtol=1e-4, atol=1e-4)
 

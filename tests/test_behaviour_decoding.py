@@ -60,9 +60,7 @@ def test_cached_decoding_equals_one_forward(family: str, case: Case, chunks: lis
     model, tokens = FAMILIES[family].make_exact(), text()
     case.patch(model)
     steps = decoded(model, tokens, chunks, kind)
-    if (
-        case.info.looks_ahead
-    ):  # the first call is a forward, the others depend on the calls before, not on the cache's kind
+    if case.looks_ahead:  # the first call is a forward, the others depend on the calls before, not on the cache's kind
         close(steps[:, : chunks[0]], outputs(model, input_ids=tokens[:, : chunks[0]])[0])
         close(steps, decoded(model, tokens, chunks, {"static": "dynamic", "dynamic": "static"}[kind]))
     else:
@@ -89,7 +87,7 @@ def test_left_padded_cached_decoding_equals_unpadded(family: str, case: Case) ->
             )[0]
         )
     together = torch.cat(parts, dim=1)
-    if case.info.looks_ahead:
+    if case.looks_ahead:
         close(together[:1], decoded(model, tokens[:1], [5, 1, 2, 1]))
         close(together[1:, 3:], decoded(model, tokens[1:, 3:], [2, 1, 2, 1]))
     else:
@@ -103,7 +101,7 @@ def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, c
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     case.patch(model)
     full = outputs(model, **inputs)[0]
-    if case.info.looks_ahead:  # only the first call is a forward
+    if case.looks_ahead:  # only the first call is a forward
         full = outputs(model, **{**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, :2]})[0]
     decoder, parts, past, encoded = inputs.pop("decoder_input_ids"), [], None, None
     for chunk in decoder.split([2, 1, 2, 1], dim=1):
@@ -125,7 +123,7 @@ def test_generation_with_beams_static_cache_and_padding(family: str, case: Case)
     given = {"input_ids": tokens * mask, "attention_mask": mask}
     for beams in (1, 3):
         cached = model.generate(**given, **settings, num_beams=beams)
-        if case.info.looks_ahead:
+        if case.looks_ahead:
             alone = model.generate(tokens[1:, 2:], **settings, num_beams=beams)
             assert torch.equal(cached[1, -5:], alone[0, -5:])
         else:

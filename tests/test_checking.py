@@ -72,7 +72,7 @@ def test_good_patches_pass(family: str, case) -> None:
     assert report.passed, str(report)
     assert_same({key: before[key] for key in ("state", "config", "modules")}, snapshot(model))
     applicable = [check for check in report.checks if check.status == "passed"]
-    decoding = not patchattn.variant_info(case.variant).looks_ahead  # else decoding is not one forward
+    decoding = not case.looks_ahead  # else decoding is not one forward
     assert len(applicable) == {"bert": 3, "vit": 2}.get(family, 3 + decoding)
 
 

@@ -182,7 +182,7 @@ def test_a_wrapped_patch_is_not_patched_further(trained):
 def test_all_linear_stays_out_of_variants(variant):
     if "without_images" not in patchattn.variant_info(variant).capabilities:
         pytest.skip(f"{variant} is not for Llama")
-    settings = SETTINGS.get(variant, {})
+    settings = SETTINGS.get(variant, patchattn.variant_info(variant).examples[0])
     model = patchattn.patch_model(FAMILIES["llama"].make(), variant, settings)
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["patchattn"]))
     adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A")]

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..core.kv_caches import cache_argument
 from ..core.packing import CHILD
-from ..core.patching import patch_model, patched, unpatch_model
+from ..core.patching import applied_patches, patch_model, patched, unpatch_model
 from ..core.registry import list_variants, variant_info
 from ..core.selection import base_model
 from ..saving.checkpoint import from_pretrained, load_patch, save_patch
@@ -160,7 +160,7 @@ def _try_variant(name: str, make: Callable[[], Any], device: str) -> str | None:
     for check in check_patch(model, _tokens(model)).checks:
         if check.status == "failed":
             return f"not true: {check.name} (error {check.error:.1e})"
-    if model.can_generate() and not info.looks_ahead:
+    if model.can_generate() and not any(patch.looks_ahead for patch in applied_patches(model)):
         cached, anew = (_generated(model, use_cache) for use_cache in (True, False))
         if not torch.equal(cached, anew):
             return "generate gives other tokens from a cache than without"

@@ -102,9 +102,9 @@ class Hook:
     method: Callable[..., Any]
 
     def install(self) -> None:
-        """Place it; once, if the variants of several attention modules ask for it."""
+        """Place it; once, if one variant asks for it from several attention modules."""
         place = self.module._forward_pre_hooks if self.when == "before" else self.module._forward_hooks
-        if any(_function(hook) is _function(self.method) for hook in place.values()):
+        if any(_method(hook) == _method(self.method) for hook in place.values()):
             return
         if self.when == "before":
             register_last(self.module, self.method)
@@ -122,6 +122,11 @@ def install_hooks(model: nn.Module, variants: nn.Module) -> None:
 
 def _function(hook: Callable[..., Any]) -> Any:
     return getattr(hook, "__func__", hook)
+
+
+def _method(hook: Callable[..., Any]) -> tuple[Any, type]:
+    """Its function, and the class that it is called for: variants share functions by inheritance."""
+    return _function(hook), type(getattr(hook, "__self__", None))
 
 
 def enclosing_layer(site_name: str) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 
 from .call import AttentionCall
 from .hooks import Hook
-from .run import current_run
+from .run import current_run, forget, run_of
 from .variant import Attend, AttentionOutput, Variant
 
 
@@ -57,7 +57,12 @@ class LayerOutputVariant(Variant):
     """
 
     def hooks(self, model: nn.Module) -> list[Hook]:
-        return [Hook(model.get_submodule(enclosing_block(model, self.site.name)), "after", self.after_layer)]
+        block = model.get_submodule(enclosing_block(model, self.site.name))
+        return [
+            Hook(block, "before", self.before_layer),
+            Hook(block, "after", self.after_layer),
+            Hook(block, "finally", self.leave_layer),
+        ]
 
     def changed(self, hidden: torch.Tensor) -> torch.Tensor:
         """New hidden states `(B, T, E)`, of all tokens."""
@@ -69,13 +74,22 @@ class LayerOutputVariant(Variant):
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         rows = self.chosen_rows(call)
-        if rows is not None:
-            current_run().notes[self._note] = rows
+        notes = run_of({}).notes
+        if rows is not None and self._note in notes:
+            notes[self._note] = rows
         return inner(call)
+
+    def before_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Attention that runs without its layer's hooks, as in activation checkpointing, finds no note to fill."""
+        current_run().notes[self._note] = None
+
+    def leave_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Also where the layer failed, or activation checkpointing stopped it as soon as backward had what it needs."""
+        forget(self._note)
 
     def after_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         hidden = hidden_of(output)
-        rows = current_run().notes.pop(self._note, None)
+        rows = current_run().notes.get(self._note)
         new = self.changed(hidden)
         if rows is not None:
             if rows.shape[1] != hidden.shape[1] or len(rows) not in (1, len(hidden)):

@@ -52,6 +52,11 @@ class ModelRun:
         notes are left out."""
         return replace(self, token_ids=None, notes={}, facts={**self.facts, **facts})
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody has anything in it any more; a branch ends where it was begun (`running`)."""
+        return not (self.notes or self.told or self.patches or self.branch) and self.token_ids is None
+
 
 def current_run() -> ModelRun:
     """The innermost run of this thread; a new one where there is none."""
@@ -62,9 +67,10 @@ def current_run() -> ModelRun:
 
 
 def run_of(kwargs: Mapping[str, Any]) -> ModelRun:
-    """The run that something is called in: what was handed down to it, else that of this thread."""
+    """The run that something is called in, to read: what was handed down to it, else that of this thread, else an
+    empty one, which nobody keeps."""
     run: ModelRun | None = kwargs.get(RUN)
-    return current_run() if run is None else run
+    return run or getattr(_local, "run", None) or ModelRun()
 
 
 def end_run(*notes: str) -> None:
@@ -74,12 +80,19 @@ def end_run(*notes: str) -> None:
     begun (`running`).
     """
     run: ModelRun | None = getattr(_local, "run", None)
-    if run is None or run.branch:
+    if run is not None and not run.branch:
+        run.token_ids = None
+        forget(*notes)
+
+
+def forget(*notes: str) -> None:
+    """Let go of notes by their names, and of a run that has nothing else: for a `finally` hook of a part of a model."""
+    run: ModelRun | None = getattr(_local, "run", None)
+    if run is None:
         return
-    run.token_ids = None
     for name in notes:
         run.notes.pop(name, None)
-    if not run.notes and not run.told:
+    if run.is_over:
         _local.run = None
 
 
@@ -93,7 +106,7 @@ def forget_told() -> None:
     """It ends."""
     run = current_run()
     run.told, run.masks = run.told[:-1], {}
-    if not run.told and not run.notes and run.token_ids is None and not run.branch:
+    if run.is_over:
         _local.run = None
 
 

@@ -235,8 +235,8 @@ class Variant(nn.Module):
     def hooks(self, model: nn.Module) -> list[Hook]:
         """Methods of this variant to be called around modules of the model other than the attention module.
 
-        Placed by `patch_model`, taken off by `unpatch_model`. A method is placed once on a module, also where the
-        variants of several attention modules ask for it.
+        Placed by `patch_model`, taken off by `unpatch_model`. A method is placed once on a module, also where
+        several attention modules with this variant ask for it.
         """
         return []
 
