@@ -1,7 +1,7 @@
 """What a variant sees: one call of attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
 import torch
@@ -109,7 +109,7 @@ class AttentionCall:
         kwargs = self.kwargs
         if "scaling" in changes:
             kwargs = {**kwargs, "scaling": changes.pop("scaling")}
-        return type(self)(**{**vars(self), "kwargs": kwargs, **changes})
+        return replace(self, **{"kwargs": kwargs, **changes})
 
     def seeing(self, keep: Keep | None) -> Self:
         """The same call, whose queries see less; see `Mask.narrowed`."""
