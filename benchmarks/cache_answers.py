@@ -8,7 +8,6 @@ was. The dense model reads each prompt once; variants that can compress a cache 
 """
 
 import copy
-import json
 import math
 import statistics
 import sys
@@ -35,6 +34,7 @@ from patchattn.evaluation.tasks.ruler import NiahMultikey, NiahSingle, RulerTask
 sys.path.insert(0, str(Path(__file__).parent))
 
 from caches import SCORED, conditions, loaded, random_gates, settings_of
+from paired_rows import append_row, paired, read_rows
 
 app = typer.Typer(add_completion=False)
 
@@ -192,21 +192,9 @@ def patched_outcome(
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(folder: Path) -> dict[str, float]:
-    """Values by key `task/index/when/method/share`; a line that was cut off is none."""
-    path = folder / ROWS
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-    return {row["key"]: row["value"] for row in map(json.loads, lines)}
-
-
-def write(folder: Path, key: str, value: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ROWS
-    old = path.read_bytes() if path.exists() else b""
-    if old and not old.endswith(b"\n"):
-        path.write_bytes(old[: old.rfind(b"\n") + 1])
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"key": key, "value": value}) + "\n")
+def values_of(folder: Path) -> dict[str, float]:
+    """Values by key `task/index/when/method/share`."""
+    return {key: row["value"] for key, row in read_rows(folder / ROWS).items()}
 
 
 @app.command()
@@ -225,7 +213,7 @@ def run(
 ) -> None:
     """Answer prompts."""
     base, tokenizer = loaded(model, dtype, threads), AutoTokenizer.from_pretrained(model)
-    gates, end, known = random_gates(base), time.time() + 60 * minutes, rows_of(folder)
+    gates, end, known = random_gates(base), time.time() + 60 * minutes, values_of(folder)
     with torch.inference_mode():
         for case in cases(tokenizer, samples, length, text, longbench):
             asked = [("dense", 1.0), *((name, kept) for name in method or METHODS for kept in share or SHARES)]
@@ -247,7 +235,7 @@ def run(
                     value = outcome(base, tokenizer, case, when, copy.deepcopy(prefix), case.text[-TAIL:])
                 else:
                     value = patched_outcome(base, tokenizer, case, when, name, kept, prefix, gates)
-                write(folder, key, value)
+                append_row(folder / ROWS, key, {"value": value})
                 print(key, f"{value:.3f}", flush=True)
 
 
@@ -259,9 +247,8 @@ def compared(found: Mapping[Any, float], dense: Mapping[Any, float]) -> tuple[in
     shared = sorted(set(found) & set(dense))
     if not shared:
         return 0, math.nan, math.nan, math.nan
-    differences = [found[key] - dense[key] for key in shared]
-    error = statistics.stdev(differences) / len(shared) ** 0.5 if len(shared) > 1 else math.nan
-    return len(shared), statistics.mean(found[key] for key in shared), statistics.mean(differences), error
+    values = [found[key] for key in shared]
+    return len(shared), statistics.mean(values), *paired(values, [dense[key] for key in shared])
 
 
 def select(rows: Mapping[str, float], tasks: Sequence[str], when: When, method: str, share: float) -> dict[Any, float]:
@@ -303,7 +290,7 @@ def page(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
 ) -> None:
     """Write what there is into a page."""
-    rows = rows_of(folder)
+    rows = values_of(folder)
     text = ["# What answers lose where a cache forgets", "", conditions(loaded(model, dtype, threads), dtype, threads)]
     needles = list(NEEDLES)
     for title, tasks, when, digits in (

@@ -10,6 +10,8 @@ from torch import nn
 
 from patchattn.reading.selection import SelectionVariant, narrowed
 
+from .behaviour import close, positions, text
+from .families import outputs
 from .reference import DIM, HEADS, layer_in_and_out, rotate
 
 Recorded = list[tuple[Any, torch.Tensor, torch.Tensor]]
@@ -97,3 +99,23 @@ def pages_by_bounds(query: np.ndarray, key: np.ndarray, budget: int, page: int, 
             rows.append({own, *(int(p) for p in others)})
         found.append(rows)
     return found
+
+
+def assert_texts_are_apart(model: nn.Module, side: str) -> None:
+    """A text of ten tokens comes out as alone beside padding on that side, and behind another one in its row."""
+    tokens = text(14)
+    alone = [outputs(model, input_ids=tokens[:1])[0], outputs(model, input_ids=tokens[1:, :10])[0]]
+    mask = torch.ones(2, 14, dtype=torch.long)
+    real = slice(4, None) if side == "left" else slice(0, 10)
+    mask[1] = 0
+    mask[1, real] = 1
+    ids = tokens.clone()
+    ids[1, real] = tokens[1, :10]
+    together = outputs(model, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[0]
+    close(together[:1], alone[0])
+    close(together[1:, real], alone[1])
+    packed = torch.cat([tokens[:1], tokens[1:, :10]], dim=1)
+    numbers = torch.cat([torch.arange(14), torch.arange(10)])[None]
+    together = outputs(model, input_ids=packed, position_ids=numbers, use_cache=False)[0]
+    close(together[:, :14], alone[0])
+    close(together[:, 14:], alone[1])

@@ -76,7 +76,7 @@ def test_a_run_goes_on_where_it_was_stopped(script: ModuleType, how: dict[str, A
     script.run(**how, **asked, minutes=1e9)
     again = path.read_text().splitlines(keepends=True)
     assert again == lines
-    losses = {key: value for key, value in script.rows_of(how["folder"]).items() if key.startswith("loss/")}
+    losses = {key: value for key, value in script.values_of(how["folder"]).items() if key.startswith("loss/")}
     assert 0 < losses["loss/0/before the question/dense/1"] < 10
     rows = [json.loads(line) for line in lines]
     right = "single/0/with the question/dense/1"

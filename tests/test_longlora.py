@@ -9,10 +9,10 @@ from torch import nn
 
 import patchattn
 
-from .behaviour import close, decoded, positions, text
+from .behaviour import decoded, text
 from .families import FAMILIES, outputs
 from .reference import tiny_llama
-from .selecting import assert_reads, recorded
+from .selecting import assert_reads, assert_texts_are_apart, recorded
 
 
 def group_of(place: int, length: int, groups: int, is_shifted: bool) -> int:
@@ -55,23 +55,9 @@ def test_no_loss_depends_on_later_tokens_as_it_does_where_the_last_group_wraps_a
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_groups_are_those_of_each_text(side: str) -> None:
     """Beside padding on either side, and in packed texts."""
-    model, tokens = FAMILIES["llama"].make_exact(), text(14)
+    model = FAMILIES["llama"].make_exact()
     patchattn.patch_model(model, "longlora", groups=3, when="always")
-    alone = [outputs(model, input_ids=tokens[:1])[0], outputs(model, input_ids=tokens[1:, :10])[0]]
-    mask = torch.ones(2, 14, dtype=torch.long)
-    real = slice(4, None) if side == "left" else slice(0, 10)
-    mask[1] = 0
-    mask[1, real] = 1
-    ids = tokens.clone()
-    ids[1, real] = tokens[1, :10]
-    together = outputs(model, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[0]
-    close(together[:1], alone[0])
-    close(together[1:, real], alone[1])
-    packed = torch.cat([tokens[:1], tokens[1:, :10]], dim=1)
-    numbers = torch.cat([torch.arange(14), torch.arange(10)])[None]
-    together = outputs(model, input_ids=packed, position_ids=numbers, use_cache=False)[0]
-    close(together[:, :14], alone[0])
-    close(together[:, 14:], alone[1])
+    assert_texts_are_apart(model, side)
 
 
 def test_gradients_are_those_of_dense_attention_under_the_mask() -> None:

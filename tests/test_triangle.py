@@ -8,10 +8,10 @@ import torch
 import patchattn
 from patchattn.reading import selection
 
-from .behaviour import close, decoded, positions, text
+from .behaviour import decoded, text
 from .families import FAMILIES, outputs
 from .reference import tiny_llama
-from .selecting import assert_reads, recorded
+from .selecting import assert_reads, assert_texts_are_apart, recorded
 
 TOKENS = torch.arange(3, 23)[None]
 
@@ -39,23 +39,9 @@ def test_each_chunk_has_last_tokens_and_single_ones_are_dense(monkeypatch: pytes
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_tokens_are_counted_from_the_ends_of_each_text(side: str) -> None:
     """Beside padding on either side, and in packed texts."""
-    model, tokens = FAMILIES["llama"].make_exact(), text(14)
+    model = FAMILIES["llama"].make_exact()
     patchattn.patch_model(model, "triangle", last=3, sinks=2, recent=2, dense_layers=0)
-    alone = [outputs(model, input_ids=tokens[:1])[0], outputs(model, input_ids=tokens[1:, :10])[0]]
-    mask = torch.ones(2, 14, dtype=torch.long)
-    real = slice(4, None) if side == "left" else slice(0, 10)
-    mask[1] = 0
-    mask[1, real] = 1
-    ids = tokens.clone()
-    ids[1, real] = tokens[1, :10]
-    together = outputs(model, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[0]
-    close(together[:1], alone[0])
-    close(together[1:, real], alone[1])
-    packed = torch.cat([tokens[:1], tokens[1:, :10]], dim=1)
-    numbers = torch.cat([torch.arange(14), torch.arange(10)])[None]
-    together = outputs(model, input_ids=packed, position_ids=numbers, use_cache=False)[0]
-    close(together[:, :14], alone[0])
-    close(together[:, 14:], alone[1])
+    assert_texts_are_apart(model, side)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "compiled"])

@@ -7,10 +7,10 @@ import torch
 import patchattn
 from patchattn.reading.lines import ranked
 
-from .behaviour import close, decoded, positions, text
+from .behaviour import decoded, text
 from .families import FAMILIES, outputs
 from .reference import DIM, layer_in_and_out, tiny_llama
-from .selecting import assert_reads, projected, recorded
+from .selecting import assert_reads, assert_texts_are_apart, projected, recorded
 
 TOKENS = torch.arange(3, 24)[None]
 
@@ -79,24 +79,10 @@ def test_each_chunk_chooses_among_all_keys_and_single_tokens_are_dense(monkeypat
 @pytest.mark.parametrize("block", [1, 3])
 def test_each_text_has_lines_of_its_own(side: str, block: int) -> None:
     """Beside padding on either side, of no whole block, and in packed texts."""
-    model, tokens = FAMILIES["llama"].make_exact(), text(14)
+    model = FAMILIES["llama"].make_exact()
     settings = {"columns": 2, "diagonals": 3, "window": 3, "sinks": 1, "recent": 2, "block": block}
     patchattn.patch_model(model, "vertical_slash", **settings)
-    alone = [outputs(model, input_ids=tokens[:1])[0], outputs(model, input_ids=tokens[1:, :10])[0]]
-    mask = torch.ones(2, 14, dtype=torch.long)
-    real = slice(4, None) if side == "left" else slice(0, 10)
-    mask[1] = 0
-    mask[1, real] = 1
-    ids = tokens.clone()
-    ids[1, real] = tokens[1, :10]
-    together = outputs(model, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[0]
-    close(together[:1], alone[0])
-    close(together[1:, real], alone[1])
-    packed = torch.cat([tokens[:1], tokens[1:, :10]], dim=1)
-    numbers = torch.cat([torch.arange(14), torch.arange(10)])[None]
-    together = outputs(model, input_ids=packed, position_ids=numbers, use_cache=False)[0]
-    close(together[:, :14], alone[0])
-    close(together[:, 14:], alone[1])
+    assert_texts_are_apart(model, side)
 
 
 def test_scores_are_ranked_within_their_text_and_of_equal_ones_the_first_comes_first() -> None:

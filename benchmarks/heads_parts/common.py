@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from paired_rows import Row as Row
+from paired_rows import append_row, read_rows
+from paired_rows import paired as paired
 from torch import nn
 
 import patchattn
 from patchattn.core.heads import HeadList
 
-Row = dict[str, Any]
 Job = tuple[str, Callable[[], Row]]  # the key of a row, and what makes the row
 MASKED = (5, 10, 20)  # how many heads are masked
 
@@ -41,23 +42,12 @@ class Setup:
     lengths: tuple[int, ...] = (1024, 2048)
 
     def rows(self, part: str) -> dict[str, Row]:
-        """The rows of a part that are there, by key; a line that was cut off is none."""
-        path = self.folder / f"{part}.jsonl"
-        found = {}
-        for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else []:
-            row = json.loads(line)
-            found[row.pop("key")] = row
-        return found
+        """The rows of a part that are there, by key."""
+        return read_rows(self.folder / f"{part}.jsonl")
 
     def write(self, part: str, key: str, row: Row) -> None:
-        """Append a row, behind whole lines."""
-        path = self.folder / f"{part}.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        old = path.read_bytes() if path.exists() else b""
-        if old and not old.endswith(b"\n"):
-            path.write_bytes(old[: old.rfind(b"\n") + 1])
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **row}) + "\n")
+        """Append a row."""
+        append_row(self.folder / f"{part}.jsonl", key, row)
 
 
 class Part(Protocol):
@@ -117,14 +107,6 @@ def top_and_random(setup: Setup, seed: Sequence[int]) -> dict[str, dict[str, Any
         places = draw.choice(len(outside), count, replace=False)
         found[f"random {count}"] = [outside[place] for place in places]
     return {name: HeadList.parse([list(head) for head in heads]).to_dict() for name, heads in found.items()}
-
-
-def paired(found: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean difference and its standard error, NaN for fewer than two pairs."""
-    differences = [a - b for a, b in zip(found, other, strict=True)]
-    if len(differences) < 2:
-        return (differences[0] if differences else math.nan), math.nan
-    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def verdict(claim: str, difference: float, error: float, unit: str, *, wants: int) -> str:
