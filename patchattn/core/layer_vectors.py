@@ -124,8 +124,8 @@ class LayerVectorVariant(LayerOutputVariant):
 
     def __init__(self, config: LayerVectorConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        known = {} if config.vectors is None else LayerVectors.parse(config.vectors).vectors
-        self.vector = known.get(site.layer_index)
+        given: Any = config.vectors or {"vectors": {}}  # parsed when the settings were made: not again in every layer
+        self.vector: list[float] | None = given["vectors"].get(str(site.layer_index))
 
     @classmethod
     def fit(
