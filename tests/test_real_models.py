@@ -1,5 +1,6 @@
 """Small real models: what random weights do not show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,18 @@ def encoder() -> Path:
     return Path(package.__file__).parent / "model"
 
 
+def fitted(case: Case, width: int) -> Case:
+    """The case with vectors as long as a model's residual stream; those of the examples fit the tests' families."""
+    settings = dict(case.settings)
+    if "vectors" in settings:
+        settings["vectors"] = {layer: vector * (width // len(vector)) for layer, vector in settings["vectors"].items()}
+    return replace(case, settings=tuple(settings.items()))
+
+
 @pytest.mark.parametrize("case", accepted("llama"), ids=str)
 def test_a_language_model_behaves_and_comes_back(stories: Path, case: Case) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    case = fitted(case, model.config.hidden_size)
     prompt = tokenizer("Once upon a time", return_tensors="pt")
     story = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     report = patchattn.check_patch(model, prompt, case.variant, dict(case.settings))
@@ -42,6 +52,7 @@ def test_a_language_model_behaves_and_comes_back(stories: Path, case: Case) -> N
 @pytest.mark.parametrize("case", accepted("bert"), ids=str)
 def test_an_encoder_behaves_on_a_padded_batch(encoder: Path, case: Case) -> None:
     model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+    case = fitted(case, model.config.hidden_size)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     report = patchattn.check_patch(model, batch, case.variant, dict(case.settings))
     assert report.passed, str(report)
