@@ -89,6 +89,7 @@ offer(
             "damro": "decoding.damro",
             "decore": "decoding.decore",
             "differential": "mixing.differential",
+            "dma": "selection.dma",
             "duo": "eviction.duo",
             "entmax": "normalisers.entmax",
             "expected_attention": "eviction.expected_attention",

@@ -21,6 +21,7 @@ SHIPPED = [
     "damro",
     "decore",
     "differential",
+    "dma",
     "duo",
     "entmax",
     "expected_attention",

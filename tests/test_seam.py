@@ -23,6 +23,7 @@ NOT_ON_FLASH = {
     "attention_bias": "Flash attention has no place for the slot of AttentionBias",
     **dict.fromkeys(
         (
+            "dma",
             "flex_prefill",
             "longlora",
             "lserve",
@@ -40,6 +41,7 @@ NOT_ON_FLASH = {
     ),
 }
 NOT_ON_FLEX = (
+    "dma",
     "flex_prefill",
     "longlora",
     "lserve",

@@ -141,8 +141,11 @@ def test_a_second_turn_and_assisted_decoding_give_the_same_tokens(case: Case) ->
 @each
 def test_what_remembers_every_key_is_refused_inside(case: Case) -> None:
     model = FAMILIES["llama"].make()
-    patchattn.patch_model(
-        model, [case.variant, "act"], {case.variant: dict(case.settings), "act": {"beta": 0.5, "heads": [[0, 0]]}}
-    )
+    both = {case.variant: dict(case.settings), "act": {"beta": 0.5, "heads": [[0, 0]]}}
+    if case.info.innermost:
+        with pytest.raises(ValueError, match="nothing can come after it"):
+            patchattn.patch_model(model, [case.variant, "act"], both)
+        return
+    patchattn.patch_model(model, [case.variant, "act"], both)
     with pytest.raises(NotImplementedError, match="only some"):
         outputs(model, input_ids=text())
