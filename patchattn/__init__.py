@@ -111,6 +111,7 @@ offer(
             "moba": "selection.moba",
             "moh": "routing.moh",
             "mswa": "selection.mswa",
+            "pai": "decoding.pai",
             "power": "selection.power",
             "prune": "pruning.prune",
             "pyramidkv": "eviction.pyramidkv",

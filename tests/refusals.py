@@ -58,6 +58,13 @@ def _of_pages(*names: str) -> dict[str, list[Refusal]]:
     return {name: [*found, slides] for name, found in _of_causal_selection(*names).items()}
 
 
+def _of_images(*names: str) -> dict[str, list[Refusal]]:
+    """What acts by image tokens."""
+    because = "it is about what attention gives image tokens"
+    says = "{!r} does not support without_images"
+    return {name: [_of(FAMILIES.keys() - WITH_IMAGES, says.format(name), because)] for name in names}
+
+
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
 REFUSALS: dict[str, list[Refusal]] = {
@@ -70,13 +77,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    "var": [
-        _of(
-            FAMILIES.keys() - WITH_IMAGES,
-            "'var' does not support without_images",
-            "it moves attention to image tokens",
-        ),
-    ],
+    **_of_images("var", "pai"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),

@@ -42,6 +42,7 @@ SHIPPED = [
     "moba",
     "moh",
     "mswa",
+    "pai",
     "power",
     "prune",
     "pyramidkv",
