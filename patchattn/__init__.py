@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from .inspection.temperatures import Spread as Spread
     from .inspection.temperatures import TemperatureStatistics as TemperatureStatistics
     from .inspection.temperatures import temperature_statistics as temperature_statistics
+    from .positions.spans import Span as Span
+    from .positions.spans import marked as marked
     from .saving.checkpoint import from_pretrained as from_pretrained
     from .saving.checkpoint import load_patch as load_patch
     from .saving.checkpoint import save_patch as save_patch
@@ -84,6 +86,7 @@ offer(
             "act": "sinks.act",
             "adakv": "eviction.adakv",
             "attention_bias": "sinks.attention_bias",
+            "block_attention": "positions.block_attention",
             "cad": "decoding.cad",
             "cope": "biases.cope",
             "damro": "decoding.damro",
@@ -204,6 +207,10 @@ _NAMES = {
         "Spread",
         "TemperatureStatistics",
         "temperature_statistics",
+    ),
+    "positions.spans": (
+        "Span",
+        "marked",
     ),
     "saving.checkpoint": (
         "from_pretrained",

@@ -68,7 +68,7 @@ def _of_images(*names: str) -> dict[str, list[Refusal]]:
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
 REFUSALS: dict[str, list[Refusal]] = {
-    **_of_causal_selection("mswa", "power", "streaming", "triangle"),
+    **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
     "act": [
         _of(

@@ -16,6 +16,7 @@ SHIPPED = [
     "adakv",
     "attention_bias",
     "attention_transition",
+    "block_attention",
     "cad",
     "cope",
     "damro",
