@@ -114,13 +114,26 @@ def make_report(
             "identity": dict(task.identity()),
             "runs": runs,
         }
-    devices = cuda_devices(model)
-    base = base_model(model)
     return {
         "schema_version": SCHEMA_VERSION,
+        **surroundings(model),
+        "settings": dict(settings),
+        "runs": {
+            name: {key: info[key] for key in ("patches", "extra_parameters", "parameters")}
+            for name, info in patches.items()
+        },
+        "tasks": content,
+        "averages": _averages(content, list(found)),
+    }
+
+
+def surroundings(model: Any) -> dict[str, dict[str, Any]]:
+    """What was measured, with what and on what: `model`, `versions` and `device`."""
+    devices = cuda_devices(model)
+    return {
         "model": {
             "name": model.config.name_or_path,
-            "class": type(base).__name__,
+            "class": type(base_model(model)).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
         },
@@ -135,13 +148,6 @@ def make_report(
             "threads": torch.get_num_threads(),
             "memory": memory_kind(model),
         },
-        "settings": dict(settings),
-        "runs": {
-            name: {key: info[key] for key in ("patches", "extra_parameters", "parameters")}
-            for name, info in patches.items()
-        },
-        "tasks": content,
-        "averages": _averages(content, list(found)),
     }
 
 

@@ -221,12 +221,20 @@ def _ways(
     """Name of each run to what makes the model be so."""
     if runs is None:
         return {UNPATCHED: lambda: unpatched(model), patched_name(model): nullcontext}
-    return {UNPATCHED: nullcontext, **{name: partial(_patched, model, run, seed) for name, run in runs.items()}}
+    return {UNPATCHED: nullcontext, **{name: partial(patched_run, model, run, seed) for name, run in runs.items()}}
 
 
 @contextmanager
-def _patched(model: Any, run: Run, seed: int) -> Iterator[None]:
-    """Parameters that start at random start the same in every process and after every kill."""
+def patched_run(model: Any, run: Run, seed: int) -> Iterator[None]:
+    """A run's patches for the time of a block.
+
+    Parameters that start at random start the same in every process and after every kill.
+
+    Args:
+        model: unpatched.
+        run: its variants with their settings, outermost first, or the folder of a saved patch.
+        seed: of what parameters start from.
+    """
     with torch.random.fork_rng(cuda_devices(model)):
         torch.manual_seed(seed)
         if isinstance(run, Mapping):
