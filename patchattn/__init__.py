@@ -115,6 +115,7 @@ offer(
             "moh": "routing.moh",
             "mswa": "selection.mswa",
             "pai": "decoding.pai",
+            "nsa": "selection.nsa",
             "power": "selection.power",
             "prune": "pruning.prune",
             "pyramidkv": "eviction.pyramidkv",

@@ -100,6 +100,13 @@ REFUSALS: dict[str, list[Refusal]] = {
         _of(["t5"], "does not support position_bias", "its gates would count what a bias says of positions already"),
     ],
     "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
+    "nsa": [
+        *_of_pages("nsa")["nsa"],
+        _of(
+            ["gpt_oss"], "does not support sinks", "attention to means of keys has no place for a logit without a value"
+        ),
+        _of(["t5"], "does not support position_bias", "means of keys stand at no position"),
+    ],
     "sink": _CAPPED,
     "entmax": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
     "urpe": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],

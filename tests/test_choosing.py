@@ -44,6 +44,7 @@ SHIPPED = [
     "moh",
     "mswa",
     "pai",
+    "nsa",
     "power",
     "prune",
     "pyramidkv",

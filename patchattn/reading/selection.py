@@ -62,6 +62,18 @@ class SelectionVariant(Variant):
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call).")
 
+    def finish(self, call: AttentionCall, attended: AttentionOutput, inner: Attend) -> AttentionOutput:
+        """What is made of attention to the chosen keys; by default it itself.
+
+        A variant that adds further branches to it is registered as `innermost`.
+
+        Args:
+            call: the call.
+            attended: output and weights of attention to what was chosen, as `attend` gives them.
+            inner: what computes.
+        """
+        return attended
+
     def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
         """What is added to the logits of keys, beside the choice; nothing by default.
 
@@ -93,29 +105,36 @@ class SelectionVariant(Variant):
         keep = self.select(call)
         if self.observers:
             self.report(call, density=density(call, narrowed(call, keep)))
-        bias = self.key_bias(call)
-        if bias is not None:
-            return _with_bias(call, keep, of_query_heads(bias, call.query.shape[1]), inner)
-        if isinstance(keep, Places):
-            return self._attend_places(call, keep, inner)
-        own = plain_own(call.mask) if isinstance(keep, Split) else None
-        if isinstance(keep, Split) and own is not None and call.kwargs.get("position_bias") is None:
-            first, rest = (_of_rows(call, own, *rows) for rows in ((0, keep.at), (keep.at, call.mask.queries)))
-            if _skips(first, keep.first):
-                return torch.cat([_skipping(first, keep.first), inner(rest)[0]], dim=1), None
-        if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
-            return _skipping(call, keep), None
-        return _under_mask(call, keep, inner)
+        return self.finish(call, attend_to(call, keep, inner, bias=self.key_bias(call)), inner)
 
-    def _attend_places(self, call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
-        if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
-            index, counts = places.index, places.counts
-            if counts is None:
-                counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
-            operands = (call.query, call.key, call.value, index, counts, places.block)
-            output, _ = selected_attention(*operands, call.rule())
-            return output.transpose(1, 2).to(call.query.dtype), None
-        return _under_mask(call, places, inner)
+
+def attend_to(
+    call: AttentionCall, keep: Keep | Places | Split | None, inner: Attend, *, bias: torch.Tensor | None = None
+) -> AttentionOutput:
+    """Attention to the keys that were chosen, as `SelectionVariant.select` and `key_bias` give them."""
+    if bias is not None:
+        return _with_bias(call, keep, of_query_heads(bias, call.query.shape[1]), inner)
+    if isinstance(keep, Places):
+        return _attend_places(call, keep, inner)
+    own = plain_own(call.mask) if isinstance(keep, Split) else None
+    if isinstance(keep, Split) and own is not None and call.kwargs.get("position_bias") is None:
+        first, rest = (_of_rows(call, own, *rows) for rows in ((0, keep.at), (keep.at, call.mask.queries)))
+        if _skips(first, keep.first):
+            return torch.cat([_skipping(first, keep.first), inner(rest)[0]], dim=1), None
+    if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
+        return _skipping(call, keep), None
+    return _under_mask(call, keep, inner)
+
+
+def _attend_places(call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
+    if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
+        index, counts = places.index, places.counts
+        if counts is None:
+            counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
+        operands = (call.query, call.key, call.value, index, counts, places.block)
+        output, _ = selected_attention(*operands, call.rule())
+        return output.transpose(1, 2).to(call.query.dtype), None
+    return _under_mask(call, places, inner)
 
 
 def is_zero(parameter: torch.Tensor) -> bool:
