@@ -137,6 +137,7 @@ offer(
             "twilight": "selection.twilight",
             "urpe": "biases.urpe",
             "var": "sinks.var",
+            "vcd": "decoding.vcd",
             "vertical_slash": "selection.vertical_slash",
             "xattention": "selection.xattention",
         }.items()

@@ -77,7 +77,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    **_of_images("var", "pai"),
+    **_of_images("pai", "var", "vcd"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),

@@ -66,6 +66,7 @@ SHIPPED = [
     "twilight",
     "urpe",
     "var",
+    "vcd",
     "vertical_slash",
     "xattention",
 ]

@@ -107,6 +107,35 @@ def test_a_prompt_in_two_calls(llava: Any, where: int) -> None:
     same(got, want)
 
 
+def test_a_prompt_in_two_calls_is_refused_where_nobody_says_so(llava: Any) -> None:
+    given = vlms.single(vlms.inputs("llava", dtype=F64), 1)
+    ids, mask, image = given["input_ids"], given["attention_mask"], {"pixel_values": given["pixel_values"]}
+    with patchattn.patched(llava, "pai", **ALL), torch.no_grad():
+        done = llava(input_ids=ids[:, :19], attention_mask=mask[:, :19], use_cache=True, **image)
+        more = {"input_ids": ids[:, 19:22], "attention_mask": mask[:, :22]}
+        more |= cache_argument(llava, find_cache(done.values()))
+        with pytest.raises(ValueError, match=r"Call the model on the earlier pieces of a prompt under"):
+            llava(**more)
+        with pytest.raises(ValueError, match=r"prefill_chunk_size|[Ii]mage"):
+            llava.generate(**given, prefill_chunk_size=20, max_new_tokens=1)
+
+
+def test_a_second_turn_behind_an_answer_of_one_token(llava: Any) -> None:
+    """Both prompts' ends are raised."""
+    given = vlms.single(vlms.inputs("llava", dtype=F64), 1)
+    whole = extended(given, torch.tensor([[7, 8, 9]]))
+    settings, length = {**ALL, "gamma": 1.0}, given["input_ids"].shape[1]
+    rows = [[length - 1, length + 2]]
+    with raised(llava, boosts_of(whole["input_ids"], 0.7), rows, [0, 1]) as twin, torch.no_grad():
+        want = twin(**whole, use_cache=False).logits[:, -1]
+    with patchattn.patched(llava, "pai", **settings), torch.no_grad():
+        cache = cache_argument(llava, find_cache(llava(**given, use_cache=True).values()))
+        now = {"input_ids": whole["input_ids"][:, length:], "attention_mask": whole["attention_mask"]}
+        with prompt_goes_on(False):
+            got = llava(**now, **cache).logits[:, -1]
+    same(got, want.detach())
+
+
 def test_pieces_of_image_tokens_alone_and_of_text_alone(llava: Any) -> None:
     """The second branch gets no token of such a piece, and what comes behind is as ever."""
     given = vlms.single(vlms.inputs("llava", dtype=F64), 0)

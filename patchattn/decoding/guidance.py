@@ -126,7 +126,7 @@ class GuidedVariant(TextDecodingVariant):
         return {f"{self.name}.image": image_tokens(call)}
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        rows = None if call.branch or not self.raises(self.config) else answering_rows(call)
+        rows = None if call.branch or not self.raises(self.config) else answering_rows(call, self.name)
         if rows is None:
             return inner(call)
         boosts = self.boosts(call)[:, :, None]
