@@ -65,11 +65,19 @@ def _of_images(*names: str) -> dict[str, list[Refusal]]:
     return {name: [_of(FAMILIES.keys() - WITH_IMAGES, says.format(name), because)] for name in names}
 
 
+def _of_grids(*names: str) -> dict[str, list[Refusal]]:
+    """Those of the patches of an image act in vision towers alone, and leave out what else a model has."""
+    towers = {*of_kind("vision"), "clip", "siglip", "llava", "qwen2_5_vl"}
+    without = FAMILIES.keys() - towers
+    return {name: [_of(without, "needs a vision tower", "there are no patches of an image")] for name in names}
+
+
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
+    **_of_grids("axial", "halo", "maxvit", "neighborhood", "window"),
     "act": [
         _of(
             of_kind("encoder_decoder"),
