@@ -113,8 +113,9 @@ def main(
         f"`python benchmarks/grid.py --pixels {pixels} --turns {turns}`: the shape of DINOv2-small (12 layers of 6",
         "heads of 64, patches of 14) with random weights, float32, SDPA, and one image of "
         f"{side} x {side} patches. The forms",
-        "take turns in one process; times are the least of all turns, of the thread that computes. Attention is all that",
-        "stands between the projections, planning included. Densities are keys read over keys seen, by patches and layers.",
+        "take turns in one process; times are the least of all turns, of the thread that computes. Attention is all",
+        "that stands between the projections, planning included. Densities are keys read over keys seen, by patches",
+        "and layers.",
         "",
         "| form | density | attention, ms | faster | whole model, ms | faster |",
         "|---|---|---|---|---|---|",
