@@ -3,8 +3,9 @@
     python benchmarks/heads.py DIR --text FILE --folder runs/heads --minutes 60 --output docs/results/heads.md
 
 `DIR` holds a causal language model such as SmolLM2-135M-Instruct, `FILE` plain text such as WikiText-2's validation
-set. A run goes on where it was stopped; with `--minutes 0` it only writes the page of what there is. Figures are of
-quality alone, so a busy machine does not matter. A new part is a module of `heads_parts` and its name in `PARTS`.
+set. Rollout needs `--encoder` and `--sentences` besides, cross attention `--speech` and the program espeak-ng. A run
+goes on where it was stopped; with `--minutes 0` it only writes the page of what there is. Figures are of quality alone,
+so a busy machine does not matter. A new part is a module of `heads_parts` and its name in `PARTS`.
 """
 
 import datetime
@@ -23,14 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import patchattn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from heads_parts import contrast, masking, retrieval
+from heads_parts import contrast, lookback, masking, massive, retrieval, rollout, speech
 from heads_parts.common import Part, Setup
 
-PARTS: tuple[Part, ...] = (retrieval, masking, contrast)
-NOT_WRITTEN = (
-    "Not begun: Lookback Lens's probe, massive activations, rollout against gradient x input, cross attention against "
-    "audio frames."
-)
+PARTS: tuple[Part, ...] = (retrieval, masking, contrast, lookback, massive, rollout, speech)
 
 app = typer.Typer(add_completion=False)
 
@@ -67,7 +64,7 @@ def page(setup: Setup, parts: tuple[Part, ...], about: str, pictures: Path | Non
     for part in parts:
         count, total = len(setup.rows(part.NAME)), len(part.jobs(setup))
         states.append(f"{part.NAME} {count} of {total} rows")
-    lines += ["## How far it went", "", f"{'; '.join(states)}. {NOT_WRITTEN}", ""]
+    lines += ["## How far it went", "", f"{'; '.join(states)}.", ""]
     return "\n".join(lines)
 
 
@@ -78,6 +75,9 @@ def main(
     folder: Annotated[Path, typer.Option(help="Folder for rows; a run goes on from those that are there.")],
     samples: Annotated[int, typer.Option(help="Prompts of each length, and texts.", min=1)] = 16,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of prompts with a needle; 1024 and 2048.")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="Folder of an encoder, such as MiniLM, for rollout.")] = None,
+    sentences: Annotated[Path | None, typer.Option(help="Folder of SST-2's train.tsv and dev.tsv.")] = None,
+    speech: Annotated[Path | None, typer.Option(help="Folder of whisper-tiny.en, for cross attention.")] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing new after so long; 0: only the page.")] = 1e9,
     part: Annotated[list[str] | None, typer.Option(help="Parts; all by default.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,
@@ -93,7 +93,8 @@ def main(
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    given = {} if length is None else {"lengths": tuple(length)}
+    given: dict[str, Any] = {"encoder": encoder, "sentences": sentences, "speech": speech}
+    given |= {} if length is None else {"lengths": tuple(length)}
     setup = Setup(base, AutoTokenizer.from_pretrained(model), text, folder, samples, **given)
     measure(setup, chosen, minutes)
     about = (

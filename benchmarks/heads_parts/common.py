@@ -32,6 +32,9 @@ class Setup:
         folder: for rows.
         samples: prompts of each length.
         lengths: of prompts with a needle, in tokens.
+        encoder: folder of an encoder that is to be fine-tuned; without it and `sentences`, no rollout.
+        sentences: folder with SST-2's train.tsv and dev.tsv.
+        speech: folder of a Whisper; without it no cross attention.
     """
 
     model: Any
@@ -40,6 +43,9 @@ class Setup:
     folder: Path
     samples: int
     lengths: tuple[int, ...] = (1024, 2048)
+    encoder: Path | None = None
+    sentences: Path | None = None
+    speech: Path | None = None
 
     def rows(self, part: str) -> dict[str, Row]:
         """The rows of a part that are there, by key."""

@@ -60,14 +60,14 @@ def _read(path: Path) -> list[TextExample]:
         found = [TextExample(content)] if content.strip() else []
     else:
         is_json = path.suffix == ".jsonl"
-        records = json_lines(content, path, skip_empty=True) if is_json else _tsv_records(path, content)
+        records = json_lines(content, path, skip_empty=True) if is_json else tsv_records(path, content)
         found = [_example(path, number, record) for number, record in records]
     if not found:
         raise ValueError(f"{path} holds no text.")
     return found
 
 
-def _tsv_records(path: Path, content: str) -> Iterator[tuple[int, Any]]:
+def tsv_records(path: Path, content: str) -> Iterator[tuple[int, Any]]:
     lines = content.split("\n")  # quotation marks are text like any other, and so is every break but the end of a line
     header = lines[0].rstrip("\r").split("\t")
     for number, line in enumerate(lines[1:], start=2):

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+TEMPLATE = "Q: {}\nA: {}\n\n"
+
 
 @dataclass(frozen=True)
 class FewShotBatch:
@@ -30,7 +32,7 @@ def few_shot_prompts(
     shots: int = 10,
     count: int = 100,
     shuffled: bool = False,
-    template: str = "Q: {}\nA: {}\n\n",
+    template: str = TEMPLATE,
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[FewShotBatch]:
@@ -57,12 +59,7 @@ def few_shot_prompts(
             f"Prompts of {shots} demonstrations and a question need more than {shots} pairs, got {len(pairs)}, at "
             f"least 2 if shuffled, and at least 1 prompt and 1 in a batch, got {count} and {batch_size}."
         )
-    if template.count("{}") != 2:
-        raise ValueError(f"The template has two places, {{}} and {{}}, got {template!r}.")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no padding token: tokenizer.pad_token = tokenizer.eos_token.")
-    draw, open_end = np.random.default_rng(seed), template[: template.rindex("{}")].rstrip(" ")
-    gap = template[len(open_end) : template.rindex("{}")]
+    draw, (open_end, gap) = np.random.default_rng(seed), _asking(template)
     texts, answers = [], []
     for _ in range(count):
         chosen = [pairs[int(i)] for i in draw.permutation(len(pairs))[: shots + 1]]
@@ -73,17 +70,64 @@ def few_shot_prompts(
         shown = "".join(template.format(q, a) for (q, _), a in zip(chosen[:-1], given, strict=True))
         question, answer = chosen[-1]
         texts.append(shown + open_end.format(question))
-        whole, start = (tokenizer(text)["input_ids"] for text in (texts[-1] + gap + answer, texts[-1]))
-        same = next(
-            (i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), min(len(whole), len(start))
-        )
-        answers.append(int(whole[same]))
+        answers.append(first_answer_token(tokenizer, texts[-1], gap + answer))
+    return prompt_batches(tokenizer, texts, answers, batch_size)
+
+
+def question_prompts(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], *, template: str = TEMPLATE, batch_size: int = 8
+) -> list[FewShotBatch]:
+    """The question of every pair alone, `Q: up\\nA:`, in their order.
+
+    Raises:
+        ValueError: as `few_shot_prompts`.
+    """
+    open_end, gap = _asking(template)
+    texts = [open_end.format(question) for question, _ in pairs]
+    answers = [first_answer_token(tokenizer, text, gap + pair[1]) for text, pair in zip(texts, pairs, strict=True)]
+    return prompt_batches(tokenizer, texts, answers, batch_size)
+
+
+def prompt_batches(
+    tokenizer: Any, texts: Sequence[str], answers: Sequence[int], batch_size: int = 8
+) -> list[FewShotBatch]:
+    """Batches of prompts and their answers' first tokens.
+
+    Raises:
+        ValueError: a tokenizer without padding.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no padding token: tokenizer.pad_token = tokenizer.eos_token.")
     batches = []
-    for begin in range(0, count, batch_size):
+    for begin in range(0, len(texts), batch_size):
         some = [tokenizer(text)["input_ids"] for text in texts[begin : begin + batch_size]]
-        width = max(map(len, some))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(one)) + one for one in some])
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in some])
-        stop = begin + batch_size
-        batches.append(FewShotBatch({"input_ids": ids, "attention_mask": mask}, answers[begin:stop], texts[begin:stop]))
+        part = slice(begin, begin + batch_size)
+        batches.append(FewShotBatch(left_padded(some, tokenizer.pad_token_id), list(answers[part]), list(texts[part])))
     return batches
+
+
+def left_padded(rows: Sequence[Sequence[int]], padding: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of texts that end together."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def first_answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
+    """Id of the first token that is an answer's, which goes on where the prompt ends."""
+    whole, start = (tokenizer(text)["input_ids"] for text in (prompt + answer, prompt))
+    pairs = enumerate(zip(whole, start, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(start)))
+    if same == len(whole):
+        raise ValueError(f"The answer {answer!r} adds no token to {prompt!r}.")
+    return int(whole[same])
+
+
+def _asking(template: str) -> tuple[str, str]:
+    """A demonstration's beginning, up to where its answer would be, and the blanks in front of that."""
+    if template.count("{}") != 2:
+        raise ValueError(f"The template has two places, {{}} and {{}}, got {template!r}.")
+    place = template.rindex("{}")
+    open_end = template[:place].rstrip(" ")
+    return open_end, template[len(open_end) : place]

@@ -1,5 +1,5 @@
-"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | board | export |
-bench | plot | lm-eval`."""
+"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | export | bench |
+plot | lm-eval`."""
 
 import json
 import sys
@@ -13,12 +13,12 @@ from rich.markup import escape
 
 from ..version import __version__
 from .bench import bench
-from .board import board
 from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads, calibrate_massive
 from .common import parse_settings, quiet
 from .duo import calibrate_duo
 from .evaluate import evaluate_model
 from .export import export_model
+from .heads import calibrate_head_roles, calibrate_lookback, calibrate_vectors
 from .plot import plot
 from .retrieval import calibrate_retrieval
 from .variants import AsJson, info_, list_variants_
@@ -33,7 +33,6 @@ app = typer.Typer(
 calibrate = typer.Typer(no_args_is_help=True, help="Find on data what a training-free variant needs for a model.")
 app.add_typer(calibrate, name="calibrate")
 app.add_typer(plot, name="plot")
-app.add_typer(board, name="board")
 
 
 def _print_version(asked: bool) -> None:
@@ -285,6 +284,9 @@ calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
 calibrate.command("massive")(calibrate_massive)
 calibrate.command("retrieval")(calibrate_retrieval)
+calibrate.command("head-roles")(calibrate_head_roles)
+calibrate.command("lookback")(calibrate_lookback)
+calibrate.command("vectors")(calibrate_vectors)
 calibrate.command("duo")(calibrate_duo)
 app.command("list")(list_variants_)
 app.command("info")(info_)

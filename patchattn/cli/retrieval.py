@@ -31,6 +31,7 @@ def calibrate_retrieval(
     scores: Annotated[Path | None, typer.Option(help="Write the scores of all heads into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a heat map into this file, such as heads.png.")] = None,
     modules: Modules = None,
+    batch_size: Annotated[int, typer.Option(help="Texts of a forward.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
     device: Device = None,
 ) -> None:
@@ -60,7 +61,7 @@ def calibrate_retrieval(
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(choose_device(device))
     console = Console(highlight=False)
     with bar(console, "texts", len(trials)) as move:
-        found = retrieval_scores(loaded, trials, modules=modules, progress=move)
+        found = retrieval_scores(loaded, trials, modules=modules, batch_size=batch_size, progress=move)
     least = threshold if threshold is not None else 0.1
     heads = found.highest(top) if top is not None else found.highest(threshold=least)
     about = {"method": "retrieval", "counted": found.counted, "trials": found.trials, **how}

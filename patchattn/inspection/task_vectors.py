@@ -214,7 +214,7 @@ def first_token_accuracy(
     base = base_model(model)
     right = count = 0
     for batch, ids in zip(batches, answers, strict=True):
-        found = _last_logits(base, on_device(base, batch)).argmax(-1).cpu()
+        found = last_logits(base, on_device(base, batch)).argmax(-1).cpu()
         if len(found) != len(ids):
             raise ValueError(f"There are {len(ids)} answers for {len(found)} sequences.")
         right, count = right + int((found == torch.tensor(list(ids))).sum()), count + len(found)
@@ -234,7 +234,7 @@ def _checked(model: nn.Module, layers: Any, modules: Any, *, trains: bool = Fals
     return base, sites
 
 
-def _last_logits(base: Any, given: Mapping[str, Any]) -> torch.Tensor:
+def last_logits(base: Any, given: Mapping[str, Any]) -> torch.Tensor:
     """`(B, V)` of what follows the last token of each sequence."""
     logits, mask = base(**given).logits, given.get("attention_mask")
     if mask is None:
@@ -246,6 +246,6 @@ def _last_logits(base: Any, given: Mapping[str, Any]) -> torch.Tensor:
 
 def _likelihood(base: Any, given: Mapping[str, Any], ids: torch.Tensor) -> torch.Tensor:
     """`(B,)` probability of an id after each sequence."""
-    logits = _last_logits(base, given)
+    logits = last_logits(base, given)
     shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     return shares.gather(1, ids[:, None].to(shares.device))[:, 0].double()

@@ -1,1 +1,0 @@
-"""Masks over the grid of patches in vision towers."""
