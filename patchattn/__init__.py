@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from .inspection.temperatures import Spread as Spread
     from .inspection.temperatures import TemperatureStatistics as TemperatureStatistics
     from .inspection.temperatures import temperature_statistics as temperature_statistics
+    from .positions.spans import Span as Span
+    from .positions.spans import marked as marked
     from .saving.checkpoint import from_pretrained as from_pretrained
     from .saving.checkpoint import load_patch as load_patch
     from .saving.checkpoint import save_patch as save_patch
@@ -84,11 +86,14 @@ offer(
             "act": "sinks.act",
             "adakv": "eviction.adakv",
             "attention_bias": "sinks.attention_bias",
+            "axial": "grids.axial",
+            "block_attention": "positions.block_attention",
             "cad": "decoding.cad",
             "cope": "biases.cope",
             "damro": "decoding.damro",
             "decore": "decoding.decore",
             "differential": "mixing.differential",
+            "dma": "selection.dma",
             "duo": "eviction.duo",
             "entmax": "normalisers.entmax",
             "expected_attention": "eviction.expected_attention",
@@ -99,6 +104,7 @@ offer(
             "gated": "gating.gated",
             "gqa_convert": "grouping.gqa_convert",
             "h2o": "eviction.h2o",
+            "halo": "grids.halo",
             "heads": "editing.heads",
             "attention_transition": "editing.attention_transition",
             "keydiff": "eviction.keydiff",
@@ -107,9 +113,13 @@ offer(
             "longlora": "selection.longlora",
             "lserve": "selection.lserve",
             "massive": "editing.massive",
+            "maxvit": "grids.maxvit",
             "moba": "selection.moba",
             "moh": "routing.moh",
             "mswa": "selection.mswa",
+            "neighborhood": "grids.neighborhood",
+            "nsa": "selection.nsa",
+            "pai": "decoding.pai",
             "power": "selection.power",
             "prune": "pruning.prune",
             "pyramidkv": "eviction.pyramidkv",
@@ -131,7 +141,9 @@ offer(
             "twilight": "selection.twilight",
             "urpe": "biases.urpe",
             "var": "sinks.var",
+            "vcd": "decoding.vcd",
             "vertical_slash": "selection.vertical_slash",
+            "window": "grids.window",
             "xattention": "selection.xattention",
         }.items()
     }
@@ -202,6 +214,10 @@ _NAMES = {
         "Spread",
         "TemperatureStatistics",
         "temperature_statistics",
+    ),
+    "positions.spans": (
+        "Span",
+        "marked",
     ),
     "saving.checkpoint": (
         "from_pretrained",

@@ -58,11 +58,26 @@ def _of_pages(*names: str) -> dict[str, list[Refusal]]:
     return {name: [*found, slides] for name, found in _of_causal_selection(*names).items()}
 
 
+def _of_images(*names: str) -> dict[str, list[Refusal]]:
+    """What acts by image tokens."""
+    because = "it is about what attention gives image tokens"
+    says = "{!r} does not support without_images"
+    return {name: [_of(FAMILIES.keys() - WITH_IMAGES, says.format(name), because)] for name in names}
+
+
+def _of_grids(*names: str) -> dict[str, list[Refusal]]:
+    """Those of the patches of an image act in vision towers alone, and leave out what else a model has."""
+    towers = {*of_kind("vision"), "clip", "siglip", "llava", "qwen2_5_vl"}
+    without = FAMILIES.keys() - towers
+    return {name: [_of(without, "needs a vision tower", "there are no patches of an image")] for name in names}
+
+
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
 REFUSALS: dict[str, list[Refusal]] = {
-    **_of_causal_selection("mswa", "power", "streaming", "triangle"),
+    **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
+    **_of_grids("axial", "halo", "maxvit", "neighborhood", "window"),
     "act": [
         _of(
             of_kind("encoder_decoder"),
@@ -70,13 +85,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    "var": [
-        _of(
-            FAMILIES.keys() - WITH_IMAGES,
-            "'var' does not support without_images",
-            "it moves attention to image tokens",
-        ),
-    ],
+    **_of_images("pai", "var", "vcd"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),
@@ -97,6 +106,14 @@ REFUSALS: dict[str, list[Refusal]] = {
         *_CAPPED,
         _of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value"),
         _of(["t5"], "does not support position_bias", "its gates would count what a bias says of positions already"),
+    ],
+    "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
+    "nsa": [
+        *_of_pages("nsa")["nsa"],
+        _of(
+            ["gpt_oss"], "does not support sinks", "attention to means of keys has no place for a logit without a value"
+        ),
+        _of(["t5"], "does not support position_bias", "means of keys stand at no position"),
     ],
     "sink": _CAPPED,
     "entmax": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],

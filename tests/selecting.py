@@ -18,13 +18,19 @@ Recorded = list[tuple[Any, torch.Tensor, torch.Tensor]]
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """Of every call of a selector: the call, the keys of it that are left `(B, H, Tq, Tk)`, and its output."""
+    """Of every call of a selector: the call, the keys of it that are left `(B, H, Tq, Tk)`, and its output.
+
+    What is added to the logits of keys beside the choice is among the call's facts, as "bias" `(B, Hkv or H, Tk)`.
+    """
     found: Recorded = []
     original = SelectionVariant.attend
 
     def attend(self: Any, call: Any, inner: Any) -> Any:
         output, weights = original(self, call, inner)
         shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
+        bias = self.key_bias(call)
+        if bias is not None:
+            call = call.replace(facts={**call.facts, "bias": bias.detach()})
         found.append((call, narrowed(call, self.select(call)).mask.seen().expand(shape), output))
         return output, weights
 
@@ -36,10 +42,12 @@ def attended(call: Any, seen: np.ndarray) -> np.ndarray:
     """Attention `(B, Tq, H, D)` to the keys that are seen `(B, H, Tq, Tk)`, loop by loop."""
     query, key, value = (tensor.double().numpy() for tensor in (call.query, call.key, call.value))
     batch, heads, rows, _ = query.shape
+    bias = call.facts.get("bias", torch.zeros(1, 1, key.shape[2])).double().expand(batch, -1, -1).numpy()
     result = np.zeros((batch, rows, heads, value.shape[-1]))
     for b, h, i in np.ndindex(batch, heads, rows):
         group, columns = h // (heads // key.shape[1]), np.flatnonzero(seen[b, h, i])
         logits = key[b, group, columns] @ query[b, h, i] * call.scaling
+        logits += bias[b, h // (heads // bias.shape[1]), columns]
         weights = np.exp(logits - logits.max())
         result[b, i, h] = weights @ value[b, group, columns] / weights.sum()
     return result

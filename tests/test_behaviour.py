@@ -52,7 +52,7 @@ def test_only_the_chosen_layers_change(family: str, case: Case) -> None:
         assert site["layer_index"] == 1 or site["name"] not in chosen
 
 
-FACTORS_OF_WEIGHTS = ("differential", "talking_heads", "urpe")  # learned, so that rows sum to anything
+FACTORS_OF_WEIGHTS = ("differential", "nsa", "talking_heads", "urpe")  # learned, so that rows sum to anything
 
 
 @on(["llama", "gpt2", "bert", "vit", "t5"])

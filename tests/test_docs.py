@@ -20,6 +20,7 @@ import patchattn
 import patchattn_kernels
 from patchattn.core import registry
 from patchattn.core.tested_releases import pinned
+from patchattn.reading.grid_masks import GridVariant
 
 from . import vlms
 from .families import FAMILIES
@@ -129,6 +130,8 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
     capabilities = patchattn.variant_info(name).capabilities
     of_text = tiny_llama if "causal" in capabilities else FAMILIES["bert"].make
     make = of_text if "without_images" in capabilities else lambda: vlms.make("llava")
+    if issubclass(patchattn.variant_info(name).variant, GridVariant):
+        make = FAMILIES["vit"].make
     for line in first.splitlines():  # ways to patch, one a line
         exec(line, {"patchattn": patchattn, "model": make()})
     tokens = torch.arange(24).view(2, 12)

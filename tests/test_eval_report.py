@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from matplotlib.colors import to_hex
 
 import patchattn
+from patchattn.evaluation.report.errors import standard_error
 from patchattn.evaluation.report.report import (
     all_scores,
     make_report,
@@ -51,6 +53,9 @@ class Given(EvalTask):
 
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         return {"accuracy": 100 * sum(row["right"] for row in rows) / len(rows), "undefined": float("inf")}
+
+    def values(self, rows: Sequence[Row]) -> list[float]:
+        return [100 * row["right"] for row in rows]
 
 
 def batch(rights: Sequence[int], **costs: Any) -> list[Row]:
@@ -113,22 +118,22 @@ def report() -> dict[str, Any]:
     """Two tasks of one benchmark and a third that is better when lower, of a patched model and itself unpatched."""
     tasks = [Given("glue/sst2"), Given("glue/rte"), Given("loss", "nats", higher_is_better=False)]
     rights = {"unpatched": (2, 4, 1), "ssa+moh": (3, 1, 1)}
-    found = {
-        run: {
-            task.name: {
-                "samples": 4,
-                **summary(task, [batch([1] * count + [0] * (4 - count), seconds=2.0, peak_memory=2**30)]),
-            }
-            for task, count in zip(tasks, counts, strict=True)
+    rows = {
+        task.name: {
+            run: batch([1] * counts[place] + [0] * (4 - counts[place]), seconds=2.0, peak_memory=2**30)
+            for run, counts in rights.items()
         }
-        for run, counts in rights.items()
+        for place, task in enumerate(tasks)
+    }
+    found = {
+        run: {task.name: {"samples": 4, **summary(task, [rows[task.name][run]])} for task in tasks} for run in rights
     }
     model = base()
     plain = {**patchattn.patch_info(model), "parameters": 100}
     patch(model)
     model.config._name_or_path = "someone/base"
     patches = {"unpatched": plain, "ssa+moh": {**patchattn.patch_info(model), "parameters": 123}}
-    return make_report(model, tasks, found, patches, {"batch": 4, "seed": 0, "limit": None, "processes": 1})
+    return make_report(model, tasks, found, patches, {"batch": 4, "seed": 0, "limit": None, "processes": 1}, rows)
 
 
 def test_a_run_has_one_colour_in_all_pictures_of_a_report(report: dict[str, Any]) -> None:
@@ -155,6 +160,11 @@ def test_differences_and_averages(report: dict[str, Any]) -> None:
     assert [run["difference"] for run in runs.values()] == [
         {"accuracy": change, "undefined": None} for change in (25, -75, 0)
     ]
+    # of (1, 1, 0, 0) and (1, 1, 1, 0): a deviation of 1 / sqrt(3) and of 1 / 2, over the root of four samples
+    first = report["tasks"]["glue/sst2"]["runs"]
+    assert first["unpatched"]["error"] == pytest.approx(100 / 3**0.5 / 2)
+    assert first["ssa+moh"]["error"] == first["ssa+moh"]["difference_error"] == pytest.approx(25)
+    assert runs["loss"]["difference_error"] == 0  # though each score alone is far from certain
     assert report["averages"] == {"glue": {"unpatched": 75, "ssa+moh": 50}}
     assert (report["schema_version"], report["model"]["class"]) == (1, "LlamaForCausalLM")
 
@@ -162,13 +172,21 @@ def test_differences_and_averages(report: dict[str, Any]) -> None:
 def test_tables(report: dict[str, Any]) -> None:
     head, rows = table(report)
     assert head == ["task", "score", "model", "value", "difference", "throughput, samples/s", "peak memory, GiB"]
-    assert rows[0] == ["glue/sst2", "accuracy, %", "unpatched", "50.00", "", "2.00", "1.00"]
-    assert rows[1] == ["glue/sst2", "accuracy, %", "ssa+moh", "75.00", "+25.00", "2.00", "1.00"]
-    assert rows[5] == ["loss", "accuracy, nats (lower is better)", "ssa+moh", "25.00", "+0.00", "2.00", "1.00"]
+    assert rows[0] == ["glue/sst2", "accuracy, %", "unpatched", "50.00 ± 28.87", "", "2.00", "1.00"]
+    assert rows[1] == ["glue/sst2", "accuracy, %", "ssa+moh", "75.00 ± 25.00", "+25.00 ± 25.00", "2.00", "1.00"]
+    assert rows[5] == [
+        "loss",
+        "accuracy, nats (lower is better)",
+        "ssa+moh",
+        "25.00 ± 25.00",
+        "+0.00 ± 0.00",
+        "2.00",
+        "1.00",
+    ]
     assert rows[7] == ["glue, mean", "main scores, %", "ssa+moh", "50.00", "-25.00", "", ""]
     assert all_scores(report)[1][1] == ["glue/sst2", "undefined", "-", "-"]
     lines = to_markdown(report).splitlines()
-    assert lines[3] == "| glue/sst2 | accuracy, % | ssa+moh | 75.00 | +25.00 | 2.00 | 1.00 |"
+    assert lines[3] == "| glue/sst2 | accuracy, % | ssa+moh | 75.00 ± 25.00 | +25.00 ± 25.00 | 2.00 | 1.00 |"
     text = "\n".join(lines)
     for part in (
         "moh (active_ratio=0.5",
@@ -179,6 +197,32 @@ def test_tables(report: dict[str, Any]) -> None:
     ):
         assert part in text
     assert "limit" not in text
+
+
+class Root(Given):
+    """A score that is no mean of samples."""
+
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
+        return {"accuracy": sum(row["right"] for row in rows) ** 0.5}
+
+    def values(self, rows: Sequence[Row]) -> None:
+        return None
+
+
+def test_errors_by_the_bootstrap() -> None:
+    draw = np.random.default_rng(0)
+    rights = draw.integers(0, 2, 400)
+    rows, changed = batch(rights.tolist()), batch([*(1 - rights[:20]).tolist(), *rights[20:].tolist()])
+    count, share = rights.sum(), rights.mean()
+    expected = (400 * share * (1 - share)) ** 0.5 / (2 * count**0.5)  # d sqrt(c) = dc / (2 sqrt(c))
+    alone, apart = standard_error(Root("a"), rows), standard_error(Root("a"), rows, changed)
+    assert alone == pytest.approx(expected, rel=0.15)
+    assert apart == pytest.approx(20**0.5 / (2 * count**0.5), rel=0.2)  # 20 samples differ, each by one either way
+    assert standard_error(Root("a"), rows, rows) == 0
+    assert standard_error(Root("a"), rows[:1]) is None
+    broken = Given("b")
+    broken.main_score, broken.values = "undefined", lambda rows: None  # type: ignore[method-assign]
+    assert standard_error(broken, rows) is None
 
 
 @pytest.mark.parametrize(
@@ -264,7 +308,7 @@ def test_a_report_on_the_model_card(report: dict[str, Any], tmp_path: Path) -> N
     assert set(found) == {("glue/sst2", "accuracy"), ("glue/rte", "accuracy"), ("loss", "accuracy")}
     result = found["glue/sst2", "accuracy"]
     assert (result.metric_value, result.dataset_type, result.task_type) == (75.0, "glue", "text-generation")
-    assert "| glue/sst2 | accuracy, % | ssa+moh | 75.00 | +25.00 |" in card.text
+    assert "| glue/sst2 | accuracy, % | ssa+moh | 75.00 ± 25.00 | +25.00 ± 25.00 |" in card.text
     other = patchattn.patch_model(base(), "moh", active_ratio=0.25)
     with pytest.raises(ValueError, match=r"no run with the patches of this model; its runs are unpatched, ssa\+moh"):
         patchattn.save_pretrained(other, tmp_path / "other", report=tmp_path / "report")

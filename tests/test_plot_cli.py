@@ -74,6 +74,7 @@ def run(capsys, monkeypatch, folder, tmp_path):
         "grid FOLDER --text FOLDER/text.txt --variant ssa --resolution 4",
         "rollout FOLDER --text FOLDER/text.txt --variant ssa",
         "rollout FOLDER --prompt w1 --flow --layer 0",
+        "grid-mask neighborhood --size 12x9 --query 1,8 --set kernel=[3,5] --set several=heads",
         "pareto FOLDER/report --output pareto.svg",
     ],
 )
@@ -106,6 +107,10 @@ def test_every_kind_of_picture_is_written(run, tmp_path, line):
         ("image NOWHERE --image nowhere.png --prompt w1 --query first", "last, text or the index"),
         ("image FOLDER --image FOLDER/text.txt --prompt w1", "takes no images"),
         ("importance nowhere.json", "no importance file"),
+        ("grid-mask ssa", "choose one of axial, halo, maxvit, neighborhood, window"),
+        ("grid-mask window --size 16", "--size must be two numbers with 'x' between them, got '16'"),
+        ("grid-mask window --size 4x4 --query 4,0", "no patch in row 4 and column 0 of 4 x 4"),
+        ("grid-mask maxvit --size 9x9 --query 0,0", "Sizes that fit: 1, 3, 9"),
         ("pareto nowhere", "There is no report"),
         ("pareto FOLDER/report --task needl", "did you mean 'needle'"),
         ("pareto FOLDER/report --cost peak_memory", "no cost 'peak_memory'"),

@@ -23,11 +23,13 @@ NOT_ON_FLASH = {
     "attention_bias": "Flash attention has no place for the slot of AttentionBias",
     **dict.fromkeys(
         (
+            "dma",
             "flex_prefill",
             "longlora",
             "lserve",
             "moba",
             "mswa",
+            "nsa",
             "power",
             "quest",
             "streaming",
@@ -40,10 +42,12 @@ NOT_ON_FLASH = {
     ),
 }
 NOT_ON_FLEX = (
+    "dma",
     "flex_prefill",
     "longlora",
     "lserve",
     "moba",
+    "nsa",
     "power",
     "quest",
     "triangle",

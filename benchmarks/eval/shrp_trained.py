@@ -13,7 +13,7 @@ import typer
 
 from patchattn import patch_info
 from patchattn.evaluation.report.report import UNPATCHED, make_report, write_report
-from patchattn.evaluation.run.compare import evaluate
+from patchattn.evaluation.run.compare import answers, evaluate
 from patchattn.evaluation.run.loading import find_source
 from patchattn.evaluation.tasks.registry import make_tasks
 
@@ -37,7 +37,11 @@ def main(
     for name, model in models.items():
         found[name] = evaluate(model, tokenizer, tasks, output / name, **settings)
         patches[name] = {**patch_info(model), "parameters": sum(weight.numel() for weight in model.parameters())}
-    report = make_report(models[UNPATCHED], tasks, found, patches, {**settings, "processes": 1})
+    (made,) = tasks
+    rows = {
+        made.name: {n: answers(output / n, made.name, run[made.name]["samples"], batch) for n, run in found.items()}
+    }
+    report = make_report(models[UNPATCHED], tasks, found, patches, {**settings, "processes": 1}, rows)
     write_report(report, output)
     print((output / "report.md").read_text(encoding="utf-8"))
 

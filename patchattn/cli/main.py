@@ -1,5 +1,5 @@
-"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | export | bench |
-plot | lm-eval`."""
+"""The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | board | export |
+bench | plot | lm-eval`."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..version import __version__
 from .bench import bench
+from .board import board
 from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads, calibrate_massive
 from .common import parse_settings, quiet
 from .duo import calibrate_duo
@@ -33,6 +34,7 @@ app = typer.Typer(
 calibrate = typer.Typer(no_args_is_help=True, help="Find on data what a training-free variant needs for a model.")
 app.add_typer(calibrate, name="calibrate")
 app.add_typer(plot, name="plot")
+app.add_typer(board, name="board")
 
 
 def _print_version(asked: bool) -> None:

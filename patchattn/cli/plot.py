@@ -188,6 +188,31 @@ def grid(
     _save(plot_attention_grid(found, title=title or f"Attention of heads: {source.name}"), output)
 
 
+@plot.command("grid-mask")
+def grid_mask(
+    variant: Annotated[str, typer.Argument(help="A variant with masks over the patches of an image, such as window.")],
+    size: Annotated[str, typer.Option(help="Rows and columns of patches, as in 16x16.")] = "16x16",
+    query: Annotated[str, typer.Option(help="Row and column of the patch whose mask is drawn, from 0.")] = "7,7",
+    settings: Set = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="A layer, from 0; may be repeated. 0 and 1 by default.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Query heads of a layer, for masks that differ between them.", min=1)] = 12,
+    title: Title = None,
+    output: Output = Path("grid-mask.png"),
+) -> None:
+    """What a patch of an image sees, as window, neighborhood, axial, halo and maxvit have it; no model is needed."""
+    from ..inspection.grid_masks import grid_masks
+    from ..plotting import plot_grid_masks
+    from .common import parse_settings
+
+    check_output(output)
+    sides, place = (_two_numbers(*one) for one in ((size, "x", "--size"), (query, ",", "--query")))
+    given = parse_settings(settings or [])
+    found = grid_masks(variant, given, shape=sides, query=place, layers=layer or (0, 1), heads=heads)
+    _save(plot_grid_masks(found, title=title or f"What a patch sees: {variant}"), output)
+
+
 @plot.command()
 def rollout(
     model: Model,
@@ -310,6 +335,13 @@ def _run(
         for batch in batches:
             loaded(**{name: tensor.to(loaded.device) for name, tensor in batch.items()})
     return statistics
+
+
+def _two_numbers(text: str, between: str, option: str) -> tuple[int, int]:
+    first, separator, second = text.partition(between)
+    if not (separator and first.strip().isdecimal() and second.strip().isdecimal()):
+        raise ValueError(f"{option} must be two numbers with {between!r} between them, got {text!r}.")
+    return int(first), int(second)
 
 
 def _save(figure: "Figure", output: Path) -> None:

@@ -1,8 +1,9 @@
 """Where the tokens of a vision tower lie on their images, told by its patch embedding and its rotary embedding."""
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,6 +11,8 @@ from .mask import Mask
 from .patches import Packed, Patches
 from .sites import AttentionSite
 from .surroundings import Surroundings
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,7 @@ class Grid:
         extents: `(B or 1, T, 2)` rows and columns of the image that each token is of, 0 of those that are not patches.
         images: `(B or 1, T)` which image of its row of the batch each token is of, a frame of a video counting as one;
             -1 of those that are not patches.
+        made: what `once` has made of it; calls of a forward on images of one size share it.
     """
 
     prefix: int
@@ -30,6 +34,22 @@ class Grid:
     places: torch.Tensor
     extents: torch.Tensor
     images: torch.Tensor
+    made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for all layers of a forward; compiled code makes it anew.
+
+        Args:
+            key: what it is, told from all else that is made of a grid.
+            make: makes it of prefix and shape, where all images have one, on the device of places.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        whole = self.prefix, self.shape, self.places.device, key
+        if whole not in self.made:
+            self.made[whole] = make()
+        made: Made = self.made[whole]
+        return made
 
 
 def grid_of(patches: Patches | None, around: Surroundings, mask: Mask) -> Grid:
@@ -79,7 +99,7 @@ def _of_sizes(patches: Patches, around: Surroundings) -> Grid:
     skipped = [places.new_full((prefix, 2), value) for value in (-1, 0)]
     all_places = torch.cat([skipped[0], places])[None]
     all_extents = torch.cat([skipped[1], extents])[None]
-    return Grid(prefix, (rows, columns), all_places, all_extents, all_places[..., 0].clamp(max=0))
+    return Grid(prefix, (rows, columns), all_places, all_extents, all_places[..., 0].clamp(max=0), patches.made)
 
 
 def _of_shapes(patches: Patches, around: Surroundings, mask: Mask) -> Grid:

@@ -3,6 +3,7 @@
 It travels in a keyword argument (`run.RUN`), which layers hand on to their attention function.
 """
 
+import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterable
@@ -135,6 +136,11 @@ def enclosing_layer(site_name: str) -> str:
     if found is None:
         raise NotImplementedError(f"{site_name} is in no numbered layer, whose input a variant reads.")
     return found[0]
+
+
+def called_with(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """By name, what a module is called with: some models hand tokens and masks on by place."""
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
 def with_residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,6 +1,8 @@
 """What the patch embedding and the rotary embedding of a vision tower did in the forward that runs."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ class Patches:
         turned: what the rotary embedding made of these, tensors of N rows.
         marks: `(N,)` bool, patches that are to be made NaN, while the order of tokens is looked for.
         packed: what is worked out of places once, and the rotary embedding that it was worked out of.
+        made: what variants have made of the grid of images of one size (`Grid.once`).
     """
 
     sizes: tuple[int, int, int] | None = None
@@ -30,6 +33,7 @@ class Patches:
     turned: tuple[torch.Tensor, ...] = ()
     marks: torch.Tensor | None = None
     packed: "tuple[tuple[torch.Tensor, ...], Packed] | None" = field(default=None, repr=False)
+    made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

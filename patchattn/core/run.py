@@ -30,7 +30,8 @@ class ModelRun:
         facts: `(B, T, ...)` of every token of the language model's input, by name: what mechanisms hand down to
             attention, such as which tokens are image tokens, or the residual stream.
         branch: which branch of a decoding variant: 0 is the model itself, branches are counted from 1.
-        asked: in a branch, the logits of so many last tokens are asked for; 0: of all, or of chosen ones.
+        asked: the logits of so many last tokens are asked for; 0: of all, or of chosen ones. Of the model itself only
+            where a variant has it noted.
         told: what the modules that make masks were told of the tokens, innermost last.
         masks: those that calls of attention were seen to have since the last of these modules began or ended, by what
             they were read off, for the layers to come.

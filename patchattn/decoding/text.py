@@ -89,10 +89,9 @@ class TextDecodingVariant(DecodingVariant):
         self.generator = text_generator(model)
         super().prepare(model)
         try:
-            layout = image_layout(model)
+            self.placeholders = image_layout(model).placeholders
         except NotImplementedError:
             return
-        self.placeholders = tuple(i for i in (layout.image_token_id, layout.video_token_id) if i is not None)
 
     def same(self, step: Step) -> BranchStep:
         """A branch of the very tokens of the step, at their positions."""
@@ -106,16 +105,16 @@ class TextDecodingVariant(DecodingVariant):
         """A branch without some tokens `(B, T)` bool and without padding but that on the left; positions close up.
 
         Where a sequence ends with tokens that are left out, the last one corresponds to the last that is there: what
-        comes next is asked of both.
+        comes next is asked of both. Where nothing of it is left in this step, none does.
         """
         kept, whole = step.real & ~left_out, self.same(step)
         counts = kept.sum(-1, keepdim=True)
-        length = int(counts.max())
+        length = max(int(counts.max()), 1)
         index = kept.long().argsort(dim=-1, stable=True)[:, -length:]
         places = (kept.long().cumsum(-1) - 1 + length - counts).masked_fill(~kept, -1)
         order = torch.arange(step.real.shape[1], device=step.real.device)
         last = torch.where(step.real, order, 0).amax(dim=-1, keepdim=True)
-        source = places.scatter(1, last, length - 1)
+        source = places.scatter(1, last, torch.where(counts > 0, length - 1, -1))
         return replace(
             whole,
             embeddings=step.embeddings.gather(1, index[..., None].expand(-1, -1, step.embeddings.shape[-1])),

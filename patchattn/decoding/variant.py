@@ -10,7 +10,6 @@ no memory: a cache's `update` concatenates, so that after one token each branch 
 """
 
 import copy
-import inspect
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..core.call import AttentionCall
 from ..core.given import real_tokens
-from ..core.hooks import Hook, note_token_ids, unknown_ids
+from ..core.hooks import Hook, called_with, note_token_ids, unknown_ids
 from ..core.kv_caches import cache_argument, find_cache
 from ..core.renaming import Renaming
 from ..core.run import RUN, ModelRun, current_run, end_run, running
@@ -145,7 +144,7 @@ class DecodingVariant(Variant):
         return current_run().branch == 0
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.is_active and _arguments(module, args, kwargs).get("labels") is not None:
+        if self.is_active and called_with(module, args, kwargs).get("labels") is not None:
             raise ValueError(
                 f"{type(self).__name__} changes the logits that tokens are chosen by, which no loss is defined on. "
                 "Compute losses under `with patchattn.unpatched(model):`."
@@ -163,7 +162,7 @@ class DecodingVariant(Variant):
         run = current_run()
         if run.branch or _STEP not in run.notes:  # the decoder alone, or run again by activation checkpointing
             return
-        given = _arguments(module, args, kwargs)
+        given = called_with(module, args, kwargs)
         cache, embeddings = find_cache([*args, *kwargs.values()]), given.get("inputs_embeds")
         tokens: torch.Tensor = given["input_ids"] if embeddings is None else embeddings
         ids = tokens if embeddings is None else run.token_ids
@@ -200,7 +199,7 @@ class DecodingVariant(Variant):
         values = list(output) if isinstance(output, tuple) else list(output.values())
         cache, unfilled = find_cache(values), notes.pop(_UNFILLED)
         held = None if cache is None else _held_by(cache, module, step, unfilled)
-        keep = _arguments(module, args, kwargs).get("logits_to_keep", 0)
+        keep = called_with(module, args, kwargs).get("logits_to_keep", 0)
         step.asked = keep if isinstance(keep, int) else 0
         steps = self.branches(step)
         if held is not None and not held.branches:
@@ -223,11 +222,6 @@ class DecodingVariant(Variant):
             return (combined, *output[1:])
         output.logits = combined
         return output
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """By name, what a module is called with: some models hand tokens and masks on by place."""
-    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Pictures of what a model's attention does, and of what a variant changes; matplotlib is imported to draw alone."""
 
 from .attention import plot_attention_grid, plot_attention_map, plot_attention_received, plot_image_attention
+from .grid_masks import plot_grid_masks
 from .heads import plot_head_importance, plot_head_usage, plot_pruning_curve
 from .massive import plot_massive_activations
 from .pareto import ParetoPoint, pareto_front, plot_pareto
@@ -13,6 +14,7 @@ __all__ = [
     "plot_attention_grid",
     "plot_attention_map",
     "plot_attention_received",
+    "plot_grid_masks",
     "plot_head_importance",
     "plot_head_usage",
     "plot_image_attention",

@@ -107,9 +107,7 @@ class PagedSelection(WholeSelection):
             groups = call.key.shape[1]
             scores = scores.masked_fill(~visible, float("-inf")).unflatten(1, (groups, -1)).amax(dim=2)
             visible, own = (any_of_group(pages, groups) for pages in (visible, own))
-        scores = scores.masked_fill(~visible, float("-inf")).masked_fill(own, float("inf"))
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
+        return top_pages(scores, visible, own, count)
 
     def of_pages(
         self, call: AttentionCall, pages: torch.Tensor, page: int, heads: str, *, most: int
@@ -188,6 +186,36 @@ def visible_pages(mask: Mask, page: int) -> tuple[torch.Tensor, torch.Tensor]:
     seen = F.pad(mask.seen(), (0, len(number) * page - mask.keys)).unflatten(-1, (-1, page)).any(dim=-1)
     last = torch.where(seen, number, -1).amax(dim=-1, keepdim=True)
     return seen, number == last
+
+
+def top_pages(scores: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count: int) -> torch.Tensor:
+    """bool, as scores `(B, h, Tq, P)`: the forced pages and the best visible ones, `count` in all; of equal ones the
+    first.
+
+    Args:
+        scores: the higher the better.
+        visible: bool, broadcast to them: no other page is chosen.
+        forced: likewise: pages that are chosen first, no more than `count`.
+        count: how many.
+    """
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(forced & visible, float("inf"))
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
+
+
+def ends_of_text(visible: torch.Tensor, own: torch.Tensor, first: int, local: int) -> torch.Tensor:
+    """bool, as `visible_pages` gives them: each query's first visible pages, and the last ones up to its own.
+
+    Args:
+        visible: which pages a query sees.
+        own: which is its own.
+        first: how many first pages.
+        local: how many last ones, its own among them.
+    """
+    order = visible.cumsum(dim=-1, dtype=torch.int32)
+    number = torch.arange(own.shape[-1], device=own.device)
+    last = torch.where(own, number, -1).amax(dim=-1, keepdim=True)
+    return visible & ((order <= first) | ((number > last - local) & (number <= last)))
 
 
 def any_of_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:

@@ -12,11 +12,13 @@ from patchattn_kernels.key_mask import unsupported
 
 from ..cache import waiting
 from ..core.call import AttentionCall
+from ..core.keeping import of_query_heads
 from ..core.mask import Keep, Mask
-from ..core.places import Places
+from ..core.places import Places, of_places
 from ..core.selection import require_causal
 from ..core.sites import AttentionSite
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
+from ..softmax.biases import attend_biased
 
 # What selectors are for: their rules say what a token reads of those before it.
 CAPABILITIES: frozenset[str] = ALL_CAPABILITIES - {"bidirectional", "cross"}
@@ -60,6 +62,31 @@ class SelectionVariant(Variant):
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call).")
 
+    def finish(self, call: AttentionCall, attended: AttentionOutput, inner: Attend) -> AttentionOutput:
+        """What is made of attention to the chosen keys; by default it itself.
+
+        A variant that adds further branches to it is registered as `innermost`.
+
+        Args:
+            call: the call.
+            attended: output and weights of attention to what was chosen, as `attend` gives them.
+            inner: what computes.
+        """
+        return attended
+
+    def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
+        """What is added to the logits of keys, beside the choice; nothing by default.
+
+        A variant that says so is registered as `innermost` and without `softcap`, as a `KeyBiasVariant` is.
+
+        Args:
+            call: the call.
+
+        Returns:
+            `(B or 1, Hkv or H, Tk)` float32 or wider, not scaled; or `None`.
+        """
+        return None
+
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
         because = "it says what tokens read of those before them"
@@ -78,26 +105,45 @@ class SelectionVariant(Variant):
         keep = self.select(call)
         if self.observers:
             self.report(call, density=density(call, narrowed(call, keep)))
-        if isinstance(keep, Places):
-            return self._attend_places(call, keep, inner)
-        own = plain_own(call.mask) if isinstance(keep, Split) else None
-        if isinstance(keep, Split) and own is not None and call.kwargs.get("position_bias") is None:
-            first, rest = (_of_rows(call, own, *rows) for rows in ((0, keep.at), (keep.at, call.mask.queries)))
-            if _skips(first, keep.first):
-                return torch.cat([_skipping(first, keep.first), inner(rest)[0]], dim=1), None
-        if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
-            return _skipping(call, keep), None
-        return _under_mask(call, keep, inner)
+        return self.finish(call, attend_to(call, keep, inner, bias=self.key_bias(call)), inner)
 
-    def _attend_places(self, call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
-        if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
-            index, counts = places.index, places.counts
-            if counts is None:
-                counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
-            operands = (call.query, call.key, call.value, index, counts, places.block)
-            output, _ = selected_attention(*operands, call.rule())
-            return output.transpose(1, 2).to(call.query.dtype), None
-        return _under_mask(call, places, inner)
+
+def attend_to(
+    call: AttentionCall, keep: Keep | Places | Split | None, inner: Attend, *, bias: torch.Tensor | None = None
+) -> AttentionOutput:
+    """Attention to the keys that were chosen, as `SelectionVariant.select` and `key_bias` give them."""
+    if bias is not None:
+        return _with_bias(call, keep, of_query_heads(bias, call.query.shape[1]), inner)
+    if isinstance(keep, Places):
+        return _attend_places(call, keep, inner)
+    own = plain_own(call.mask) if isinstance(keep, Split) else None
+    if isinstance(keep, Split) and own is not None and call.kwargs.get("position_bias") is None:
+        first, rest = (_of_rows(call, own, *rows) for rows in ((0, keep.at), (keep.at, call.mask.queries)))
+        if _skips(first, keep.first):
+            return torch.cat([_skipping(first, keep.first), inner(rest)[0]], dim=1), None
+    if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
+        return _skipping(call, keep), None
+    return _under_mask(call, keep, inner)
+
+
+def _attend_places(call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
+    if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
+        index, counts = places.index, places.counts
+        if counts is None:
+            counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
+        operands = (call.query, call.key, call.value, index, counts, places.block)
+        output, _ = selected_attention(*operands, call.rule())
+        return output.transpose(1, 2).to(call.query.dtype), None
+    return _under_mask(call, places, inner)
+
+
+def is_zero(parameter: torch.Tensor) -> bool:
+    """Whether a learned parameter, which need not learn now, is known to be zero, so that a call is the base's bit for
+    bit; false where the device would be waited for."""
+    learns = parameter.requires_grad and torch.is_grad_enabled()
+    if learns or waiting.waits(parameter) or torch.compiler.is_compiling():
+        return False
+    return not bool(parameter.any())
 
 
 def plain_own(mask: Mask) -> int | None:
@@ -117,6 +163,16 @@ def narrowed(call: AttentionCall, keep: Keep | Places | Split | None) -> Attenti
         first = call.seeing(keep.first).mask.seen()
         keep = first | (torch.arange(first.shape[2], device=first.device) >= keep.at)[:, None]
     return call.seeing(keep)
+
+
+def _with_bias(
+    call: AttentionCall, keep: Keep | Places | Split | None, bias: torch.Tensor, inner: Attend
+) -> AttentionOutput:
+    """Attention to what was chosen, with numbers `(B or 1, H, Tk)` added to the logits of keys."""
+    if isinstance(keep, Places) and call.stands_alone and _is_worth_a_copy(keep, call.key.shape[2]):
+        places = keep.of_keys(call.key.shape[2])
+        return attend_biased(call.at(places), of_places(bias, places.index), inner)
+    return attend_biased(narrowed(call, keep), bias, inner)
 
 
 def _under_mask(call: AttentionCall, keep: Keep | Places | Split | None, inner: Attend) -> AttentionOutput:

@@ -28,17 +28,27 @@ class KeyBiasVariant(Variant):
 
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        bias = self.key_bias(call)
-        if reads_keys_once(call):
-            output, _ = attend_rows(call, lambda logits, _: (logits + bias[:, :, None]).softmax(-1))
-            return output, None
-        bias = bias / (_STEP * call.scaling)
-        heads, groups = call.query.shape[1], call.key.shape[1]
-        of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)
-        pieces = parts(of_group, call.key.dtype, most=3)
-        own = torch.eye(heads // groups, dtype=call.query.dtype, device=call.query.device) * _STEP
-        of_query = own.repeat(groups, len(pieces))[None, :, None]
-        return attend_wider(call, of_query, torch.cat(pieces, dim=-1), inner)
+        return attend_biased(call, self.key_bias(call), inner)
+
+
+def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> AttentionOutput:
+    """Attention with a number added to the logit of each key, as `KeyBiasVariant` says.
+
+    Args:
+        call: of attention.
+        bias: `(B or 1, H, Tk)`, not scaled.
+        inner: the base implementation.
+    """
+    if reads_keys_once(call):
+        output, _ = attend_rows(call, lambda logits, _: (logits + bias[:, :, None]).softmax(-1))
+        return output, None
+    bias = bias / (_STEP * call.scaling)
+    heads, groups = call.query.shape[1], call.key.shape[1]
+    of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)
+    pieces = parts(of_group, call.key.dtype, most=3)
+    own = torch.eye(heads // groups, dtype=call.query.dtype, device=call.query.device) * _STEP
+    of_query = own.repeat(groups, len(pieces))[None, :, None]
+    return attend_wider(call, of_query, torch.cat(pieces, dim=-1), inner)
 
 
 def running_sum(past: torch.Tensor, new: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,11 @@ class ImageLayout:
     query_former: str | None = None
     query_tokens: int | None = None
 
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Ids that image tokens take the place of."""
+        return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
+
 
 @dataclass(frozen=True)
 class ImageSpan:
@@ -89,6 +94,21 @@ def image_layout(model: nn.Module) -> ImageLayout:
             f"patchattn knows. Known model types: {', '.join(sorted(_FAMILIES))}."
         )
     return _FAMILIES[family](base)
+
+
+def needed_layout(model: nn.Module, variant: str) -> ImageLayout:
+    """`image_layout` of a model that a variant is to act on by its image tokens.
+
+    Raises:
+        NotImplementedError: as `image_layout`, in the name of the variant.
+    """
+    try:
+        return image_layout(model)
+    except NotImplementedError as error:
+        name = type(base_model(model)).__name__
+        raise NotImplementedError(
+            f"The variant {variant!r} does not support without_images, which {name} needs: {error}"
+        ) from error
 
 
 def image_token_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

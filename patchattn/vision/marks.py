@@ -1,13 +1,17 @@
 """Image tokens as attention sees them: a hook on the language model hands down which of its tokens they are."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.call import AttentionCall
+from ..core.hooks import unknown_ids
 from ..core.run import RUN, run_of
+from .images import is_replaced
 
 IMAGE_TOKENS = "image_tokens"  # a fact of a run: `(B, T)` bool
 _marked = WeakTensorKeyDictionary()  # embeddings that backward may need again: their version, and their marks
@@ -51,6 +55,39 @@ def with_image_tokens(
         marks = marks.repeat_interleave(len(embeddings) // max(len(marks), 1), dim=0).to(embeddings.device)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference():
             _marked[embeddings] = (embeddings._version, marks)
+    return args, {**kwargs, RUN: run.handed_down({IMAGE_TOKENS: marks})}
+
+
+def with_true_image_tokens(
+    owner: str,
+    placeholders: tuple[int, ...],
+    module: nn.Module,
+    before_embedding: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`with_image_tokens`, without placeholders that the model wrote itself, which are text.
+
+    Args:
+        owner: variant, for messages.
+        placeholders: ids that image tokens take the place of.
+        module: the language model.
+        before_embedding: the variant's hook on what embeds ids, which notes them.
+        args: what the language model is called with by position.
+        kwargs: what it is called with by name.
+
+    Raises:
+        NotImplementedError: as `with_image_tokens`.
+    """
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    unknown = functools.partial(unknown_ids, owner, embedding, before_embedding)
+    args, kwargs = with_image_tokens(unknown, placeholders, args, kwargs)
+    embeddings, run = kwargs.get("inputs_embeds"), kwargs[RUN]
+    if embeddings is None:
+        return args, kwargs
+    marks = run.facts[IMAGE_TOKENS]
+    for placeholder in placeholders:
+        marks = marks & is_replaced(embeddings, placeholder, embedding)
     return args, {**kwargs, RUN: run.handed_down({IMAGE_TOKENS: marks})}
 
 

@@ -19,6 +19,7 @@ from ...files.documents import quoted, read_json
 from ...version import __version__
 from ..tasks.cost import cuda_devices, memory_kind
 from ..tasks.task import EvalTask, Row
+from .errors import standard_error
 from .report_figures import COSTS, plot_costs, plot_scores
 
 SCHEMA_VERSION = 1
@@ -74,6 +75,7 @@ def make_report(
     found: Mapping[str, Mapping[str, Any]],
     patches: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, Sequence[Row]]],
 ) -> dict[str, Any]:
     """Everything that `report.json` holds.
 
@@ -83,22 +85,26 @@ def make_report(
         found: name of each run, the unpatched one first, to what `evaluate` returned.
         patches: name of each run to `patch_info` of its model, with the number of all its `parameters`.
         settings: of the runner.
+        rows: name of each task to that of each run to its answers to all samples.
 
     Returns:
         `schema_version`, `model`, `versions`, `device`, `settings`, `runs` (per run its patches, the number of
         parameters they add, and that of all), `tasks` (per task how it is scored and asked, and under `runs` per run
-        `scores`, `costs` and `difference`, the scores minus those of the unpatched model), and `averages` (per
-        benchmark with several tasks scored in percent, the mean of the main scores per run).
+        `scores`, `costs`, `error` (standard error of the main score), `difference`, the scores minus those of the
+        unpatched model, and `difference_error`, of the main score's in pairs; None where they cannot be stated), and
+        `averages` (per benchmark with several tasks scored in percent, the mean of the main scores per run).
     """
     content = {}
     for task in tasks:
         base = found[UNPATCHED][task.name]["scores"]
         runs: dict[str, Any] = {}
         for name, results in found.items():
-            row = results[task.name]
-            runs[name] = {"scores": row["scores"], "costs": row["costs"]}
+            row, answers = results[task.name], rows[task.name]
+            error = standard_error(task, answers[name])
+            runs[name] = {"scores": row["scores"], "costs": row["costs"], "error": error}
             if name != UNPATCHED:
                 runs[name]["difference"] = {key: _minus(value, base[key]) for key, value in row["scores"].items()}
+                runs[name]["difference_error"] = standard_error(task, answers[name], answers[UNPATCHED])
         content[task.name] = {
             "kind": task.kind,
             "samples": found[UNPATCHED][task.name]["samples"],
@@ -108,13 +114,26 @@ def make_report(
             "identity": dict(task.identity()),
             "runs": runs,
         }
-    devices = cuda_devices(model)
-    base = base_model(model)
     return {
         "schema_version": SCHEMA_VERSION,
+        **surroundings(model),
+        "settings": dict(settings),
+        "runs": {
+            name: {key: info[key] for key in ("patches", "extra_parameters", "parameters")}
+            for name, info in patches.items()
+        },
+        "tasks": content,
+        "averages": _averages(content, list(found)),
+    }
+
+
+def surroundings(model: Any) -> dict[str, dict[str, Any]]:
+    """What was measured, with what and on what: `model`, `versions` and `device`."""
+    devices = cuda_devices(model)
+    return {
         "model": {
             "name": model.config.name_or_path,
-            "class": type(base).__name__,
+            "class": type(base_model(model)).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
         },
@@ -129,13 +148,6 @@ def make_report(
             "threads": torch.get_num_threads(),
             "memory": memory_kind(model),
         },
-        "settings": dict(settings),
-        "runs": {
-            name: {key: info[key] for key in ("patches", "extra_parameters", "parameters")}
-            for name, info in patches.items()
-        },
-        "tasks": content,
-        "averages": _averages(content, list(found)),
     }
 
 
@@ -192,8 +204,8 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                     name,
                     score + ("" if task["higher_is_better"] else " (lower is better)"),
                     run,
-                    number(values["scores"][task["main_score"]]),
-                    "" if run == UNPATCHED else number(change, sign=True),
+                    _with_error(number(values["scores"][task["main_score"]]), values.get("error")),
+                    "" if run == UNPATCHED else _with_error(number(change, sign=True), values.get("difference_error")),
                     *(
                         number(None if value is None else value / divisor)
                         for value, (*_, divisor) in zip(costs, shown, strict=True)
@@ -238,6 +250,7 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Settings": shared,
         "Device": f"{where}. {_MEMORY[device['memory']]}",
         "Versions": ", ".join(f"{name} {value}" for name, value in report["versions"].items()),
+        "Errors": "± is the standard error of a score, and of a difference that of the same samples in pairs.",
         "Times": "Time to the first token is the median over batches; tokens per second are those after the first. "
         "They compare within one report, on a machine that does nothing else.",
     }
@@ -278,6 +291,10 @@ def number(value: float | None, *, sign: bool = False) -> str:
         return "-"
     digits = 2 if abs(value) >= 1 or value == 0 or sign else 2 - math.floor(math.log10(abs(value)))
     return f"{value:{'+' if sign else ''}.{min(digits, 6)}f}"
+
+
+def _with_error(value: str, error: float | None) -> str:
+    return value if error is None else f"{value} ± {number(error)}"
 
 
 def _minus(value: float | None, base: float | None) -> float | None:

@@ -138,11 +138,26 @@ def compare(
     for name, way in ways.items():
         with way():
             found[name] = evaluate(model, tokenizer, tasks, folder / folder_name(name), **settings)
-    report = make_report(model, tasks, found, patches, {**given.to_dict(), "processes": state.num_processes})
+    rows = {
+        task.name: {
+            name: answers(folder / folder_name(name), task.name, run[task.name]["samples"], given.batch)
+            for name, run in found.items()
+        }
+        for task in tasks
+    }
+    report = make_report(model, tasks, found, patches, {**given.to_dict(), "processes": state.num_processes}, rows)
     if state.is_main_process:
-        write_report(report, folder, _figures(tasks, found, folder, given.batch))
+        figures = [(task.name, task.figure(rows[task.name])) for task in tasks]
+        write_report(report, folder, [(name, figure) for name, figure in figures if figure is not None])
     state.wait_for_everyone()
     return report
+
+
+def answers(output: Path, task: str, samples: int, batch: int) -> list[Row]:
+    """Answers to all samples of a task, in their order, from the output folder of an `evaluate` that is done."""
+    batches = _batches(samples, batch)
+    done = _done(output / task, batches)
+    return [row for number in range(len(batches)) for row in done[number]]
 
 
 def check_tasks(tasks: Sequence[EvalTask]) -> None:
@@ -206,12 +221,20 @@ def _ways(
     """Name of each run to what makes the model be so."""
     if runs is None:
         return {UNPATCHED: lambda: unpatched(model), patched_name(model): nullcontext}
-    return {UNPATCHED: nullcontext, **{name: partial(_patched, model, run, seed) for name, run in runs.items()}}
+    return {UNPATCHED: nullcontext, **{name: partial(patched_run, model, run, seed) for name, run in runs.items()}}
 
 
 @contextmanager
-def _patched(model: Any, run: Run, seed: int) -> Iterator[None]:
-    """Parameters that start at random start the same in every process and after every kill."""
+def patched_run(model: Any, run: Run, seed: int) -> Iterator[None]:
+    """A run's patches for the time of a block.
+
+    Parameters that start at random start the same in every process and after every kill.
+
+    Args:
+        model: unpatched.
+        run: its variants with their settings, outermost first, or the folder of a saved patch.
+        seed: of what parameters start from.
+    """
     with torch.random.fork_rng(cuda_devices(model)):
         torch.manual_seed(seed)
         if isinstance(run, Mapping):
@@ -311,25 +334,6 @@ def _ask(model: Any, tokenizer: Any, task: EvalTask, batch: range, settings: Run
     with torch.random.fork_rng(cuda_devices(model)):
         torch.manual_seed(settings.seed * 1_000_003 + batch.start)
         return task.answer(model, tokenizer, list(batch))
-
-
-def _answers(folder: Path, batches: Sequence[range]) -> list[list[Row]]:
-    """Rows of each batch of a task that is done."""
-    done = _done(folder, batches)
-    return [done[number] for number in range(len(batches))]
-
-
-def _figures(
-    tasks: Sequence[EvalTask], found: Mapping[str, Mapping[str, Any]], output: Path, batch: int
-) -> list[tuple[str, Any]]:
-    """Title and picture of every task that draws one."""
-    figures = []
-    for task in tasks:
-        batches = _batches(found[UNPATCHED][task.name]["samples"], batch)
-        folders = {name: output / folder_name(name) / task.name for name in found}
-        rows = {name: [row for part in _answers(folder, batches) for row in part] for name, folder in folders.items()}
-        figures.append((task.name, task.figure(rows)))
-    return [(name, figure) for name, figure in figures if figure is not None]
 
 
 def _done(folder: Path, batches: Sequence[range]) -> dict[int, list[Row]]:

@@ -121,6 +121,11 @@ class GlueEval(EvalTask):
         scores = {name: 100 * value for name, value in GLUE_METRICS[self.task.name](given, right).items()}
         return {**scores, "mean": statistics.mean(scores.values())} if len(scores) > 1 else scores
 
+    def values(self, rows: Sequence[Row]) -> list[float] | None:
+        """Whether each row is right, where that is what counts."""
+        right = [100.0 * (row["prediction"] == row["label"]) for row in rows]
+        return right if self.main_score == "accuracy" else None
+
 
 class GlueClassification(GlueEval):
     """A task of GLUE for a model with a classification head, fine-tuned on that task."""

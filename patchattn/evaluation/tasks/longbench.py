@@ -113,11 +113,15 @@ class LongBenchEval(EvalTask):
 
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """The official metric's mean, and which share of the prompts was truncated; both from 0 to 100."""
-        scores = [longbench_score(self.task.name, row["pred"], row["answers"], row["all_classes"]) for row in rows]
         return {
-            self.main_score: 100 * sum(scores) / len(rows),
+            self.main_score: sum(self.values(rows)) / len(rows),
             "truncated": 100 * sum(row["truncated"] for row in rows) / len(rows),
         }
+
+    def values(self, rows: Sequence[Row]) -> list[float]:
+        """The official metric of each row."""
+        name = self.task.name
+        return [100 * longbench_score(name, row["pred"], row["answers"], row["all_classes"]) for row in rows]
 
     def _room(self, model: Any) -> int | None:
         """What the answer leaves of the model's positions."""

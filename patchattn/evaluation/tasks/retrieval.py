@@ -150,6 +150,10 @@ class RetrievalTask(EvalTask):
             found.setdefault(f"recall@{row['length']}", []).append(recall(row))
         return {name: 100 * float(np.mean(values)) for name, values in found.items()}
 
+    def values(self, rows: Sequence[Row]) -> list[float]:
+        """The recall of each row."""
+        return [100 * recall(row) for row in rows]
+
 
 def recall(row: Mapping[str, Any]) -> float:
     """Share of the expected strings that an answer holds, letters of either case."""

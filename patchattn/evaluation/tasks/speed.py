@@ -60,6 +60,7 @@ class SpeedTask(EvalTask):
     name = "speed"
     main_score = "tokens_per_second"
     unit = "tokens/s"
+    samples_are_draws = False  # but different sizes
 
     def __init__(self, **settings: Any) -> None:
         self.settings = SpeedSettings.from_dict(settings)

@@ -23,6 +23,7 @@ class EvalTask(ABC):
         main_score: the entry of `score` that stands for the task in tables.
         unit: of the main score, empty for a number without one, such as a perplexity.
         higher_is_better: whether more of it is better.
+        samples_are_draws: whether samples are draws of one kind, such as questions, so that an error can be stated.
     """
 
     name: str
@@ -30,6 +31,7 @@ class EvalTask(ABC):
     main_score: str
     unit: str = "%"
     higher_is_better: bool = True
+    samples_are_draws: ClassVar[bool] = True
 
     @abstractmethod
     def __len__(self) -> int:
@@ -63,6 +65,10 @@ class EvalTask(ABC):
     @abstractmethod
     def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """Scores by name from the answers to all samples, in their order; accuracies and the like from 0 to 100."""
+
+    def values(self, rows: Sequence[Row]) -> list[float] | None:
+        """What the main score is the mean of, a value per sample; None where it is no such mean."""
+        return None
 
     def figure(self, rows: Mapping[str, Sequence[Row]]) -> "Figure | None":
         """A picture of what the scores do not show, for the report; most tasks have none.

@@ -1,6 +1,5 @@
 """VAR, Visual Attention Redistribution: heads that look at the image look less at sinks. arXiv 2503.03321."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,23 +10,17 @@ from torch import nn
 from patchattn_kernels import split_attention
 
 from ...core.call import AttentionCall
-from ...core.hooks import (
-    Hook,
-    enclosing_layer,
-    note_token_ids,
-    unknown_ids,
-    with_residual,
-)
+from ...core.hooks import Hook, enclosing_layer, note_token_ids, with_residual
 from ...core.linear import is_dispatched
 from ...core.registry import register_variant
 from ...core.renaming import Renaming
-from ...core.run import RUN, current_run, end_run
+from ...core.run import current_run, end_run
 from ...core.selection import base_model, evaluating
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
-from ...vision.images import ImageLayout, image_layout, is_replaced
-from ...vision.marks import IMAGE_TOKENS, image_tokens, with_image_tokens
+from ...vision.images import ImageLayout, image_layout, needed_layout
+from ...vision.marks import image_tokens, with_true_image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +104,7 @@ class VAR(Variant):
         cls, config: VARConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[VARConfig, Sequence[AttentionSite]]:
         name = type(base_model(model)).__name__
-        try:
-            layout = image_layout(model)
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"The variant 'var' does not support without_images, which {name} needs: {error}"
-            ) from error
+        layout = needed_layout(model, "var")
         if layout.query_former is not None:
             raise NotImplementedError(
                 f"VAR is for image tokens that are patches of the image; those of {name} come from a query former."
@@ -147,7 +135,7 @@ class VAR(Variant):
     def hooks(self, model: nn.Module) -> list[Hook]:
         base: Any = base_model(model)
         layout = image_layout(base)
-        self.placeholders = tuple(i for i in (layout.image_token_id, layout.video_token_id) if i is not None)
+        self.placeholders = layout.placeholders
         return [
             Hook(base.get_input_embeddings(), "before", self.before_embedding),
             Hook(base.get_submodule(layout.language_model), "before", self.before_language_model),
@@ -160,16 +148,7 @@ class VAR(Variant):
         note_token_ids(args, kwargs)
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        embedding = module.get_input_embeddings()  # type: ignore[operator]
-        unknown = functools.partial(unknown_ids, "VAR", embedding, self.before_embedding)
-        args, kwargs = with_image_tokens(unknown, self.placeholders, args, kwargs)
-        embeddings, run = kwargs.get("inputs_embeds"), kwargs[RUN]
-        if embeddings is not None:
-            marks = run.facts[IMAGE_TOKENS]
-            for placeholder in self.placeholders:
-                marks = marks & is_replaced(embeddings, placeholder, embedding)
-            kwargs[RUN] = run.handed_down({IMAGE_TOKENS: marks})
-        return args, kwargs
+        return with_true_image_tokens("VAR", self.placeholders, module, self.before_embedding, args, kwargs)
 
     def after_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

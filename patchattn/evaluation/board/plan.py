@@ -1,0 +1,132 @@
+"""What a board measures, as YAML files say it: `board.yaml` for the work, and a file per row in `rows/`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...core.registry import variant_info
+from ...core.settings import Settings, nearest, option
+from ...files.documents import quoted
+from ..tasks.registry import make_tasks, task_names
+from ..tasks.speed import SpeedTask
+from ..tasks.task import EvalTask
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardPlan(Settings):
+    """The work that is the same for all rows.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
+    """
+
+    model: str = option(help="Folder or Hub id of a causal language model, unless the command names another.")
+    tasks: dict[str, Any] = option(
+        help="Name of a task to its settings; limit among them takes the first so many samples, and data is a place in "
+        "the folder with data that the command names."
+    )
+    speed: dict[str, Any] = option({}, help="Settings of the task speed, by which rows are timed in turn with dense.")
+    batch: int = option(1, help="Samples that are answered at once.", minimum=1)
+    seed: int = option(0, help="Seed of what a new patch starts from, and of what draws in the model.", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "speed" in self.tasks:
+            raise ValueError("speed is no task of a board: it is measured for every row; see the setting speed.")
+        for name, given in self.tasks.items():
+            limit = self.settings_of(name).get("limit")
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise ValueError(f"limit of {name} must be a whole number of samples, at least 1, got {quoted(given)}.")
+        if groups := [name for name in self.tasks if task_names([name]) != [name]]:
+            raise ValueError(f"{groups[0]} is a benchmark of several tasks: name them one by one.")
+
+    def settings_of(self, task: str) -> dict[str, Any]:
+        """The settings of one task, `limit` among them."""
+        given = self.tasks[task]
+        if given is None:
+            return {}
+        if not isinstance(given, dict):
+            raise TypeError(f"The settings of {task} must map names to values, got {quoted(given)}.")
+        return given
+
+    def limit(self, task: str) -> int | None:
+        """How many samples of a task are taken; None: all."""
+        limit: int | None = self.settings_of(task).get("limit")
+        return limit
+
+    def made_tasks(self, data: Path | None) -> list[EvalTask]:
+        """The tasks, their data read and checked.
+
+        Args:
+            data: folder that the tasks' `data` lies in; the Hub, or generated, without.
+        """
+        settings = {}
+        for name in self.tasks:
+            given = {key: value for key, value in self.settings_of(name).items() if key != "limit"}
+            place = given.pop("data", None)
+            if data is not None and place is not None:
+                given["data"] = str(data / str(place))
+            settings[name] = given
+        return make_tasks(list(self.tasks), "causal_lm", settings=settings)
+
+    def speed_task(self) -> SpeedTask:
+        """One warm run of each combination; how often that is repeated is in `repeats`."""
+        return SpeedTask(**{**self.speed, "warmup": 0, "repeats": 1})
+
+    @property
+    def repeats(self) -> int:
+        """Runs of each combination that count."""
+        return SpeedTask(**self.speed).settings.repeats
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardRow(Settings):
+    """One row: variants with their settings, or a saved patch.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or an unknown variant or setting.
+    """
+
+    about: str = option(help="What the row is, in a few words.")
+    family: str = option(help="What it is to be compared with: caches, selection, heads, temperature, trained, ...")
+    variants: dict[str, Any] = option({}, help="Names of variants to their settings, outermost first.")
+    patch: str | None = option(None, help="Folder of a saved patch, instead.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.variants) == (self.patch is not None):
+            raise ValueError("A row needs variants or a patch, one of them.")
+        for name, settings in self.variants.items():
+            variant_info(name).configure(settings or {})
+
+    @property
+    def run(self) -> dict[str, Any] | str:
+        """As `patchattn.evaluation.run.compare.compare` takes a run."""
+        return self.patch or {name: settings or {} for name, settings in self.variants.items()}
+
+
+def read_board(folder: Path, names: Sequence[str] = ()) -> tuple[BoardPlan, dict[str, BoardRow]]:
+    """The plan of a folder, and its rows by name, in the order of their names.
+
+    Args:
+        folder: with `board.yaml` and `rows/<name>.yaml`.
+        names: the rows to take; all without.
+
+    Raises:
+        TypeError, ValueError: a missing or wrong file, the message names it; or a row that is not there.
+    """
+    plan = BoardPlan.from_yaml(folder / "board.yaml")
+    files = {path.stem: path for path in sorted((folder / "rows").glob("*.yaml"))}
+    if not files:
+        raise ValueError(f"{folder} has no rows: expected files rows/<name>.yaml.")
+    for name in names:
+        if name not in files and name != DENSE:
+            raise ValueError(f"{folder} has no row {name!r}{nearest(name, [*files, DENSE])}")
+    if odd := [name for name in files if name == DENSE or not re.fullmatch(r"[\w.+=-]+", name)]:
+        raise ValueError(f"{files[odd[0]]}: a row has a name of letters, digits and _ . + = -, and is not {DENSE!r}.")
+    wanted = [name for name in files if not names or name in names]
+    return plan, {name: BoardRow.from_yaml(files[name]) for name in wanted}

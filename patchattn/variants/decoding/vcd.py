@@ -1,0 +1,105 @@
+"""VCD: contrast with what the model says of the image under noise. arXiv 2311.16922."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...core.registry import register_variant
+from ...core.settings import option
+from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
+from ...decoding.other_images import OtherImagesVariant
+from ...decoding.variant import BranchStep, Step
+
+_STEPS = 1000  # of the schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class VCDConfig(VariantConfig):
+    """Settings of VCD; every field is described by `patchattn info vcd`."""
+
+    alpha: float = option(
+        1.0,
+        help="Strength of the contrast: (1 + alpha) logits - alpha logits of the noised image.",
+        source="released scripts; the code has 0.5 where it is not set",
+        minimum=0.0,
+        maximum=1000.0,
+    )
+    beta: float = option(
+        0.1,
+        help="Only tokens at least beta times as probable as the most probable one can be chosen; 0 allows all.",
+        source="released code",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    noise_step: int = option(
+        500,
+        help="How far the image has gone into noise, of 0 to 999.",
+        source="released evaluation scripts",
+        minimum=0,
+        maximum=_STEPS - 1,
+    )
+    seed: int | None = option(
+        0,
+        help="Of the noise, which every image gets alike, so that answers can be repeated. None: of torch's own "
+        "generator, anew for every image.",
+        source="ours; the released code draws anew",
+        minimum=0,
+    )
+
+
+class VCD(OtherImagesVariant):
+    """Visual contrastive decoding: logits are contrasted with those of the same prompt and a noised image."""
+
+    config_class = VCDConfig
+    config: VCDConfig
+    name = "vcd"
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"alpha": 0.0, "beta": 0.0}
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.alpha == 0.0 and self.config.beta == 0.0
+
+    def change(self, pixels: torch.Tensor) -> torch.Tensor:
+        seed, kept = self.config.seed, kept_variance(self.config.noise_step)
+        shape = pixels.shape if seed is None or pixels.dim() == 2 else pixels.shape[1:]
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(pixels)
+        return math.sqrt(kept) * pixels + math.sqrt(1.0 - kept) * noise
+
+    def branches(self, step: Step) -> list[BranchStep]:
+        return [self.with_other_images(step)]
+
+    def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
+        alpha, beta = self.config.alpha, self.config.beta
+        contrast = (1.0 + alpha) * logits - alpha * branch_logits[0]
+        if beta == 0.0:
+            return contrast
+        return contrast.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -math.inf)
+
+
+def kept_variance(step: int) -> float:
+    """Of pixels with the variance 1, the part that is the image's at a step of the noise schedule, from 0."""
+    rates = torch.linspace(-6.0, 6.0, _STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
+    return float((1.0 - rates[: step + 1]).prod())
+
+
+register_variant(
+    VariantInfo(
+        name="vcd",
+        variant=VCD,
+        title="Mitigating Object Hallucinations in Large Vision-Language Models through Visual Contrastive Decoding",
+        arxiv_id="2311.16922",
+        year=2023,
+        code="https://github.com/DAMO-NLP-SG/VCD",
+        summary="Next-token logits are contrasted with those given a noised image.",
+        extra_parameters="none",
+        needs_training=False,
+        capabilities=ALL_CAPABILITIES - {"static_cache", "compile", "without_images"},
+        examples=({},),
+    )
+)

@@ -1,0 +1,1 @@
+"""Masks over the grid of patches in vision towers."""

@@ -1,0 +1,126 @@
+"""DMA, trainable dynamic mask attention: keys are chosen, and biased, by what is in their values. arXiv 2508.02124."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from patchattn_kernels.rows import full_precision
+
+from ...core.call import AttentionCall
+from ...core.keeping import of_query_heads
+from ...core.places import Places
+from ...core.registry import register_variant
+from ...core.settings import option
+from ...core.sites import AttentionSite
+from ...core.variant import VariantConfig, VariantInfo
+from ...reading.pages import chosen_first
+from ...reading.selection import CAPABILITIES, SelectionVariant, is_zero
+
+_SCORE = "dma"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMAConfig(VariantConfig):
+    """Settings of DMA."""
+
+    window: int | None = option(
+        2048,
+        help="Keys that a token reads in each kv head. None: all.",
+        source="released code: Doge",
+        unit="keys",
+        minimum=1,
+    )
+    bias: Literal["exp", "plain"] = option(
+        "exp",
+        help="What is added to the logits of a key with score b: exp(b) - 1, or b itself.",
+        source="paper and Doge; 'plain' is flash-dmattn, which leaves exp out for stability",
+        choices=("exp", "plain"),
+    )
+    initial_std: float = option(
+        0.02,
+        help="Standard deviation of the projection's weights at the start.",
+        source="released code: Doge",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
+class DMA(SelectionVariant):
+    """Attention to the visible keys with the highest scores `A softplus(W v)`, which are added to their logits.
+
+    v are the values of a token in all kv heads; a kv head has one row of W and one number of A, which starts at 0. Of
+    equal scores the later key is read, so that an untrained one is a sliding window.
+    """
+
+    config_class = DMAConfig
+    config: DMAConfig
+
+    def __init__(self, config: DMAConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        groups, width = (site.require(fact, by="DMA") for fact in ("kv_heads", "head_dim"))
+        self.weight = nn.Parameter(torch.empty(groups, groups * width).normal_(std=config.initial_std))
+        self.scale = nn.Parameter(torch.zeros(groups))
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"window": None}
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        return [self.scale]
+
+    def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
+        own = call.context.own_key()
+        rows = torch.arange(call.query.shape[2], device=call.value.device) + (0 if own is None else own)
+        values = call.value.index_select(2, rows).transpose(1, 2).flatten(2)
+        if values.shape[2] != self.weight.shape[1]:
+            raise NotImplementedError(
+                f"DMA was made for values of {self.weight.shape[1]} channels in all kv heads together, and those of "
+                f"{self.site.name} have {values.shape[2]}: leave it out with modules=... or layers=..."
+            )
+        weight, scale = full_precision(self.weight), full_precision(self.scale)
+        return {_SCORE: (F.softplus(F.linear(full_precision(values), weight)) * scale).transpose(1, 2)}
+
+    def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
+        window, score = self.config.window, call.key_fact(_SCORE).detach()
+        if window is None or call.mask.columns <= window:
+            return None
+        keys, groups, seen = score.shape[-1], score.shape[1], call.mask.seen()
+        if seen.shape[1] > 1:  # a mask by query head
+            score = of_query_heads(score, call.query.shape[1])
+        order = keys - 1 - score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        batch, heads = max(len(seen), len(score)), max(seen.shape[1], score.shape[1])
+        order = order[:, :, None].expand(batch, heads, seen.shape[2], -1)
+        ordered = seen.expand(order.shape).gather(-1, order)
+        ordered &= ordered.cumsum(dim=-1, dtype=torch.int32) <= window
+        kept = torch.zeros_like(ordered).scatter(-1, order, ordered)
+        if call.query.shape[2] == 1 and kept.shape[1] == groups:
+            return Places(*chosen_first(kept[:, :, 0], min(window, keys)))
+        return of_query_heads(kept, call.query.shape[1])
+
+    def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
+        if is_zero(self.scale):
+            return None
+        score = call.key_fact(_SCORE)
+        return score.expm1() if self.config.bias == "exp" else score
+
+
+register_variant(
+    VariantInfo(
+        name="dma",
+        variant=DMA,
+        title="Trainable Dynamic Mask Sparse Attention",
+        arxiv_id="2508.02124",
+        year=2025,
+        code="https://github.com/SmallDoges/flash-dmattn",
+        summary="Every token reads the keys whose values score highest, with the scores on their logits.",
+        extra_parameters="the width of all values and one number per kv head and layer",
+        needs_training=True,
+        innermost=True,
+        capabilities=CAPABILITIES - {"softcap"},
+        examples=({"window": 3}, {"window": 3, "bias": "plain"}),
+    )
+)
