@@ -120,6 +120,7 @@ offer(
             "neighborhood": "grids.neighborhood",
             "nsa": "selection.nsa",
             "pai": "decoding.pai",
+            "paint": "decoding.paint",
             "power": "selection.power",
             "prune": "pruning.prune",
             "pyramidkv": "eviction.pyramidkv",

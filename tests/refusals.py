@@ -85,7 +85,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    **_of_images("pai", "var", "vcd"),
+    **_of_images("pai", "paint", "var", "vcd"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),
@@ -175,3 +175,10 @@ REFUSALS: dict[str, list[Refusal]] = {
     "cad": _ONLY_DECODERS,
     "decore": _ONLY_DECODERS,
 }
+REFUSALS["paint"].append(
+    _of(
+        ["llava_siglip", "instructblip", "qwen2_5_vl"],
+        "there is no class token, or tokens are no patches",
+        "it ranks patches by the attention of the class token",
+    )
+)

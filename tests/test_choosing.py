@@ -45,6 +45,7 @@ SHIPPED = [
     "mswa",
     "nsa",
     "pai",
+    "paint",
     "power",
     "prune",
     "pyramidkv",

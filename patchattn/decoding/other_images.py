@@ -11,7 +11,7 @@ from torch import nn
 from ..core.hooks import Hook, called_with
 from ..core.sites import AttentionSite
 from ..vision.images import image_layout, needed_layout
-from ..vision.outliers import unknown_images
+from ..vision.outliers import places_of, unknown_images
 from .text import TextDecodingVariant, decoder_sites
 from .variant import BranchStep, Step
 
@@ -117,7 +117,7 @@ class OtherImagesVariant(TextDecodingVariant):
         if known is None or others is None:
             raise unknown_images()
         tokens = step.embeddings[same.image]
-        places = _places(known.to(tokens), tokens)
+        places = places_of(known.to(tokens), tokens)
         is_known = places >= 0
         if not bool(is_known.any() if self.is_tiled else is_known.all()):  # newlines between rows are of no image
             raise unknown_images()
@@ -140,13 +140,3 @@ def _layers(output: Any) -> list[torch.Tensor]:
     """All hidden states that an encoder gave."""
     states = getattr(output, "hidden_states", None) or ()
     return [state for state in (*states, output.last_hidden_state) if state is not None]
-
-
-def _places(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """`(W,)` the first of rows `(M, E)` that each of others `(W, E)` equals, -1 where none does."""
-    ids = torch.cat([known, wanted]).unique(dim=0, return_inverse=True)[1]
-    own, asked = ids.split([len(known), len(wanted)])
-    first = torch.full((int(ids.max()) + 1,), len(known), device=ids.device)
-    first = first.scatter_reduce(0, own, torch.arange(len(known), device=ids.device), "amin")
-    places = first[asked]
-    return places.masked_fill(places == len(known), -1)

@@ -74,6 +74,16 @@ def reordered(scores: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor) 
     return torch.empty_like(scores).scatter_(0, asked, scores[given])
 
 
+def places_of(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """`(W,)` the first of rows `(M, E)` that each of others `(W, E)` equals, -1 where none does."""
+    ids = torch.cat([known, wanted]).unique(dim=0, return_inverse=True)[1]
+    own, asked = ids.split([len(known), len(wanted)])
+    first = torch.full((int(ids.max()) + 1,), len(known), device=ids.device)
+    first = first.scatter_reduce(0, own, torch.arange(len(known), device=ids.device), "amin")
+    places = first[asked]
+    return places.masked_fill(places == len(known), -1)
+
+
 def kept_positions(
     embeddings: torch.Tensor, image: torch.Tensor, pictures: Sequence[Picture], *, is_tiled: bool
 ) -> torch.Tensor:
