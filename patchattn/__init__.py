@@ -106,6 +106,7 @@ offer(
             "h2o": "eviction.h2o",
             "halo": "grids.halo",
             "heads": "editing.heads",
+            "hip": "selection.hip",
             "attention_transition": "editing.attention_transition",
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",

@@ -78,6 +78,7 @@ REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
     **_of_grids("axial", "halo", "maxvit", "neighborhood", "window"),
+    **_of_pages("hip"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

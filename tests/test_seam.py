@@ -25,6 +25,7 @@ NOT_ON_FLASH = {
         (
             "dma",
             "flex_prefill",
+            "hip",
             "longlora",
             "lserve",
             "moba",
@@ -44,6 +45,7 @@ NOT_ON_FLASH = {
 NOT_ON_FLEX = (
     "dma",
     "flex_prefill",
+    "hip",
     "longlora",
     "lserve",
     "moba",

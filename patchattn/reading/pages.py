@@ -22,6 +22,8 @@ from ..core.variant import VariantConfig
 from .selection import plain_own
 from .whole import WholeSelection
 
+_CHOICE, _WHEN = "choice", "when"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PagedConfig(VariantConfig):
@@ -62,7 +64,9 @@ class PagedSelection(WholeSelection):
 
     def check(self, call: AttentionCall) -> None:
         """As `WholeSelection.check`; a kv cache is told of the variant here, and refused if it was filled without."""
-        call.context.sequence_state(self.owner)
+        state = call.context.sequence_state(self.owner)
+        if state is not None and not call.decodes:
+            state.tensors.pop(_CHOICE, None)  # what a choice was made by may have been taken back before this call
         super().check(call)
 
     def facts(
@@ -87,6 +91,45 @@ class PagedSelection(WholeSelection):
     ) -> torch.Tensor | Places:
         """The pages that `best_pages` finds, as `select` gives them."""
         return self.of_pages(call, self.best_pages(call, scores, page, count, heads), page, heads, most=count)
+
+    def lasting(
+        self,
+        call: AttentionCall,
+        choose: Callable[[], torch.Tensor],
+        *,
+        page: int,
+        count: int,
+        heads: str,
+        every: int,
+    ) -> torch.Tensor | Places:
+        """Pages as `select` gives them; a choice of decoding tokens lasts until the keys are a multiple of `every`.
+
+        Pages that were begun since are read as well. In a static cache, and without one, each token chooses for itself.
+
+        Args:
+            call: the call.
+            choose: gives bool `(B, Hkv or H, Tq, P)`, no more than `count` pages for each.
+            page: keys of a page.
+            count: how many pages.
+            heads: "query" or "kv", what is chosen for.
+            every: how many tokens.
+        """
+        state, columns = call.context.sequence_state(self.owner), call.mask.columns
+        lasts = state is not None and state.grows and every > 1 and call.decodes
+        if lasts and state is not None and _CHOICE in state.tensors:
+            # the number of keys is remembered as a size, which the host knows without asking the device
+            known, when = state.tensors[_CHOICE], state.tensors[_WHEN].shape[1]
+            if when < columns and when // every == columns // every:
+                since = -(-columns // page) - known.shape[-1]
+                visible = visible_pages(call.mask, page)[0]
+                visible = visible if heads == "query" else any_of_group(visible, call.key.shape[1])
+                pages = F.pad(known, (0, since), value=True)[:, :, None] & visible
+                return self.of_pages(call, pages, page, heads, most=min(count + since, pages.shape[-1]))
+        pages = choose()
+        if lasts and state is not None:
+            state.write(_CHOICE, pages[:, :, 0].expand(len(call.query), -1, -1))
+            state.write(_WHEN, pages.new_empty(len(call.query), columns, 0))
+        return self.of_pages(call, pages, page, heads, most=count)
 
     def best_pages(self, call: AttentionCall, scores: torch.Tensor, page: int, count: int, heads: str) -> torch.Tensor:
         """Each query's own page, and the visible ones that score highest, `count` in all; of equal ones the first.

@@ -12,10 +12,8 @@ from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
-from ...reading.pages import BoundedSelection, PagedConfig, any_of_group, ends_of_pages, upper_bounds, visible_pages
+from ...reading.pages import BoundedSelection, PagedConfig, ends_of_pages, upper_bounds
 from ...reading.selection import CAPABILITIES
-
-_CHOICE, _WHEN = "choice", "when"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +74,17 @@ class LServe(BoundedSelection):
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)
         budget, page, heads = self.config.budget, self.config.page, self.config.heads
-        state, columns = call.context.sequence_state(self.owner), call.mask.columns
-        lasts = state is not None and state.grows and self.config.refresh > 1
-        if state is not None and not call.decodes:
-            state.tensors.pop(_CHOICE, None)  # what a choice was made by may have been taken back before this call
-        if budget is None or self.is_dense(call) or columns <= budget:
+        if budget is None or self.is_dense(call) or call.mask.columns <= budget:
             return None
         count = -(-budget // page)
-        if lasts and state is not None and call.decodes and _CHOICE in state.tensors:
-            # the number of keys is remembered as a size, which the host knows without asking the device
-            known, when = state.tensors[_CHOICE], state.tensors[_WHEN].shape[1]
-            if when < columns and when // self.config.refresh == columns // self.config.refresh:
-                since = -(-columns // page) - known.shape[-1]
-                visible = visible_pages(call.mask, page)[0]
-                visible = visible if heads == "query" else any_of_group(visible, call.key.shape[1])
-                pages = F.pad(known, (0, since), value=True)[:, :, None] & visible
-                return self.of_pages(call, pages, page, heads, most=min(count + since, pages.shape[-1]))
-        pages = self.best_pages(call, self._scores(call), page, count, heads)
-        if lasts and state is not None and call.decodes:
-            state.write(_CHOICE, pages[:, :, 0].expand(len(call.query), -1, -1))
-            state.write(_WHEN, pages.new_empty(len(call.query), columns, 0))
-        return self.of_pages(call, pages, page, heads, most=count)
+        return self.lasting(
+            call,
+            lambda: self.best_pages(call, self._scores(call), page, count, heads),
+            page=page,
+            count=count,
+            heads=heads,
+            every=self.config.refresh,
+        )
 
     def _scores(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq, P)` the highest bound among the smaller pages of each."""
