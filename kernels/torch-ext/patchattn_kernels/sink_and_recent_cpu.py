@@ -1,17 +1,21 @@
 """Heads with sinks and recent keys on a CPU, by slices: recent keys lie side by side, and so do the sinks.
 
-The rows that see every key up to their own are one call of causal attention; so there is nothing to lose where windows
-are as long as the sequence. Of the others a block attends to its recent keys under one small mask, the same for all
-blocks, and to the sinks without any; what comes of both is merged by the log-sum-exp.
+The first rows, which see every key up to their own, are one call of causal attention; so there is nothing to lose where
+windows are as long as the sequence. Each block of the others is one call too, under a small mask that is the same for
+all blocks: its sinks are copied to just before its recent keys, over keys that neither it nor later rows see.
 """
+
+from collections.abc import Iterator
 
 import torch
 
 from .block_lists import SinkAndRecent
-from .dense_attention_cpu import flash, merged
+from .dense_attention_cpu import flash
 from .rows import AttentionRule
 
-ROWS = 64  # queries that share their recent keys: of those of a block, as many more than each sees are computed
+# Queries that share their recent keys: of those of a block, as many more than each sees are computed. Products of more
+# queries are faster, by more than that once there are as many recent keys.
+ROWS, MORE_ROWS = 64, 256
 
 
 def in_slices(rule: AttentionRule, device: torch.device) -> bool:
@@ -35,15 +39,20 @@ def by_slices(
     batch, heads, rows, _ = query.shape
     groups, keys = key.shape[1:3]
     offset = keys - rows if rule.offset is None else rule.offset
-    output = value.new_zeros(batch, rows, heads, value.shape[-1]).transpose(1, 2)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    lse = query.new_full((batch, heads, rows), float("-inf"), dtype=dtype)
-    key, value = key.contiguous(), value.contiguous()
     sizes: dict[tuple[int, int], list[int]] = {}
     for head, size in enumerate(zip(keep.sinks.tolist(), keep.recent.tolist(), strict=True)):
         sizes.setdefault(size, []).append(head)
+    if offset == 0 and all(sum(size) >= rows for size in sizes):
+        output, lse = flash(query, key[:, :, :rows], value[:, :, :rows], rule.scaling, causal=True)
+        return output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    output = value.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_full((batch, heads, rows), float("-inf"), dtype=dtype)
     for (sinks, recent), alike in sizes.items():
         states, some = [query, key, value], torch.tensor(alike)
+        if sinks + recent == 0:
+            output[:, some] = 0.0
+            continue
         if len(sizes) > 1:
             group = some // (heads // groups)
             states = [query[:, some], key[:, group], value[:, group]]
@@ -56,37 +65,38 @@ def by_slices(
 
 def _parts(
     states: list[torch.Tensor], sinks: int, recent: int, offset: int, scaling: float, dtype: torch.dtype
-) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Which rows, their output and their log-sum-exp."""
     query, key, value = states
-    rows, found = query.shape[2], []
-
-    def attend(part: slice, begin: int, end: int, **how: object) -> tuple[torch.Tensor, torch.Tensor]:
-        of_keys = slice(begin, end)
-        return flash(query[:, :, part], key[:, :, of_keys], value[:, :, of_keys], scaling, **how)  # type: ignore[arg-type]
-
-    dense = min(rows, max(0, sinks + recent - offset))  # rows that see all keys up to their own
-    if dense:
-        part, end = slice(0, dense), offset + dense
-        later = torch.arange(end) > torch.arange(offset, end)[:, None]
-        how = {"causal": True} if offset == 0 else {"hidden": _hidden(later, dtype)}
-        found.append((part, *attend(part, 0, end, **how)))
-    # own key at recent - 1 + row: neither later than that nor `recent` or more before it
-    place = torch.arange(ROWS + recent - 1) - torch.arange(ROWS)[:, None]
-    band = _hidden((place < 0) | (place >= recent), dtype)
-    for start in range(dense, rows, ROWS):
-        part = slice(start, min(start + ROWS, rows))
-        count, end = part.stop - start, offset + part.stop
-        pieces = []
-        if recent:
-            how = {"hidden": band[:count, : count + recent - 1]}
-            pieces.append(attend(part, offset + start - recent + 1, end, **how))
-        if sinks:
-            pieces.append(attend(part, 0, sinks))
-        if pieces:
-            found.append((part, *(merged(*pieces[0], *pieces[1]) if len(pieces) == 2 else pieces[0])))
-    return found
+    rows = query.shape[2]
+    step = ROWS if recent < MORE_ROWS else MORE_ROWS
+    same = min(rows, sinks + recent) if offset == 0 else 0  # rows that see all keys up to their own
+    starts = [max(0, stop - step) for stop in range(rows, same, -step)][::-1]  # the first block is what is left
+    same = starts[0] if starts else rows
+    begin = 0 if same else max(0, offset - recent + 1 - sinks)  # no earlier key is read, but sinks
+    query = query.contiguous()  # by which torch's kernel gains more than the copies cost
+    key, value = (
+        tensor[:, :, begin : offset + rows].clone(memory_format=torch.contiguous_format) for tensor in states[1:]
+    )
+    if same:
+        yield slice(same), *flash(query[:, :, :same], key[:, :, :same], value[:, :, :same], scaling, causal=True)
+    usual = _hidden(step, sinks, recent, sinks + recent - 1, dtype)
+    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+        low = offset + start - recent + 1  # the first row's first recent key
+        if low < sinks:
+            first, hidden = 0, _hidden(stop - start, sinks, recent, offset + start, dtype)
+        else:
+            first, hidden = low - sinks - begin, usual[: stop - start, : sinks + recent + stop - start - 1]
+            for own, given in ((key, states[1]), (value, states[2])):
+                own[:, :, first : first + sinks] = given[:, :, :sinks]
+        of_keys = slice(first, offset + stop - begin)
+        part = slice(start, stop)
+        yield part, *flash(query[:, :, part], key[:, :, of_keys], value[:, :, of_keys], scaling, hidden=hidden)
 
 
-def _hidden(hides: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(hides.shape, dtype=dtype).masked_fill_(hides, float("-inf"))
+def _hidden(rows: int, sinks: int, recent: int, own: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(rows, own + rows)`: 0 for sinks and recent keys, else -inf; the first row's own key is the one at `own`."""
+    nothing = torch.full((rows, own + rows), float("-inf"), dtype=dtype)
+    old = nothing.tril(own - recent)
+    old[:, :sinks] = 0.0
+    return old.add_(nothing.triu_(own + 1))
