@@ -15,6 +15,7 @@ from patchattn_kernels import (
 )
 from patchattn_kernels.block_lists import SinkAndRecent
 
+UNBOUNDED = [(0, 2**30), (3, 5), (2**30, 0), (0, 0)]
 ALIKE, GROUPED, MIXED = [(3, 5)] * 4, [(3, 5)] * 2 + [(0, 9)] * 2, [(3, 5), (0, 4), (30, 30), (6, 1)]
 
 
@@ -24,7 +25,9 @@ def attend(sizes: list[tuple[int, int]], queries: int, keys: int, dtype: torch.d
     shapes = ((4, queries, 8), (2, keys, 8), (2, keys, 6))
     query, key, value = (torch.randn(2, *shape, generator=generator, dtype=dtype) for shape in shapes)
     keep = SinkAndRecent(*torch.tensor(sizes, dtype=torch.int32).T, max(size[0] for size in sizes))
+    before = [tensor.clone() for tensor in (query, key, value)]
     got = block_sparse_attention(query, key, value, keep, AttentionRule(0.7, causal=True), return_lse=True)
+    assert all(map(torch.equal, before, (query, key, value))), "sinks are copied over copies"
     seen = torch.zeros(4, queries, keys, dtype=torch.bool)
     for h, (sinks, recent) in enumerate(sizes):
         for i in range(queries):
@@ -40,9 +43,12 @@ def attend(sizes: list[tuple[int, int]], queries: int, keys: int, dtype: torch.d
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
 @pytest.mark.parametrize("queries", [40, 13, 1])
-@pytest.mark.parametrize("sizes", [ALIKE, GROUPED, MIXED, [(0, 1)] * 4, [(2, 0)] * 4, [(0, 0)] * 4, [(40, 1)] * 4])
+@pytest.mark.parametrize(
+    "sizes", [ALIKE, GROUPED, MIXED, UNBOUNDED, [(0, 1)] * 4, [(2, 0)] * 4, [(0, 0)] * 4, [(40, 1)] * 4]
+)
 def test_output(sizes: list[tuple[int, int]], queries: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink_and_recent_cpu, "ROWS", rows)
+    monkeypatch.setattr(sink_and_recent_cpu, "MORE_ROWS", 9)
     output, lse, wanted, exact = attend(sizes, queries, 40, torch.float64)
     torch.testing.assert_close(output, wanted, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(lse, exact, rtol=1e-10, atol=1e-10)
@@ -84,6 +90,12 @@ def test_fewer_pairs_than_dense_attention_from_a_thousand_tokens_on(pairs: Any) 
     block_sparse_attention(query, query, query, sink_and_recent(64, 256, heads=1), AttentionRule(1.0, causal=True))
     computed = sum(rows * (rows + 1) // 2 if causal else rows * keys for rows, keys, causal in pairs)
     assert computed < 0.9 * 1024 * 1025 / 2
+
+
+def test_decoding_reads_the_window_alone(pairs: Any) -> None:
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5000, 8)
+    block_sparse_attention(query, key, key, sink_and_recent(64, 256, heads=2), AttentionRule(1.0, causal=True))
+    assert pairs == [(1, 64 + 256, False)]
 
 
 @pytest.mark.parametrize("how", [{"mask": torch.ones(1, 30, dtype=torch.bool)}, {"window": 8}, {"causal": False}])

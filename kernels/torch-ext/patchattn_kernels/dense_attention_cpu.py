@@ -109,9 +109,13 @@ def mass_by_prefix(
     query = query.reshape(batch * groups, repeats, queries, dim)
     key = key.reshape(batch * groups, keys, dim)
     mass = query.new_zeros(batch * groups, repeats, keys)
-    known = lse is not None
+    known, scaling = lse is not None, rule.scaling
     lse = query.new_empty(batch, heads, queries) if lse is None else full_precision(lse)
     sums = lse.reshape(batch * groups, repeats, queries)
+    if known:  # it is taken off within the product, as one more channel, and not in a pass of its own
+        taken = sums.clamp(min=torch.finfo(sums.dtype).min).neg()[..., None]
+        query, scaling = torch.cat([query * scaling, taken], dim=-1), 1.0
+        key = torch.cat([key, key.new_ones(*key.shape[:2], 1)], dim=-1)
     counted = query.new_ones(1, queries) if real is None else real.to(query.dtype)
     counted = counted.expand(batch, -1).repeat_interleave(groups, dim=0)[:, None]
     padding = None if rule.mask is None else ~rule.mask[:, :keys].bool().expand(batch, -1)
@@ -132,9 +136,9 @@ def mass_by_prefix(
         later = torch.arange(begin, end) > own_keys[:, None] if rule.causal else None
         for first in range(0, batch * groups, step):
             some = slice(first, min(first + step, batch * groups))
-            rows = query[some, :, start:stop].reshape(-1, size, dim)
+            rows = query[some, :, start:stop].reshape(-1, size, query.shape[-1])
             tile = memory[: len(rows) * size * end].view(len(rows), size, end)
-            torch.baddbmm(tile, rows, key[some, :end].mT, beta=0.0, alpha=rule.scaling, out=tile)
+            torch.baddbmm(tile, rows, key[some, :end].mT, beta=0.0, alpha=scaling, out=tile)
             tile = tile.view(len(rows), repeats, stop - start, end)
             if later is not None:
                 tile[..., begin:].masked_fill_(later, float("-inf"))
@@ -142,7 +146,7 @@ def mass_by_prefix(
                 tile.masked_fill_(padding[some, None, :, :end], float("-inf"))
             own = sums[some, :, start:stop]
             if known:
-                tile.sub_(own.clamp(min=torch.finfo(own.dtype).min)[..., None]).exp_()
+                tile.exp_()
                 shares = counted[some, :, start:stop].expand(-1, repeats, -1)
             else:
                 top = tile.amax(dim=-1).clamp_(min=torch.finfo(own.dtype).min)

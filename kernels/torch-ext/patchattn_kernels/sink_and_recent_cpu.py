@@ -68,29 +68,32 @@ def _parts(
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Which rows, their output and their log-sum-exp."""
     query, key, value = states
-    rows = query.shape[2]
-    step = ROWS if recent < MORE_ROWS else MORE_ROWS
+    rows, keys = query.shape[2], key.shape[2]
+    sinks, recent = min(sinks, keys), min(recent, keys)
+    step = min(rows, ROWS if recent < MORE_ROWS else MORE_ROWS)
     same = min(rows, sinks + recent) if offset == 0 else 0  # rows that see all keys up to their own
     starts = [max(0, stop - step) for stop in range(rows, same, -step)][::-1]  # the first block is what is left
     same = starts[0] if starts else rows
-    begin = 0 if same else max(0, offset - recent + 1 - sinks)  # no earlier key is read, but sinks
-    query = query.contiguous()  # by which torch's kernel gains more than the copies cost
-    key, value = (
-        tensor[:, :, begin : offset + rows].clone(memory_format=torch.contiguous_format) for tensor in states[1:]
-    )
+    lows = [offset + start - recent + 1 for start in starts]  # first recent keys of the blocks' first rows
+    begin = 0
+    if same or lows[-1] >= sinks:  # torch's kernel gains more by the copies than they cost
+        begin = 0 if same else max(0, lows[0] - sinks)
+        query = query.contiguous()
+        key, value = (
+            tensor[:, :, begin : offset + rows].clone(memory_format=torch.contiguous_format) for tensor in states[1:]
+        )
     if same:
         yield slice(same), *flash(query[:, :, :same], key[:, :, :same], value[:, :, :same], scaling, causal=True)
-    usual = _hidden(step, sinks, recent, sinks + recent - 1, dtype)
-    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-        low = offset + start - recent + 1  # the first row's first recent key
+    usual = None
+    for start, stop, low in zip(starts, [*starts, rows][1:], lows, strict=True):
         if low < sinks:
             first, hidden = 0, _hidden(stop - start, sinks, recent, offset + start, dtype)
         else:
+            usual = _hidden(step, sinks, recent, sinks + recent - 1, dtype) if usual is None else usual
             first, hidden = low - sinks - begin, usual[: stop - start, : sinks + recent + stop - start - 1]
             for own, given in ((key, states[1]), (value, states[2])):
                 own[:, :, first : first + sinks] = given[:, :, :sinks]
-        of_keys = slice(first, offset + stop - begin)
-        part = slice(start, stop)
+        part, of_keys = slice(start, stop), slice(first, offset + stop - begin)
         yield part, *flash(query[:, :, part], key[:, :, of_keys], value[:, :, of_keys], scaling, hidden=hidden)
 
 
