@@ -145,6 +145,7 @@ offer(
             "var": "sinks.var",
             "vcd": "decoding.vcd",
             "vertical_slash": "selection.vertical_slash",
+            "vhr": "gating.vhr",
             "window": "grids.window",
             "xattention": "selection.xattention",
         }.items()

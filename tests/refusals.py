@@ -86,7 +86,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    **_of_images("pai", "paint", "var", "vcd"),
+    **_of_images("pai", "paint", "var", "vcd", "vhr"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),
