@@ -23,6 +23,7 @@ from .tiles import VARYING, key_range, visible
 from .tuning import Launch, padded_splits, processors, run_chosen
 
 FEW_PAIRS = 64  # up to so many pairs per kv head, selected or not, are one tile: decoding
+LONG = 2048  # keys, from which on several launches that share them out are taken for one that does not; not measured
 
 
 @triton.jit
@@ -217,47 +218,93 @@ def forward(
         `(B, Tq, H, Dv)`, and in float32 `(B, Tq, H)`: the log-sum-exp in base 2; inf where a row sees nothing, 0 where
         it is not selected.
     """
+    queries, few = gate.shape[1], _queries_at_a_time(gate, value)
+    with on_device(query):
+        if few == 0:
+            return _prefill_all(query, key, value, gate, mask, scaling)
+        if few >= queries:
+            return _decode_all(query, key, value, gate, mask, scaling)
+        parts = [slice(start, start + few) for start in range(0, queries, few)]
+        done = [
+            _decode_all(query[:, :, part], key, value, gate[:, part].contiguous(), _of_queries(mask, part), scaling)
+            for part in parts
+        ]
+        return torch.cat([output for output, _ in done], dim=1), torch.cat([lse for _, lse in done], dim=1)
+
+
+def _queries_at_a_time(gate: torch.Tensor, value: torch.Tensor) -> int:
+    """For how many queries keys are shared out among programs; 0 where a program goes through all keys of its pairs.
+
+    Those that are one tile decode. More do so tile by tile, where one program per tile would leave half of the
+    processors idle or more: a few dozen queries behind a long cache.
+    """
+    batch, queries, heads = gate.shape
+    groups, keys = value.shape[1:3]
+    few = FEW_PAIRS // (heads // groups)
+    if queries <= few:
+        return queries
+    tiles = batch * groups * triton.cdiv(queries, few) if few else 0
+    alone = keys >= LONG and 0 < 2 * tiles <= processors(value.device, 4)
+    return few if alone else 0
+
+
+def _of_queries(mask: KeyMask, part: slice) -> KeyMask:
+    """The mask of some queries."""
+    rows = (one if one is None or one.shape[1] == 1 else one[:, part] for one in mask[:3])
+    return KeyMask(*rows, mask.causal, mask.offset + part.start, mask.window)
+
+
+def _prefill_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, mask: KeyMask, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` with a program per block of selected pairs."""
+    batch, queries, heads = gate.shape
+    groups, dim = value.shape[1], value.shape[3]
+    output, lse = value.new_zeros(batch, queries, heads, dim), torch.zeros_like(gate)
+    pairs, starts = selected_pairs(gate, groups)
+    launch(
+        *(_prefill, "prefill", lambda sizes: batch * groups * triton.cdiv(pairs.shape[1], sizes["BLOCK_M"])),
+        *(arguments(query, key, value, mask, scaling),),
+        gate=gate,
+        output=output,
+        lse=lse,
+        pairs=pairs,
+        starts=starts,
+    )
+    return output, lse
+
+
+def _decode_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, mask: KeyMask, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` of so few queries that all pairs of a kv head are one tile, with several programs for its keys."""
     batch, queries, heads = gate.shape
     groups, keys, dim = value.shape[1:]
     operands = arguments(query, key, value, mask, scaling)
-    with on_device(query):
-        if queries * heads // groups > FEW_PAIRS:
-            output, lse = value.new_zeros(batch, queries, heads, dim), torch.zeros_like(gate)
-            pairs, starts = selected_pairs(gate, groups)
-            launch(
-                *(_prefill, "prefill", lambda sizes: batch * groups * triton.cdiv(pairs.shape[1], sizes["BLOCK_M"])),
-                *(operands,),
-                gate=gate,
-                output=output,
-                lse=lse,
-                pairs=pairs,
-                starts=starts,
-            )
-            return output, lse
-        output, lse = value.new_empty(batch, queries, heads, dim), torch.empty_like(gate)
-        few = max(16, triton.next_power_of_2(queries * heads // groups))
+    output, lse = value.new_empty(batch, queries, heads, dim), torch.empty_like(gate)
+    few = max(16, triton.next_power_of_2(queries * heads // groups))
 
-        def decode(chosen: Launch) -> None:
-            block = chosen.blocks["BLOCK_N"]
-            splits = _splits(batch * groups, keys, block, query.device)
-            chunk = triton.cdiv(triton.cdiv(keys, splits), block) * block
-            parts, sums = gate.new_empty(*gate.shape, splits, dim), gate.new_empty(*gate.shape, splits)
-            _decode[(batch * groups * splits,)](
-                **operands,
-                gate=gate,
-                parts=parts,
-                sums=sums,
-                chunk=chunk,
-                splits=splits,
-                **{**chosen.arguments(), "BLOCK_M": few},
-            )
-            _merge[(gate.numel(),)](
-                parts, sums, gate, output, lse, splits, SPLITS=padded_splits(splits), VDIM=dim, VPAD=operands["VPAD"]
-            )
+    def decode(chosen: Launch) -> None:
+        block = chosen.blocks["BLOCK_N"]
+        splits = _splits(batch * groups, keys, block, query.device)
+        chunk = triton.cdiv(triton.cdiv(keys, splits), block) * block
+        parts, sums = gate.new_empty(*gate.shape, splits, dim), gate.new_empty(*gate.shape, splits)
+        _decode[(batch * groups * splits,)](
+            **operands,
+            gate=gate,
+            parts=parts,
+            sums=sums,
+            chunk=chunk,
+            splits=splits,
+            **{**chosen.arguments(), "BLOCK_M": few},
+        )
+        _merge[(gate.numel(),)](
+            parts, sums, gate, output, lse, splits, SPLITS=padded_splits(splits), VDIM=dim, VPAD=operands["VPAD"]
+        )
 
-        candidates = launches("decode", max(query.shape[-1], dim), query.dtype)
-        run_chosen("routed_attention_decode", shape_of(query, key), candidates, query.device, decode)
-        return output, lse
+    candidates = launches("decode", max(query.shape[-1], dim), query.dtype)
+    run_chosen("routed_attention_decode", shape_of(query, key), candidates, query.device, decode)
+    return output, lse
 
 
 def _splits(programs: int, keys: int, block: int, device: torch.device) -> int:
