@@ -74,11 +74,42 @@ def _of_grids(*names: str) -> dict[str, list[Refusal]]:
 
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
+
+def _of_encoder_masks(*names: str) -> dict[str, list[Refusal]]:
+    """Those in which a token stands for what comes after it."""
+    without = of_kind("decoder")
+    because = "a decoder's token does not see what comes after it"
+    return {name: [_of(without, "does not support causal or cross", because)] for name in names}
+
+
+def _of_placed_pieces(*names: str) -> dict[str, list[Refusal]]:
+    """Those that read pieces side by side must turn keys, and no window may hide some."""
+    learned = ["gpt2", "opt", "t5", "bart", "whisper", "qwen2_5_vl"]
+    sliding = ["mistral", "gemma2", "gemma3_text", "gpt_oss"]
+    return {
+        name: [
+            *found,
+            _of(learned, f"{name} must know how", "learned positions, biases and several axes cannot be turned"),
+            _of(sliding, "has a sliding window", "it would hide pieces by their distance in the text"),
+        ]
+        for name, found in _of_causal_selection(*names).items()
+    }
+
+
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
     **_of_grids("axial", "halo", "maxvit", "neighborhood", "window"),
     **_of_pages("hip"),
+    **_of_encoder_masks("hat", "hdt"),
+    "hepos": [
+        _of(
+            FAMILIES.keys() - set(of_kind("encoder_decoder")),
+            "divides a source among the heads of cross attention",
+            "nothing else has a source",
+        )
+    ],
+    **_of_placed_pieces("ape", "graph_kv", "parallel_context"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

@@ -128,7 +128,8 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
         assert f"| `{setting}` | `{spelt}` |" in text
     first, *others = blocks(page)
     capabilities = patchattn.variant_info(name).capabilities
-    of_text = tiny_llama if "causal" in capabilities else FAMILIES["bert"].make
+    encoders = FAMILIES["bert" if "bidirectional" in capabilities else "bart"]
+    of_text = tiny_llama if "causal" in capabilities else encoders.make
     make = of_text if "without_images" in capabilities else lambda: vlms.make("llava")
     if issubclass(patchattn.variant_info(name).variant, GridVariant):
         make = FAMILIES["vit"].make

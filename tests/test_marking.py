@@ -2,7 +2,7 @@
 
 import pytest
 
-from patchattn.positions.marking import mark_segments, mark_turns
+from patchattn.positions.marking import mark_hierarchy, mark_segments, mark_turns
 
 from .long_context import BYTES, byte_tokenizer
 
@@ -35,6 +35,20 @@ def test_turns_of_a_chat() -> None:
     assert texts(found) == [("system", "<s><system>Be brief."), ("user", "<user>Hi")]
 
 
+def test_a_hierarchy() -> None:
+    found = mark_hierarchy(BYTES, [["ab", "c"], ["d"]], anchors=(1, 2, 3))
+    a, b, c, d = BYTES("abcd", add_special_tokens=False)["input_ids"]
+    assert found.input_ids == [1, 2, 3, a, b, 3, c, 2, 3, d]
+    assert [tuple(span) for span in found.spans] == [
+        ("document", 0, 1, 2),
+        ("section", 1, 2, 1),
+        ("sentence", 2, 5, 0),
+        ("sentence", 5, 7, 0),
+        ("section", 7, 8, 1),
+        ("sentence", 8, 10, 0),
+    ]
+
+
 def test_what_is_refused() -> None:
     for segments, error, says in (
         ([("document", "")], ValueError, "is of no token"),
@@ -50,3 +64,10 @@ def test_what_is_refused() -> None:
         mark_turns(byte_tokenizer(TEMPLATE), [])
     with pytest.raises(NotImplementedError, match="the first 1 of 2 messages otherwise"):
         mark_turns(byte_tokenizer(FORGETFUL), CHAT)
+    for sections, anchors, error, says in (
+        ([["a"]], (1, 2), TypeError, "Anchors are"),
+        (["a"], (1, 2, 3), TypeError, "a list of sections"),
+        ([[]], (1, 2, 3), ValueError, "leave out empty ones"),
+    ):
+        with pytest.raises(error, match=says):
+            mark_hierarchy(BYTES, sections, anchors=anchors)  # type: ignore[arg-type]

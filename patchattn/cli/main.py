@@ -1,5 +1,5 @@
 """The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | board | export |
-bench | plot | lm-eval`."""
+bench | sort-context | plot | lm-eval`."""
 
 import json
 import sys
@@ -22,6 +22,7 @@ from .export import export_model
 from .heads import calibrate_head_roles, calibrate_lookback, calibrate_vectors
 from .plot import plot
 from .retrieval import calibrate_retrieval
+from .sorting import sort_context
 from .variants import AsJson, info_, list_variants_
 
 app = typer.Typer(
@@ -295,6 +296,7 @@ app.command("info")(info_)
 app.command("eval")(evaluate_model)
 app.command("export")(export_model)
 app.command("bench")(bench)
+app.command("sort-context")(sort_context)
 
 
 def _one_line(error: Exception) -> str:

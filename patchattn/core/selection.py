@@ -143,3 +143,22 @@ def require_causal(model: nn.Module, sites: Iterable[AttentionSite], *, by: str,
             f"{type(model).__name__} is causal self-attention."
         )
     return causal
+
+
+def require_bidirectional(
+    model: nn.Module, sites: Iterable[AttentionSite], *, by: str, because: str
+) -> list[AttentionSite]:
+    """Those of some attention modules that are bidirectional self-attention.
+
+    Raises:
+        NotImplementedError: there is none; with the name of what acts in them alone, and the reason.
+    """
+    sites = list(sites)
+    causal = {site.name for site in causal_sites(model, sites)}
+    found = [site for site in sites if not site.is_cross and site.name not in causal]
+    if not found:
+        raise NotImplementedError(
+            f"{by} does not support causal or cross: {because}, and none of the chosen attention modules of "
+            f"{type(model).__name__} is bidirectional self-attention."
+        )
+    return found

@@ -107,6 +107,43 @@ def mark_turns(
     return MarkedText(list(found["input_ids"]), list(parse_spans(spans)))
 
 
+def mark_hierarchy(
+    tokenizer: PreTrainedTokenizerBase, sections: Sequence[Sequence[str]], *, anchors: Sequence[int]
+) -> MarkedText:
+    """Tokens of a document that is given as sections of sentences, with an anchor in front of each, and their spans.
+
+    The anchors of the document and of the sections are spans of their own, at levels 2 and 1; that of a sentence is its
+    first token, at level 0.
+
+    Args:
+        tokenizer: of the model; none of its own special tokens is added.
+        sections: the sentences of each section.
+        anchors: ids of the anchors of a document, of a section and of a sentence.
+
+    Raises:
+        TypeError: something else than lists of texts, or than three ids.
+        ValueError: no section, or one without sentences.
+    """
+    if len(anchors) != 3 or not all(type(anchor) is int for anchor in anchors):
+        raise TypeError(f"Anchors are the ids of a document's, a section's and a sentence's, got {anchors!r}.")
+    if isinstance(sections, str) or any(
+        isinstance(section, str) or not all(isinstance(sentence, str) for sentence in section) for section in sections
+    ):
+        raise TypeError(f"A document is a list of sections, each a list of sentences, got {sections!r}.")
+    if not sections or not all(sections):
+        raise ValueError("A document has a section, and every section a sentence: leave out empty ones.")
+    document, section_anchor, sentence_anchor = anchors
+    ids, spans = [document], [Span("document", 0, 1, 2)]
+    for section in sections:
+        spans.append(Span("section", len(ids), len(ids) + 1, 1))
+        ids.append(section_anchor)
+        for sentence in section:
+            start = len(ids)
+            ids += [sentence_anchor, *tokenizer(sentence, add_special_tokens=False)["input_ids"]]
+            spans.append(Span("sentence", start, len(ids)))
+    return MarkedText(ids, spans)
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **template))
 

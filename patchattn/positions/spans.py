@@ -108,14 +108,22 @@ class Marks:
         self.reached: torch.Tensor | None = None  # (S,) of each sequence, the largest number of a token that came
         self._tables: dict[Any, torch.Tensor] = {}
 
-    def taken(self, of_text: Callable[[Text, int], Sequence[int]], numbers: torch.Tensor, batch: int) -> torch.Tensor:
+    def taken(
+        self,
+        of_text: Callable[[Text, int], Sequence[int]],
+        numbers: torch.Tensor,
+        batch: int,
+        *,
+        counts_on: bool = False,
+    ) -> torch.Tensor:
         """`(B or 1, T)` what is said of the tokens with these numbers `(B or 1, T)`.
 
         Args:
-            of_text: of the spans of a sequence, something of each of its first tokens, as many as are asked for. All
-                that come later are as the last of them.
+            of_text: of the spans of a sequence, something of each of its first tokens, as many as are asked for.
             numbers: of tokens; below 0 of padding in front, which is as the first token.
             batch: B, a multiple of the number of sequences: that of their beams.
+            counts_on: whether each token that comes later has the number after that of the one before; by default
+                they are as the last of the first ones.
 
         Raises:
             ValueError: another number of sequences.
@@ -130,7 +138,8 @@ class Marks:
             table = table.repeat_interleave(batch // sequences, dim=0)
         index = numbers.clamp(0, self.count - 1)
         rows = max(len(index), len(table))
-        return table.expand(rows, -1).gather(1, index.expand(rows, -1))
+        found = table.expand(rows, -1).gather(1, index.expand(rows, -1))
+        return found + (numbers - index).clamp(min=0) if counts_on else found
 
     def _table(self, of_text: Callable[[Text, int], Sequence[int]], device: torch.device) -> torch.Tensor:
         known = None if torch.compiler.is_compiling() else self._tables.get((of_text, device))
@@ -201,7 +210,9 @@ class SpanVariant(Variant):
     def check_text(self, text: Text) -> None:
         """ValueError if this variant makes nothing of such spans of a sequence."""
 
-    def of_rows(self, call: AttentionCall, of_text: Callable[[Text, int], Sequence[int]]) -> torch.Tensor:
+    def of_rows(
+        self, call: AttentionCall, of_text: Callable[[Text, int], Sequence[int]], *, counts_on: bool = False
+    ) -> torch.Tensor:
         """`(B or 1, Tq)` what is said of the tokens of the queries of a call; see `Marks.taken`.
 
         Raises:
@@ -220,7 +231,7 @@ class SpanVariant(Variant):
                 f"{type(self).__name__} reads spans of tokens, and nobody said them: call the model in a `with "
                 "patchattn.marked(model, spans):` block, or give spans=[...] of every text when patching."
             )
-        return marks.taken(of_text, call.query_positions(), len(call.query))
+        return marks.taken(of_text, call.query_positions(), len(call.query), counts_on=counts_on)
 
     def note_tokens(self, call: AttentionCall) -> None:
         """Tell `marked` of the tokens of a call."""

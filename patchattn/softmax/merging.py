@@ -1,5 +1,6 @@
 """Several calls under one softmax: for queries, or keys, that stand at other positions to some keys than to others."""
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -13,7 +14,7 @@ from ..core.host import host
 from ..core.variant import AttentionOutput
 
 
-def merged(*calls: AttentionCall) -> AttentionOutput:
+def merged(*calls: AttentionCall, factors: Sequence[float] | None = None) -> AttentionOutput:
     """Attention whose rows are one softmax over all that several calls see.
 
     Each is computed alone, with the log-sum-exp of its rows, by which the outputs are then weighted. Weights are made
@@ -23,6 +24,8 @@ def merged(*calls: AttentionCall) -> AttentionOutput:
     Args:
         calls: of the same queries, as many keys and the same values, which differ in queries, keys and masks; of the
             logits of learned sinks those of the first count.
+        factors: of each call's log-sum-exp before they are put together, above 0. Where one is not 1, the calls' shares
+            are those of another softmax; by default all are.
 
     Returns:
         As `Variant.attend`.
@@ -31,28 +34,33 @@ def merged(*calls: AttentionCall) -> AttentionOutput:
     calls = (first, *(other.replace(kwargs={**other.kwargs, "s_aux": None}) for other in others))
     rate = (first.kwargs.get("dropout") or 0.0) if first.module.training else 0.0
     if rate or first.kwargs.get("output_attentions") or not host().computes_softmax(first.base):
-        return _with_weights(calls, rate)
+        return _with_weights(calls, factors, rate)
     found = [attention_with_lse(call.query, call.key, call.value, call.rule()) for call in calls]
-    total = reduce(torch.logaddexp, [lse for _, lse in found])
-    shares = [_share(lse, total) for _, lse in found]
+    shares = _shares([lse for _, lse in found], factors)
     output = sum(share[..., None] * part for share, (part, _) in zip(shares, found, strict=True))
     return torch.as_tensor(output).transpose(1, 2).to(first.value.dtype), None
 
 
-def _share(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Of the sum of a row's exponentials, that of one call; 0 where the row sees nothing."""
-    return (lse - total.masked_fill(total == -torch.inf, 0.0)).exp()
+def _shares(sums: Sequence[torch.Tensor], factors: Sequence[float] | None) -> list[torch.Tensor]:
+    """Of each row, the share of each call, by the log-sum-exps; 0 where the row sees nothing."""
+    if factors is not None:
+        sums = [factor * lse for factor, lse in zip(factors, sums, strict=True)]
+    total = reduce(torch.logaddexp, sums)
+    total = total.masked_fill(total == -torch.inf, 0.0)
+    return [(lse - total).exp() for lse in sums]
 
 
-def _with_weights(calls: tuple[AttentionCall, ...], rate: float) -> AttentionOutput:
+def _with_weights(calls: tuple[AttentionCall, ...], factors: Sequence[float] | None, rate: float) -> AttentionOutput:
     rules = [call.rule() for call in calls]
     logits = [
         row_logits(full_precision(call.query), full_precision(call.key), rule, slice(None))
         for call, rule in zip(calls, rules, strict=True)
     ]
-    total = reduce(torch.logaddexp, [log_sum_exp(part, rule) for part, rule in zip(logits, rules, strict=True)])
+    sums = [log_sum_exp(part, rule) for part, rule in zip(logits, rules, strict=True)]
+    shares = _shares(sums, factors)
     value = calls[0].value
-    weights = torch.stack([weights_of(part, total) for part in logits]).sum(0).to(value.dtype)
+    parts = [weights_of(part, lse) * share[..., None] for part, lse, share in zip(logits, sums, shares, strict=True)]
+    weights = torch.stack(parts).sum(0).to(value.dtype)
     dropped = F.dropout(weights, rate) if rate else weights
     output = (dropped.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]).flatten(1, 2)
     return output.transpose(1, 2), weights
