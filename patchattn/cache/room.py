@@ -47,14 +47,16 @@ def may_append(stored: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tenso
     """Whether new keys and values can be written behind those stored, and no gradient or graph would be harmed."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    return len({tensor.shape[-2] for tensor in new}) == 1 and all(map(_alike, stored, new))
+    keys, values = new
+    return keys.shape[-2] == values.shape[-2] and _alike(stored[0], keys) and _alike(stored[1], values)
 
 
 def _alike(stored: torch.Tensor, new: torch.Tensor) -> bool:
-    def description(tensor: torch.Tensor) -> object:
-        return type(tensor), tensor.dtype, tensor.device, (*tensor.shape[:-2], tensor.shape[-1])
-
-    return description(stored) == description(new) and type(new) is torch.Tensor
+    if type(stored) is not torch.Tensor or type(new) is not torch.Tensor:
+        return False
+    outer, width = stored.shape[:-2], stored.shape[-1]
+    is_placed_alike = stored.dtype == new.dtype and stored.device == new.device
+    return is_placed_alike and new.shape[:-2] == outer and new.shape[-1] == width
 
 
 def _extended(tensor: torch.Tensor, spare: int) -> torch.Tensor:

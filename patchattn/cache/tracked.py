@@ -83,7 +83,7 @@ class TrackedLayer(StoredLayer):
     @property
     def has_forgotten(self) -> bool:
         """Whether only a model that knows of it may go on."""
-        return any(part is not None for part in (self.kept, self.apart, self.first))
+        return self.kept is not None or self.apart is not None or self.first is not None
 
     def columns(self) -> torch.Tensor | None:
         """`(B, 1 or Hkv, S)` int64: which of the tokens ever given each stored key is of, ascending.
@@ -387,9 +387,9 @@ def expect_call(layer: Any) -> None:
 
 def append_in_place(layer: Any) -> None:
     """From the next call on, have a layer that grows do so without copying what it holds."""
-    plain: Any = type(layer)
-    if torch.compiler.is_compiling() or isinstance(layer, TrackedLayer) or not isinstance(layer, CacheLayerMixin):
+    if isinstance(layer, TrackedLayer) or torch.compiler.is_compiling() or not isinstance(layer, CacheLayerMixin):
         return
+    plain: Any = type(layer)
     if tracked(plain).grows:
         track(layer)
 

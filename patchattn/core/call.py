@@ -1,7 +1,7 @@
 """What a variant sees: one call of attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 import torch
@@ -106,10 +106,9 @@ class AttentionCall:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other query, key, value, mask or scaling."""
-        kwargs = self.kwargs
         if "scaling" in changes:
-            kwargs = {**kwargs, "scaling": changes.pop("scaling")}
-        return replace(self, **{"kwargs": kwargs, **changes})
+            changes = {"kwargs": {**self.kwargs, "scaling": changes.pop("scaling")}, **changes}
+        return type(self)(**{**vars(self), **changes})
 
     def seeing(self, keep: Keep | None) -> Self:
         """The same call, whose queries see less; see `Mask.narrowed`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from .module_call import ModuleCall
 from .packing import CHILD, SETTINGS, packed_settings, refuse_other_settings
 from .plan import renamed_config
 from .probe import Looks, probes_on
+from .ranks import NOTHING_TOLD
 from .registry import variant_info
 from .renaming import Renaming
 from .sites import AttentionSite
@@ -165,7 +167,7 @@ class VariantChain(nn.Module):
             call = call.seeing(self._variant(name)("rule", call))
         if looks.probes and looks.at_base:
             return self._attend_through(base, call, looks)
-        return self._attend(0, base, call, looks)
+        return self._attend(base, looks, 0, call)
 
     def _attend_through(self, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
         """Attend, and refuse where the base implementation, which a probe looks at, was left out."""
@@ -176,7 +178,7 @@ class VariantChain(nn.Module):
             calls += 1
             return base(*args, **kwargs)
 
-        output = self._attend(0, counted, call, looks)
+        output = self._attend(counted, looks, 0, call)
         if not calls:
             raise NotImplementedError(
                 f"{', '.join(map(repr, self.active))} computed a call of {self.site.name} without the base "
@@ -185,22 +187,19 @@ class VariantChain(nn.Module):
             )
         return output
 
-    def _attend(self, depth: int, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
-        output, weights = self._attend_from(depth, base, call, looks)
-        return looks.shown(depth, call, output, weights) if looks.probes else (output, weights)
-
-    def _attend_from(self, depth: int, base: Callable[..., Any], call: AttentionCall, looks: Looks) -> AttentionOutput:
+    def _attend(self, base: Callable[..., Any], looks: Looks, depth: int, call: AttentionCall) -> AttentionOutput:
+        """A call behind so many variants."""
         if depth == len(self.active):
             mask, words = call.mask.rendered()
             kwargs = {**call.kwargs, **words} if words else call.kwargs
-            return base(call.module, call.query, call.key, call.value, mask, **kwargs)
-
-        def inner(inner_call: AttentionCall) -> AttentionOutput:
-            return self._attend(depth + 1, base, inner_call, looks)
-
-        if depth + 1 == len(self.active) and not call.is_last:
-            call = call.replace(innermost=not looks.reaches_base, is_last=True)
-        return self._variant(self.active[depth])("attend", call, inner)
+            output, weights = base(call.module, call.query, call.key, call.value, mask, **kwargs)
+        else:
+            if depth + 1 == len(self.active) and not call.is_last:
+                call = call.replace(innermost=not looks.reaches_base, is_last=True)
+            inner = partial(self._attend, base, looks, depth + 1)
+            variant: Any = self._modules[self.active[depth]]
+            output, weights = variant("attend", call, inner)
+        return looks.shown(depth, call, output, weights) if looks.probes else (output, weights)
 
     def _store(self, call: AttentionCall, context: LayerContext) -> AttentionCall:
         """Without a cache the new keys and values are all there are; with one, the tap has changed them already."""
@@ -255,7 +254,8 @@ class VariantChain(nn.Module):
         if visible.dim() == 3:
             visible = _of_kv_heads(visible, key.shape[1], self.site)
         for name in self.storing:
-            key, value = self._variant(name)("before_cache", key, value, context, visible)
+            variant: Any = self._modules[name]
+            key, value = variant("before_cache", key, value, context, visible)
         return key, value
 
     def _refuse(self, call: AttentionCall, are_some: bool) -> None:
@@ -305,7 +305,7 @@ def attention_call(
         window=kwargs.get("sliding_window"),
         own=own if columns is None else keys - query.shape[2],
         dropped=dropped if columns is None else 0,
-        told=context.told(),
+        told=NOTHING_TOLD if layer is None else layer.told,
         device=query.device,
         dtype=query.dtype,
     )

@@ -241,7 +241,7 @@ class Mask(Columns):
             NotImplementedError: the base implementation cannot be told, as flash attention of sets that differ between
                 heads; the message names it.
         """
-        return rendering.rendered(self)
+        return rendering.rendered(self) if self.changed or self.form == "blocks" else (self.given, {})
 
     def rule(self, scaling: float = 1.0, **terms: Any) -> AttentionRule:
         """The mask in the terms of `patchattn_kernels`; `terms` are the other fields of a rule.

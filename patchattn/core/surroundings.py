@@ -170,7 +170,7 @@ class Surroundings:
 
         The last is `None` where it is not known, of a sliding layer.
         """
-        layer = self._cache_layer()
+        layer = None if self.layer is None else self._cache_layer()
         if layer is None or self.site.is_cross:
             slides = layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]
             return None, None, None if slides and not self.site.is_cross else 0

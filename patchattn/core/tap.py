@@ -136,7 +136,7 @@ class CacheTap:
             fault = follower.fault(key, value)
             self.chain.stores_what_it_attends = fault is None
             return fault
-        if torch.compiler.is_compiling() and not self.chain.stores_what_it_attends and self.returned is not key:
+        if not self.chain.stores_what_it_attends and torch.compiler.is_compiling() and self.returned is not key:
             return "attends over other keys than its kv cache returns, in a call that was compiled before any was not"
         return None
 

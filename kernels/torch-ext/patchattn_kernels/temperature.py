@@ -13,6 +13,5 @@ def scale_tokens(states: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     Returns:
         `(B, H, T, D)` in the dtype of `states`; the product is taken in that dtype.
     """
-    if factor.dim() == 2:
-        factor = factor.unsqueeze(-1)
-    return states * factor.transpose(1, 2).unsqueeze(-1).to(states.dtype)
+    by_head = factor.unsqueeze(1) if factor.dim() == 2 else factor.transpose(1, 2)
+    return states * by_head.unsqueeze(-1).to(states.dtype)

@@ -25,6 +25,8 @@ from .masks import is_flash
 from .sites import REGISTRY_NAME, attention_forward
 
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
+# A configuration's own way of looking up attributes costs several calls of Python, which every layer and token would pay.
+_plainly = object.__getattribute__
 
 _base_names: dict[str, str] = {}  # our name -> the base implementation's
 # Where a module class looks functions up, and the name of its own eager one: reading them off its code takes long, and
@@ -47,15 +49,18 @@ def register_base(base: str) -> str:
         attention_mask: Any,
         **kwargs: Any,
     ) -> AttentionOutput:
-        attend = base_function(type(module), base_in_force(module, base))
+        chain: Any = chain_on(module)
+        acts = chain is not None and bool(chain.active or probes_on(module))
+        is_hooked = acts and chain.needs_context  # the hook has refused, and seen to the base implementation
+        attend = base_function(type(module), base if is_hooked else base_in_force(module, base))
         if flash:
             attend = partial(_as_base_sees, attend, base)
-        chain: Any = chain_on(module)
-        if chain is not None and (chain.active or probes_on(module)):
-            if not chain.needs_context:  # else its hook has refused already
-                refuse_paged(kwargs)
-            return cast(AttentionOutput, chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend))
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        if not acts:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        if not is_hooked:
+            refuse_paged(kwargs)
+        output: AttentionOutput = chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend)
+        return output
 
     _base_names[name] = base
     AttentionInterface.register(name, patched_attention)
@@ -77,7 +82,7 @@ def base_in_force(module: nn.Module, base: str) -> str:
     Raises:
         RuntimeError: its own code asks for the implementation's name, and has not been shown the new one.
     """
-    wanted: str = original_config(module)._attn_implementation or "eager"
+    wanted: str = _plainly(original_config(module), "_attn_implementation") or "eager"
     if wanted == base:
         return base
     if "|" in wanted:
@@ -124,7 +129,10 @@ def base_function(module_class: type[nn.Module], base: str) -> Callable[..., Any
         names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
         _lookups[module_class] = (forward.__globals__, names[0] if names else None)
     place, eager = _lookups[module_class]
-    found: Callable[..., Any] | None = place[REGISTRY_NAME].get_interface(base, None if eager is None else place[eager])
+    registry = place[REGISTRY_NAME]
+    found: Callable[..., Any] | None = registry.get(base)
+    if found is None:  # eager; or the registry says what is wrong
+        found = registry.get_interface(base, None if eager is None else place[eager])
     if found is None:
         raise NotImplementedError(f"{module_class.__name__} names no attention function for {base!r}.")
     return found
@@ -161,4 +169,5 @@ def seam_config(config: Any, base: str) -> Any:
 
 def original_config(module: nn.Module) -> Any:
     """The configuration that an attention module had before it was patched."""
-    return vars(module.config).get(_ORIGINAL, module.config)
+    config: Any = module.config
+    return _plainly(config, "__dict__").get(_ORIGINAL, config)

@@ -50,10 +50,10 @@ def mask_of_call(
         sizes: of the call, as `read_mask` takes them.
     """
     run = run_of(arguments)
-    if not run.told or not _is_read_once(given, base, sizes):
+    version = _version(given, base, sizes) if run.told else None
+    if version is None:
         return _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
-    of_given = (id(given), None if given is None else given._version)
-    key = (*of_given, base, is_causal, id(told), torch.is_inference_mode_enabled(), *sizes.items())
+    key = (id(given), version, base, is_causal, id(told), torch.is_inference_mode_enabled(), *sizes.items())
     found: tuple[Any, Told, Mask] | None = run.masks.get(key)
     if found is None:
         if len(run.masks) == _MASKS_AT_ONCE:  # layers on several devices get copies of their own
@@ -63,13 +63,15 @@ def mask_of_call(
     return found[2]
 
 
-def _is_read_once(given: Any, base: str, sizes: Mapping[str, Any]) -> bool:
-    """Whether a mask follows from what it is found by: tensors, by identity and version, and numbers."""
+def _version(given: Any, base: str, sizes: Mapping[str, Any]) -> int | None:
+    """How often a mask was changed that follows from what it is found by: tensors, by identity and version, and
+    numbers; `None` of one that does not."""
     if torch.compiler.is_compiling() or isinstance(sizes.get("own"), torch.Tensor):
-        return False
+        return None
     if given is None:  # flash attention may be told of packed sequences by tensors beside it
-        return sizes["queries"] == 1 or not is_flash(base)
-    return isinstance(given, torch.Tensor) and not given.is_inference()  # such a one does not count its changes
+        return 0 if sizes["queries"] == 1 or not is_flash(base) else None
+    is_counted = isinstance(given, torch.Tensor) and not given.is_inference()  # such a one does not count its changes
+    return given._version if is_counted else None
 
 
 def _read(given: Any, base: str, arguments: Mapping[str, Any], *, is_causal: bool, **sizes: Any) -> Mask:

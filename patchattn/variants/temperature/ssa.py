@@ -156,7 +156,7 @@ class SSA(Variant):
         return torch.promote_types(getattr(self, name).dtype, torch.float32)
 
     def temperature(self, stream: str, features: torch.Tensor | None, log_counts: torch.Tensor) -> torch.Tensor:
-        """Inverse temperatures, in the dtype of `log_counts`.
+        """Inverse temperatures, in float32 at least.
 
         Args:
             stream: `query`, `key` or `value`.
@@ -170,7 +170,7 @@ class SSA(Variant):
         tau = log_counts.new_ones(()) if features is None else self._token_part(stream, features, log_counts) + 1.0
         if not self.config.position_aware:
             return tau
-        return torch.addcmul(tau, self.position_coefficient(stream).to(log_counts.dtype), log_counts)
+        return torch.addcmul(tau, self.position_coefficient(stream), log_counts)
 
     def _token_part(self, stream: str, features: torch.Tensor, log_counts: torch.Tensor) -> torch.Tensor:
         token = getattr(self, f"{stream}_token")

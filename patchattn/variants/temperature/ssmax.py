@@ -75,9 +75,9 @@ class SSMax(Variant):
 
         `log_counts` is `(B or 1, T)`, or `(B or 1, T, H)` under a mask per head.
         """
-        scale, bias = self.scale.to(log_counts.dtype), self.bias
+        scale, bias = self.scale, self.bias
         log_counts = log_counts if log_counts.dim() == 3 else log_counts.unsqueeze(-1)
-        return scale * log_counts if bias is None else torch.addcmul(bias.to(log_counts.dtype), scale, log_counts)
+        return scale * log_counts if bias is None else torch.addcmul(bias, scale, log_counts)
 
 
 register_variant(

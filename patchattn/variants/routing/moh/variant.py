@@ -199,7 +199,7 @@ class MoH(Variant):
             routing = {"router_probability": scores, "router_choice": choice}
             if self.training:
                 mask = straight_through(choice, scores, self.config.straight_through == "all")
-        return torch.constant_pad_nd(mask, (self.shared, 0), 1.0), routing
+        return torch.cat([mask.new_ones(*mask.shape[:2], self.shared), mask], dim=-1), routing
 
     def learned_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` weights whose mean over the active heads is about one."""
@@ -216,14 +216,15 @@ class MoH(Variant):
         total = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).eps)
         parts.append(chosen / total * self.routed)
         if self.shared:
-            balance = self._softmax(tokens, "type_weight", 2)
-            parts = [part * balance[..., i : i + 1] for i, part in enumerate(parts)]
+            balance = self._softmax(tokens, "type_weight", 2).split(1, dim=-1)
+            parts = [part * share for part, share in zip(parts, balance, strict=True)]
         return torch.cat(parts, dim=-1), {"router_probability": scores, "router_choice": choice}
 
     def _softmax(self, tokens: torch.Tensor, name: str, factor: int) -> torch.Tensor:
         weight = getattr(self, name)
         logits = nn.functional.linear(tokens.to(weight.dtype), weight)
-        return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)) * factor
+        scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return scores if factor == 1 else scores * factor
 
 
 def anneal_active_heads(model: nn.Module, step: int, steps: int) -> None:
