@@ -25,7 +25,7 @@ from .masks import is_flash
 from .sites import REGISTRY_NAME, attention_forward
 
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
-# A configuration's own way of looking up attributes costs several calls of Python, which every layer and token would pay.
+# A configuration's own way of looking up attributes costs several calls of Python, for every layer and token.
 _plainly = object.__getattribute__
 
 _base_names: dict[str, str] = {}  # our name -> the base implementation's
