@@ -18,6 +18,7 @@ from patchattn.calibration.vectors import find_vectors
 from patchattn.cli import main as cli
 from patchattn.core.heads import HeadList
 from patchattn.core.importance import HeadImportance
+from patchattn.inspection.head_functions import relation_scores
 from patchattn.inspection.head_roles import ablation_scores, position_scores
 from patchattn.inspection.lookback import LookbackProbe, lookback_ratios
 
@@ -94,6 +95,19 @@ def test_temporal_heads_are_those_that_the_date_needs(run: Any, model: Any, tmp_
         np.testing.assert_allclose(scores, np.array(want["prompt"][name]) - want["without"][name], atol=1e-6)
     lines(data, *records, {"prompt": "In 1980", "answer": " x"})
     assert "or none has" in run("head-roles", "--role", "temporal", "--data", data)[2]
+
+
+def test_heads_of_a_relation(run: Any, model: Any, tmp_path: Path) -> None:
+    pairs = [{"source": a, "target": a.upper()} for a in "abcdef"]
+    data, output = lines(tmp_path / "pairs.jsonl", *pairs, {"source": "no", "target": "YES"}), tmp_path / "scores.json"
+    code, said, wrong = run("head-roles", "--role", "relation", "--data", data, "--rank", 60, "--output", output)
+    assert code == 0, wrong
+    assert "of 6 pairs of single tokens" in said
+    ids: Any = [tuple(BYTES(pair[name], add_special_tokens=False)["input_ids"][0] for name in pair) for pair in pairs]
+    assert HeadImportance.load(output).scores == relation_scores(model, ids, top=60).scores
+    lines(data, {"source": "no", "target": "b"})
+    assert "no pair is of single" in run("head-roles", "--role", "relation", "--data", data)[2]
+    assert "--rank and --suppress are" in run("head-roles", "--role", "rarity", "--data", data, "--suppress")[2]
 
 
 def answers(count: int) -> list[ContextAnswer]:

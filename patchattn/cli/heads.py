@@ -14,15 +14,21 @@ Seed = Annotated[int, typer.Option(help="Seed of the prompts.", min=0)]
 
 def calibrate_head_roles(
     model: Model,
-    role: Annotated[str, typer.Option(help="What to score: position, rarity, gradient or temporal.")],
+    role: Annotated[str, typer.Option(help="What to score: position, rarity, gradient, temporal or relation.")],
     data: Annotated[
         Path,
         typer.Option(
             help="Texts: .txt, .jsonl or .tsv; for temporal .jsonl or .tsv with prompt, answer and perhaps without, "
-            "the same prompt without its date."
+            "the same prompt without its date; for relation with source and target."
         ),
     ],
     offset: Annotated[int, typer.Option(help="With position: the distance, -1 for the token before.")] = -1,
+    rank: Annotated[
+        int, typer.Option(help="With relation: the target must be among so many tokens that the head promotes.", min=1)
+    ] = 10,
+    suppress: Annotated[
+        bool, typer.Option("--suppress", help="With relation: heads that hold the target down.")
+    ] = False,
     top: Annotated[
         int | None, typer.Option(help="Write a list of so many heads, of the highest scores.", min=1)
     ] = None,
@@ -39,7 +45,8 @@ def calibrate_head_roles(
     """Score what every head of a model does.
 
     position: attends most to the token at --offset; rarity: attends to rare tokens; gradient: takes part in knowing the
-    texts by heart, by gradients of its weights; temporal: the answer needs it, more so where the prompt has a date.
+    texts by heart, by gradients of its weights; temporal: the answer needs it, more so where the prompt has a date;
+    relation: its weights alone lead from each pair's source to its target (MAPS).
     `patch_model(model, "heads", heads=OUTPUT)` masks a list of heads.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,7 +55,7 @@ def calibrate_head_roles(
     from ..calibration.few_shot import first_answer_token, prompt_batches
     from ..calibration.records import read_records
     from ..files.documents import write_json
-    from ..inspection import head_roles
+    from ..inspection import head_functions, head_roles
     from ..saving.pretrained import load_pretrained
     from .common import quiet
     from .devices import choose_device
@@ -58,16 +65,25 @@ def calibrate_head_roles(
         "rarity": head_roles.rarity_scores,
         "gradient": head_roles.gradient_scores,
     }
-    if role not in (*scorers, "temporal"):
-        raise ValueError(f"--role is {', '.join(scorers)} or temporal, got {role!r}.")
+    if role not in (*scorers, "temporal", "relation"):
+        raise ValueError(f"--role is {', '.join(scorers)}, temporal or relation, got {role!r}.")
+    if role != "relation" and (rank != 10 or suppress):
+        raise ValueError(f"--rank and --suppress are of the role relation, got {role}.")
     if offset != -1 and role != "position":
         raise ValueError(f"--offset is of the role position, got {role}.")
-    records = read_records(data, ("prompt", "answer"), ("without",)) if role == "temporal" else []
-    texts = [] if role == "temporal" else read_texts(data)
+    fields = {"temporal": (("prompt", "answer"), ("without",)), "relation": (("source", "target"), ())}
+    records = read_records(data, *fields[role]) if role in fields else []
+    texts = [] if role in fields else read_texts(data)
     quiet()
     tokenizer = load_pretrained(AutoTokenizer, model)
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(choose_device(device))
-    if role == "temporal":
+    if role == "relation":
+        ids = [[tokenizer(each[name], add_special_tokens=False)["input_ids"] for name in each] for each in records]
+        pairs = [(one[0], other[0]) for one, other in ids if len(one) == len(other) == 1][:samples]
+        if not pairs:
+            raise ValueError(f"{data}: no pair is of single tokens, such as words with the blank in front of them.")
+        found = head_functions.relation_scores(loaded, pairs, top=rank, suppress=suppress, modules=modules)
+    elif role == "temporal":
         records = records[:samples]
         dated = [bool(record["without"]) for record in records]
         if any(dated) and not all(dated):
@@ -102,6 +118,7 @@ def calibrate_head_roles(
     console = Console(highlight=False)
     best = max((score, name, head) for name, of in found.scores.items() for head, score in enumerate(of))
     chance = f", by chance {found.settings['chance']:.3f}" if "chance" in found.settings else ""
+    chance += f", of {found.settings['pairs']} pairs of single tokens" if role == "relation" else ""
     console.print(
         f"Highest {found.method} score: {best[0]:.3f}, head {best[2]} of {best[1]}{chance}. Wrote {output}",
         soft_wrap=True,
