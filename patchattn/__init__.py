@@ -133,6 +133,7 @@ offer(
             "pyramidkv": "eviction.pyramidkv",
             "qk_norm": "temperature.qk_norm",
             "quest": "selection.quest",
+            "recycled": "selection.recycled",
             "self_extend": "positions.self_extend",
             "shrp": "pruning.shrp.variant",
             "sink": "sinks.sink",

@@ -22,6 +22,7 @@ from .toys import TOYS
 
 # A paper's examples run on these and on the families that its page names; what toys do runs on every family.
 REPRESENTATIVES = ("llama", "qwen3", "bert", "t5", "llava")
+ONLY_WHILE_DECODING = ("recycled",)  # what comes in calls of several tokens reads all keys
 PAGES = Path(__file__).parents[1] / "docs" / "variants"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of what differs by the order of sums alone
 

@@ -110,6 +110,7 @@ REFUSALS: dict[str, list[Refusal]] = {
         )
     ],
     **_of_placed_pieces("ape", "graph_kv", "parallel_context"),
+    **_of_pages("hip", "recycled"),
     "act": [
         _of(
             of_kind("encoder_decoder"),

@@ -12,7 +12,7 @@ import patchattn
 from patchattn.core.kv_caches import cache_argument
 from patchattn.reading.selection import SelectionVariant
 
-from .behaviour import Case, close, decoded, text
+from .behaviour import ONLY_WHILE_DECODING, Case, close, decoded, text
 from .families import FAMILIES, outputs
 from .selecting import Recorded, attended, recorded
 
@@ -67,7 +67,8 @@ def test_output_is_dense_attention_to_what_was_chosen(case: Case, sizes: list[in
     assert len(calls) == 2 * len(sizes)
     for call, seen, output in calls:
         np.testing.assert_allclose(output.numpy(), attended(call, seen.numpy()), rtol=1e-9, atol=1e-12)
-    assert any(int(seen.sum()) < int(call.mask.seen().expand_as(seen).sum()) for call, seen, _ in calls)
+    reads_less = any(int(seen.sum()) < int(call.mask.seen().expand_as(seen).sum()) for call, seen, _ in calls)
+    assert reads_less == (case.variant not in ONLY_WHILE_DECODING or 1 in sizes)
 
 
 @each
@@ -111,6 +112,8 @@ def test_padding_of_whole_pages_moves_the_choice(case: Case, calls: Recorded) ->
 
 @each
 def test_tokens_that_are_taken_back_leave_nothing_behind(case: Case) -> None:
+    if case.variant in ONLY_WHILE_DECODING:
+        pytest.skip("a token whose choice was taken back reads all keys, as its own tests show")
     model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(12)
     other, cache = text(12).flip(-1), DynamicCache(config=model.config)
     outputs(model, input_ids=tokens[:, :6], **cache_argument(model, cache))
