@@ -100,7 +100,6 @@ REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
     **_of_grids("axial", "halo", "maxvit", "neighborhood", "window"),
-    **_of_pages("hip"),
     **_of_encoder_masks("hat", "hdt"),
     "hepos": [
         _of(
@@ -111,6 +110,7 @@ REFUSALS: dict[str, list[Refusal]] = {
     ],
     **_of_placed_pieces("ape", "graph_kv", "parallel_context"),
     **_of_pages("hip", "recycled"),
+    **_of_causal_selection("subsampled"),
     "act": [
         _of(
             of_kind("encoder_decoder"),
@@ -141,6 +141,7 @@ REFUSALS: dict[str, list[Refusal]] = {
         _of(["t5"], "does not support position_bias", "its gates would count what a bias says of positions already"),
     ],
     "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
+    "nosa": [*_of_pages("nosa")["nosa"], *_CAPPED],
     "nsa": [
         *_of_pages("nsa")["nsa"],
         _of(

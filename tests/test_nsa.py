@@ -8,7 +8,7 @@ import torch
 
 import patchattn
 from patchattn.core.places import Places
-from patchattn.variants.selection.nsa import NSA, block_scores
+from patchattn.variants.selection.nsa import NSA
 
 from .behaviour import close, decoded, positions, randomise, text
 from .families import FAMILIES, outputs
@@ -103,11 +103,10 @@ def test_three_branches_are_added_by_their_gates(changes: dict[str, int]) -> Non
 
 def test_windows_count_for_the_blocks_they_lie_in() -> None:
     """A window of two strides: blocks of four strides get 1, 2, 2, 2, 1 times those from one before their own on."""
-    weights = torch.zeros(1, 1, 1, 15)
-    weights[..., 7] = 1.0
-    assert block_scores(weights, 4, 32, 16, 64).flatten().tolist() == [0, 1, 1, 0]
-    weights = torch.eye(15)[None, None]
-    assert block_scores(weights, 4, 32, 16, 64)[0, 0, :, 1].tolist() == [0, 0, 0, 1, 2, 2, 2, 1, 0, 0, 0, 0, 0, 0, 0]
+    nsa = patchattn.patch_model(tiny_llama(), "nsa").model.layers[0].self_attn.patchattn.nsa
+    scores = nsa.by_stride(torch.eye(15), 4, 0.0).sum(dim=(-1, -2))
+    assert scores[7].tolist() == [0, 1, 1, 0]
+    assert scores[:, 1].tolist() == [0, 0, 0, 1, 2, 2, 2, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_calls_of_any_size_agree_and_single_tokens_read_places(monkeypatch: pytest.MonkeyPatch) -> None:

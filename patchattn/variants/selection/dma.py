@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-
-from patchattn_kernels.rows import full_precision
 
 from ...core.call import AttentionCall
 from ...core.keeping import of_query_heads
@@ -19,6 +16,7 @@ from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.pages import chosen_first
 from ...reading.selection import CAPABILITIES, SelectionVariant, is_zero
+from ...reading.value_scores import value_scores
 
 _SCORE = "dma"
 
@@ -73,16 +71,7 @@ class DMA(SelectionVariant):
         return [self.scale]
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
-        own = call.context.own_key()
-        rows = torch.arange(call.query.shape[2], device=call.value.device) + (0 if own is None else own)
-        values = call.value.index_select(2, rows).transpose(1, 2).flatten(2)
-        if values.shape[2] != self.weight.shape[1]:
-            raise NotImplementedError(
-                f"DMA was made for values of {self.weight.shape[1]} channels in all kv heads together, and those of "
-                f"{self.site.name} have {values.shape[2]}: leave it out with modules=... or layers=..."
-            )
-        weight, scale = full_precision(self.weight), full_precision(self.scale)
-        return {_SCORE: (F.softplus(F.linear(full_precision(values), weight)) * scale).transpose(1, 2)}
+        return {_SCORE: value_scores(call, self.weight, self.scale, by="DMA")}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         window, score = self.config.window, call.key_fact(_SCORE).detach()
