@@ -112,6 +112,7 @@ offer(
             "heads": "editing.heads",
             "hepos": "positions.hepos",
             "hip": "selection.hip",
+            "attention_buckets": "decoding.attention_buckets",
             "attention_transition": "editing.attention_transition",
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",

@@ -205,6 +205,14 @@ REFUSALS: dict[str, list[Refusal]] = {
             0,
         ),
     ],
+    "attention_buckets": [
+        _of(
+            FAMILIES.keys()
+            - {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss", "llava"},
+            "attention_buckets must know how",
+            "other positions than rotary ones have no base",
+        ),
+    ],
     "toy_branch": _ONLY_DECODERS,
     "cad": _ONLY_DECODERS,
     "decore": _ONLY_DECODERS,

@@ -16,6 +16,7 @@ SHIPPED = [
     "adakv",
     "ape",
     "attention_bias",
+    "attention_buckets",
     "attention_transition",
     "axial",
     "block_attention",

@@ -110,6 +110,7 @@ class DecodingVariant(Variant):
         self.generator = generator
 
     def prepare(self, model: nn.Module) -> None:
+        super().prepare(model)
         if model.get_submodule(self.generator).config.is_encoder_decoder:  # type: ignore[union-attr]
             raise NotImplementedError(f"{type(self).__name__} needs a decoder-only language model.")
         if not model.can_generate():  # type: ignore[operator]
