@@ -114,6 +114,7 @@ offer(
             "hip": "selection.hip",
             "attention_buckets": "decoding.attention_buckets",
             "attention_transition": "editing.attention_transition",
+            "hyper": "selection.hyper",
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",
             "logn": "temperature.logn",

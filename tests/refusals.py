@@ -109,7 +109,7 @@ REFUSALS: dict[str, list[Refusal]] = {
         )
     ],
     **_of_placed_pieces("ape", "graph_kv", "parallel_context"),
-    **_of_pages("hip", "recycled"),
+    **_of_pages("hip", "hyper", "recycled"),
     **_of_causal_selection("subsampled"),
     "act": [
         _of(

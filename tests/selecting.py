@@ -20,7 +20,7 @@ Recorded = list[tuple[Any, torch.Tensor, torch.Tensor]]
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Of every call of a selector: the call, the keys of it that are left `(B, H, Tq, Tk)`, and its output.
 
-    What is added to the logits of keys beside the choice is among the call's facts, as "bias" `(B, Hkv or H, Tk)`.
+    What is added to the logits beside the choice is among the call's facts, as "bias", by key or by query and key.
     """
     found: Recorded = []
     original = SelectionVariant.attend
@@ -42,12 +42,13 @@ def attended(call: Any, seen: np.ndarray) -> np.ndarray:
     """Attention `(B, Tq, H, D)` to the keys that are seen `(B, H, Tq, Tk)`, loop by loop."""
     query, key, value = (tensor.double().numpy() for tensor in (call.query, call.key, call.value))
     batch, heads, rows, _ = query.shape
-    bias = call.facts.get("bias", torch.zeros(1, 1, key.shape[2])).double().expand(batch, -1, -1).numpy()
+    bias = call.facts.get("bias", torch.zeros(1, 1, key.shape[2])).double()
+    bias = (bias if bias.dim() == 4 else bias[:, :, None]).expand(batch, -1, rows, -1).numpy()
     result = np.zeros((batch, rows, heads, value.shape[-1]))
     for b, h, i in np.ndindex(batch, heads, rows):
         group, columns = h // (heads // key.shape[1]), np.flatnonzero(seen[b, h, i])
         logits = key[b, group, columns] @ query[b, h, i] * call.scaling
-        logits += bias[b, h // (heads // bias.shape[1]), columns]
+        logits += bias[b, h // (heads // bias.shape[1]), i, columns]
         weights = np.exp(logits - logits.max())
         result[b, i, h] = weights @ value[b, group, columns] / weights.sum()
     return result

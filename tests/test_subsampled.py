@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.variants.selection.subsampled import drawn_numbers
+from patchattn.reading.draws import drawn_numbers
 
 from .behaviour import close, decoded, text
 from .families import FAMILIES, outputs

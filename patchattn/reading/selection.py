@@ -19,6 +19,7 @@ from ..core.selection import require_causal
 from ..core.sites import AttentionSite
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 from ..softmax.biases import attend_biased
+from ..softmax.merging import merged
 
 # What selectors are for: their rules say what a token reads of those before it.
 CAPABILITIES: frozenset[str] = ALL_CAPABILITIES - {"bidirectional", "cross"}
@@ -77,13 +78,14 @@ class SelectionVariant(Variant):
     def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
         """What is added to the logits of keys, beside the choice; nothing by default.
 
-        A variant that says so is registered as `innermost` and without `softcap`, as a `KeyBiasVariant` is.
+        A variant that says so is registered as `innermost`; and, unless it is by query, without `softcap`, as a
+        `KeyBiasVariant` is.
 
         Args:
             call: the call.
 
         Returns:
-            `(B or 1, Hkv or H, Tk)` float32 or wider, not scaled; or `None`.
+            `(B or 1, Hkv or H, Tk)` float32 or wider, not scaled; `(B or 1, Hkv or H, Tq, Tk)`, by query; or `None`.
         """
         return None
 
@@ -168,7 +170,12 @@ def narrowed(call: AttentionCall, keep: Keep | Places | Split | None) -> Attenti
 def _with_bias(
     call: AttentionCall, keep: Keep | Places | Split | None, bias: torch.Tensor, inner: Attend
 ) -> AttentionOutput:
-    """Attention to what was chosen, with numbers `(B or 1, H, Tk)` added to the logits of keys."""
+    """Attention to what was chosen, with numbers `(B or 1, H, Tk)` or `(B or 1, H, Tq, Tk)` added to the logits."""
+    if bias.dim() == 4:
+        some, given = narrowed(call, keep), call.kwargs.get("position_bias")
+        bias = bias.masked_fill(bias == float("-inf"), 0.0)  # of what was not chosen
+        bias = bias if given is None else bias + given[..., : bias.shape[-1]]
+        return merged(some.replace(kwargs={**call.kwargs, "position_bias": bias}))
     if isinstance(keep, Places) and call.stands_alone and _is_worth_a_copy(keep, call.key.shape[2]):
         places = keep.of_keys(call.key.shape[2])
         return attend_biased(call.at(places), of_places(bias, places.index), inner)

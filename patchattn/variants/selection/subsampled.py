@@ -11,10 +11,8 @@ from ...core.keeping import of_query_heads
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
+from ...reading.draws import BITS, drawn_numbers
 from ...reading.selection import CAPABILITIES, SelectionVariant
-
-_BITS = 32
-_ODD = (0x4F1BBCDD, 0x6C8E9CF5)  # factors of 31 bits, so that products stay within int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +67,9 @@ class Subsampled(SelectionVariant):
             drawn = torch.rand(len(call.query), 1, 1, mask.keys, device=mask.device) < config.keep
         else:
             number = drawn_numbers(mask.key_places(), config.seed, self.site.layer_index)
-            drawn = (number < config.keep * 2**_BITS)[:, :, None]
+            drawn = (number < config.keep * 2**BITS)[:, :, None]
         column = ranks.by_key(mask, torch.arange(mask.columns - mask.dropped, device=mask.device)[None])
         return of_query_heads(drawn | (column[:, :, None] == ranks.own(mask)[:, None, :, None]), mask.heads)
-
-
-def drawn_numbers(place: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
-    """int64 numbers of 32 bits in the shape of places, as if drawn at random for each, the same on every device."""
-    mixed = place.long() + (layer + 1) * 0x9E3779B1
-    for round_ in range(2):
-        mixed = (mixed + seed) % 2**_BITS
-        for shift, factor in zip((16, 15), _ODD, strict=True):
-            mixed = (mixed ^ (mixed >> shift)) * (factor + 2 * round_) % 2**_BITS
-    return mixed ^ (mixed >> 15)
 
 
 register_variant(
