@@ -20,7 +20,7 @@ from .families import LENGTH, VOCABULARY, outputs
 from .refusals import REFUSALS, Refusal
 from .toys import TOYS
 
-# A paper's examples run on these and on the families that its page names; what toys do runs on every family.
+# A paper's first example runs on these and on families that its page names, others on one; toys run on every family.
 REPRESENTATIVES = ("llama", "qwen3", "bert", "t5", "llava")
 ONLY_WHILE_DECODING = ("recycled",)  # what comes in calls of several tokens reads all keys
 PAGES = Path(__file__).parents[1] / "docs" / "variants"
@@ -125,8 +125,9 @@ def on(
     """Parametrize a test by `family` and `case`.
 
     Args:
-        families: those that the test makes sense for. Toys run on all of them, a paper's examples on those that stand
-            for the others and on those that its page names; the rest is marked `full`.
+        families: those that the test makes sense for. Toys run on all of them, a paper's first example on those that
+            stand for the others and on those that its page names, its other ones on the first of these; the rest is
+            marked `full`.
         kinds: of variants; attention and surgery by default.
         once: everything runs on the first family that takes it, for tests that take long.
         first: of a paper's examples only the first that a family takes, for tests that take seconds each.
@@ -140,8 +141,8 @@ def on(
         default = [family for family in taking if case.runs_by_default_on(family)]
         if once:
             default = taking[:1]
-        if first and case.variant in had:
-            default = []
+        if case.variant in had and case.variant not in TOYS:
+            default = [] if first else default[:1]
         if taking and case.variant not in TOYS:
             had.add(case.variant)
         if not papers and case.variant not in TOYS:
