@@ -9,7 +9,7 @@ from patchattn.checking.coverage import Row, current_versions, patchable_types, 
 
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 FLOOR = 226  # model types that a crude pass-through sweep of transformers 5.23 ran
-TYPES = ["bert", "llama", "bart", "siglip_vision_model", "deberta-v2", "resnet", "layoutlmv2"]
+TYPES = ["bert", "llama", "bart", "siglip_vision_model", "deberta-v2", "rwkv", "resnet", "layoutlmv2"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def rows() -> dict[str, Row]:
     return {row.model_type: row for row in found}
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "bart", "siglip_vision_model"])
+@pytest.mark.parametrize("name", ["bert", "llama", "bart", "siglip_vision_model", "deberta-v2"])
 def test_a_patchable_type_ran_and_held(rows, name):
     row = rows[name]
     assert row.status == "patchable", row.reason
@@ -37,10 +37,10 @@ def test_sites_are_those_of_the_default_configuration(rows):
 
 
 def test_a_refusal_names_family_and_reason(rows):
-    row = rows["deberta-v2"]
+    row = rows["rwkv"]
     assert row.status == "refused"
-    assert "deberta-v2" in row.reason
-    assert "DisentangledSelfAttention" in row.reason
+    assert "'rwkv'" in row.reason
+    assert "RwkvSelfAttention" in row.reason
     assert row.findings is None
 
 
@@ -53,12 +53,25 @@ def test_a_type_without_attention_and_one_that_cannot_be_built(rows):
 
 def test_the_page_has_the_rows(rows):
     page = to_markdown(list(rows.values()), current_versions())
-    assert "| patchable | 4 |" in page
-    cells = ["llama", "LlamaModel", "patchable", "32 + 0", "4 of 4", "right", "0", *["runs"] * 3, "exact on 4 of 4", ""]
+    assert "| patchable | 5 |" in page
+    assert rows["deberta-v2"].gate == "own code"
+    cells = [
+        "llama",
+        "LlamaModel",
+        "patchable",
+        "32 + 0",
+        "registry",
+        "4 of 4",
+        "right",
+        "0",
+        *["runs"] * 3,
+        "exact on 4 of 4",
+        "",
+    ]
     assert f"| {' | '.join(cells)} |" in page
-    assert "| deberta-v2 | DebertaV2Model | refused |" in page
+    assert "| rwkv | RwkvModel | refused |" in page
     assert "Without attention: resnet." in page
-    assert patchable_types(page) == {"bert", "llama", "bart", "siglip_vision_model"}
+    assert patchable_types(page) == {"bert", "llama", "bart", "siglip_vision_model", "deberta-v2"}
 
 
 def test_the_probe_does_not_stay_registered(rows):

@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import inspect
-import sys
 import threading
 from functools import partial
 
@@ -245,11 +243,9 @@ def test_the_registry_is_left_clean(llama) -> None:
         assert {chain.base for chain in live_chains}, "registered for no model at all"
 
 
-@pytest.mark.parametrize("family", ["DebertaV2", "Falcon", "Bloom", "GPTJ", "Mpt", "GPTNeo", "XGLM"])
-def test_families_that_do_not_dispatch_are_refused_by_name(family) -> None:
+@pytest.mark.parametrize("family", ["Rwkv", "Reformer"])
+def test_families_without_a_softmax_are_refused_by_name(family) -> None:
     model_class, config = getattr(tf, f"{family}Model"), getattr(tf, f"{family}Config")()
-    if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[model_class.__module__]):
-        pytest.skip("this family dispatches in the installed transformers")
     with torch.device("meta"):
         refused = model_class(config)
     modules = [name for name, _ in refused.named_modules()]

@@ -40,6 +40,7 @@ class VariantChain(nn.Module):
         super().__init__()
         self.site = site
         self.base = base
+        self.hides_later: bool | None = None  # seen to be so, of scores that an inline module computes
         self.stores_what_it_attends = False  # seen to be so, of the keys and values that it gives to a kv cache
         self._refresh()
         host().keep(self)
@@ -105,7 +106,10 @@ class VariantChain(nn.Module):
         self.ruling = tuple(name for name, v in active if type(v).rule is not Variant.rule)
         self.taps_cache = bool(self.telling) or any(v.changes_cache or v.keeps_state for _, v in active)
         self.needs_grid = any(v.needs_grid for _, v in active)
-        self.needs_context = self.taps_cache or self.needs_grid or any(v.needs_context for _, v in active)
+        is_followed = self.site.inline and bool(active)
+        self.needs_context = (
+            is_followed or self.taps_cache or self.needs_grid or any(v.needs_context for _, v in active)
+        )
         self.own_weights = tuple(variant_info(name).innermost for name, _ in active)
         self.storing = tuple(name for name, v in active if v.changes_cache)
         self.lacking = {
@@ -318,7 +322,9 @@ def window_of(module: Any) -> int | None:
     """The sliding window of a module: its own where the model's layers differ, else the configuration's."""
     if not getattr(module, "is_sliding", True):
         return None
-    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    window: int | None = getattr(
+        module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None)
+    )
     return window
 
 

@@ -36,6 +36,7 @@ class AttentionSite:
         arguments: positional parameters of `forward`, in order.
         max_positions: length that the model was trained on by its configuration, before any rescaling of its rotary
             embedding, in tokens; `None` where it states none.
+        inline: it computes attention in its own code, not by a function that is looked up by name.
         shares_keys: some modules of its class in its tower make no keys of their own, so that others lend them theirs.
     """
 
@@ -59,6 +60,7 @@ class AttentionSite:
     arguments: tuple[str, ...]
     max_positions: int | None
     shares_keys: bool = False
+    inline: bool = False
 
     def require(self, fact: str, *, by: str, instead: str | None = None) -> int:
         """A size that a variant cannot do without, such as `query_heads`.

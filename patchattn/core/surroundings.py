@@ -51,6 +51,8 @@ class LayerContext:
         tap: stands between the module and its cache where a variant changes what is stored.
         rows_done: query rows attended so far, where a module attends in chunks.
         told: what the module that made the mask was told of its tokens.
+        tape: follows what a module computes that attends in its own code.
+        leads_by_sequence: whether the first dimension of its input is known to be that of sequences.
     """
 
     module: nn.Module
@@ -63,6 +65,8 @@ class LayerContext:
     tap: Tap | None = None
     rows_done: int = 0
     told: Told = NOTHING_TOLD
+    tape: Any = None
+    leads_by_sequence: bool = True
 
     def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
         """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.
@@ -76,7 +80,7 @@ class LayerContext:
             aligned = aligned[None, self.rows_done : self.rows_done + rows]
         if aligned is not None and aligned.dim() == 4:  # rows and columns
             aligned = aligned.flatten(1, 2)
-        if aligned is None or aligned.shape[:-1] != (batch, rows):
+        if aligned is None or not self.leads_by_sequence or aligned.shape[:-1] != (batch, rows):
             raise NotImplementedError(
                 f"{type(self.module).__name__} attends over {rows} tokens in a batch of {batch}, but its "
                 f"{'other sequence' if memory else 'input'} is {None if given is None else tuple(given.shape)}: a "
@@ -280,6 +284,8 @@ class Surroundings:
             fault = "a variant outside of it hands on only some of the keys or queries: patch this one before that one"
         elif self.kwargs.get("position_bias") is not None:
             fault = "the model computes its position bias from the number of keys that the cache holds"
+        elif self.site.inline:
+            fault = "the module computes attention in its own code, which may count the keys that the cache holds"
         elif torch.compiler.is_compiling():
             fault = "the call is compiled"
         if fault is not None:

@@ -81,7 +81,13 @@ class SurgeryVariant(Variant):
         raise NotImplementedError(f"{type(self).__name__} must define plan(model).")
 
     def prepare(self, model: nn.Module) -> None:
-        self.changes = self.plan(model)
+        changes = self.plan(model)
+        if changes and self.site.inline:
+            raise NotImplementedError(
+                f"{self.site.module_class} ({self.site.name}) cannot be cut into heads: it computes attention in its "
+                "own code, which may rely on its shapes. Leave it out with modules=... or layers=..."
+            )
+        self.changes = changes
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         return inner(call)

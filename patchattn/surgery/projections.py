@@ -46,6 +46,8 @@ def head_projections(model: nn.Module, site: AttentionSite) -> list[Heads]:
     Raises:
         NotImplementedError: they are not recognised, or something else of the module has a place per head.
     """
+    if site.inline:
+        raise unrecognised(site, "it computes attention in its own code, which may rely on its shapes")
     heads, kv_heads, dim = site.query_heads, site.kv_heads, site.head_dim
     if heads is None or kv_heads is None or dim is None:
         raise unrecognised(site, "its numbers of heads are not known")

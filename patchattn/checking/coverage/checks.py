@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ...core.call import AttentionCall
 from ...core.patching import patch_model, unpatch_model
 from ...core.probing import probed
-from ...core.registry import list_variants, variant_info
+from ...core.registry import list_variants, temporarily_registered, variant_info
 from ...core.sites import AttentionSite
-from ...core.variant import Variant
+from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 from ...surgery.projections import head_projections
 from .inputs import guesses
 
@@ -35,6 +35,7 @@ class Findings:
     learned_router: str = ""
     ssa: str = ""
     pruning: str = ""
+    refusal: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -128,7 +129,9 @@ def check(model: PreTrainedModel, sites: list[AttentionSite], runs: list[Run], r
     findings.learned_router = _changes(model, runs, base, "moh", {**half, "router": "learned", "router_std": 0.5})
     findings.ssa = _changes(model, runs, base, "ssa", {}, fill=0.3)
     findings.pruning = _check_pruning(model, runs, [site for site in sites if site.name in reached], findings)
-    findings.geometry = _check_geometry(model, runs, reached, findings)
+    findings.geometry = _check_geometry(model, runs, base, reached, findings)
+    if any(site.inline for site in sites):
+        _check_again(model, runs, base, findings)
     for name in ("half_the_heads", "learned_router", "ssa"):
         if (text := getattr(findings, name)).startswith("error"):
             findings.problems.append(f"{name.replace('_', ' ')}: {text}")
@@ -216,7 +219,47 @@ def _check_pruning(model: PreTrainedModel, runs: list[Run], sites: list[Attentio
     return f"exact on {len(heads)} of {len(sites)}{reason}"
 
 
-def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], findings: Findings) -> str:
+class _Again(Variant):
+    """Hands on the same numbers in other tensors, so that an inline module computes all of it again."""
+
+    config_class = VariantConfig
+
+    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        return inner(call.replace(query=call.query.clone(), key=call.key.clone(), value=call.value.clone()))
+
+
+_AGAIN = VariantInfo(
+    name="coverage_again",
+    variant=_Again,
+    title="",
+    arxiv_id=None,
+    year=2026,
+    summary="",
+    extra_parameters="",
+    needs_training=False,
+)
+
+
+def _check_again(model: PreTrainedModel, runs: list[Run], base: list[torch.Tensor], findings: Findings) -> None:
+    """Whether attention that is computed again from the tensors that variants see is that of the model."""
+    with temporarily_registered(_AGAIN):
+        try:
+            patch_model(model, _AGAIN.name)
+            apart = difference(base, _outputs(model, runs))
+            scale = max((float(t.abs().max()) for t in base if t.is_floating_point() and t.numel()), default=1.0)
+            if apart > 1e-5 * max(scale, 1.0):
+                findings.problems.append(f"attention computed again differs by {apart:.1e}")
+        except NotImplementedError as error:
+            findings.refusal = str(error)
+        except Exception as error:  # see _check_neutral
+            findings.problems.append(f"attention computed again: {_line(error)}")
+        finally:
+            _clean(model)
+
+
+def _check_geometry(
+    model: PreTrainedModel, runs: list[Run], base: list[torch.Tensor], reached: set[str], findings: Findings
+) -> str:
     """Compare what the sites state with the shapes of the calls; `right`, or what is wrong where."""
     wrong: list[str] = []
     seen: set[str] = set()
@@ -244,7 +287,10 @@ def _check_geometry(model: PreTrainedModel, runs: list[Run], reached: set[str], 
 
     try:
         with probed(model, compare):
-            _outputs(model, runs)
+            if (apart := difference(base, _outputs(model, runs))) != 0:
+                findings.problems.append(f"looking at attention changes the output by {apart:.1e}")
+    except NotImplementedError as error:  # of a module whose own code is not understood
+        findings.refusal = str(error)
     except Exception as error:  # see _check_neutral
         findings.problems.append(f"probe: {_line(error)}")
     if unseen := sorted({type(model.get_submodule(n)).__name__ for n in reached - seen}):

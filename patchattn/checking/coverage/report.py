@@ -63,11 +63,14 @@ def to_markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "A type counts as it ran: *reached* says how many attention sites of the small model its forward went through, "
         "or that of its parts, called alone, where the guessed inputs did not lead to all of them. *Geometry* compares "
         "query heads, kv heads, head dim and input width as stated with the shapes of the call. *Sites* are those of "
-        "the default configuration, self + cross.",
+        "the default configuration, self + cross. *Gate* says how variants come in: by the `registry` that attention "
+        "functions are looked up in, or into the `own code` of modules that compute attention themselves, which is "
+        "followed while it runs; attention that is computed again from what variants see there is the model's own "
+        "(1e-5).",
         "",
-        "| model type | class | status | sites | reached | geometry | neutral | half | learned | ssa "
+        "| model type | class | status | sites | gate | reached | geometry | neutral | half | learned | ssa "
         "| pruned | reason |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in rows if row.status != "no attention"]
     without = [row.model_type for row in rows if row.status == "no attention"]
@@ -88,7 +91,7 @@ def _count(ran: Sequence[Findings], name: str) -> int:
 def _line(row: Row) -> str:
     found = row.findings
     sites = f"{row.self_sites} + {row.cross_sites}" if row.self_sites or row.cross_sites else ""
-    cells = [row.model_type, row.model_class, row.status, sites]
+    cells = [row.model_type, row.model_class, row.status, sites, row.gate]
     if found is None:
         cells += [""] * 7 + [row.reason]
     else:

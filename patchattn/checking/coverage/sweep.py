@@ -41,6 +41,7 @@ class Row:
         reason: the error, or what did not hold.
         self_sites, cross_sites: attention sites of the default configuration; of the small one if that fails.
         towers: towers that have sites.
+        gate: whether attention is looked up in transformers' registry, or in the own code of its modules.
         ran_sites: sites of the small model.
         findings: what the checks of the small model found, `None` where none ran.
         seconds: how long it took.
@@ -53,6 +54,7 @@ class Row:
     self_sites: int = 0
     cross_sites: int = 0
     towers: list[str] = field(default_factory=list)
+    gate: str = ""
     ran_sites: int = 0
     findings: Findings | None = None
     seconds: float = 0.0
@@ -167,6 +169,8 @@ def _note_sites(row: Row, model: PreTrainedModel) -> list[AttentionSite]:
     row.status = "structure only"
     row.cross_sites = sum(site.is_cross for site in sites)
     row.self_sites = len(sites) - row.cross_sites
+    gates = {"own code" if site.inline else "registry" for site in sites}
+    row.gate = " + ".join(sorted(gates, reverse=True))
     row.towers = list(dict.fromkeys(site.tower for site in sites))
     return sites
 
@@ -210,6 +214,9 @@ def _try_small(row: Row, classes: list[type[PreTrainedModel]]) -> None:
                 continue
             row.model_class, row.ran_sites = model_class.__name__, len(sites)
             row.findings = check(model, sites, runs, reached)
+            if row.findings.refusal:
+                row.status, row.reason, row.gate, row.findings = "refused", row.findings.refusal, "", None
+                return
             row.status = "failed" if row.findings.problems else "patchable"
             row.reason = "; ".join(row.findings.problems)
             if row.status == "patchable" and row.findings.neutral_difference is None:

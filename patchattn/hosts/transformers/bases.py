@@ -22,7 +22,7 @@ from ...core.variant import AttentionOutput
 from .batching import REFUSAL, refuse_paged
 from .compatibility import name_branches, seam_name
 from .masks import is_flash
-from .sites import REGISTRY_NAME, attention_forward
+from .sites import INLINE, REGISTRY_NAME, attention_forward
 
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
 # A configuration's own way of looking up attributes costs several calls of Python, for every layer and token.
@@ -103,7 +103,8 @@ def base_in_force(module: nn.Module, base: str) -> str:
 
 def keep(chain: PatchedModule) -> None:
     """Have the functions of a chain's base registered, as long as the chain is on a module."""
-    register_base(chain.base)
+    if chain.base != INLINE:
+        register_base(chain.base)
     live_chains.add(chain)
 
 

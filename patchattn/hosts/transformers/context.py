@@ -13,6 +13,7 @@ from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
 from .batching import refuse_paged
+from .sites import INLINE
 from .told import told_in
 
 
@@ -24,7 +25,8 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     site = chain.site
     values = {**dict(zip(site.arguments, args, strict=False)), **kwargs} if args else kwargs
     refuse_paged(values)
-    base_in_force(module, chain.base)
+    if chain.base != INLINE:  # whose code asks its own configuration, in every call
+        base_in_force(module, chain.base)
     cache_argument = cache = None
     for name, value in values.items():
         if isinstance(value, Cache):

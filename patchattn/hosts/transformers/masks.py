@@ -16,6 +16,7 @@ from ...core.given import Meaning, read_mask
 from ...core.mask import Form, Mask
 from ...core.ranks import NOTHING_TOLD, Told
 from ...core.run import run_of
+from .sites import INLINE
 
 # What an implementation takes, and what it computes without one, by the function that makes its masks.
 _KINDS: dict[Any, tuple[Form, Meaning]] = {
@@ -50,7 +51,7 @@ def mask_of_call(
         sizes: of the call, as `read_mask` takes them.
     """
     run = run_of(arguments)
-    version = _version(given, base, sizes) if run.told else None
+    version = _version(given, base, sizes) if run.told and base != INLINE else None
     if version is None:
         return _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
     key = (id(given), version, base, is_causal, id(told), torch.is_inference_mode_enabled(), *sizes.items())
@@ -119,6 +120,8 @@ def no_mask_means(base: str, *, is_causal: bool, q_length: int) -> Meaning | str
 
 
 def _mask_function(base: str) -> Any:
+    if base == INLINE:
+        return sdpa_mask  # what a module calls itself, or a sum of numbers, which every kind of mask may be
     function = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
     return flash_attention_mask if function is None and is_flash(base) else function
 

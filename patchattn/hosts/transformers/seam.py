@@ -4,6 +4,9 @@ A patched attention module gets a copy of its configuration that names `patchatt
 implementation, where `<base>` is what the model's own configuration names. transformers then calls our function, which
 runs the variants attached to the calling module, outermost first, and last the base implementation itself. A module
 with nothing attached goes straight to the base.
+
+One whose own code computes attention, in a tower where no module asks for a function by name, is followed instead while
+it runs (`inline.py`): its configuration stays as it is.
 """
 
 from collections.abc import Sequence
@@ -22,8 +25,9 @@ from .batching import allow_batching as forget
 from .batching import forbid_batching
 from .compatibility import name_branches, seam_name
 from .context import open_context
+from .inline import close_inline, open_inline
 from .masks import is_flash, mask_of_call
-from .sites import find_sites, find_undispatched
+from .sites import INLINE, dispatches, find_sites, find_undispatched
 from .told import forget_told, note_told, watch_masks
 
 __all__ = [
@@ -41,17 +45,17 @@ __all__ = [
     "refuse_bases",
     "release",
 ]
-_HOOKS = (open_context, close_context, note_raw_query, note_told, forget_told)
+_HOOKS = (open_context, close_context, open_inline, close_inline, note_raw_query, note_told, forget_told)
 
 
 def base_of(module: nn.Module) -> str:
     """Name of the base implementation of an attention module, patched or not."""
-    return original_config(module)._attn_implementation or "eager"
+    return INLINE if not dispatches(module) else original_config(module)._attn_implementation or "eager"
 
 
 def refuse_bases(model: nn.Module, sites: Sequence[str]) -> None:
     """NotImplementedError if some attention modules, by name, would compute something else once patched."""
-    modules = [model.get_submodule(name) for name in sites]
+    modules = [module for name in sites if dispatches(module := model.get_submodule(name))]
     bases = [base_of(module) for module in modules]
     for base in dict.fromkeys(bases):
         if questions := name_branches([m for m, own in zip(modules, bases, strict=True) if own == base], base):
@@ -68,12 +72,16 @@ def connect(model: nn.Module, module: nn.Module) -> None:
     """Point a module's configuration at the seam, and place the hooks that its variants need."""
     forbid_batching(model)
     chain: Any = chain_on(module)  # or PEFT's wrapper around one, which passes attributes on
-    config: Any = module.config
-    if config._attn_implementation != seam_name(chain.base):
-        vars(module)["config"] = seam_config(config, chain.base)
-    if (chain.needs_context or probes_on(module)) and open_context not in module._forward_pre_hooks.values():
-        register_last(module, open_context)
-        module.register_forward_hook(close_context, always_call=True)
+    if chain.base == INLINE:
+        begin, end = open_inline, close_inline
+    else:
+        begin, end = open_context, close_context
+        config: Any = module.config
+        if config._attn_implementation != seam_name(chain.base):
+            vars(module)["config"] = seam_config(config, chain.base)
+    if (chain.needs_context or probes_on(module)) and begin not in module._forward_pre_hooks.values():
+        register_last(module, begin)
+        module.register_forward_hook(end, always_call=True, prepend=chain.base == INLINE)
         if chain.site.query_norm is not None:
             register_last(module.get_submodule(chain.site.query_norm), note_raw_query, with_kwargs=False)
     if chain.active:
@@ -82,7 +90,8 @@ def connect(model: nn.Module, module: nn.Module) -> None:
 
 def disconnect(module: nn.Module) -> None:
     """Give a module the configuration that it had."""
-    vars(module)["config"] = original_config(module)
+    if dispatches(module):
+        vars(module)["config"] = original_config(module)
 
 
 def owns(hook: Any) -> bool:

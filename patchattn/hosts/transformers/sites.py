@@ -5,10 +5,12 @@ registry. That is read off tensors and the compiled code of `forward`, and geome
 model family is named here.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,9 @@ from ...core.sites import AttentionSite
 
 # The name of the registry that a dispatching `forward` refers to; unchanged since transformers 4.48.
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
+
+INLINE = "inline"  # the base of a module that computes attention in its own code; no configuration names it
+_SOFTMAX = ("softmax", "Softmax", "scaled_dot_product_attention")  # of torch
 
 _PREFIX, _SUFFIX = r"(?:to_|lin_|linear_|w_?)?", r"(?:_?(?:proj|projection|lin|linear|layer|states?|b_proj))?"
 PROJECTION_ROLES = {
@@ -34,6 +39,8 @@ _QUERY_DOWN = re.compile(rf"{_PREFIX}q(?:uery)?_?a(?:_?(?:proj|projection|layer)
 # One of several projections that a query is put together from: no single one tells the width of a head.
 _QUERY_PART = re.compile(rf"{_PREFIX}q(?:uery)?_\w+_(?:proj|projection|layer)", re.I)
 _QUERY_NORM = re.compile(r"(?:q|query)_?(?:layer_?)?(?:norm|ln)|(?:norm|ln|layer_?norm)_?(?:q|query)", re.I)
+_ATTENTION = re.compile(r"attention|attn", re.I)
+_IN_LAYERS = re.compile(r"(?:^|\.)\d+\.")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
 HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
 _HEADS = re.compile(r"(?:num|n)_(?:attention_|attn_|query_|q_)?heads?")
@@ -56,6 +63,43 @@ def dispatches(module: nn.Module) -> bool:
     return "get_interface" in code.co_names or "getattr" not in code.co_names
 
 
+def is_inline(module: nn.Module) -> bool:
+    """Whether an attention module asks torch itself for a softmax, in its `forward` or in what that calls by name."""
+    named = _ATTENTION.search(type(module).__name__) is not None
+    kind: Any = type(module)
+    return named and not dispatches(module) and _computes_softmax(kind)
+
+
+@functools.cache
+def _computes_softmax(module_class: Any) -> bool:
+    return _names_softmax(attention_forward(module_class), module_class, set())
+
+
+def _names_softmax(function: Any, module_class: type[nn.Module], asked: set[Any]) -> bool:
+    """As `is_inline`, of a function of a module's class or of its file."""
+    function = inspect.unwrap(getattr(function, "__func__", function)) if callable(function) else None
+    if not isinstance(function, FunctionType) or function in asked or function.__module__.startswith("torch."):
+        return False
+    asked.add(function)
+    names = list(names_in(function.__code__))
+    if any(name in _SOFTMAX for name in names):
+        return True
+    return any(
+        _names_softmax(called, module_class, asked)
+        for name in names
+        for called in (getattr(module_class, name, None), function.__globals__.get(name))
+        if getattr(called, "__module__", None) == function.__module__
+    )
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Names that a function refers to, those in functions within it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
+
+
 def projects(module: nn.Module) -> bool:
     """Whether queries can be made of the module's input: it has a matrix for that, or gets them ready-made.
 
@@ -73,7 +117,7 @@ def projects(module: nn.Module) -> bool:
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """All attention sites of a model, in the order of its modules."""
-    found = [(name, module) for name, module in model.named_modules() if dispatches(module) and projects(module)]
+    found = _attending(model)
     layers = _layers([name for name, _ in found])
     sites = [_describe(name, module, *layers[name]) for name, module in found]
     kinds: dict[tuple[str, str], set[bool]] = {}
@@ -82,24 +126,45 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     return [replace(site, shares_keys=len(kinds[site.tower, site.module_class]) > 1) for site in sites]
 
 
+def _attending(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of attention sites, with their names: those that dispatch, and in towers where none does those that
+    compute attention inline."""
+    found = {name: module for name, module in model.named_modules() if dispatches(module) and projects(module)}
+    left = [name for name, _ in _undispatched(model)]
+    inline = {
+        name: module
+        for name, module in model.named_modules()
+        if (name in left or not found) and is_inline(module) and _IN_LAYERS.search(name) and projects(module)
+    }
+    outer = {name for name in inline for other in inline if other.startswith(f"{name}.")}
+    names = {name for name in inline if name not in outer} | set(found)
+    return [(name, module) for name, module in model.named_modules() if name in names]
+
+
 def _makes_keys(site: AttentionSite) -> bool:
     return not {"key", "fused"}.isdisjoint(site.projections)
 
 
 def find_undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Layers of towers that attend without the registry, so that nothing can be patched there.
+    """Layers of towers that attend without the registry and without a softmax of their own, so that nothing can be
+    patched there.
 
     A tower is reported only if none of its layers dispatches: a hybrid model's linear attention is not a defect,
     and neither is a single pooling head.
     """
+    sites = {name for name, _ in _attending(model)}
+    return [(name, module) for name, module in _undispatched(model) if name not in sites]
+
+
+def _undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found: dict[str, bool] = {}
     candidates: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if dispatches(module):
             found[_tower(name)] = True
         elif (
-            re.search(r"attention|attn", type(module).__name__, re.I)
-            and re.search(r"(?:^|\.)\d+\.", name)
+            _ATTENTION.search(type(module).__name__)
+            and _IN_LAYERS.search(name)
             and sum(hasattr(child, "weight") for child in module.children()) >= 2
         ):
             candidates.append((name, module))
@@ -141,6 +206,7 @@ def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) 
         mask_argument=next((argument for argument in arguments if argument in MASK_ARGUMENTS), None),
         arguments=arguments,
         max_positions=_max_positions(getattr(module, "config", None)),
+        inline=is_inline(module),
     )
 
 

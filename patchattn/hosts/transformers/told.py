@@ -5,8 +5,8 @@ hidden text does. So the modules that make masks have hooks, which note what the
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import masking_utils
 from ...core import run
 from ...core.hooks import register_last
 from ...core.ranks import NOTHING_TOLD, Told
-from .sites import MASK_ARGUMENTS, attention_forward
+from .sites import MASK_ARGUMENTS, attention_forward, names_in
 
 # By module class: positions and names of the arguments that masks are made of; `None` of one that makes none.
 _makers: dict[type[nn.Module], dict[str, int] | None] = {}
@@ -86,7 +86,7 @@ def _makes_masks(function: Any, module_class: type[nn.Module], asked: set[Any]) 
     if not isinstance(function, FunctionType) or function in asked:
         return False
     asked.add(function)
-    for name in _names(function.__code__):
+    for name in names_in(function.__code__):
         called: Callable[..., Any] | None = function.__globals__.get(name, getattr(module_class, name, None))
         home = getattr(called, "__module__", None)
         if home == masking_utils.__name__ and not inspect.isclass(called):
@@ -94,11 +94,3 @@ def _makes_masks(function: Any, module_class: type[nn.Module], asked: set[Any]) 
         if home == function.__module__ and _makes_masks(called, module_class, asked):
             return True
     return False
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """Names that a function refers to, those in functions within it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
