@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Case:
         return "-".join([self.variant, *(f"{name}={value}" for name, value in self.settings)])
 
 
+@cache
 def is_named(family: str, variant: str) -> bool:
     """Whether the documentation page of a variant names a family, such as `GPT-2` or `LLaVA-1.5`."""
     page = PAGES / f"{variant}.md"
@@ -151,6 +153,15 @@ def on(
             marks = () if family in default else pytest.mark.full
             found.append(pytest.param(family, case, id=f"{family}-{case}", marks=marks))
     return pytest.mark.parametrize(("family", "case"), found)
+
+
+def without_full(mark: pytest.Mark) -> pytest.Mark:
+    """A mark of a test, which parametrizes it with nothing that is marked `full` unless with nothing else."""
+    if mark.name != "parametrize" or len(mark.args) != 2:
+        return mark
+    names, parameters = mark.args
+    left = [one for one in parameters if "full" not in [each.name for each in getattr(one, "marks", ())]]
+    return mark if len(left) in (0, len(parameters)) else pytest.mark.parametrize(names, left, **mark.kwargs).mark
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> None:

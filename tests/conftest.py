@@ -10,6 +10,7 @@ from hypothesis import settings
 
 import patchattn
 
+from .behaviour import without_full
 from .mutation import Mutant
 from .saving import base, patch, run
 from .toy import registered_toy
@@ -29,6 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if mutate := config.getoption("--mutate"):
         config.pluginmanager.register(Mutant(*mutate.split(".")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where nothing marked `full` is asked for, it is not made: there is more of it than of all else."""
+    asked = metafunc.config.option.markexpr
+    if "not full" in asked and " or " not in asked:
+        metafunc.definition.own_markers = [without_full(mark) for mark in metafunc.definition.own_markers]
 
 
 @pytest.fixture(scope="session")
