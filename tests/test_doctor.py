@@ -58,7 +58,7 @@ def test_a_seam_that_is_never_called(run, monkeypatch):
     monkeypatch.setattr(
         chain.VariantChain,
         "_attend",
-        lambda chain, depth, base, call, looks: base(
+        lambda chain, base, looks, depth, call: base(
             call.module, call.query, call.key, call.value, call.mask.given, **call.kwargs
         ),
     )
@@ -72,8 +72,8 @@ def test_a_seam_that_computes_something_else(run, monkeypatch):
     only(monkeypatch, "ssmax")
     attend = chain.VariantChain._attend
 
-    def wrong(chain, depth, base, call, looks):
-        output, weights = attend(chain, depth, base, call, looks)
+    def wrong(chain, base, looks, depth, call):
+        output, weights = attend(chain, base, looks, depth, call)
         return output + 0.01, weights
 
     monkeypatch.setattr(chain.VariantChain, "_attend", wrong)
