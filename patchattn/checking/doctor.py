@@ -29,6 +29,7 @@ from ..core.packing import CHILD
 from ..core.patching import applied_patches, patch_model, patched, unpatch_model
 from ..core.registry import list_variants, variant_info
 from ..core.selection import base_model
+from ..core.variant import Variant
 from ..saving.checkpoint import from_pretrained, load_patch, save_patch
 from ..surgery.kv_merge import KvMerge
 from .check import check_patch
@@ -68,7 +69,8 @@ def self_test(device: str = "cpu") -> Iterator[Finding]:
     for kind, (make, needed) in kinds.items():
         for name in list_variants():
             info = variant_info(name)
-            if info.kind != "decoding" and {*needed, "without_images"} <= info.capabilities:
+            on_images = info.variant.needs_grid is not Variant.needs_grid
+            if info.kind != "decoding" and {*needed, "without_images"} <= info.capabilities and not on_images:
                 merges = kind == "encoder" and issubclass(info.variant, KvMerge)
                 model = _grouped_encoder if merges else make
                 yield Finding(f"{name}, {kind}", _reason(partial(_try_variant, name, model, device)))
