@@ -111,6 +111,9 @@ REFUSALS: dict[str, list[Refusal]] = {
     **_of_placed_pieces("ape", "graph_kv", "parallel_context"),
     **_of_pages("hip", "hyper", "recycled"),
     **_of_causal_selection("subsampled"),
+    **_of_grids(
+        "agent", "axial", "biformer", "gpsa", "halo", "hilo", "maxvit", "neighborhood", "sparsifiner", "window"
+    ),
     "act": [
         _of(
             of_kind("encoder_decoder"),

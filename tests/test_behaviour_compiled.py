@@ -69,7 +69,7 @@ def trains_alike(family: str, case: Case, backend: str) -> None:
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
-@on(["llama", "bert", "llava"], once=True, first=True, without=TOYS)
+@on(["llama", "bert", "vit", "llava"], once=True, first=True, without=TOYS)
 def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None:
     trains_alike(family, case, "eager")
 

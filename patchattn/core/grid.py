@@ -43,13 +43,16 @@ class Grid:
             key: what it is, told from all else that is made of a grid.
             make: makes it of prefix and shape, where all images have one, on the device of places.
         """
-        if torch.compiler.is_compiling():
-            return make()
-        whole = self.prefix, self.shape, self.places.device, key
-        if whole not in self.made:
-            self.made[whole] = make()
-        made: Made = self.made[whole]
-        return made
+        return _once(self.made, (self.prefix, self.shape, self.places.device, key), make)
+
+
+def _once(made: dict[Hashable, Any], key: Hashable, make: Callable[[], Made]) -> Made:
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in made:
+        made[key] = make()
+    found: Made = made[key]
+    return found
 
 
 def grid_of(patches: Patches | None, around: Surroundings, mask: Mask) -> Grid:
@@ -93,13 +96,21 @@ def _of_sizes(patches: Patches, around: Surroundings) -> Grid:
             "sequences and tokens of these",
         )
     device = around.query.device
+    return _once(
+        patches.made,
+        ("grid", prefix, rows, columns, device),
+        lambda: _of_one_size(prefix, rows, columns, patches.made, device),
+    )
+
+
+def _of_one_size(prefix: int, rows: int, columns: int, made: dict[Hashable, Any], device: torch.device) -> Grid:
     place = torch.arange(rows * columns, device=device)
     places = torch.stack([place // columns, place % columns], dim=-1)
     extents = torch.tensor([rows, columns], device=device).expand_as(places)
     skipped = [places.new_full((prefix, 2), value) for value in (-1, 0)]
     all_places = torch.cat([skipped[0], places])[None]
     all_extents = torch.cat([skipped[1], extents])[None]
-    return Grid(prefix, (rows, columns), all_places, all_extents, all_places[..., 0].clamp(max=0), patches.made)
+    return Grid(prefix, (rows, columns), all_places, all_extents, all_places[..., 0].clamp(max=0), made)
 
 
 def _of_shapes(patches: Patches, around: Surroundings, mask: Mask) -> Grid:

@@ -1,6 +1,6 @@
 """Variants of vision towers: what of its image each token sees."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,47 +78,47 @@ class GridMaskVariant(GridVariant):
         tiled = self._tilings(call)
         return inner(call) if tiled is None else (attend_tiles(call, tiled), None)
 
-    def _key(self, what: str) -> Hashable:
-        return what, type(self), self.config, self.site.layer_index
+    def _seen(self, grid: Grid) -> tuple[Seen, ...] | None:
+        """What is seen of images of one size; `None`: everything."""
+        rows, columns = grid.shape or (0, 0)
+        seen = grid.once((self.config, self.site.layer_index), lambda: tuple(self.sees(rows, columns)))
+        return None if all(one.is_all for one in seen) else seen
 
     def _tilings(self, call: AttentionCall) -> tuple[Tiling, ...] | None:
         """How this call is computed in tiles, if it is."""
-        if not (call.stands_alone and _is_plain(call)):
+        if not (call.stands_alone and is_plain(call)):
             return None
-        grid, heads = call.grid(), call.query.shape[1]
-        if grid.shape is None or not _is_one_image(grid):
+        grid = call.grid()
+        seen = self._seen(grid) if _is_one_image(grid) else None
+        if seen is None:
             return None
-        rows, columns = grid.shape
         own = self._keep(call) if call.mask.keeps else None  # which `rule` has put there, before another variant
         if any(keep is not own for keep in call.mask.keeps):
             return None
+        heads, dtype = call.query.shape[1], call.query.dtype
 
         def make() -> tuple[Tiling, ...] | None:
-            seen = self.sees(rows, columns)
-            if all(one.is_all for one in seen):
-                return None
-            return tilings(seen, _numbers(grid, columns).argsort() + grid.prefix, grid.prefix, heads)
+            return tilings(seen, numbers(grid).argsort() + grid.prefix, grid.prefix, heads, dtype)
 
-        return grid.once(self._key("tiles"), make)
+        return grid.once(("tiles", seen, heads, dtype), make)
 
     def _keep(self, call: AttentionCall) -> torch.Tensor | None:
         """`(B or 1, H or 1, T, T)` bool, or `None`: everything."""
         grid, heads = call.grid(), call.query.shape[1]
-        if grid.shape is None or not _is_one_image(grid):
+        if not _is_one_image(grid):
             kept = [self._keep_of_row(grid, row, heads) for row in range(len(grid.places))]
             most = max(map(len, kept))
             return torch.stack([keep.expand(most, -1, -1) for keep in kept])
-        rows, columns = grid.shape
+        seen = self._seen(grid)
+        if seen is None:
+            return None
 
-        def make() -> torch.Tensor | None:
-            seen = self.sees(rows, columns)
-            if all(one.is_all for one in seen):
-                return None
-            numbers = _numbers(grid, columns)
-            keep = self._pairs(seen, heads, numbers.device)[:, numbers][:, :, numbers]
+        def make() -> torch.Tensor:
+            place = numbers(grid)
+            keep = self._pairs(seen, heads, place.device)[:, place][:, :, place]
             return F.pad(keep, (grid.prefix, 0, grid.prefix, 0), value=True)[None]
 
-        return grid.once(self._key("mask"), make)
+        return grid.once(("mask", seen, heads), make)
 
     def _keep_of_row(self, grid: Grid, row: int, heads: int) -> torch.Tensor:
         """`(H or 1, T, T)` of a row of the batch, in which there may be several images, and padding."""
@@ -154,18 +154,38 @@ def sizes_that_fit(rows: int, columns: int) -> str:
     return f"Sizes that fit: {', '.join(map(str, fitting))}."
 
 
+def shape_of_image(grid: Grid, site: AttentionSite) -> tuple[int, int]:
+    """Rows and columns of patches, where every row of the batch is one whole image of one size.
+
+    Raises:
+        NotImplementedError: it is not.
+    """
+    if grid.shape is None or not _is_one_image(grid):
+        raise unknown_grid(site, "it needs whole images of one size, one in each row of the batch")
+    return grid.shape
+
+
+def require_whole(call: AttentionCall, by: str) -> None:
+    """NotImplementedError unless queries and keys of a call are all of the model's own tokens, and nothing else."""
+    if call.context.rows is not None or call.context.of_some_keys or call.mask.extra:
+        raise NotImplementedError(
+            f"{by} needs all tokens of an image in {call.site.name}, of which a variant outside hands on some, "
+            f"or to which it adds: patch {by} before it."
+        )
+
+
 def _is_one_image(grid: Grid) -> bool:
     """Whether rows of the batch are one whole image each, all of one size, as their numbers of tokens say."""
     return grid.shape is not None and grid.places.shape[:2] == (1, grid.prefix + grid.shape[0] * grid.shape[1])
 
 
-def _numbers(grid: Grid, columns: int) -> torch.Tensor:
+def numbers(grid: Grid) -> torch.Tensor:
     """`(N,)` number of each patch of the one image, row by row."""
     places = grid.places[0, grid.prefix :]
-    return places[:, 0] * columns + places[:, 1]
+    return places[:, 0] * (places[:, 1].max() + 1) + places[:, 1]
 
 
-def _is_plain(call: AttentionCall) -> bool:
+def is_plain(call: AttentionCall) -> bool:
     """Whether all queries and keys are there, no model hides some of them, and nothing is added to logits."""
     mask, around = call.mask, call.context
     limits = mask.pairs, mask.real_columns, mask.window, mask.sequence, mask.index, mask.fault, around.rows

@@ -14,7 +14,8 @@ from ..core.call import AttentionCall
 
 Sets = tuple[tuple[int, ...], ...]
 _WORTH = 0.5  # of the pairs of queries and keys: with more, tiles save too little
-_GATHERING = 64  # to copy a key and its value into a tile takes as long as about so many products with them
+_GATHERING = 32  # to copy a key and its value into a tile takes as long as about so many products with them
+_CALLING = 2048  # and to attend to tiles of one more size as long as so many
 _MOST_CUTS = 16  # numbers of pieces that are tried
 
 
@@ -42,12 +43,12 @@ class Tile(NamedTuple):
 
     Attributes:
         queries: `(G, Q)` numbers of tokens.
-        keys: `(G, K)` likewise.
-        mask: `(G, Q, K)` bool: which of these keys each query sees; `None`: all.
+        keys: `(G, K)` likewise; `None`: all tokens.
+        mask: `(G, Q, K)` added to logits: which of these keys each query sees; `None`: all.
     """
 
     queries: torch.Tensor
-    keys: torch.Tensor
+    keys: torch.Tensor | None
     mask: torch.Tensor | None
 
 
@@ -84,7 +85,9 @@ def pairs(seen: Seen, device: torch.device) -> torch.Tensor:
     return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def tilings(seen: Sequence[Seen], order: torch.Tensor, prefix: int, heads: int) -> tuple[Tiling, ...] | None:
+def tilings(
+    seen: Sequence[Seen], order: torch.Tensor, prefix: int, heads: int, dtype: torch.dtype
+) -> tuple[Tiling, ...] | None:
     """How to compute attention of one image in tiles; `None` where it would not be much less work.
 
     Args:
@@ -92,8 +95,9 @@ def tilings(seen: Sequence[Seen], order: torch.Tensor, prefix: int, heads: int) 
         order: `(N,)` number of the token of each patch, row by row.
         prefix: how many first tokens see all, and are seen by all.
         heads: number of query heads.
+        dtype: of queries.
     """
-    parts = [(_parts(one.rows), _parts(one.columns)) for one in seen]
+    parts = [_axes(one) for one in seen]
     tokens, work = prefix + len(order), 0
     for one, (rows, columns) in zip(seen, parts, strict=True):
         of_patches = sum(
@@ -104,7 +108,7 @@ def tilings(seen: Sequence[Seen], order: torch.Tensor, prefix: int, heads: int) 
         work += (one.heads or heads) * (of_patches + prefix * tokens)
     if work > _WORTH * heads * tokens**2:
         return None
-    return tuple(_tiling(one, *axes, order, prefix) for one, axes in zip(seen, parts, strict=True))
+    return tuple(_tiling(one, *axes, order, prefix, dtype) for one, axes in zip(seen, parts, strict=True))
 
 
 def attend_tiles(call: AttentionCall, tiled: Sequence[Tiling]) -> torch.Tensor:
@@ -128,9 +132,9 @@ def _attend_tile(
 ) -> torch.Tensor:
     """`(B, G Q, H, D)` of queries `(B, T, H, D)`."""
     batch, mask = len(query), tile.mask
-    query, key, value = (
-        states.index_select(1, index.flatten()).unflatten(1, index.shape).flatten(0, 1).transpose(1, 2)
-        for states, index in ((query, tile.queries), (key, tile.keys), (value, tile.keys))
+    query = _gathered(query, tile.queries)
+    key, value = (
+        states.transpose(1, 2) if tile.keys is None else _gathered(states, tile.keys) for states in (key, value)
     )
     if mask is not None:
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
@@ -138,49 +142,76 @@ def _attend_tile(
     return output.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
+def _gathered(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(B G, H, n, D)` of `(B, T, H, D)` at `(G, n)`."""
+    return states.index_select(1, index.flatten()).unflatten(1, index.shape).flatten(0, 1).transpose(1, 2)
+
+
 def _tiling(
-    seen: Seen, rows: tuple[_Part, ...], columns: tuple[_Part, ...], order: torch.Tensor, prefix: int
+    seen: Seen,
+    rows: tuple[_Part, ...],
+    columns: tuple[_Part, ...],
+    order: torch.Tensor,
+    prefix: int,
+    dtype: torch.dtype,
 ) -> Tiling:
     """Tiles of one size are computed together; the first ones are of the prefix, which sees all."""
     device, width = order.device, len(seen.columns)
     first = torch.arange(prefix, device=device)
-    tiles = [Tile(first[None], torch.cat([first, order])[None], None)] if prefix else []
-    sizes: dict[tuple[int, int], list[tuple[_Part, _Part]]] = {}
-    for y in rows:
-        for x in columns:
-            sizes.setdefault((len(y.queries) * len(x.queries), len(y.keys) * len(x.keys)), []).append((y, x))
-    for some in sizes.values():
-        numbers = ([_product(getattr(y, of), getattr(x, of), width) for y, x in some] for of in ("queries", "keys"))
-        queries, keys = (order[torch.tensor(each, device=device)] for each in numbers)
-        keys = torch.cat([first.expand(len(keys), -1), keys], dim=1)
-        mask = None
-        if any(part.sees is not None for pair in some for part in pair):
-            mask = F.pad(torch.stack([_sees(y, x, device) for y, x in some]), (prefix, 0), value=True)
-        tiles.append(Tile(queries, keys, mask))
-    done = torch.cat([tile.queries.flatten() for tile in tiles])
-    # a query may be in its tile twice, to fill it: sorted stably, its first place comes first
-    ordered, where = done.sort(stable=True)
-    tokens = torch.arange(prefix + len(order), device=device)
-    return Tiling(seen.heads, tuple(tiles), where[torch.searchsorted(ordered, tokens)])
+    tiles = [Tile(first[None], None, None)] if prefix else []
+    of_columns = _by_size(columns, device)
+    for y in _by_size(rows, device):
+        for x in of_columns:
+            queries, keys = (order[_products(down * width, across)] for down, across in zip(y[:2], x[:2], strict=True))
+            mask = None
+            if y.sees is not None or x.sees is not None:
+                hidden = F.pad(~_products(y.matrix(), x.matrix()), (prefix, 0))
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            tiles.append(Tile(queries, torch.cat([first.expand(len(keys), -1), keys], dim=1), mask))
+    return Tiling(seen.heads, tuple(tiles), torch.cat([tile.queries.flatten() for tile in tiles]).argsort())
 
 
-def _product(rows: tuple[int, ...], columns: tuple[int, ...], width: int) -> list[int]:
-    return [row * width + column for row in rows for column in columns]
+class _Parts(NamedTuple):
+    """Parts of one size: `(P, Q)` queries, `(P, K)` keys, and `(P, Q, K)` bool which each sees, or `None`: all."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    sees: torch.Tensor | None
+
+    def matrix(self) -> torch.Tensor:
+        shape = (*self.queries.shape, self.keys.shape[1])
+        return torch.ones(shape, dtype=torch.bool, device=self.keys.device) if self.sees is None else self.sees
 
 
-def _sees(y: _Part, x: _Part, device: torch.device) -> torch.Tensor:
-    """`(Q, K)` bool."""
-    rows, columns = (
-        torch.ones(len(part.queries), len(part.keys), dtype=torch.bool, device=device)
-        if part.sees is None
-        else torch.tensor(part.sees, device=device)
-        for part in (y, x)
-    )
-    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+def _by_size(parts: Sequence[_Part], device: torch.device) -> list[_Parts]:
+    sizes: dict[tuple[int, int], list[_Part]] = {}
+    for part in parts:
+        sizes.setdefault((len(part.queries), len(part.keys)), []).append(part)
+    return [
+        _Parts(
+            torch.tensor([part.queries for part in some], device=device),
+            torch.tensor([part.keys for part in some], device=device),
+            None if some[0].sees is None else torch.tensor([part.sees for part in some], device=device),
+        )
+        for some in sizes.values()
+    ]
+
+
+def _products(down: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
+    """Every part of one axis with every part of the other: sums of numbers `(P, n)`, or both of bool `(P, n, m)`."""
+    if down.dtype != torch.bool:
+        return (down[:, None, :, None] + across[None, :, None, :]).flatten(2).flatten(0, 1)
+    both = down[:, None, :, None, :, None] & across[None, :, None, :, None, :]
+    return both.flatten(4).flatten(2, 3).flatten(0, 1)
+
+
+def _axes(seen: Seen) -> tuple[tuple[_Part, ...], tuple[_Part, ...]]:
+    rows = _parts(seen.rows)
+    return rows, rows if seen.columns == seen.rows else _parts(seen.columns)
 
 
 def _parts(sets: Sets) -> tuple[_Part, ...]:
-    """Positions that see the same; or, where few do, neighbours whose keys overlap, filled up to one size."""
+    """Positions that see the same; or, where few do, neighbours whose keys overlap."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for position, keys in enumerate(sets):
         alike.setdefault(keys, []).append(position)
@@ -188,15 +219,17 @@ def _parts(sets: Sets) -> tuple[_Part, ...]:
     if 2 * len(alike) <= len(sets) or len(chains) == len(alike):
         return tuple(_Part(tuple(queries), keys, None) for keys, queries in alike.items())
     longest = max(map(len, chains))
-    sizes = sorted({-(-longest // count) for count in range(1, min(longest, _MOST_CUTS) + 1)})
-    cuts = [_cut(chains, size, sets) for size in sizes]
-    work = [
-        (len(cut) * max(len(keys) for _, keys in cut)) ** 2 * (size**2 + _GATHERING)
-        for size, cut in zip(sizes, cuts, strict=True)
-    ]
-    cut = cuts[work.index(min(work))]
-    most_queries, most_keys = (max(len(part[i]) for part in cut) for i in (0, 1))
-    return tuple(_filled(queries, keys, sets, most_queries, most_keys) for queries, keys in cut)
+    counts = range(1, min(longest, _MOST_CUTS) + 1)
+    cuts = [_cut(chains, size, sets) for size in sorted({-(-longest // count) for count in counts})]
+    return min(cuts, key=_work)
+
+
+def _work(parts: Sequence[_Part]) -> int:
+    """Of an image with both axes in such parts, in products of a query and a key."""
+    products = sum(len(part.queries) * len(part.keys) for part in parts)
+    copies = sum(len(part.keys) for part in parts)
+    sizes = len({(len(part.queries), len(part.keys)) for part in parts})
+    return products**2 + _GATHERING * copies**2 + _CALLING * sizes**2
 
 
 def _chains(sets: Sets) -> list[list[int]]:
@@ -211,24 +244,17 @@ def _chains(sets: Sets) -> list[list[int]]:
     return chains
 
 
-def _cut(chains: Sequence[list[int]], size: int, sets: Sets) -> list[tuple[list[int], list[int]]]:
-    """Chains in pieces of at most `size` positions, as even as can be; and the keys of each."""
+def _cut(chains: Sequence[list[int]], size: int, sets: Sets) -> tuple[_Part, ...]:
+    """Chains in pieces of at most `size` positions, as even as can be."""
     found = []
     for chain in chains:
         count = -(-len(chain) // size)
         ends = [len(chain) * number // count for number in range(count + 1)]
         for start, end in itertools.pairwise(ends):
-            piece = chain[start:end]
-            found.append((piece, sorted({key for query in piece for key in sets[query]})))
-    return found
-
-
-def _filled(queries: list[int], keys: list[int], sets: Sets, most_queries: int, most_keys: int) -> _Part:
-    """The last query again, and keys that no query sees, up to as many as in the largest part."""
-    others = [key for key in range(len(sets)) if key not in keys]
-    filled = sorted(keys + others[: most_keys - len(keys)])
-    rows = queries + [queries[-1]] * (most_queries - len(queries))
-    return _Part(tuple(rows), tuple(filled), tuple(tuple(key in sets[row] for key in filled) for row in rows))
+            queries = tuple(chain[start:end])
+            keys = tuple(sorted({key for query in queries for key in sets[query]}))
+            found.append(_Part(queries, keys, tuple(tuple(key in sets[query] for key in keys) for query in queries)))
+    return tuple(found)
 
 
 def _matrix(sets: Sets, device: torch.device) -> torch.Tensor:
