@@ -34,13 +34,13 @@ def test_tokens_read_agents_that_read_tokens(shape: tuple[int, int], side: int) 
         query, key, value = (states.double() for states in (call.query, call.key, call.value))
         learned = {name: parameter.detach().double() for name, parameter in variant.named_parameters()}
         biases = {}
-        for way in ("in", "out"):
-            grown = enlarged(enlarged(learned[f"patches_{way}"], columns).mT, rows).mT
+        for way in (0, 1):
+            grown = enlarged(enlarged(learned["patches"][way], columns).mT, rows).mT
             lines = (
-                enlarged(learned[f"down_{way}"], rows)[..., None]
-                + enlarged(learned[f"across_{way}"], columns)[..., None, :]
+                enlarged(learned["down"][way], rows)[..., None]
+                + enlarged(learned["across"][way], columns)[..., None, :]
             )
-            biases[way] = torch.cat([learned[f"others_{way}"][..., None], (grown + lines).flatten(2)], -1)
+            biases[way] = torch.cat([learned["others"][way][..., None], (grown + lines).flatten(2)], -1)
         for sequence, head in ((sequence, head) for sequence in range(2) for head in range(2)):
             own, keys, values = query[sequence, head], key[sequence, head], value[sequence, head]
             agents = []
@@ -50,8 +50,8 @@ def test_tokens_read_agents_that_read_tokens(shape: tuple[int, int], side: int) 
                     across = range(j * columns // side, math.ceil((j + 1) * columns / side))
                     agents.append(torch.stack([own[1 + y * columns + x] for y in down for x in across]).mean(0))
             means = torch.stack(agents)
-            read = (means @ keys.T * call.scaling + biases["in"][head]).softmax(-1) @ values
-            expected = (own @ means.T * call.scaling + biases["out"][head].T).softmax(-1) @ read
+            read = (means @ keys.T * call.scaling + biases[0][head]).softmax(-1) @ values
+            expected = (own @ means.T * call.scaling + biases[1][head].T).softmax(-1) @ read
             channels = slice(16 * head, 16 * (head + 1))
             taps, offset = learned["convolution"][channels, 0], learned["offset"][channels]
             for y in range(rows):

@@ -33,9 +33,9 @@ class AgentConfig(VariantConfig):
 class Agent(GridVariant):
     """Attention in two steps, tokens to agents and agents to tokens, with learned biases and a convolution of values.
 
-    With H heads and m agents a side, biases are learned as tables: `patches_*` `(H, m^2, 7, 7)`, enlarged to the image;
-    `down_*` and `across_*` `(H, m^2, 7)`, likewise to its rows and its columns; `others_*` `(H, m^2)`, of tokens that
-    are no patches. `*_in` is of what agents read, `*_out` of who reads them.
+    With H heads and m agents a side, biases are tables: `patches` `(2, H, m^2, 7, 7)`, enlarged to the image;
+    `down` and `across` `(2, H, m^2, 7)`, likewise to its rows and its columns; `others` `(2, H, m^2)`, of tokens that
+    are no patches. The first of two are of what agents read, the second of who reads them.
     """
 
     config_class = AgentConfig
@@ -48,9 +48,8 @@ class Agent(GridVariant):
         heads, size = (site.require(fact, by="agent") for fact in ("query_heads", "head_dim"))
         shapes = {"patches": (_TABLE, _TABLE), "down": (_TABLE,), "across": (_TABLE,), "others": ()}
         for name, shape in shapes.items():
-            for way in ("in", "out"):
-                table = torch.empty(heads, config.agents**2, *shape)
-                self.register_parameter(f"{name}_{way}", nn.Parameter(nn.init.trunc_normal_(table, std=0.02)))
+            table = torch.empty(2, heads, config.agents**2, *shape)
+            self.register_parameter(name, nn.Parameter(nn.init.trunc_normal_(table, std=0.02)))
         self.convolution = nn.Parameter(torch.empty(heads * size, 1, 3, 3).uniform_(-1 / 3, 1 / 3))
         self.offset = nn.Parameter(torch.zeros(heads * size))
 
@@ -79,8 +78,8 @@ class Agent(GridVariant):
         order = numbers(grid).argsort()
         maps = query[:, :, prefix:].index_select(2, order).mT.flatten(0, 1).unflatten(-1, shape)
         agents = F.adaptive_avg_pool2d(maps, side).flatten(2).mT.unflatten(0, query.shape[:2])
-        read = (agents @ key.mT * call.scaling + self._bias("in", shape, order, prefix, query.dtype)).softmax(-1)
-        out = (query @ agents.mT * call.scaling + self._bias("out", shape, order, prefix, query.dtype).mT).softmax(-1)
+        read = (agents @ key.mT * call.scaling + self._bias(0, shape, order, prefix, query.dtype)).softmax(-1)
+        out = (query @ agents.mT * call.scaling + self._bias(1, shape, order, prefix, query.dtype).mT).softmax(-1)
         output = (out @ (read @ value)).transpose(1, 2)
         values = value[:, :, prefix:].index_select(2, order).mT.flatten(1, 2).unflatten(-1, shape)
         taps, offset = self.convolution.to(value.dtype), self.offset.to(value.dtype)
@@ -91,11 +90,11 @@ class Agent(GridVariant):
         return output, out @ read if asked else None
 
     def _bias(
-        self, way: str, shape: tuple[int, int], order: torch.Tensor, prefix: int, dtype: torch.dtype
+        self, way: int, shape: tuple[int, int], order: torch.Tensor, prefix: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """`(H, m^2, T)`."""
         patches, down, across, others = (
-            self.get_parameter(f"{name}_{way}") for name in ("patches", "down", "across", "others")
+            self.get_parameter(name)[way] for name in ("patches", "down", "across", "others")
         )
         of_rows, of_columns = (
             F.interpolate(table, size=size, mode="linear") for table, size in ((down, shape[0]), (across, shape[1]))
