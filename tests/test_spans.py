@@ -160,3 +160,22 @@ def test_branches_of_decoding_variants_are_refused() -> None:
     patchattn.patch_model(model, "cad", span=[1, 3])
     with pytest.raises(NotImplementedError, match="may be of other tokens"):
         model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("variants", "says"),
+    [
+        (["block_attention", "graph_kv"], "already reads the pieces"),
+        (["parallel_context", "self_extend"], "already turns its queries and keys"),
+        (["parallel_context", "ape"], "already reads the pieces"),
+        (["graph_kv", "qk_norm"], "graph_kv hands on queries and keys of twice the width"),
+    ],
+)
+def test_two_variants_that_place_the_same_tokens_are_refused(variants: list[str], says: str) -> None:
+    model = FAMILIES["llama"].make()
+    spans = {"spans": [["source", 0, 3], ["document", 3, 6]]}
+    patchattn.patch_model(
+        model, variants, {name: spans if name not in ("self_extend", "qk_norm") else {} for name in variants}
+    )
+    with pytest.raises(NotImplementedError, match=says):
+        model(IDS)

@@ -79,6 +79,11 @@ class PieceVariant(SpanVariant):
         check_pieces(text, type(self).__name__)
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
+        if SEGMENT in call.facts:
+            raise NotImplementedError(
+                f"{type(self).__name__} reads a text in pieces, and in {self.site.name} another variant already reads "
+                "the pieces: patch one of the two."
+            )
         self.note_tokens(call)
         return {SEGMENT: self.of_rows(call, self.segments).expand(len(call.query), -1)}
 
@@ -125,12 +130,10 @@ class PlacedVariant(PieceVariant, RotaryVariant):
         return shared_places
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
-        if self.rotary is None:
-            raise RuntimeError(f"{self.name} was not prepared for {self.site.name}: attach it by patch_model.")
         facts = dict(super().key_facts(call))
-        if self.rotary.is_rotated:
+        if self.rotary is None or self.rotary.is_rotated:
+            facts |= self.rotated_by(call)
             facts[PLACE] = self.of_rows(call, self.places, counts_on=True).expand(len(call.query), -1)
-            facts[ROTATED_BY] = self.rotary.rotated_by(call).expand(len(call.query), -1)
         return facts
 
     def placed(self, call: AttentionCall) -> AttentionCall:

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from ..core.call import AttentionCall
 from ..core.settings import option
 from ..core.sites import AttentionSite
 from ..core.variant import Variant, VariantConfig
 from .looking import find_rotations
-from .rotary import Rotary, Rotation, Rotations, parse_rotations
+from .rotary import ROTATED_BY, Rotary, Rotation, Rotations, parse_rotations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,26 @@ class RotaryVariant(Variant):
     def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__(config, site)
         self.rotary: Rotary | None = None
+
+    def rotated_by(self, call: AttentionCall) -> dict[str, torch.Tensor]:
+        """For `key_facts` of who turns queries or keys: what the tokens of a call were rotated by, `(B, Tq)`.
+
+        Raises:
+            NotImplementedError: another variant turns them too; or as `Rotary.rotated_by`.
+            RuntimeError: it was not prepared.
+        """
+        if self.rotary is None:
+            raise RuntimeError(f"{self.name} was not prepared for {self.site.name}: attach it by patch_model.")
+        self.refuse_others(call)
+        return {ROTATED_BY: self.rotary.rotated_by(call).expand(len(call.query), -1)}
+
+    def refuse_others(self, call: AttentionCall) -> None:
+        """NotImplementedError if another variant has said that it turns queries or keys of this call."""
+        if ROTATED_BY in call.facts:
+            raise NotImplementedError(
+                f"{self.name!r} turns queries or keys, and in {self.site.name} another variant already turns its "
+                "queries and keys to other positions: patch one of the two."
+            )
 
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:

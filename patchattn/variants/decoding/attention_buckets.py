@@ -73,7 +73,7 @@ class AttentionBuckets(TextDecodingVariant, RotaryVariant):
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
         if call.branch == 0 or not self._rotary.is_rotated:
             return {}
-        return {ROTATED_BY: self._rotary.rotated_by(call).expand(len(call.query), -1)}
+        return self.rotated_by(call)
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         rotary = self._rotary

@@ -79,14 +79,11 @@ class StreamingLLM(RotaryVariant, EvictionVariant):
         sinks, last = self.config.sinks, self.config.sinks + self.config.recent
         if self.rotary is None or not self.rotary.is_rotated or call.mask.columns <= last + 1 or not sinks:
             return call
-        if not call.is_last:
-            raise NotImplementedError(
-                'streaming_llm with positions="reindexed" hands on queries and keys of twice the width, of whose norms '
-                f"and channels a variant after it in {self.site.name} would know nothing: name it last."
-            )
+        self.refuse_others(call)
         places, by, keys = call.query_positions(), self.rotary.rotated_by(call), call.key_positions()
         query = self.rotary.turned(call.query, by, by + places.clamp(max=last) - places)
-        return with_two_queries(call, query, (keys >= 0) & (keys < sinks))
+        is_sink = (keys >= 0) & (keys < sinks)
+        return with_two_queries(call, query, is_sink, by='streaming_llm with positions="reindexed"')
 
     def forget(self, call: AttentionCall) -> None:
         config = self.config

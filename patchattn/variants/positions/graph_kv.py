@@ -10,7 +10,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantInfo
-from ...positions.pieces import PREFIX, QUERY, SEGMENT, PieceVariant, PlacedConfig, PlacedVariant, without_prefix
+from ...positions.pieces import PLACE, PREFIX, QUERY, SEGMENT, PlacedConfig, PlacedVariant, without_prefix
 from ...positions.spans import Text
 from ...positions.two_queries import with_two_queries
 
@@ -90,8 +90,10 @@ class GraphKV(PlacedVariant):
             )
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
-        # one after the other, keys stay where they are
-        return super().key_facts(call) if self.config.form == "graph" else PieceVariant.key_facts(self, call)
+        facts = dict(super().key_facts(call))
+        if self.config.form == "sequential":
+            facts.pop(PLACE, None)  # keys stay where they are
+        return facts
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         call = call.seeing(self.by_pair(call, sees))
@@ -102,7 +104,7 @@ class GraphKV(PlacedVariant):
         old = self.rotary.rotated_by(call)
         moved = self.of_rows(call, self.places, counts_on=True) - call.query_positions()
         other = self.rotary.turned(call.query, old, old + moved)
-        return inner(with_two_queries(call, other, call.key_fact(SEGMENT) < PREFIX))
+        return inner(with_two_queries(call, other, call.key_fact(SEGMENT) < PREFIX, by="graph_kv"))
 
 
 _SPANS: list[Any] = [["prefix", 0, 1], ["source", 1, 3], ["document", 3, 4], ["document", 4, 6]]

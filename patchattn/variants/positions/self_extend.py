@@ -74,9 +74,7 @@ class SelfExtend(RotaryVariant):
         return True
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
-        if self.rotary is None:
-            raise RuntimeError(f"{self.name} was not prepared for {self.site.name}: attach it by patch_model.")
-        return {ROTATED_BY: self.rotary.rotated_by(call).expand(len(call.query), -1)}
+        return self.rotated_by(call)
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         group, window = self.config.group, self.config.window
