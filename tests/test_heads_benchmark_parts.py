@@ -154,3 +154,9 @@ def test_parts_without_a_model_have_nothing_to_do(setup: Any) -> None:
     assert rollout.jobs(setup) == speech.jobs(setup) == []
     for part in (lookback, massive, rollout, speech):
         assert part.section(setup, None)[-1] == "Not measured yet."
+
+
+def test_single_numbers_are_taken_in_the_better_direction() -> None:
+    labels, values = np.array([1, 0, 1, 0]), np.array([0.1, 0.9, 0.2, 0.8])
+    np.testing.assert_array_equal(lookback.better_way(values, labels), -values)
+    np.testing.assert_array_equal(lookback.better_way(-values, labels), -values)

@@ -77,6 +77,11 @@ def _row(setup: Setup, batch: list[tuple[int, int]]) -> Row:
     return {"found": found}
 
 
+def better_way(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A number as a score, in the direction that tells more of these answers."""
+    return values if _area(labels, values) >= 0.5 else -values
+
+
 def auroc(labels: np.ndarray, scores: dict[str, np.ndarray], questions: list[str]) -> dict[str, np.ndarray]:
     """Area under the curve of each score, the value first and then those of resampled questions."""
     names, places = sorted(set(questions)), {}
@@ -109,8 +114,8 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
     features = np.array([each["ratios"] for each in labelled])
     scores = {
         "probe on all heads": out_of_fold(setup.model, torch.tensor(features), labels.tolist(), questions, folds=FOLDS),
-        "mean ratio of all heads": features.mean(1),
-        "likelihood of the answer": np.array([each["likelihood"] for each in labelled]),
+        "mean ratio of all heads": better_way(features.mean(1), labels),
+        "likelihood of the answer": better_way(np.array([each["likelihood"] for each in labelled]), labels),
     }
     found = auroc(labels, scores, questions)
     table = [[name, f"{each[0]:.3f}", f"{each[1:].std():.3f}"] for name, each in found.items()]
@@ -120,6 +125,7 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
         f"{int(labels.sum())} say the context's answer, {int((1 - labels).sum())} what is known instead; the others "
         "say both or neither. A feature is a head's mean ratio over the answer; the probe, a logistic regression of "
         f"{features.shape[1]} features, scores answers to questions that it was not fitted on ({FOLDS} folds). "
+        "The two single numbers are taken in the direction that tells more of these answers, which favours them. "
         f"Standard errors are of {RESAMPLES} resamplings of questions; the folds stay.",
         "",
         *markdown_table(["score", "AUROC", "standard error"], table, texts=1),
