@@ -121,7 +121,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    **_of_images("pai", "paint", "var", "vcd", "vhr"),
+    **_of_images("fastv", "hiprune", "pai", "paint", "var", "vcd", "vhr"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),
@@ -225,5 +225,12 @@ REFUSALS["paint"].append(
         ["llava_siglip", "instructblip", "qwen2_5_vl"],
         "there is no class token, or tokens are no patches",
         "it ranks patches by the attention of the class token",
+    )
+)
+REFUSALS["hiprune"].append(
+    _of(
+        ["llava_next", "instructblip", "qwen2_5_vl"],
+        "are tiles, merged patches or queries",
+        "it prunes patches by their neighbours in a row and in a column",
     )
 )

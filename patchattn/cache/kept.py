@@ -69,6 +69,18 @@ class KeptKeys:
         self.carried_out = 0
         self.held: float = stored
 
+    @classmethod
+    def of_columns(cls, columns: torch.Tensor, seen: int) -> Self:
+        """Of a layer that was only ever given the keys of some tokens, of so many that were seen.
+
+        Args:
+            columns: `(B, S)` which of them, ascending; -1 of empty slots, which come first.
+            seen: their number.
+        """
+        made = cls(columns.shape[-1], len(columns), columns.device)
+        made.columns, made.seen, made.carried_out = columns[:, None].to(torch.int32), seen, seen
+        return made
+
     def seen_columns(self) -> torch.Tensor:
         """`(B, 1 or Hkv, S)` int64: the column of each stored key, -1 if it is hidden or its slot empty."""
         return self.columns.masked_fill(self.dropped != _NEVER, -1).long()

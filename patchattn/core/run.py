@@ -37,6 +37,7 @@ class ModelRun:
             they were read off, for the layers to come.
         patches: what the vision tower that runs has made of its images, where a variant asks for grids.
         notes: what a mechanism keeps from one of its hooks to the next, by its name.
+        shared: what hooks on one layer keep for those on later ones, by name; it goes down with the calls.
     """
 
     token_ids: torch.Tensor | None = None
@@ -47,6 +48,7 @@ class ModelRun:
     masks: dict[Hashable, Any] = field(default_factory=dict)
     patches: Patches | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def handed_down(self, facts: Mapping[str, torch.Tensor]) -> "ModelRun":
         """What goes down with the calls, with more facts: it lives as long as backward may run them again, so that

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ..cache.kept import KeptKeys
 from ..cache.state import SequenceState, in_slots
 from ..cache.tracked import TrackedLayer, sequence_state, track
 from .given import key_length, read_mask, real_tokens
@@ -235,6 +236,24 @@ class Surroundings:
         layer, who = self._own_layer(owner), f"{owner} in {self.site.name}"
         if layer is not None:
             layer.keep(kept, owner=who, bound=bound, slack=slack, since=since)
+
+    def hold_columns(self, owner: str, columns: torch.Tensor, seen: int) -> None:
+        """Tell the kv cache that what this first call on it has stored are the keys of some tokens of its text.
+
+        After attention; without a cache there is nothing to tell.
+
+        Args:
+            owner: name of the variant.
+            columns: `(B, S)` which of the tokens each stored key is of, ascending; -1 of empty slots, which come first.
+            seen: number of tokens.
+
+        Raises:
+            NotImplementedError: as `keep`.
+        """
+        layer = self._own_layer(owner)
+        if layer is not None:
+            layer.claim(f"{owner} in {self.site.name}")
+            layer.kept = KeptKeys.of_columns(columns, seen)
 
     def set_apart(self, owner: str, kv_heads: Sequence[int]) -> None:
         """Have the kv cache keep the keys of some heads apart from now on, where other keys can be dropped.

@@ -105,7 +105,7 @@ class GuidedVariant(TextDecodingVariant):
             Hook(generator, "before", self.before_asked),
             Hook(model.get_submodule(image_layout(model).language_model), "before", self.before_language_model),
         ]
-        if self.config.gamma != 1.0:
+        if self.config.gamma != 1.0 or not self.raises(self.config):
             return [*super().hooks(model), *own]
         return [  # attention alone is changed, and what is asked of logits is nobody's business
             Hook(generator.get_input_embeddings(), "before", self.before_embedding),
@@ -154,6 +154,6 @@ class GuidedVariant(TextDecodingVariant):
     def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
         gamma, beta = self.config.gamma, self.config.beta
         guided = gamma * logits + (1.0 - gamma) * branch_logits[0]
-        if beta == 0.0:
+        if gamma == 1.0 or beta == 0.0:
             return guided
         return guided.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -math.inf)

@@ -1,0 +1,1 @@
+"""Variants that drop tokens between layers."""
