@@ -2,8 +2,9 @@
 
     python kernels/benchmarks/compilation.py --records compiled.jsonl --output docs/results/kernels-compiled.md
 
-compiles every kernel with the launch settings that a device gets first, for every head dim, dtype and kind of mask, and
-writes a table. What `--records` holds already is not compiled again, so that a run that is cut off goes on.
+compiles every kernel with the launch settings that a device settles on, for every head dim, dtype and kind of mask, and
+writes a table: the first that spill no more than 64 bytes a thread, or those that spill least, as `tuning.run_chosen`
+takes them. What `--records` holds already is not compiled again, so that a run that is cut off goes on.
 """
 
 import argparse
@@ -23,10 +24,12 @@ from typing import Any
 
 import torch
 import triton
-from compiled_kernels import KIB, MASKS, SHARED, Kernel, first_candidates
+from compiled_kernels import KIB, MASKS, SHARED, Kernel, candidates
 from triton import language as tl
 
-SPILLS = 64  # bytes of registers that a thread may spill in half precision
+from patchattn_kernels.tuning import SPILLS
+
+Found = dict[str, Any]
 
 
 def narrow_strides(code: str) -> list[str]:
@@ -196,8 +199,9 @@ def table(records: list[dict[str, Any]], planned: int) -> str:
 
 {datetime.date.today().isoformat()}, {versions}. `{command}`
 
-Triton's kernels compiled ahead of time with the launch settings that a device gets first. No GPU ran them: this says
-what they need, and not how fast they are. {len(records)} of {planned} are compiled; an empty cell is one that is not.
+Triton's kernels compiled ahead of time with the launch settings that a device settles on: the first that spill no more
+than {SPILLS} bytes, or of those that are compiled the ones that spill least. No GPU ran them: this says what they need,
+and not how fast they are. {len(records)} of {planned} are compiled; an empty cell is one that is not.
 
 A cell: registers of a thread, bytes that it spills where there are any, shared memory of a program, and BLOCK_M,
 BLOCK_N, warps and stages. Masks: `none` is causal without any, `all` sees all keys, `window` is causal, `keys` has one
@@ -235,6 +239,40 @@ def summary(wrong: list[str]) -> str:
     )
 
 
+def settled(options: list[Kernel], compiled: dict[str, Found]) -> tuple[Kernel, Found] | None:
+    """The launch settings that a device settles on, as far as they are compiled, and what was found of them.
+
+    Args:
+        options: one of `candidates`.
+        compiled: what `compile_kernel` says, by `record` in JSON.
+    """
+    least: tuple[Kernel, Found] | None = None
+    for kernel in options:
+        found = compiled.get(json.dumps(record(kernel)))
+        if found is None:
+            break
+        if least is None or _worth(found, kernel) < _worth(least[1], least[0]):
+            least = kernel, found
+        if found["spills"] <= SPILLS and found["shared"] <= SHARED[kernel.capability]:
+            break
+    return least
+
+
+def _worth(found: Found, kernel: Kernel) -> tuple[bool, int]:
+    return found["shared"] > SHARED[kernel.capability], max(SPILLS, found["spills"])
+
+
+def unsettled(options: list[Kernel], compiled: dict[str, Found]) -> Kernel | None:
+    """Which launch settings must be compiled to know on which ones a device settles."""
+    for kernel in options:
+        found = compiled.get(json.dumps(record(kernel)))
+        if found is None:
+            return kernel
+        if found["spills"] <= SPILLS and found["shared"] <= SHARED[kernel.capability]:
+            return None
+    return None
+
+
 def _order(kernel: Kernel) -> tuple[Any, ...]:
     """What says most first, should there be no time for all."""
     dtype, mask = kernel.types["query"], kernel.label[1]
@@ -249,20 +287,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the table, in Markdown")
     parser.add_argument("--table-only", action="store_true", help="compile nothing")
     given = parser.parse_args()
-    planned = sorted(first_candidates(), key=_order)
+    planned = sorted(candidates(), key=lambda options: _order(options[0]))
     known = given.records.read_text().splitlines() if given.records.exists() else []
-    records = {json.dumps(one["what"]): one for one in map(json.loads, known)}
-    wanted = {json.dumps(record(kernel)): kernel for kernel in planned}
-    for number, (what, kernel) in enumerate(wanted.items(), start=1):
-        if what in records or given.table_only:
-            continue
-        one = {"what": json.loads(what), "found": compile_kernel(**asdict(kernel))}
-        records[what] = one
-        with given.records.open("a") as file:
-            file.write(json.dumps(one) + "\n")
-        print(f"{number}/{len(wanted)} {what}", file=sys.stderr)
-    kept = [one["what"] | one["found"] for what, one in records.items() if what in wanted]
-    given.output.write_text(table(kept, len(wanted)))
+    records = {json.dumps(one["what"]): one["found"] for one in map(json.loads, known)}
+    for number, options in enumerate([] if given.table_only else planned, start=1):
+        while (kernel := unsettled(options, records)) is not None:
+            what = record(kernel)
+            found = records[json.dumps(what)] = compile_kernel(**asdict(kernel))
+            with given.records.open("a") as file:
+                file.write(json.dumps({"what": what, "found": found}) + "\n")
+            print(f"{number}/{len(planned)} {what}", file=sys.stderr)
+    kept = [record(one[0]) | one[1] for options in planned if (one := settled(options, records)) is not None]
+    given.output.write_text(table(kept, len(planned)))
 
 
 if __name__ == "__main__":

@@ -221,18 +221,23 @@ def _for_mask(launches: Callable[..., Sequence[Launch]], dim: int, dtype: str, m
     return launches(dim, DTYPES[dtype], **({"per_row": mask == "rows"} if own else {}))
 
 
-def first_candidates(
+def candidates(
     dims: Iterable[int] = DIMS,
     masks: Iterable[str] = MASKS,
     dtypes: Iterable[str] = ("*bf16", "*fp32"),
     capabilities: Iterable[int] = tuple(SHARED),
-) -> list[Kernel]:
-    """Every kernel as a device would launch it first."""
+) -> list[list[Kernel]]:
+    """Every kernel with the launch settings that a device would try, in their order."""
     return [
-        build(
-            dim, fitting(_for_mask(launches, dim, dtype, mask), capability // 10, SHARED[capability])[0],
-            dtype=dtype, mask=mask, capability=capability,
-        )
+        [
+            build(dim, launch, dtype=dtype, mask=mask, capability=capability)
+            for launch in fitting(_for_mask(launches, dim, dtype, mask), capability // 10, SHARED[capability])
+        ]
         for dtype in dtypes for capability in capabilities for mask in masks for dim in dims
         for build, launches in choices()
     ]  # fmt: skip
+
+
+def first_candidates(*which: Any, **named: Any) -> list[Kernel]:
+    """Every kernel as a device would launch it first; arguments as of `candidates`."""
+    return [first for first, *_ in candidates(*which, **named)]

@@ -93,9 +93,20 @@ def check(kernels: list[Any]) -> None:
         assert not found["narrow"], (kernel.id, found["narrow"])
 
 
-def check_first(kernels: list[Any]) -> None:
+def settled(groups: list[list[Any]]) -> list[tuple[Any, dict[str, Any]]]:
+    """The launch settings that a device settles on, of the candidates of each kernel, and what is found of them."""
+    known: dict[str, dict[str, Any]] = {}
+    while kernels := [one for options in groups if (one := compilation.unsettled(options, known)) is not None]:
+        known |= {
+            json.dumps(compilation.record(kernel)): found
+            for kernel, found in zip(kernels, compiled(kernels), strict=True)
+        }
+    return [compilation.settled(options, known) for options in groups]
+
+
+def check_settled(groups: list[list[Any]]) -> None:
     """Nothing that the table of compiled kernels would have in bold, but for what it lists."""
-    found = compiled(kernels)
+    kernels, found = zip(*settled(groups), strict=True)
     settings = [
         (kernel.label[0], kernel.types["query"], kernel.constants["DIM"], kernel.capability) for kernel in kernels
     ]
@@ -119,7 +130,7 @@ def check_first(kernels: list[Any]) -> None:
 
 def test_the_table_is_of_these_kernels_and_accepts_no_product_that_waits() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    kernels = compiled_kernels.first_candidates()
+    kernels = compiled_kernels.candidates()
     done, planned = map(int, re.findall(r"(\d+) of (\d+) are compiled", page)[0])
     assert planned == len(kernels)
     cells = re.findall(r"\d+(?:, \d+ B)?, \d+ KiB, [\dx]+", page.split("## All")[1])
@@ -128,7 +139,7 @@ def test_the_table_is_of_these_kernels_and_accepts_no_product_that_waits() -> No
     assert len(re.findall(r"\| bf16 \|(?:[^|]+\|){2}(?: \**\d[^|]*\|){4}", page)) == rows, "all of bf16 is compiled"
     on_two = r"\| fp32 \|(?:[^|]+\|){2}[^|]*\| \**\d[^|]*\|[^|]*\| \**\d[^|]*\|"
     assert len(re.findall(on_two, page)) == rows, "and all of fp32 for sm_86 and sm_90"
-    settings = {compilation.title(compilation.record(kernel)) for kernel in kernels}
+    settings = {compilation.title(compilation.record(kernel)) for options in kernels for kernel in options}
     known = compilation.accepted(page)
     assert known <= settings, "what is listed is no longer launched"
     assert len(known) == page.count("\n- ")
@@ -146,9 +157,9 @@ def test_kernels_compile() -> None:
 @pytest.mark.slow
 def test_some_first_settings_are_as_they_should_be() -> None:
     """The largest and the smallest of shared memory, one head dim that is padded, the mask that costs most."""
-    small = compiled_kernels.first_candidates(dims=[128], masks=["all"], dtypes=["*bf16"], capabilities=[86])
-    large = compiled_kernels.first_candidates(dims=[80], masks=["all", "rows"], dtypes=["*bf16"], capabilities=[90])
-    check_first(small + large)
+    small = compiled_kernels.candidates(dims=[128], masks=["all"], dtypes=["*bf16"], capabilities=[86])
+    large = compiled_kernels.candidates(dims=[80], masks=["all", "rows"], dtypes=["*bf16"], capabilities=[90])
+    check_settled(small + large)
 
 
 @pytest.mark.slow
@@ -157,7 +168,7 @@ def test_some_first_settings_are_as_they_should_be() -> None:
     ("capability", "dtype"), [*((each, "*bf16") for each in compiled_kernels.SHARED), (86, "*fp32"), (90, "*fp32")]
 )
 def test_all_first_settings_are_as_they_should_be(capability: int, dtype: str) -> None:
-    check_first(compiled_kernels.first_candidates(dtypes=[dtype], capabilities=[capability]))
+    check_settled(compiled_kernels.candidates(dtypes=[dtype], capabilities=[capability]))
 
 
 @pytest.mark.slow
@@ -195,6 +206,35 @@ def test_table_says_what_is_missing_and_what_is_wrong() -> None:
     assert "1 of 7 are compiled" in text
     assert "routed, prefill, bf16, mask rows, D 64, sm_90, 128x64x8x3: 1000 bytes spilled" in text
     assert "| routed, prefill | bf16 | rows | 64 |  |  |  | **255, 1000 B, 99 KiB, 128x64x8x3** |" in text
+
+
+@pytest.mark.parametrize(
+    ("spills", "settles", "next_one"),
+    [
+        ([None, 0, 0], None, 0),
+        ([64, 0, 0], 0, None),
+        ([65, None, 0], 0, 1),
+        ([65, 300, None], 0, 2),
+        ([300, 66, 64], 2, None),
+        ([300, 66, 70], 1, None),
+    ],
+)
+def test_device_settles_on_the_first_that_does_not_spill_or_on_the_least(
+    spills: list[int | None], settles: int | None, next_one: int | None
+) -> None:
+    (options,) = [
+        one
+        for one in compiled_kernels.candidates([64], ["rows"], ["*bf16"], [90])
+        if one[0].label[0] == "routed, prefill"
+    ]
+    known = {
+        json.dumps(compilation.record(kernel)): GOOD | {"spills": bytes_of}
+        for kernel, bytes_of in zip(options, spills, strict=True)
+        if bytes_of is not None
+    }
+    one, left = compilation.settled(options, known), compilation.unsettled(options, known)
+    assert (None if one is None else options.index(one[0])) == settles
+    assert (None if left is None else options.index(left)) == next_one
 
 
 def test_no_kernel_with_products_is_missing_from_the_table() -> None:

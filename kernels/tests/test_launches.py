@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,46 @@ def test_where_no_candidate_fits_smaller_tiles_do(device: Any) -> None:
     with pytest.raises(OutOfResources):
         launch(small, [Launch({"M": 32, "N": 32})], shape=1)
     assert small.tried[-1].blocks == {"M": 16, "N": 16}
+
+
+class Spilling(Limited):
+    """Spills so many bytes a thread; Triton counts them in registers of 4."""
+
+    def __init__(self, spills: dict[int, int]) -> None:
+        super().__init__(100, lambda launch: launch.blocks["BLOCK"])
+        self.spills = spills
+
+    def __call__(self, launch: Launch) -> Any:
+        super().__call__(launch)
+        return SimpleNamespace(n_spills=self.spills[launch.blocks["BLOCK"]] // 4)
+
+
+@pytest.mark.parametrize(
+    ("spills", "tried", "settles"),
+    [
+        ({64: 64, 32: 0, 16: 0}, [64], 64),
+        ({64: 68, 32: 64, 16: 0}, [64, 32], 32),
+        ({64: 1000, 32: 72, 16: 68}, [64, 32, 16], 16),
+        ({64: 100, 32: 1000, 16: 200}, [64, 32, 16], 64),
+    ],
+)
+def test_what_spills_gives_way_once(device: Any, spills: dict[int, int], tried: list[int], settles: int) -> None:
+    """128 does not fit; what fits and spills gives way to what does not, or the least is taken, and remembered."""
+    device(8, 99 * KIB)
+    kernel = Spilling(spills)
+    for _ in range(3):
+        launch(kernel, [Launch({"BLOCK": size}) for size in (128, 64, 32, 16)])
+    assert [one.blocks["BLOCK"] for one in kernel.ran] == [*tried, settles, settles]
+
+
+def test_what_was_found_to_be_fastest_may_spill(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device(8, 99 * KIB)
+    times = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **_: (run(), next(times))[1])
+    kernel = Spilling({64: 0, 32: 1000, 16: 0})
+    with tuning.tuning():
+        launch(kernel, [Launch({"BLOCK": size}) for size in (64, 32, 16)])
+    assert kernel.ran[-1].blocks["BLOCK"] == 32
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

@@ -267,11 +267,11 @@ def key_gradients(
 def launches(dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     """Candidates for both kernels, the default first."""
     if dtype == torch.float32:
-        sizes = [(32, 32, 4, 1)]
+        sizes = [(32, 32, 4, 1), (32, 32, 8, 1)]
     elif dim <= 64:
-        sizes = [(64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)]
+        sizes = [(64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)]
     elif dim <= 128:
-        sizes = [(64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)]
+        sizes = [(64, 64, 8, 2), (32, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)]
     else:
         sizes = [(32, 32, 8, 2), (32, 64, 8, 2), (64, 64, 8, 1)]
     # one kernel holds queries and loads keys, the other the reverse: the larger of both blocks counts
@@ -311,11 +311,11 @@ def backward(
     operands = (query, key, value, gradient, power, delta)
     candidates, shape = launches(max(dim, width), query.dtype), shape_of(query, value, constants)
 
-    def run_queries(launch: Launch) -> None:
+    def run_queries(launch: Launch) -> Any:
         arguments = fitted(launch, constants)
         step = min(arguments["BLOCK_M"], constants["BLOCK_Q"] or arguments["BLOCK_M"])
         strides = dict(zip(("r_batch", "r_head", "r_row"), results[0].stride(), strict=False))
-        query_gradients[(triton.cdiv(rows, step) * batch * heads,)](
+        return query_gradients[(triton.cdiv(rows, step) * batch * heads,)](
             *operands, results[0], **numbers, **strides, **constants, **arguments
         )
 
@@ -323,7 +323,7 @@ def backward(
     if isinstance(keep, BlockLists):
         others |= list_numbers(transposed(keep, triton.cdiv(keys, keep.block_k)))
 
-    def run_keys(launch: Launch) -> None:
+    def run_keys(launch: Launch) -> Any:
         arguments = fitted(launch, constants)
         most = 0 if isinstance(keep, BlockLists) else min(keep.most_sinks, keys)
         parts = [query.new_empty(0), query.new_empty(0)]
@@ -338,7 +338,7 @@ def backward(
                 **others, **constants, **arguments,
             )  # fmt: skip
             parts = [part.sum(dim=0) for part in parts]
-        key_gradients[(triton.cdiv(keys, arguments["BLOCK_N"]) * lines, 1)](
+        return key_gradients[(triton.cdiv(keys, arguments["BLOCK_N"]) * lines, 1)](
             *operands, results[1], results[2], *parts, most=most, SINKS=False, ADDED=most > 0,
             **others, **constants, **arguments,
         )  # fmt: skip

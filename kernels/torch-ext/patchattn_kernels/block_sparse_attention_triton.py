@@ -236,15 +236,15 @@ def launches(dim: int, dtype: torch.dtype, few: bool, per_row: bool = False) -> 
     `few`: up to 16 rows, as in decoding; `per_row`: with a mask row per query, whose places take registers.
     """
     if dtype == torch.float32:
-        sizes = [(16 if few else 32, 32, 4, 2)]
+        sizes = [(16 if few else 32, 32, warps, 2) for warps in (4, 8)]
     elif few:  # decoding reads, and hardly computes
         sizes = [(16, 64, 4, 3), (16, 128, 4, 2)] if dim <= 128 else [(16, 64, 4, 2), (16, 32, 4, 3)]
     elif per_row and dim > 64:
-        sizes = [(64, 32, 8, 2), (64, 16, 8, 2)] if dim <= 128 else [(64, 16, 8, 2), (32, 32, 8, 2)]
+        sizes = [(64, 32, 8, 2), (64, 16, 8, 2)] if dim <= 128 else [(64, 16, 8, 2)]
     elif dim <= 64:
         sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
     elif dim <= 128:
-        sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)]
+        sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 2)]
     else:
         sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 1))
@@ -325,7 +325,7 @@ def forward(
     output = value.new_empty(batch, rows, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
 
-    def run(launch: Launch) -> None:
+    def run(launch: Launch) -> Any:
         arguments = fitted(launch, constants)
         step = min(arguments["BLOCK_M"], constants["BLOCK_Q"] or arguments["BLOCK_M"])
         tiles, lines = triton.cdiv(rows, step), batch * heads
@@ -335,7 +335,7 @@ def forward(
         if splits > 1:
             parts = query.new_empty(splits, batch, heads, rows, width, dtype=torch.float32)
             sums = query.new_empty(splits, batch, heads, rows, dtype=torch.float32)
-        attend[(tiles * lines, splits)](
+        compiled = attend[(tiles * lines, splits)](
             query, key, value, parts, sums, scale=rule.scaling * LOG2E.value, heads=heads, group=heads // key.shape[1],
             queries=rows, keys=keys, **dict(zip(("q_batch", "q_head", "q_row"), query.stride(), strict=False)),
             **dict(zip(("k_batch", "k_head", "k_row"), key.stride(), strict=False)),
@@ -349,6 +349,7 @@ def forward(
                 parts, sums, output, lse, splits, heads, rows, *output.stride()[:3], VDIM=width, VPAD=tile_width(width),
                 SPLITS=padded_splits(splits),
             )  # fmt: skip
+        return compiled
 
     with on_device(query):
         candidates = launches(max(dim, width), query.dtype, rows <= 16, constants["PER_ROW"])

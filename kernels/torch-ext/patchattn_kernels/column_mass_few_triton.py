@@ -104,7 +104,7 @@ def are_few(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Launch settings."""
-    sizes = [(32, 32, 4, 1)] if dtype == torch.float32 else [(32, 64 if dim > 128 else 128, 4, 2)]
+    sizes = [(32, 32, 4, 1), (32, 32, 8, 1)] if dtype == torch.float32 else [(32, 64 if dim > 128 else 128, 4, 2)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_M", 1), held=("BLOCK_N", 1))
 
 

@@ -270,11 +270,11 @@ def key_counts_kernel(
 def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        sizes = [(32, 32, 4, 1)]
+        sizes = [(32, 32, 4, 1), (32, 32, 8, 1)]
     elif dim > 128:
         sizes = [(32, 128, 8, 2), (64, 64, 4, 2)]
     else:
-        sizes = [(64, 128, 8, 3), (64, 128, 4, 3), (128, 128, 8, 3)]
+        sizes = [(64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2), (64, 128, 4, 3), (128, 128, 8, 3)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_M", 1), held=("BLOCK_N", 1))
 
 

@@ -214,9 +214,10 @@ def launches(dtype: torch.dtype, dim: int, rows: int) -> list[Launch]:
     """Launch settings for a head dim and as many rows as the tile has."""
     width = tile_width(dim)
     if dtype == torch.float32:
-        return [Launch({"BLOCK_N": 32 if width <= 64 else 16}, num_warps=4 if rows < 64 else 8, num_stages=1)]
-    keys = 128 if width <= 64 and rows < 64 else 64 if width <= 128 else 32
-    return [Launch({"BLOCK_N": keys}, num_warps=4, num_stages=3 if rows < 64 else 2)]
+        blocks = {"BLOCK_N": 32 if width <= 64 else 16}
+        return [Launch(blocks, num_warps=warps, num_stages=1) for warps in ((4, 8) if rows < 64 else (8,))]
+    blocks = {"BLOCK_N": 128 if width <= 64 and rows < 64 else 64 if width <= 128 else 32}
+    return [Launch(blocks, num_warps=warps, num_stages=3 if rows < 64 else 2) for warps in (4, 8)]
 
 
 def shares(device: torch.device, programs: int, tiles: int) -> int:
@@ -270,14 +271,14 @@ def attend(
         **sizes,
     }
 
-    def run(settings: Launch) -> None:
+    def run(settings: Launch) -> Any:
         splits = shares(query.device, batch * groups, triton.cdiv(most, settings.blocks["BLOCK_N"]))
         totals = masses = tops = lse
         if splits > 1:
             masses, tops = (lse.new_empty(*lse.shape, splits) for _ in range(2))
             totals = masses if value is None else lse.new_empty(*lse.shape, splits, values.shape[-1])
         parts = {"output": outputs, "lse": lse, "totals": totals, "masses": masses, "tops": tops}
-        decode_kernel[(batch * groups * splits,)](
+        compiled = decode_kernel[(batch * groups * splits,)](
             query=query,
             key=key,
             value=values,
@@ -303,9 +304,11 @@ def attend(
                 OUTPUT=value is not None,
                 MOST=SPLITS,
             )
+        return compiled
 
     shape = {"rows": block, "keys": bucket(most), "lines": bucket(batch * groups), "paged": pages is not None}
     shape |= {"dim": sizes["DIM"], "dim_v": sizes["DIM_V"], "dtype": query.dtype, "output": value is not None}
+    shape |= {name: given[name] for name in ("CAUSAL", "WINDOWED", "MASKED", "PER_ROW")}
     candidates = launches(query.dtype, max(sizes["DIM"], sizes["DIM_V"]), block)
     with on_device(query):
         run_chosen("decode", shape, candidates, query.device, run)

@@ -1,6 +1,8 @@
 """Triton's kernels of the forward of `routed_attention`: blocks of selected pairs, and decoding. Imports triton."""
 
 # mypy: disable-error-code="no-untyped-def"
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -250,8 +252,8 @@ def _queries_at_a_time(gate: torch.Tensor, value: torch.Tensor) -> int:
 
 def _of_queries(mask: KeyMask, part: slice) -> KeyMask:
     """The mask of some queries."""
-    rows = (one if one is None or one.shape[1] == 1 else one[:, part] for one in mask[:3])
-    return KeyMask(*rows, mask.causal, mask.offset + part.start, mask.window)
+    mask_rows, first, last = (one if one is None or one.shape[1] == 1 else one[:, part] for one in mask[:3])
+    return mask._replace(mask=mask_rows, first=first, last=last, offset=mask.offset + part.start)
 
 
 def _prefill_all(
@@ -284,12 +286,12 @@ def _decode_all(
     output, lse = value.new_empty(batch, queries, heads, dim), torch.empty_like(gate)
     few = max(16, triton.next_power_of_2(queries * heads // groups))
 
-    def decode(chosen: Launch) -> None:
+    def decode(chosen: Launch) -> Any:
         block = chosen.blocks["BLOCK_N"]
         splits = _splits(batch * groups, keys, block, query.device)
         chunk = triton.cdiv(triton.cdiv(keys, splits), block) * block
         parts, sums = gate.new_empty(*gate.shape, splits, dim), gate.new_empty(*gate.shape, splits)
-        _decode[(batch * groups * splits,)](
+        compiled = _decode[(batch * groups * splits,)](
             **operands,
             gate=gate,
             parts=parts,
@@ -301,9 +303,10 @@ def _decode_all(
         _merge[(gate.numel(),)](
             parts, sums, gate, output, lse, splits, SPLITS=padded_splits(splits), VDIM=dim, VPAD=operands["VPAD"]
         )
+        return compiled
 
     candidates = launches("decode", max(query.shape[-1], dim), query.dtype)
-    run_chosen("routed_attention_decode", shape_of(query, key), candidates, query.device, decode)
+    run_chosen("routed_attention_decode", shape_of(operands), candidates, query.device, decode)
     return output, lse
 
 

@@ -19,24 +19,24 @@ from .key_mask import KeyMask, strides_but_of_one
 from .tiles import VARYING
 from .tuning import Launch, bucket, run_chosen, settings, tile_width
 
-# Pairs, keys, warps and stages by the head dim up to which they are meant; the first of each is the default. None of
-# the defaults spills more than a few registers when it is compiled for compute capability 9.0, and none needs more
-# shared memory than 8.0 has. Decoding takes all pairs of a kv head, whatever is said here.
+# Pairs, keys, warps and stages by the head dim up to which they are meant; the first of each is the default, and the
+# second what it falls to where a mask makes it spill registers on compute capability 9.0. None of the defaults needs
+# more shared memory than 8.0 has. Decoding takes all pairs of a kv head, whatever is said here.
 _LAUNCHES = {
     "prefill": {
         64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3)],
-        128: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
-        256: [(128, 32, 8, 2), (64, 32, 4, 3)],
+        128: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 2), (128, 128, 8, 2)],
+        256: [(128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 4, 3)],
     },
-    "decode": {64: [(16, 128, 4, 3)], 128: [(16, 64, 4, 3)], 256: [(16, 32, 4, 3)]},
+    "decode": {64: [(16, 128, 4, 3), (16, 64, 4, 3)], 128: [(16, 64, 4, 3)], 256: [(16, 32, 4, 3)]},
     "queries": {
         64: [(128, 64, 8, 3), (64, 64, 4, 3)],
         128: [(128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 3)],
         256: [(64, 32, 8, 2)],
     },
     "keys": {
-        64: [(64, 64, 4, 3), (64, 128, 8, 3)],
-        128: [(64, 64, 8, 2), (32, 64, 4, 3)],
+        64: [(64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 3)],
+        128: [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 4, 3)],
         256: [(16, 64, 8, 2), (32, 64, 8, 2)],
     },
 }
@@ -138,7 +138,7 @@ def launches(kernel: str, dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     sizes = table[min(size for size in table if width <= size)]
     if dtype == torch.float32:  # products without tensor cores
         size = 16 if width > 64 else 32
-        sizes = [(size, size, 4, 2)]
+        sizes = [(size, size, 4, 2), (size, size, 8, 2)]
     streamed, held = [("BLOCK_N", 2), ("BLOCK_M", 1 if kernel in ("prefill", "decode") else 2)]
     if kernel == "keys":
         streamed, held = ("BLOCK_M", 2), ("BLOCK_N", 2)
@@ -193,9 +193,11 @@ def _mask_arguments(mask: KeyMask) -> dict[str, Any]:
     }
 
 
-def shape_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
-    """What the choice of launch settings depends on."""
+def shape_of(operands: dict[str, Any]) -> dict[str, Any]:
+    """What the choice of launch settings depends on, of `arguments`."""
+    query, key = operands["query"], operands["key"]
     return {
+        **{name: operands[name] for name in ("CAUSAL", "WINDOWED", "MASKED", "PER_ROW")},
         "queries": bucket(query.shape[2]),
         "keys": bucket(key.shape[2]),
         "heads": bucket(query.shape[1]),
@@ -209,13 +211,13 @@ def launch(
     kernel: Any, name: str, blocks: Callable[[Mapping[str, int]], int], operands: dict[str, Any], **more: Any
 ) -> None:
     """Run a kernel with the launch settings for its operands; `blocks` gives the number of programs."""
-    query, key = operands["query"], operands["key"]
+    query = operands["query"]
 
-    def run(chosen: Launch) -> None:
-        kernel[(blocks(chosen.blocks),)](**operands, **more, **chosen.arguments())
+    def run(chosen: Launch) -> Any:
+        return kernel[(blocks(chosen.blocks),)](**operands, **more, **chosen.arguments())
 
     candidates = launches(name, max(operands["DIM"], operands["VDIM"]), query.dtype)
-    run_chosen(f"routed_attention_{name}", shape_of(query, key), candidates, query.device, run)
+    run_chosen(f"routed_attention_{name}", shape_of(operands), candidates, query.device, run)
 
 
 def selected_pairs(gate: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

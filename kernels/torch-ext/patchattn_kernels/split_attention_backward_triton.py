@@ -212,9 +212,11 @@ def query_gradient_kernel(
 def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        sizes = [(32, 32, 4, 1)]
+        sizes = [(32, 32, 4, 1), (32, 32, 8, 1)]
+    elif dim > 128:  # 64 queries and 8 warps would not spill, but their products would wait for each other
+        sizes = [(64, 32, 4, 1), (128, 32, 8, 1)]
     else:
-        sizes = [(64, 32, 4, 1), (128, 32, 8, 1)] if dim > 128 else [(128, 64, 8, 2), (64, 64, 4, 2)]
+        sizes = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 2))
 
 

@@ -204,11 +204,11 @@ def key_gradient_kernel(
 def launches(dtype: torch.dtype, dim: int) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first."""
     if dtype == torch.float32:
-        sizes = [(32, 32, 4, 1)]
+        sizes = [(32, 32, 4, 1), (32, 32, 8, 1)]
     elif dim > 128:
         sizes = [(32, 32, 8, 1)]
     elif dim > 64:  # larger tiles spill registers
-        sizes = [(32, 128, 8, 2)]
+        sizes = [(32, 128, 8, 2), (64, 32, 8, 2)]
     else:
-        sizes = [(64, 128, 8, 2), (64, 64, 4, 2)]
+        sizes = [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_M", 2), held=("BLOCK_N", 2))

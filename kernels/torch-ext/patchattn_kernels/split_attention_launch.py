@@ -72,11 +72,11 @@ def launch(
         device: of the tensors.
     """
 
-    def run(settings: Launch) -> None:
-        kernel[(programs(settings),)](**arguments, **settings.arguments())
+    def run(settings: Launch) -> Any:
+        return kernel[(programs(settings),)](**arguments, **settings.arguments())
 
     sizes = ("queries", "keys")
-    same = ("group", "DIM", "DIM_V", "CAUSAL", "WINDOWED", "MASKED", "PER_ROW")
+    same = ("group", "DIM", "DIM_V", "CAUSAL", "WINDOWED", "MASKED", "PER_ROW", "LISTED", "PADDED")
     shape: dict[str, Any] = {size: bucket(arguments[size]) for size in sizes}
     shape |= {name: arguments[name] for name in same if name in arguments}
     shape["dtype"] = arguments["query"].dtype

@@ -289,15 +289,15 @@ def key_set_kernel(
 def launches(dtype: torch.dtype, dim: int, per_row: bool = False) -> tuple[Launch, ...]:
     """Tiles worth trying, the default first; `per_row`: with a mask row per query, whose places take registers."""
     if dtype == torch.float32:
-        sizes = [(32, 32, 4, 1)]
+        sizes = [(32, 32, 4, 1), (32, 32, 8, 1)]
     elif per_row and dim > 64:
         sizes = [(128, 32, 8, 2), (64, 32, 8, 2)] if dim <= 128 else [(64, 32, 8, 2), (128, 32, 8, 2)]
     elif dim > 128:
-        sizes = [(128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2)]
+        sizes = [(128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (128, 64, 8, 2)]
     elif dim > 64:
-        sizes = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
+        sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 8, 2), (128, 128, 8, 2)]
     else:
-        sizes = [(128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3)]
+        sizes = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 1))
 
 

@@ -15,6 +15,7 @@ import torch
 
 FOLDER = "PATCHATTN_CACHE"
 SMALLEST = 16  # tile, that products take
+SPILLS = 64  # bytes of registers that a thread may spill
 _chosen: dict[tuple[Any, ...], "Launch"] = {}  # what runs on a shape
 _known: dict[Path, dict[str, Any]] = {}  # what files said when they were read, and what was found since
 _asked = False
@@ -122,14 +123,16 @@ def run_chosen(
 ) -> None:
     """Run a kernel with the launch settings for a shape: those found by tuning, else the first that the device takes.
 
-    What is found out is kept: the next launch looks it up.
+    Candidates that spill more than `SPILLS` give way to a later one that does not, or to the one that spills least:
+    how much they do depends on the mask, the device and the version of Triton. What is found out is kept: the next
+    launch looks it up.
 
     Args:
         kernel: its name.
         shape: what the choice depends on, lengths in buckets, and the dtype; always the same names for a kernel.
         candidates: the first one is the default. Where the device takes none, smaller tiles than the last one's do.
         device: of the tensors.
-        run: launches the kernel; must not change what it reads.
+        run: launches the kernel, and returns what Triton's launch does; must not change what it reads.
 
     Raises:
         OutOfResources: of Triton: not even the smallest tiles fit.
@@ -161,7 +164,19 @@ def _settle(
         _add(path, name, best)
     if best is not None:
         options = [best, *(option for option in options if option is not best)]
-    for option in (*options, *_smaller(options[-1])):
+    least: tuple[int, Launch] | None = None
+    for option in options:
+        try:
+            spilled = 4 * getattr(run(option), "n_spills", 0)
+        except OutOfResources:
+            continue
+        if spilled <= SPILLS or option is best:
+            return option
+        if least is None or spilled < least[0]:
+            least = spilled, option
+    if least is not None:
+        return least[1]
+    for option in _smaller(options[-1]):
         try:
             run(option)
         except OutOfResources as error:
