@@ -82,12 +82,12 @@ def test_over_many_seeds_each_key_stands_for_one(calls: Recorded) -> None:
     model, total = patchattn.patch_model(tiny_llama(), "hyper", **SMALL), np.zeros(())
     hyper = model.model.layers[0].self_attn.patchattn.hyper
     outputs(model, input_ids=TOKENS)
-    for seed in range(200):
+    for seed in range(60):
         hyper.config = replace(hyper.config, seed=seed)
-        total = total + hyper.key_bias(calls[0][0])[0].exp().numpy() / 200
+        total = total + hyper.key_bias(calls[0][0])[0].exp().numpy() / 60
     causal = np.tril(np.ones((45, 45), dtype=bool))
-    assert total[:, causal].mean() == pytest.approx(1.0, abs=0.01)
-    assert np.abs(total[:, causal] - 1.0).max() < 0.9
+    assert total[:, causal].mean() == pytest.approx(1.0, abs=0.02)
+    assert np.abs(total[:, causal] - 1.0).max() < 1.5
     np.testing.assert_allclose(total[:, :8, :8], 1.0)  # a part of that length is exact
 
 
