@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # The longest; what they show of training, calibration and new variants, other tests show as well.
-LONG = ("2", "3", "4", "5", "6")
+LONG = ("2", "3", "4", "5", "6", "7", "8")
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -19,8 +19,8 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
 
 
-def test_there_are_six() -> None:
-    assert [path.name[0] for path in NOTEBOOKS] == list("123456")
+def test_there_are_eight() -> None:
+    assert [path.name[0] for path in NOTEBOOKS] == list("12345678")
 
 
 def marked(path: Path) -> Any:
@@ -31,6 +31,7 @@ def marked(path: Path) -> Any:
 def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PATCHATTN_EXAMPLE_MODEL", str(FOLDER / "none"))  # a stand-in: real models take minutes
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)  # the last notebook runs tests of its own
     notebook = nbformat.read(path, as_version=4)
