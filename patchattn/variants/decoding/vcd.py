@@ -42,8 +42,8 @@ class VCDConfig(VariantConfig):
     )
     seed: int | None = option(
         0,
-        help="Of the noise, which every image gets alike, so that answers can be repeated. None: of torch's own "
-        "generator, anew for every image.",
+        help="Seed of the noise, which every image gets alike, so that answers can be repeated. None: torch's own "
+        "generator draws anew for every image.",
         source="ours; the released code draws anew",
         minimum=0,
     )

@@ -39,12 +39,12 @@ class VHRConfig(VariantConfig):
     )
     last_layers: int = option(
         14,
-        help="It acts in that many last layers of the language model.",
+        help="How many last layers of the language model are acted in.",
         source="paper, second-hand: LLaVA-1.5 7B; 18 in InstructBLIP",
         minimum=0,
     )
     second_layer: bool = option(
-        True, help="It acts in the second layer as well.", source="paper, second-hand: LLaVA-1.5 7B"
+        True, help="Whether the second layer is acted in as well.", source="paper, second-hand: LLaVA-1.5 7B"
     )
 
 
