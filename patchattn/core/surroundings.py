@@ -238,14 +238,12 @@ class Surroundings:
             layer.keep(kept, owner=who, bound=bound, slack=slack, since=since)
 
     def hold_columns(self, owner: str, columns: torch.Tensor, seen: int) -> None:
-        """Tell the kv cache that what this first call on it has stored are the keys of some tokens of its text.
-
-        After attention; without a cache there is nothing to tell.
+        """Tell the kv cache, after attention, that this first call on it has stored the keys of some tokens alone.
 
         Args:
             owner: name of the variant.
-            columns: `(B, S)` which of the tokens each stored key is of, ascending; -1 of empty slots, which come first.
-            seen: number of tokens.
+            columns: `(B, S)` which of the `seen` tokens each key is of, ascending; -1 of empty slots, which come first.
+            seen: how many there are.
 
         Raises:
             NotImplementedError: as `keep`.
