@@ -41,7 +41,7 @@ class HyperConfig(VariantConfig):
         7, help="Random hyperplanes of the hash.", source="released code", unit="bits", minimum=1, maximum=16
     )
     seed: int = option(
-        0, help="Of hyperplanes and samples.", source="ours, to repeat a draw", minimum=0, maximum=2**31 - 1
+        0, help="Seed of hyperplanes and samples.", source="ours, to repeat a draw", minimum=0, maximum=2**31 - 1
     )
 
     @property

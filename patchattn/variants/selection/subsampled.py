@@ -34,7 +34,7 @@ class SubsampledConfig(VariantConfig):
     )
     seed: int | None = option(
         None,
-        help="Of a layer's draws, which are then the same in every call. None: drawn anew, from torch's generator.",
+        help="Seed of a layer's draws, which are the same in every call. None: drawn anew, from torch's generator.",
         source="ours, to repeat a draw at test",
         minimum=0,
         maximum=2**31 - 1,
