@@ -44,6 +44,9 @@ MODELS = {
     "mpnet": lambda: tf.MPNetModel(tf.MPNetConfig(**_SHORT, **_SPECIAL)),
     "roformer": lambda: tf.RoFormerModel(tf.RoFormerConfig(**_SHORT)),
     "xlnet": lambda: tf.XLNetModel(tf.XLNetConfig(vocab_size=32, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+    "xlm": lambda: tf.XLMModel(
+        tf.XLMConfig(vocab_size=32, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=40)
+    ),
     "blip text": lambda: tf.models.blip.modeling_blip_text.BlipTextModel(
         tf.BlipTextConfig(**_SHORT, **_SPECIAL, sep_token_id=2, is_decoder=False, encoder_hidden_size=32)
     ),

@@ -178,6 +178,14 @@ def test_no_key_of_a_cache_is_dropped(family: str) -> None:
         logits(model, TOKENS, use_cache=True)
 
 
+def test_a_check_says_that_no_fused_kernel_takes_its_place(family: str) -> None:
+    report = patchattn.check_patch(make(family), TOKENS, "toy_gate")
+    (name,) = {site.module_class for site in find_sites(make(family))}
+    assert report.passed, str(report)
+    assert report.inline == [name]
+    assert f"note: {name}: attention in the model's own code, so that no fused kernel takes its place" in str(report)
+
+
 def refused(model: nn.Module, says: str, **given: torch.Tensor) -> None:
     model.eval()
     assert all(site.inline for site in find_sites(model))

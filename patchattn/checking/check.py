@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..core.host import find_sites
 from ..core.kv_caches import cache_argument, find_cache, takes_cache
 from ..core.patching import applied_patches, apply_patches, is_patched, patched, unpatch_model, unpatched
 from ..core.plan import Patch
@@ -51,6 +52,7 @@ class CheckReport:
         patches: the plan that was checked.
         dtype, device: of the model.
         sites: number of patched attention modules.
+        inline: classes of those that compute attention in their own code.
         checks: one entry per property.
         milliseconds, base_milliseconds: median time of one forward, patched and unpatched, measured in turn.
     """
@@ -62,6 +64,7 @@ class CheckReport:
     sites: int
     milliseconds: float
     base_milliseconds: float
+    inline: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -76,6 +79,11 @@ class CheckReport:
     def __str__(self) -> str:
         names = " + ".join(patch["variant"] for patch in self.patches)
         lines = [f"{self.model} with {names} on {self.sites} attention modules ({self.dtype}, {self.device})"]
+        if self.inline:
+            lines.append(
+                f"  note: {', '.join(self.inline)}: attention in the model's own code, so that no fused kernel takes "
+                "its place, and memory grows with the square of the length wherever that code computes weights"
+            )
         for check in self.checks:
             error = "" if check.error is None else f"  error {check.error:.1e}"
             base = "" if check.base_error is None else f" (unpatched {check.base_error:.1e})"
@@ -127,13 +135,18 @@ def _report(model: nn.Module, inputs: dict[str, Any]) -> CheckReport:
         checks = [_check_neutral(model, inputs, plan), _check_restore(model, inputs, plan)]
     for name, probe in (("padding changes no real token", _padding), ("cached decoding equals one forward", _caching)):
         checks.append(_check_probe(name, probe, model, inputs, TOLERANCE.get(parameter.dtype, 1e-4)))
+    patched_sites = {site for patch in plan for site in patch.sites}
+    classes = [
+        site.module_class for site in find_sites(base_model(model)) if site.inline and site.name in patched_sites
+    ]
     base_times, times = _times(model, inputs)
     return CheckReport(
         model=type(base_model(model)).__name__,
         patches=[patch.to_dict() for patch in plan],
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=str(parameter.device),
-        sites=len({site for patch in plan for site in patch.sites}),
+        sites=len(patched_sites),
+        inline=sorted(set(classes)),
         checks=checks,
         milliseconds=statistics.median(times),
         base_milliseconds=statistics.median(base_times),

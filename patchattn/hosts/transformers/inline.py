@@ -69,7 +69,8 @@ def _attend(module: nn.Module, context: LayerContext, found: Pattern | ExplicitC
 
 
 def _is_causal(chain: Any, context: LayerContext, found: Pattern | ExplicitCall) -> bool:
-    """Whether later keys are hidden: as the call says, or its cache, or else what it hides, seen in a first call.
+    """Whether later keys are hidden: as the call says, or what it hides, seen in a first call, or else that it has a
+    cache; which encoders may have too (XLM).
 
     Raises:
         NotImplementedError: nothing tells, and the first call is compiled.
@@ -78,9 +79,9 @@ def _is_causal(chain: Any, context: LayerContext, found: Pattern | ExplicitCall)
         return True
     if found.mask is None or chain.site.is_cross:
         return False
-    if context.cache is not None:
-        return True
     rows, keys = found.mask.shape[2:]
+    if rows < found.query.shape[2]:  # it says the same of all queries
+        return False
     if chain.hides_later is None and rows == keys > 1:
         if torch.compiler.is_compiling():
             raise NotImplementedError(
@@ -88,7 +89,7 @@ def _is_causal(chain: Any, context: LayerContext, found: Pattern | ExplicitCall)
                 "before it is compiled."
             )
         chain.hides_later = _hides_later(found.mask)
-    return bool(chain.hides_later)
+    return context.cache is not None if chain.hides_later is None else bool(chain.hides_later)
 
 
 def _hides_later(mask: torch.Tensor) -> bool | None:

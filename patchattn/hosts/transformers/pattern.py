@@ -18,6 +18,7 @@ from .products import CASTS, MOVES, Exchanged, Product, Step, UnknownPatternErro
 _SUMS = ("add", "add_", "sub", "sub_")
 _FACTORS = ("mul", "mul_")
 _DIVISORS = ("div", "div_")
+_LIKENESSES = ("expand_as", "view_as", "reshape_as", "type_as", "to")
 _FILLS = ("masked_fill", "masked_fill_")
 SOFTMAX = "softmax"
 
@@ -201,9 +202,15 @@ def _replay(steps: Sequence[Step], exchanged: Exchanged) -> None:
             exchanged.take(old, new)
 
 
+def _reads_shape(step: Step, on_path: Sequence[torch.Tensor], bent: Sequence[torch.Tensor]) -> bool:
+    """Whether of what is on the path a step takes nothing but shape and type, as `mask.expand_as(scores)` does."""
+    first = list(tensors_in(step.args[:1]))
+    return step.name in _LIKENESSES and not any_in(first, [*on_path, *bent])
+
+
 def _needs_shape(step: Step) -> bool:
     """Whether a step may ask for the shape that a tensor had: a view, or a tensor that is added in place."""
-    return step.name in MOVES or (step.name in ("add_", "sub_") and len(list(tensors_in(step.args))) > 1)
+    return step.name in MOVES or (step.name.endswith("_") and len(list(tensors_in((step.args, step.kwargs)))) > 1)
 
 
 def _behind(start: torch.Tensor, steps: Sequence[Step]) -> list[Step]:
@@ -244,7 +251,7 @@ def _affine(
     for step in steps[first + 1 :]:
         taken = list(tensors_in((step.args, step.kwargs)))
         on_path = [tensor for tensor in taken if any_in([tensor], carried)]
-        if not on_path and not any_in(taken, bent):
+        if (not on_path and not any_in(taken, bent)) or _reads_shape(step, on_path, bent):
             continue
         known = None if len(on_path) != 1 or any_in(taken, bent) else _effect(step, on_path[0])
         if known is None:

@@ -40,6 +40,7 @@ _QUERY_DOWN = re.compile(rf"{_PREFIX}q(?:uery)?_?a(?:_?(?:proj|projection|layer)
 _QUERY_PART = re.compile(rf"{_PREFIX}q(?:uery)?_\w+_(?:proj|projection|layer)", re.I)
 _QUERY_NORM = re.compile(r"(?:q|query)_?(?:layer_?)?(?:norm|ln)|(?:norm|ln|layer_?norm)_?(?:q|query)", re.I)
 _ATTENTION = re.compile(r"attention|attn", re.I)
+_NUMBERED = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 _IN_LAYERS = re.compile(r"(?:^|\.)\d+\.")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.I)
 HEAD_DIM = re.compile(r"(?:attention_)?head_(?:dim|size)|d_head|dim_per_head|d_kv|key_value_proj_dim|qk_head_dim")
@@ -134,7 +135,7 @@ def _attending(model: nn.Module) -> list[tuple[str, nn.Module]]:
     inline = {
         name: module
         for name, module in model.named_modules()
-        if (name in left or not found) and is_inline(module) and _IN_LAYERS.search(name) and projects(module)
+        if (name in left or not found) and is_inline(module) and _NUMBERED.search(name) and projects(module)
     }
     outer = {name for name in inline for other in inline if other.startswith(f"{name}.")}
     names = {name for name in inline if name not in outer} | set(found)
