@@ -123,6 +123,6 @@ def _codes(
             made = hidden @ (decoder / decoder.norm(dim=-1, keepdim=True).clamp(min=1e-12))
             loss = (made - rows).square().mean() + sparsity * hidden.mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     return torch.relu(rows @ encoder + bias).detach().argmax(-1).view(outputs.shape[:2])
