@@ -17,6 +17,7 @@ from patchattn.core.layer_outputs import LayerOutputVariant
 from patchattn.decoding.variant import DecodingVariant
 from patchattn.reading.eviction import EvictionVariant, ScoredEviction
 from patchattn.surgery.change import SurgeryVariant
+from patchattn.vision.token_pruning import TokenPruning
 
 FACTOR = 1.5
 # Of each kind of variant, the methods that make its changes.
@@ -31,6 +32,8 @@ TESTS = Path(__file__).parent
 
 def stages(variant: type[patchattn.Variant]) -> list[str]:
     """The methods by which a variant changes a model."""
+    if issubclass(variant, TokenPruning):  # whose attention is as it was
+        return ["keep"]
     contract = (patchattn.Variant, LayerOutputVariant, SurgeryVariant, DecodingVariant, EvictionVariant, ScoredEviction)
     return [
         stage
@@ -107,11 +110,17 @@ def _scores(original: Callable[..., Any], factor: float, *, difference: bool) ->
     return lambda self, *rest: -original(self, *rest)
 
 
+def _keep(original: Callable[..., Any], factor: float, *, difference: bool) -> Callable[..., Any]:
+    """Of the image tokens, the others are kept."""
+    return lambda self, step: original(self, step) ^ step.image
+
+
 _MUTATORS = {
     "attend": _attend,
     "before_cache": _before_cache,
     "changed": _changed,
     "combine": _combine,
+    "keep": _keep,
     "plan": _plan,
     "rule": _rule,
     "scores": _scores,
