@@ -108,7 +108,8 @@ class AttentionCall:
         """A copy with other query, key, value, mask or scaling."""
         if "scaling" in changes:
             changes = {"kwargs": {**self.kwargs, "scaling": changes.pop("scaling")}, **changes}
-        return type(self)(**{**vars(self), **changes})
+        # not by `vars`, which torch 2.11 does not compile
+        return type(self)(**{name: getattr(self, name) for name in self.__dataclass_fields__} | changes)
 
     def seeing(self, keep: Keep | None) -> Self:
         """The same call, whose queries see less; see `Mask.narrowed`."""
