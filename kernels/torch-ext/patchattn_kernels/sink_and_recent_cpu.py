@@ -14,7 +14,7 @@ from .dense_attention_cpu import flash
 from .rows import AttentionRule
 
 # Queries that share their recent keys: of those of a block, as many more than each sees are computed. Products of more
-# queries are faster, by more than that once there are as many recent keys.
+# queries are faster, by more than that once there are more recent keys than that.
 ROWS, MORE_ROWS = 64, 256
 
 
@@ -70,7 +70,7 @@ def _parts(
     query, key, value = states
     rows, keys = query.shape[2], key.shape[2]
     sinks, recent = min(sinks, keys), min(recent, keys)
-    step = min(rows, ROWS if recent < MORE_ROWS else MORE_ROWS)
+    step = min(rows, ROWS if recent <= MORE_ROWS else MORE_ROWS)
     same = min(rows, sinks + recent) if offset == 0 else 0  # rows that see all keys up to their own
     starts = [max(0, stop - step) for stop in range(rows, same, -step)][::-1]  # the first block is what is left
     same = starts[0] if starts else rows
