@@ -44,6 +44,18 @@ def test_what_was_dropped_is_not_there() -> None:
     assert layer == patchattn.LayerMemory(3 * 2 * 10 * TOKEN + index, 3 * 2 * 200 * TOKEN)
 
 
+def test_branches_are_told_apart() -> None:
+    """A branch holds keys of its own for every token, also for those that it took from the model by forking."""
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "decore", heads=[(0, 1)])
+    made = model.generate(prompt(9), max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    report = patchattn.cache_report(find_cache(made.values()))
+    own = 3 * 2 * (9 + 2) * TOKEN
+    assert report.layers == [patchattn.LayerMemory(own, own)] * 2
+    assert report.branch_bytes == [2 * own + 2 * 3 * (9 + 2)]  # and two bools per token
+    assert report.stored_bytes == report.dense_bytes + report.branch_bytes[0]
+    assert f"{report.branch_bytes[0]} of them for branches" in repr(report)
+
+
 def test_heads_apart_count_by_their_own_length() -> None:
     with registered():
         model = patchattn.patch_model(FAMILIES["llama"].make(), "apart", slack=0)

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import StaticCache
 
 import patchattn
+from patchattn.cache.branch_tokens import BranchTokens
 from patchattn.core.kv_caches import cache_argument, find_cache
-from patchattn.decoding.variant import BranchTokens
 
 from . import vlms, writers
 from .behaviour import Case, assert_same, on, snapshot

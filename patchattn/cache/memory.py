@@ -1,11 +1,13 @@
 """What a kv cache takes up."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import Cache, EncoderDecoderCache
 
+from .branch_tokens import BranchTokens
 from .tracked import TrackedLayer
 
 
@@ -47,19 +49,22 @@ class CacheReport:
     """What a kv cache takes up, and what it would if it kept everything.
 
     Attributes:
-        layers: one by one.
+        layers: the model's own, one by one.
+        branch_bytes: all that is held for each branch of a decoding variant, which has layers of its own, also where it
+            forks.
     """
 
     layers: list[LayerMemory]
+    branch_bytes: list[int]
 
     @property
     def stored_bytes(self) -> int:
-        """Of all layers."""
-        return sum(layer.stored_bytes for layer in self.layers)
+        """Of all layers, those of branches included."""
+        return sum(layer.stored_bytes for layer in self.layers) + sum(self.branch_bytes)
 
     @property
     def dense_bytes(self) -> int:
-        """Of all layers."""
+        """Of all layers of the model's own."""
         return sum(layer.dense_bytes for layer in self.layers)
 
     @property
@@ -69,8 +74,9 @@ class CacheReport:
 
     def __repr__(self) -> str:
         ratio = "" if self.ratio is None else f", {self.ratio:.3f} of it"
+        branches = f", {sum(self.branch_bytes)} of them for branches" if self.branch_bytes else ""
         return (
-            f"CacheReport({len(self.layers)} layers: {self.stored_bytes} bytes stored, "
+            f"CacheReport({len(self.layers)} layers: {self.stored_bytes} bytes stored{branches}, "
             f"{self.dense_bytes} without forgetting{ratio})"
         )
 
@@ -99,7 +105,12 @@ def cache_report(cache: Cache) -> CacheReport:
     if not isinstance(cache, Cache):
         raise TypeError(f"cache_report expects a kv cache, got {type(cache).__name__}.")
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return CacheReport([LayerMemory(held_bytes(layer), _dense_bytes(layer)) for layer in own.layers])
+    starts = [index for index, layer in enumerate(own.layers) if isinstance(layer, BranchTokens)]
+    parts = [own.layers[first:last] for first, last in pairwise([0, *starts, len(own.layers)])]
+    return CacheReport(
+        [LayerMemory(held_bytes(layer), _dense_bytes(layer)) for layer in parts[0]],
+        [sum(map(held_bytes, branch)) for branch in parts[1:]],
+    )
 
 
 def _dense_bytes(layer: Any) -> int:

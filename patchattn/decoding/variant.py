@@ -6,7 +6,8 @@ and before beam search normalises them. The branches' caches live in the model's
 and follow it through beam reordering, cropping and a second turn.
 
 A branch that forks takes the keys and values of some first tokens from the model, which saves computing them. It saves
-no memory: a cache's `update` concatenates, so that after one token each branch holds keys of its own.
+no memory: a cache's `update` concatenates, so that after one token each branch holds keys of its own, whose bytes
+`patchattn.cache_report` tells.
 """
 
 import copy
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..cache.branch_tokens import BranchTokens
 from ..core.call import AttentionCall
 from ..core.given import real_tokens
 from ..core.hooks import Hook, called_with, note_token_ids, unknown_ids
@@ -86,10 +88,6 @@ class BranchStep:
     image: torch.Tensor
     positions: torch.Tensor | Literal["counted"] | None = "counted"
     fork: int = 0
-
-
-class BranchTokens(DynamicLayer):
-    """Which tokens of a branch are real, as keys `(B, 1, T, 1)` bool; the branch's own layers come behind it."""
 
 
 class DecodingVariant(Variant):
