@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import StaticCache
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 import patchattn
 from patchattn.cache.branch_tokens import BranchTokens
@@ -50,22 +50,23 @@ def extended(given: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, 
     return longer
 
 
+class Told(LogitsProcessor):
+    """Lets these tokens `(1, STEPS)` be chosen and no others."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.left = tokens[0].tolist()
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        told = torch.full_like(scores, -torch.inf)
+        told[:, self.left.pop(0)] = 0.0
+        return told
+
+
 def forced(model: Any, given: dict[str, torch.Tensor], tokens: torch.Tensor, case: Case) -> torch.Tensor:
     """`(1, STEPS, V)` logits that tokens are chosen by: of one forward; or step by step, if rows know of later ones."""
     if not case.looks_ahead:
         return logits(model, extended(given, tokens), STEPS + 1)[:, :-1]
-    found, cache = [], None
-    for count in range(STEPS):
-        now = {**given, "use_cache": True}
-        if count:
-            whole = extended(given, tokens[:, :count])
-            now = {"input_ids": whole["input_ids"][:, -1:], "attention_mask": whole["attention_mask"]}
-            now |= cache_argument(model, cache)
-        with torch.no_grad():
-            output = model(**now)
-        cache = find_cache(output.values())
-        found.append(output.logits[:, -1:])
-    return torch.cat(found, dim=1)
+    return decode(model, given, logits_processor=LogitsProcessorList([Told(tokens)]))[1]
 
 
 @EVERY
