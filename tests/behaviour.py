@@ -157,7 +157,7 @@ def on(
 
 def without_full(mark: pytest.Mark) -> pytest.Mark:
     """A mark of a test, which parametrizes it with nothing that is marked `full` unless with nothing else."""
-    if mark.name != "parametrize" or len(mark.args) != 2:
+    if mark.name != "parametrize" or len(mark.args) != 2 or not isinstance(mark.args[1], Sequence):
         return mark
     names, parameters = mark.args
     left = [one for one in parameters if "full" not in [each.name for each in getattr(one, "marks", ())]]

@@ -12,7 +12,12 @@ from .mutation import mutated, stages
 pytestmark = pytest.mark.usefixtures("toys")
 # Variants without settings that compute what the base does, and why.
 NOT_COMPUTED = {
+    **dict.fromkeys(
+        ("ape", "attention_buckets", "graph_kv", "parallel_context"),
+        "without spans or other bases no rotation is looked for; what gives the model is in the tests of each",
+    ),
     "cope": "without positions there is no embedding to read; that zeros give the model is in its own tests",
+    "hdt": "without spans a token sees itself alone",
     "gqa_convert": "no number of kv heads is nothing to merge into; that equal heads merge exactly is in its own tests",
     "shrp": "it puts an expander of the heads' sum in place of the feed-forward part: no values make it the base's",
 }

