@@ -13,10 +13,18 @@ import patchattn
 from patchattn.core.variant import Variant
 from patchattn.training import balance_loss
 
-from .behaviour import accepted, variant_parameters
+from .behaviour import Case, accepted, variant_parameters
 from .families import FAMILIES, outputs
 
-CASES = [case for case in accepted("llama") if case.example == 0]
+
+def chosen() -> list[Case]:
+    """First examples: of every variant with parameters, and of each mechanism one without."""
+    first = [case for case in accepted("llama") if case.example == 0]
+    bare = {case.info.variant.__module__.split(".")[2]: case for case in first if case.info.extra_parameters == "none"}
+    return [case for case in first if case.info.extra_parameters != "none" or case in bare.values()]
+
+
+CASES = chosen()
 
 WORKER = """
 import sys

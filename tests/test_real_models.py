@@ -1,7 +1,9 @@
 """Small real models: what random weights do not show."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,16 @@ TEXTS = ["The patch is reversible.", "Attention heads differ in what they do, an
 
 
 @pytest.fixture(scope="module")
-def stories(data_dir: Path) -> Path:
-    return data_dir / "models" / "stories260K"
+def stories(data_dir: Path) -> tuple[Any, Any, torch.Tensor]:
+    """A language model, a prompt, and the story that the model writes."""
+    folder = data_dir / "models" / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    return model, prompt, written(model, prompt)
+
+
+def written(model: Any, prompt: Any) -> torch.Tensor:
+    return model.generate(**prompt, max_new_tokens=24, do_sample=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +44,18 @@ def fitted(case: Case, width: int) -> Case:
 
 
 @pytest.mark.parametrize("case", accepted("llama"), ids=str)
-def test_a_language_model_behaves_and_comes_back(stories: Path, case: Case) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
-    case = fitted(case, model.config.hidden_size)
-    prompt = tokenizer("Once upon a time", return_tensors="pt")
-    story = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+def test_a_language_model_behaves_and_comes_back(stories: tuple[Any, Any, torch.Tensor], case: Case) -> None:
+    plain, prompt, story = stories
+    model, case = copy.deepcopy(plain), fitted(case, plain.config.hidden_size)
     report = patchattn.check_patch(model, prompt, case.variant, dict(case.settings))
     assert report.passed, str(report)
     with torch.no_grad():
         before, after = model(story).logits, case.patch(model)(story).logits
     if case.variant not in ONLY_WHILE_DECODING:
         assert not torch.equal(before, after)  # the story itself may survive a variant that acts on two heads
-    model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    written(model, prompt)
     patchattn.unpatch_model(model)
-    assert torch.equal(model.generate(**prompt, max_new_tokens=40, do_sample=False), story)
+    assert torch.equal(written(model, prompt), story)
 
 
 @pytest.mark.parametrize("case", accepted("bert"), ids=str)
