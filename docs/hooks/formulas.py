@@ -1,7 +1,7 @@
 """Formulas become MathML when the documentation is built: pages fetch nothing to show them."""
 
-import html
 import re
+from html import unescape
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -16,5 +16,5 @@ def on_page_content(html: str, **kwargs: Any) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     kind, opening, formula = found.groups()
-    made = convert(html.unescape(formula), display="block" if opening == "[" else "inline")
+    made = convert(unescape(formula), display="block" if opening == "[" else "inline")
     return f'<{kind} class="formula">{made}</{kind}>'

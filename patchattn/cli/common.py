@@ -15,6 +15,18 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def language_model(name: str, device: str | None) -> tuple[Any, Any]:
+    """The tokenizer of a causal language model, and the model, on a device and in evaluation mode; quietly."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..saving.pretrained import load_pretrained
+    from .devices import choose_device
+
+    quiet()
+    tokenizer = load_pretrained(AutoTokenizer, name)
+    return tokenizer, load_pretrained(AutoModelForCausalLM, name, dtype="auto").eval().to(choose_device(device))
+
+
 def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """`["active_ratio=0.5"]` as a dictionary; values are read as YAML."""
     from ..files.documents import parse_yaml

@@ -49,16 +49,12 @@ def calibrate_head_roles(
     relation: its weights alone lead from each pair's source to its target (MAPS).
     `patch_model(model, "heads", heads=OUTPUT)` masks a list of heads.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..calibration.data import make_batches, read_texts
     from ..calibration.few_shot import first_answer_token, prompt_batches
     from ..calibration.records import read_records
     from ..files.documents import write_json
     from ..inspection import head_functions, head_roles
-    from ..saving.pretrained import load_pretrained
-    from .common import quiet
-    from .devices import choose_device
+    from .common import language_model
 
     scorers: dict[str, Any] = {
         "position": head_roles.position_scores,
@@ -74,9 +70,7 @@ def calibrate_head_roles(
     fields = {"temporal": (("prompt", "answer"), ("without",)), "relation": (("source", "target"), ())}
     records = read_records(data, *fields[role]) if role in fields else []
     texts = [] if role in fields else read_texts(data)
-    quiet()
-    tokenizer = load_pretrained(AutoTokenizer, model)
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(choose_device(device))
+    tokenizer, loaded = language_model(model, device)
     if role == "relation":
         ids = [[tokenizer(each[name], add_special_tokens=False)["input_ids"] for name in each] for each in records]
         pairs = [(one[0], other[0]) for one, other in ids if len(one) == len(other) == 1][:samples]
@@ -150,21 +144,15 @@ def calibrate_lookback(
 
     `LookbackProbe.load(OUTPUT)` judges other answers, and guides decoding.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..calibration.lookback import lookback_features, out_of_fold, read_answers
     from ..inspection.lookback import LookbackProbe
-    from ..saving.pretrained import load_pretrained
-    from .common import quiet
-    from .devices import choose_device
+    from .common import language_model
 
     answers = read_answers(data)
     contexts = len({each.context for each in answers})
     if folds == 1 or folds > contexts:
         raise ValueError(f"--folds is 0, or from 2 to the number of contexts, {contexts}; got {folds}.")
-    quiet()
-    tokenizer = load_pretrained(AutoTokenizer, model)
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(choose_device(device))
+    tokenizer, loaded = language_model(model, device)
     console, how = Console(highlight=False), {"batch_size": batch_size, "modules": modules}
     with bar(console, "answers", len(answers)) as move:
         rows = lookback_features(loaded, tokenizer, answers, window=window, progress=move, **how)  # type: ignore[arg-type]
@@ -208,22 +196,16 @@ def calibrate_vectors(
     `patch_model(model, "task_vectors", vectors=OUTPUT)`, or "function_vectors", then makes the model do the task
     without them. Three in ten of the pairs are in no demonstration: the layer is chosen on them.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..calibration.records import read_records
     from ..calibration.vectors import find_vectors
-    from ..saving.pretrained import load_pretrained
-    from .common import quiet
-    from .devices import choose_device
+    from .common import language_model
 
     if kind not in ("task", "function"):
         raise ValueError(f"--kind is task or function, got {kind!r}.")
     if kind == "task" and (scores is not None or plot is not None):
         raise ValueError("--scores and --plot are of effects of heads, which --kind function measures.")
     pairs = [(record["question"], record["answer"]) for record in read_records(data, ("question", "answer"))]
-    quiet()
-    tokenizer = load_pretrained(AutoTokenizer, model)
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(choose_device(device))
+    tokenizer, loaded = language_model(model, device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     console = Console(highlight=False)

@@ -25,18 +25,13 @@ def sort_context(
 ) -> None:
     """Attention Sorting: put documents in the order of the attention that a prompt's last token gives them."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..files.documents import read_text, write_json
     from ..inspection.attention_sorting import attention_sorting
-    from ..saving.pretrained import load_pretrained
-    from .common import quiet
-    from .devices import choose_device
+    from .common import language_model
 
-    quiet()
     texts = [read_text(path) + separator for path in documents]
-    tokenizer = load_pretrained(AutoTokenizer, model)
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto").eval().to(choose_device(device))
+    tokenizer, loaded = language_model(model, device)
     found = attention_sorting(loaded, tokenizer, texts, question, before=before, rounds=rounds)
     console = Console(highlight=False)
     for number in found.order:

@@ -6,7 +6,7 @@ Page p is the keys from `p * page` on, by their columns, so that a page stays wh
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -168,8 +168,17 @@ class BoundedSelection(PagedSelection):
     config: PagedConfig
 
     @property
+    def reads_all(self) -> bool:
+        """Whether the settings leave no key out in any layer."""
+        return self.config.budget is None
+
+    @property
     def is_identity(self) -> bool:
-        return self.site.layer_index < self.config.dense_layers
+        return self.reads_all or self.site.layer_index < self.config.dense_layers
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"budget": None}
 
     def is_dense(self, call: AttentionCall) -> bool:
         """Whether the settings leave this call as it is."""

@@ -122,20 +122,20 @@ def _scores(model: Any, tokenizer: Any, plan: BoardPlan, task: EvalTask, name: s
     def given(run: str) -> list[Row]:
         return answers(output / ANSWERS / run, task.name, samples, plan.batch)
 
-    score = found["scores"][task.main_score]
+    rows, score = given(name), found["scores"][task.main_score]
     content = {
         "samples": samples,
         "score": score,
-        "error": standard_error(task, given(name)),
+        "error": standard_error(task, rows),
         "unit": task.unit,
         "higher_is_better": task.higher_is_better,
         "scores": found["scores"],
         "cache_ratio": found["costs"].get("cache_ratio"),
     }
     if name != DENSE:
-        dense = task.score(given(DENSE))[task.main_score]
-        content["difference"] = None if score is None else score - dense
-        content["difference_error"] = standard_error(task, given(name), given(DENSE))
+        dense = given(DENSE)
+        content["difference"] = None if score is None else score - task.score(dense)[task.main_score]
+        content["difference_error"] = standard_error(task, rows, dense)
     return content
 
 

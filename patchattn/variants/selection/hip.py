@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +65,6 @@ class HiP(BoundedSelection):
 
     config_class = HiPConfig
     config: HiPConfig
-
-    @property
-    def is_identity(self) -> bool:
-        return self.config.budget is None or super().is_identity
-
-    @classmethod
-    def neutral_config(cls) -> dict[str, Any]:
-        return {"budget": None}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +62,6 @@ class LServe(BoundedSelection):
 
     config_class = LServeConfig
     config: LServeConfig
-
-    @property
-    def is_identity(self) -> bool:
-        return self.config.budget is None or super().is_identity
-
-    @classmethod
-    def neutral_config(cls) -> dict[str, Any]:
-        return {"budget": None}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)

@@ -1,7 +1,6 @@
 """Quest: a decoding token reads the pages of keys that it could attend to most. arXiv 2406.10774."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,14 +26,6 @@ class Quest(BoundedSelection):
 
     config_class = QuestConfig
     config: QuestConfig
-
-    @property
-    def is_identity(self) -> bool:
-        return self.config.budget is None or super().is_identity
-
-    @classmethod
-    def neutral_config(cls) -> dict[str, Any]:
-        return {"budget": None}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)

@@ -50,12 +50,12 @@ class Twilight(BoundedSelection):
     config: TwilightConfig
 
     @property
-    def is_identity(self) -> bool:
-        return (self.config.top_p == 1.0 and self.config.budget is None) or super().is_identity
+    def reads_all(self) -> bool:
+        return self.config.top_p == 1.0 and super().reads_all
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
-        return {"top_p": 1.0, "budget": None}
+        return {"top_p": 1.0, **super().neutral_config()}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)
