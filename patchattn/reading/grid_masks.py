@@ -25,6 +25,11 @@ class GridVariant(Variant):
 
     needs_grid = True
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it has the neutral settings, of which every such variant has some."""
+        return all(getattr(self.config, name) == value for name, value in self.neutral_config().items())
+
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
         names = [site.name for site in find_sites(model)]

@@ -53,10 +53,6 @@ class Agent(GridVariant):
         self.convolution = nn.Parameter(torch.empty(heads * size, 1, 3, 3).uniform_(-1 / 3, 1 / 3))
         self.offset = nn.Parameter(torch.zeros(heads * size))
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.agents is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"agents": None}

@@ -30,10 +30,6 @@ class Axial(GridMaskVariant):
     config_class = AxialConfig
     config: AxialConfig
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.axes is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"axes": None}

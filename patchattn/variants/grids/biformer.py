@@ -40,10 +40,6 @@ class BiFormer(GridVariant):
     config_class = BiFormerConfig
     config: BiFormerConfig
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.top_k is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"top_k": None}

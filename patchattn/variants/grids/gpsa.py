@@ -50,10 +50,6 @@ class GPSA(GridVariant, RowVariant):
         others = torch.empty(heads - side**2, 3).uniform_(-1, 1) / math.sqrt(3)
         self.position = nn.Parameter(torch.cat([local * config.strength, others]))
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.gate is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"gate": None}

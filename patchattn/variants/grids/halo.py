@@ -27,10 +27,6 @@ class Halo(GridMaskVariant):
     config_class = HaloConfig
     config: HaloConfig
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.block is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"block": None}

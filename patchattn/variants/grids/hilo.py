@@ -45,10 +45,6 @@ class HiLo(GridVariant):
         heads = site.require("query_heads", by="hilo")
         self.high = heads - int(config.alpha * heads)
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.size == 1
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"size": 1}

@@ -36,10 +36,6 @@ class MaxViT(GridMaskVariant):
     config_class = MaxViTConfig
     config: MaxViTConfig
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.size is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"size": None}

@@ -81,10 +81,6 @@ class Neighborhood(GridMaskVariant):
             counts = [each + (number >= len(kinds) - more) for number in range(len(kinds))]
             self.groups = [(count, *kind) for count, kind in zip(counts, kinds, strict=True)]
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.kernel is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"kernel": None}

@@ -37,10 +37,6 @@ class Sparsifiner(GridVariant, RowVariant):
     config_class = SparsifinerConfig
     config: SparsifinerConfig
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.keep == 1.0
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"keep": 1.0}

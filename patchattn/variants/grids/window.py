@@ -32,10 +32,6 @@ class Window(GridMaskVariant):
     config_class = WindowConfig
     config: WindowConfig
 
-    @property
-    def is_identity(self) -> bool:
-        return self.config.size is None
-
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"size": None}
