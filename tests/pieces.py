@@ -1,4 +1,4 @@
-"""Pieces of a text, each encoded by the plain model alone, whose keys and values are then put together."""
+"""Pieces of a text, each encoded by the plain model alone, whose keys and values are then put together; and calls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,3 +41,23 @@ def moved(model: Any, stored: Stored, shift: int) -> Stored:
         one, other = key[..., : dim // 2], key[..., dim // 2 :]
         turned.append((torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1), value))
     return turned
+
+
+def in_chunks(model: Any, tokens: torch.Tensor, mask: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Logits of calls of these sizes on one cache, rotated by token."""
+    cache, parts, done = DynamicCache(), [], 0
+    for size in sizes:
+        done += size
+        given = {"attention_mask": mask[:, :done], **cache_argument(model, cache)}
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, done - size : done]
+        parts.append(model(tokens[:, done - size : done], position_ids=places, **given).logits)
+    return torch.cat(parts, dim=1)
+
+
+def check_second_turn(model: Any, tokens: torch.Tensor, mask: torch.Tensor, **how: Any) -> None:
+    """AssertionError if text that goes on behind a cache differs from the same without one."""
+    cache = DynamicCache()
+    first = model.generate(tokens, attention_mask=mask, **how, **cache_argument(model, cache))
+    turn = {"attention_mask": torch.nn.functional.pad(mask, (0, 3), value=1), **how}
+    again = model.generate(first, **turn, **cache_argument(model, cache))
+    assert torch.equal(again, model.generate(first, **turn))

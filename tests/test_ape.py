@@ -5,13 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 import patchattn
-from patchattn.core.kv_caches import cache_argument
 
 from .families import FAMILIES
-from .pieces import encoded
+from .pieces import check_second_turn, encoded, in_chunks
 from .reference import DIM, HEADS, KV_HEADS, layer_in_and_out, rotate, tiny_llama
 
 IDS = torch.randint(3, 60, (16,), generator=torch.Generator().manual_seed(6))
@@ -127,21 +125,12 @@ def test_padding_chunks_and_a_second_turn(model: Any, variant: str, settings: di
                 expected.append(model(ids).logits[0])
         with patchattn.marked(model, [spans, moved]):
             found = model(padded, attention_mask=mask).logits
-            cache, parts, done = DynamicCache(), [], 0
-            for size in (3, 8, *[1] * 3, 6):
-                done += size
-                given = {"attention_mask": mask[:, :done], **cache_argument(model, cache)}
-                places = (mask.cumsum(-1) - 1).clamp(min=0)[:, done - size : done]
-                parts.append(model(padded[:, done - size : done], position_ids=places, **given).logits)
+            chunks = in_chunks(model, padded, mask, (3, 8, *[1] * 3, 6))
             how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            cache = DynamicCache()
-            first = model.generate(padded, attention_mask=mask, **how, **cache_argument(model, cache))
-            turn = {"attention_mask": torch.nn.functional.pad(mask, (0, 3), value=1), **how}
-            again = model.generate(first, **turn, **cache_argument(model, cache))
-            assert torch.equal(again, model.generate(first, **turn))
+            check_second_turn(model, padded, mask, **how)
             beams = {**how, "attention_mask": mask, "num_beams": 2}
             assert torch.equal(model.generate(padded, **beams), model.generate(padded, use_cache=False, **beams))
-    for logits in (found, torch.cat(parts, dim=1)):
+    for logits in (found, chunks):
         torch.testing.assert_close(logits[0, 4:], expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(logits[1], expected[1], rtol=1e-6, atol=1e-6)
 

@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import patchattn
-from patchattn.core.kv_caches import cache_argument
 
 from .families import FAMILIES
-from .pieces import encoded, moved
+from .pieces import check_second_turn, encoded, in_chunks, moved
 
 IDS = torch.randint(3, 60, (19,), generator=torch.Generator().manual_seed(8))
 PREFIX, SOURCES, REST = 2, [(2, 4), (4, 8)], 14
@@ -77,19 +75,10 @@ def test_padding_chunks_and_a_second_turn(model: Any, form: str) -> None:
     with patchattn.patched(model, "graph_kv", form=form, spans=spans(form)), torch.no_grad():
         expected = [model(IDS[None]).logits[0], model(padded[1:]).logits[0]]
         found = model(padded, attention_mask=mask).logits
-        cache, parts, done = DynamicCache(), [], 0
-        for size in (4, 6, *[1] * 3, 9):
-            done += size
-            given = {"attention_mask": mask[:, :done], **cache_argument(model, cache)}
-            places = (mask.cumsum(-1) - 1).clamp(min=0)[:, done - size : done]
-            parts.append(model(padded[:, done - size : done], position_ids=places, **given).logits)
+        chunks = in_chunks(model, padded, mask, (4, 6, *[1] * 3, 9))
         how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        cache = DynamicCache()
-        first = model.generate(padded, attention_mask=mask, **how, **cache_argument(model, cache))
-        turn = {"attention_mask": torch.nn.functional.pad(mask, (0, 3), value=1), **how}
-        again = model.generate(first, **turn, **cache_argument(model, cache))
-        assert torch.equal(again, model.generate(first, **turn))
-    for logits in (found, torch.cat(parts, dim=1)):
+        check_second_turn(model, padded, mask, **how)
+    for logits in (found, chunks):
         torch.testing.assert_close(logits[0, 3:], expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(logits[1], expected[1], rtol=1e-6, atol=1e-6)
 
