@@ -103,6 +103,7 @@ offer(
             "fastv": "tokens.fastv",
             "flap": "pruning.flap.variant",
             "flex_prefill": "selection.flex_prefill",
+            "focus_icl": "positions.focus_icl",
             "fox": "biases.fox",
             "function_vectors": "editing.function_vectors",
             "gated": "gating.gated",

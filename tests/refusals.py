@@ -108,7 +108,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "nothing else has a source",
         )
     ],
-    **_of_placed_pieces("ape", "graph_kv", "parallel_context"),
+    **_of_placed_pieces("ape", "focus_icl", "graph_kv", "parallel_context"),
     **_of_pages("hip", "hyper", "recycled"),
     **_of_causal_selection("subsampled"),
     **_of_grids(

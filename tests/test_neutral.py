@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("toys")
 # Variants without settings that compute what the base does, and why.
 NOT_COMPUTED = {
     **dict.fromkeys(
-        ("ape", "attention_buckets", "graph_kv", "parallel_context"),
+        ("ape", "attention_buckets", "focus_icl", "graph_kv", "parallel_context"),
         "without spans or other bases no rotation is looked for; what gives the model is in the tests of each",
     ),
     "cope": "without positions there is no embedding to read; that zeros give the model is in its own tests",

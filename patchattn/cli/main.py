@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..version import __version__
+from .bases import calibrate_bases
 from .bench import bench
 from .board import board
 from .calibrate import calibrate_curve, calibrate_flap, calibrate_heads, calibrate_massive
@@ -291,6 +292,7 @@ calibrate.command("head-roles")(calibrate_head_roles)
 calibrate.command("lookback")(calibrate_lookback)
 calibrate.command("vectors")(calibrate_vectors)
 calibrate.command("duo")(calibrate_duo)
+calibrate.command("bases")(calibrate_bases)
 app.command("list")(list_variants_)
 app.command("info")(info_)
 app.command("eval")(evaluate_model)
