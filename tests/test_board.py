@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from patchattn.cli.main import main
+from patchattn.evaluation.board.measured import Difference, pooled, read_rows
 from patchattn.evaluation.board.plan import read_board
-from patchattn.evaluation.board.show import board_table, pooled, read_rows
+from patchattn.evaluation.board.sentences import shown
+from patchattn.evaluation.board.show import board_table
 from patchattn.evaluation.run import compare
 
 from .test_longbench import BYTES, tiny_model
@@ -18,15 +20,20 @@ from .test_longbench import BYTES, tiny_model
 SHIPPED = Path(__file__).parents[1] / "benchmarks" / "board"
 PLAN: dict[str, Any] = {
     "model": "model",
-    "batch": 2,
     "tasks": {
-        "longbench/passage_count": {"data": "mini", "limit": 2, "max_length": 40},
+        "longbench/passage_count": {"data": "mini", "limit": 2, "batch": 2, "max_length": 80},
         "perplexity": {"data": "text.txt", "max_length": 32, "parts": 3},
     },
     "speed": {"prompt_lengths": [16], "new_tokens": [4], "repeats": 1},
 }
 ROWS: dict[str, dict[str, Any]] = {
     "knorm-50": {"about": "half", "family": "caches", "variants": {"knorm": {"compression_ratio": 0.5}}},
+    "tova-50": {
+        "about": "half, behind the prompt",
+        "family": "caches",
+        "variants": {"tova": {"compression_ratio": 0.5}},
+        "behind_prompt": True,
+    },
     "moh": {"about": "half of the heads", "family": "heads", "variants": {"moh": {"active_ratio": 0.5}}},
     "streaming": {"about": "eight keys", "family": "selection", "variants": {"streaming": {"sinks": 2, "recent": 6}}},
     "too_deep": {"about": "no such layer", "family": "heads", "variants": {"heads": {"heads": [[9, 0]]}}},
@@ -38,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     tiny_model().save_pretrained(tmp_path / "model")
     BYTES.save_pretrained(tmp_path / "model")
     (tmp_path / "mini").mkdir()
-    mini = {str(index): {"origin_prompt": f"How many {'?' * index}", "gold": ["3"]} for index in range(3)}
+    mini = {str(index): {"origin_prompt": f"How many {'word ' * 30}{'?' * index}", "gold": ["3"]} for index in range(3)}
     (tmp_path / "mini" / "passage_count.json").write_text(json.dumps(mini))
     (tmp_path / "text.txt").write_text("Once upon a time there was a patch. " * 6)
     write(tmp_path / "board", PLAN, ROWS)
@@ -62,8 +69,9 @@ def run(folder: Path, *arguments: str) -> int:
 def test_a_board_is_run_resumed_and_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(folder, "--row", "streaming") == 0
+    assert run(folder, "--row", "streaming", "--only", "quality") == 0
     assert sorted(path.stem for path in (folder / "out" / "rows").iterdir()) == ["dense", "streaming"]
+    assert not (folder / "out" / "speed").exists()
 
     asked: list[str] = []
     evaluate = compare.evaluate
@@ -77,19 +85,22 @@ def test_a_board_is_run_resumed_and_shown(
     monkeypatch.setattr("patchattn.evaluation.board.run.evaluate", noted)
     assert run(folder) == 130
     assert not (folder / "out" / "rows" / "moh.json").exists()
-    assert run(folder) == 0
-    assert set(asked) == {"knorm-50", "moh"}  # dense and streaming were there
+    assert run(folder, "--row", "moh", "--row", "knorm-50", "--row", "tova-50", "--row", "too_deep") == 0
+    assert set(asked) == {"knorm-50", "moh", "tova-50"}  # dense and streaming were there
 
     rows = read_rows(folder / "out")
     assert next(iter(rows)) == "dense"
     assert "layer" in rows["too_deep"]["refused"]
+    assert "layer" in rows["too_deep"]["speed"]["refused"]
     assert "dropped between calls" in rows["knorm-50"]["tasks"]["perplexity"]["refused"]
-    assert (
-        rows["knorm-50"]["tasks"]["longbench/passage_count"]["cache_ratio"] > 0
-    )  # spare room is more than these texts
+    assert rows["tova-50"]["tasks"]["perplexity"] == {"as_dense": True}
+    assert rows["knorm-50"]["tasks"]["longbench/passage_count"]["cache_ratio"] > 0  # spare room is more than the texts
     assert rows["moh"]["parameters"] >= rows["dense"]["parameters"]
-    assert 0 < rows["streaming"]["density"] < 1
-    assert rows["moh"]["density"] is None
+    assert 0 < rows["streaming"]["density"]["prompt"] < 1
+    assert rows["moh"]["density"] == {}
+    assert rows["streaming"]["speed"] is None  # quality alone
+    for key, ratio in rows["moh"]["speed"]["ratio"].items():
+        assert 0 < ratio["least"] <= ratio["median"] <= ratio["greatest"], key
 
     # of the files with the answers alone: the same scores and differences
     dense, moh = (loss(folder / "out" / "answers" / name / "perplexity") for name in ("dense", "moh"))
@@ -99,22 +110,43 @@ def test_a_board_is_run_resumed_and_shown(
     assert found["difference_error"] > 0
 
     head, lines = board_table(rows)
-    assert [line[0] for line in lines] == ["dense", "knorm-50", "moh", "streaming"]
+    assert [line[0] for line in lines][:1] == ["dense"]
+    assert {line[0] for line in lines} == {"dense", "knorm-50", "tova-50", "moh", "streaming"}
     assert head[3] == "longbench/passage_count"
-    assert lines[1][4] == "refused"
+    by_name = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    assert by_name["knorm-50"]["perplexity, minus dense"] == "refused"
+    assert by_name["tova-50"]["perplexity, minus dense"] == "= dense"
+    assert by_name["streaming"]["decode"] == "-"
     page = folder / "board.md"
+    write(folder / "board", PLAN, {"later": ROWS["moh"]})
+    options = ["--plan", str(folder / "board"), "--page", str(page), "--pictures", str(folder / "pictures")]
     with pytest.raises(SystemExit):
-        main(["board", "show", str(folder / "out"), "--page", str(page), "--picture", str(page.with_suffix(".svg"))])
+        main(["board", "show", str(folder / "out"), *options])
     text = page.read_text()
     assert "| dense |" in text
-    assert "- too_deep, the model: " in text
-    assert "![Mean difference to dense over the cache's size](board.svg)" in text
-    assert (folder / "board.svg").stat().st_size > 1000
+    assert "| Refused: " in text
+    assert "Not run yet: later." in text
+    assert "](pictures/caches.png)" in text
+    assert (folder / "pictures" / "caches.png").stat().st_size > 1000
 
     write(folder / "board", PLAN | {"seed": 1}, {})
     capsys.readouterr()
     assert run(folder) == 2
     assert "measured by another plan" in capsys.readouterr().err
+
+
+def test_times_are_measured_alone(folder: Path) -> None:
+    assert run(folder, "--row", "moh", "--only", "speed") == 0
+    assert [path.name for path in (folder / "out").iterdir()] == ["speed"]
+    assert run(folder, "--only", "times") == 2
+
+
+def test_a_row_that_changes_what_is_read_of_a_prompt_is_not_behind_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "board", PLAN, {"streaming": ROWS["streaming"] | {"behind_prompt": True}})
+    assert run(folder, "--row", "streaming", "--only", "quality") == 2
+    assert "streaming: is said to act behind a prompt, and changes what is read" in capsys.readouterr().err
 
 
 def loss(folder: Path) -> float:
@@ -130,14 +162,35 @@ def test_the_mean_of_differences_and_its_error() -> None:
         "c": {"unit": "", "difference": 99.0, "difference_error": 1.0},
         "d": {"refused": "why"},
     }
-    assert pooled({"tasks": tasks}) == (-3.0, 2.5)
-    assert pooled({"tasks": {"d": tasks["d"]}}) is None
+    assert pooled({"tasks": tasks}, ["a", "b", "d"]) == Difference(-3.0, 2.5)
+    assert pooled({"tasks": tasks}, ["d"]) is None
+    as_dense = {"tasks": tasks | {"d": {"as_dense": True}}}
+    assert pooled(as_dense, ["a", "b", "d"]) == Difference(-2.0, 5 / 3)
+
+
+def test_what_is_shown_is_more_than_twice_its_error() -> None:
+    dense = {"parameters": 100, "tasks": {"a": {"unit": "%"}, "p": {"unit": "", "higher_is_better": False}}}
+    row = {
+        "parameters": 75,
+        "density": {},
+        "tasks": {
+            "a": {"difference": -10.0, "difference_error": 6.0},
+            "p": {"difference": 3.0, "difference_error": 1.0},
+        },
+    }
+    assert shown("x", row, dense) == (
+        "mean of tasks: no difference shown (-10.00 ± 6.00 points); p: worse by +3.00 ± 1.00; 75 % of the parameters."
+    )
+    row["tasks"]["a"]["difference_error"] = 4.0
+    assert shown("x", row, dense).startswith("mean of tasks: worse by -10.00 ± 4.00 points; apart: a -10.00 ± 4.00; p")
 
 
 @pytest.mark.parametrize(
     ("plan", "rows", "message"),
     [
         ({"tasks": {"perplexity": {"limit": 0}}}, {}, "limit of perplexity must be a whole number"),
+        ({"tasks": {"perplexity": {"batch": "2"}}}, {}, "batch of perplexity must be a whole number"),
+        ({"dtype": "int8"}, {}, "dtype"),
         ({"tasks": {"longbench": {}}}, {}, "longbench is a benchmark of several tasks"),
         ({"tasks": {"speed": {}}}, {}, "speed is no task of a board"),
         ({"tasks": {"perplexity": 3}}, {}, "must map names to values"),
@@ -166,5 +219,6 @@ def test_the_shipped_board_can_be_read(data_dir: Path) -> None:
     plan, rows = read_board(SHIPPED)
     assert {row.family for row in rows.values()} >= {"caches", "selection", "heads"}
     samples = {task.name: plan.limit(task.name) or len(task) for task in plan.made_tasks(data_dir)}
-    assert samples["glue/sst2"] == 200
-    assert samples["ruler/vt"] == 10
+    assert samples["glue/sst2"] == 100
+    assert samples["ruler/vt"] == 6
+    assert sum(row.behind_prompt for row in rows.values()) >= 13

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...core.registry import variant_info
 from ...core.settings import Settings, nearest, option
@@ -14,6 +14,7 @@ from ..tasks.speed import SpeedTask
 from ..tasks.task import EvalTask
 
 DENSE = "dense"
+OF_THE_RUN = ("limit", "batch")  # settings of a task that are the runner's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,11 @@ class BoardPlan(Settings):
 
     model: str = option(help="Folder or Hub id of a causal language model, unless the command names another.")
     tasks: dict[str, Any] = option(
-        help="Name of a task to its settings; limit among them takes the first so many samples, and data is a place in "
-        "the folder with data that the command names."
+        help="Name of a task to its settings; limit among them takes the first so many samples, batch answers so many "
+        "at once, and data is a place in the folder with data that the command names."
     )
     speed: dict[str, Any] = option({}, help="Settings of the task speed, by which rows are timed in turn with dense.")
-    batch: int = option(1, help="Samples that are answered at once.", minimum=1)
+    dtype: Literal["checkpoint", "float32", "bfloat16", "float16"] = option("checkpoint", help="Type of the weights.")
     seed: int = option(0, help="Seed of what a new patch starts from, and of what draws in the model.", minimum=0)
 
     def __post_init__(self) -> None:
@@ -38,14 +39,17 @@ class BoardPlan(Settings):
         if "speed" in self.tasks:
             raise ValueError("speed is no task of a board: it is measured for every row; see the setting speed.")
         for name, given in self.tasks.items():
-            limit = self.settings_of(name).get("limit")
-            if limit is not None and (type(limit) is not int or limit < 1):
-                raise ValueError(f"limit of {name} must be a whole number of samples, at least 1, got {quoted(given)}.")
+            for key in OF_THE_RUN:
+                number = self.settings_of(name).get(key)
+                if number is not None and (type(number) is not int or number < 1):
+                    raise ValueError(
+                        f"{key} of {name} must be a whole number of samples, at least 1, got {quoted(given)}."
+                    )
         if groups := [name for name in self.tasks if task_names([name]) != [name]]:
             raise ValueError(f"{groups[0]} is a benchmark of several tasks: name them one by one.")
 
     def settings_of(self, task: str) -> dict[str, Any]:
-        """The settings of one task, `limit` among them."""
+        """The settings of one task, `limit` and `batch` among them."""
         given = self.tasks[task]
         if given is None:
             return {}
@@ -58,6 +62,16 @@ class BoardPlan(Settings):
         limit: int | None = self.settings_of(task).get("limit")
         return limit
 
+    def batch(self, task: str) -> int:
+        """How many samples of a task are answered at once."""
+        batch: int = self.settings_of(task).get("batch") or 1
+        return batch
+
+    @property
+    def work(self) -> dict[str, Any]:
+        """What scores depend on: all but how rows are timed."""
+        return {key: value for key, value in self.to_dict().items() if key != "speed"}
+
     def made_tasks(self, data: Path | None) -> list[EvalTask]:
         """The tasks, their data read and checked.
 
@@ -66,7 +80,7 @@ class BoardPlan(Settings):
         """
         settings = {}
         for name in self.tasks:
-            given = {key: value for key, value in self.settings_of(name).items() if key != "limit"}
+            given = {key: value for key, value in self.settings_of(name).items() if key not in OF_THE_RUN}
             place = given.pop("data", None)
             if data is not None and place is not None:
                 given["data"] = str(data / str(place))
@@ -95,6 +109,11 @@ class BoardRow(Settings):
     family: str = option(help="What it is to be compared with: caches, selection, heads, temperature, trained, ...")
     variants: dict[str, Any] = option({}, help="Names of variants to their settings, outermost first.")
     patch: str | None = option(None, help="Folder of a saved patch, instead.")
+    behind_prompt: bool = option(
+        False,
+        help="Whether nothing changes before the first new token, but for what a prompt's last tokens tell: what the "
+        "unpatched model read of a prompt is then taken, and tasks that generate nothing are not asked.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,21 +6,23 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...core.info import patch_info
 from ...core.observation import observe
-from ...core.patching import is_patched, unpatched
+from ...core.patching import is_patched
 from ...core.report import Observation
 from ...files.documents import as_json, read_json_object, write_json
 from ..report.errors import standard_error
 from ..report.report import surroundings
 from ..run.compare import answers, evaluate, patched_run, processes
-from ..tasks.speed import SpeedTask
+from ..tasks.prefixes import Prefixes
 from ..tasks.task import EvalTask, Row
 from .plan import DENSE, BoardPlan, BoardRow
+from .speed import row_speed
 
-ROWS, ANSWERS = "rows", "answers"
+Part = Literal["quality", "speed"]
+ROWS, SPEED, ANSWERS, PREFIXES = "rows", "speed", "answers", "prefixes"
 
 
 def run_board(
@@ -30,15 +32,18 @@ def run_board(
     rows: Mapping[str, BoardRow],
     output: Path,
     *,
+    only: Part | None = None,
     data: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Measure the unpatched model and every row that is not there yet.
 
     Answers are kept batch by batch in `answers/<row>`, a finished row in `rows/<row>.json`: scores, their differences
-    to dense on the same samples with standard errors, speed in turn with dense, what of the cache and of its keys was
-    used, parameters, commit, versions, seed and machine. A task that refuses a row, or a row that the model cannot
-    have, is said there with the reason.
+    to dense on the same samples with standard errors, what of the cache and of its keys was used, parameters, commit,
+    versions, seed and machine. Times, in turn with dense, are in `speed/<row>.json`, which may be measured alone and on
+    another day, when nothing else is running. A task that refuses a row, or a row that the model cannot have, is said
+    there with the reason. What the unpatched model has read for rows that act behind a prompt is in `prefixes`, and may
+    be removed at any time.
 
     Args:
         model: unpatched, in evaluation mode.
@@ -46,6 +51,7 @@ def run_board(
         plan: the work.
         rows: by name.
         output: folder.
+        only: quality: no times; speed: times alone.
         data: folder with the tasks' data; the Hub without.
         say: told of every row that begins.
 
@@ -56,24 +62,44 @@ def run_board(
     if is_patched(model):
         raise ValueError("A board needs an unpatched model: its rows say what it is patched with.")
     state, tasks = processes(), plan.made_tasks(data)
+
+    def quality(row: BoardRow | None, name: str) -> dict[str, Any]:
+        shares = row is None or row.behind_prompt
+        prefixes = Prefixes(output / PREFIXES) if shares else None
+        for task in tasks:
+            task.prefixes = prefixes
+        return _quality(model, tokenizer, plan, tasks, row, name, output)
+
+    def speed(row: BoardRow | None, name: str) -> dict[str, Any]:
+        return {} if row is None else row_speed(model, tokenizer, plan, row)
+
+    parts: list[tuple[str, Any, dict[str, Any]]] = []
+    if only != "speed":
+        parts.append((ROWS, quality, plan.work))
+    if only != "quality":
+        parts.append((SPEED, speed, plan.speed))
     for number, name in enumerate([DENSE, *rows]):
-        path = output / ROWS / f"{name}.json"
         row = None if name == DENSE else rows[name]
-        what = as_json({"plan": plan.to_dict(), "row": None if row is None else row.to_dict()})
-        if path.is_file():
-            if (before := read_json_object(path)).get("measured") != what:
-                raise ValueError(f"{path} was measured by another plan or as another row. Choose another output.")
-            say(f"{number}/{len(rows)} {name}: is there, of {before.get('date')}")
-            continue
-        say(f"{number}/{len(rows)} {name}")
-        found = _measure(model, tokenizer, plan, tasks, row, name, output)
-        if state.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, as_json({"name": name, "measured": what, **found}))
-        state.wait_for_everyone()
+        for kind, measure, work in parts:
+            if row is None and kind == SPEED:
+                continue
+            path, about = output / kind / f"{name}.json", f"{number}/{len(rows)} {name}, {kind}"
+            what = as_json({"plan": work, "row": None if row is None else row.to_dict()})
+            if path.is_file():
+                if (before := read_json_object(path)).get("measured") != what:
+                    raise ValueError(f"{path} was measured by another plan or as another row. Choose another output.")
+                say(f"{about}: is there, of {before.get('date')}")
+                continue
+            say(about)
+            where = {"date": str(datetime.date.today()), "commit": commit(), "seed": plan.seed, **surroundings(model)}
+            found = measure(row, name)
+            if state.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, as_json({"name": name, "measured": what, **where, **found}))
+            state.wait_for_everyone()
 
 
-def _measure(
+def _quality(
     model: Any,
     tokenizer: Any,
     plan: BoardPlan,
@@ -82,13 +108,6 @@ def _measure(
     name: str,
     output: Path,
 ) -> dict[str, Any]:
-    where = {
-        "date": str(datetime.date.today()),
-        "commit": _commit(),
-        "seed": plan.seed,
-        **surroundings(model),
-    }
-
     def way() -> AbstractContextManager[Any]:
         return nullcontext() if row is None else patched_run(model, row.run, plan.seed)
 
@@ -97,10 +116,15 @@ def _measure(
             info = patch_info(model)
             parameters = sum(weight.numel() for weight in model.parameters())
     except (NotImplementedError, ValueError) as error:
-        return {**where, "refused": str(error)}
-    found: dict[str, Any] = {"parameters": parameters, "extra_parameters": info["extra_parameters"], "tasks": {}}
+        return {"refused": str(error)}
+    found: dict[str, Any] = {"parameters": parameters, "extra_parameters": info["extra_parameters"]}
     with way():
+        found["density"] = {} if row is None else _density(model, tokenizer, tasks)
+        found["tasks"] = {}
         for task in tasks:
+            if row is not None and row.behind_prompt and not task.generates:
+                found["tasks"][task.name] = {"as_dense": True}
+                continue
             try:
                 task.check_model(model, tokenizer)
             except ValueError as error:
@@ -109,18 +133,17 @@ def _measure(
                 found["tasks"][task.name] = {"refused": str(error)}
                 continue
             found["tasks"][task.name] = _scores(model, tokenizer, plan, task, name, output)
-        found["density"] = None if row is None else _density(model, tokenizer, plan.speed_task())
-    found["speed"] = None if row is None else _speed(model, tokenizer, plan, way)
-    return {**where, **found}
+    return found
 
 
 def _scores(model: Any, tokenizer: Any, plan: BoardPlan, task: EvalTask, name: str, output: Path) -> dict[str, Any]:
-    settings = {"batch": plan.batch, "seed": plan.seed, "limit": plan.limit(task.name)}
-    found = evaluate(model, tokenizer, [task], output / ANSWERS / name, **settings)[task.name]
+    batch = plan.batch(task.name)
+    settings = {"batch": batch, "seed": plan.seed, "limit": plan.limit(task.name)}
+    found = evaluate(model, tokenizer, [task], output / ANSWERS / name, warm=True, **settings)[task.name]
     samples = found["samples"]
 
     def given(run: str) -> list[Row]:
-        return answers(output / ANSWERS / run, task.name, samples, plan.batch)
+        return answers(output / ANSWERS / run, task.name, samples, batch)
 
     rows, score = given(name), found["scores"][task.main_score]
     content = {
@@ -139,50 +162,22 @@ def _scores(model: Any, tokenizer: Any, plan: BoardPlan, task: EvalTask, name: s
     return content
 
 
-def _density(model: Any, tokenizer: Any, task: SpeedTask) -> float | None:
-    """Mean of the shares of keys that layers report to have read, prompt and answer of one run; None if none does."""
-    shares: list[float] = []
+def _density(model: Any, tokenizer: Any, tasks: Sequence[EvalTask]) -> dict[str, float]:
+    """Mean shares of the keys that layers report to have read of one prompt, and behind it; empty where none does."""
+    shares: dict[str, list[float]] = {"prompt": [], "decode": []}
 
     def note(observation: Observation) -> None:
         if (density := observation.values.get("density")) is not None:
-            shares.append(float(density.mean()))
+            shares["prompt" if density.shape[1] > 1 else "decode"].append(float(density.mean()))
 
-    with observe(model, note):
-        task.answer(model, tokenizer, [0])
-    return statistics.mean(shares) if shares else None
-
-
-def _speed(
-    model: Any, tokenizer: Any, plan: BoardPlan, way: Callable[[], AbstractContextManager[Any]]
-) -> dict[str, dict[str, float]]:
-    """Medians of each, dense and patched in turn, the first of both left out; and the ratios of the medians."""
-    task, rounds = plan.speed_task(), plan.repeats + 1
-    everything = range(len(task))
-    dense, patched = [], []
-    with way():
-        for _ in range(rounds):
-            with unpatched(model):
-                dense.append(task.answer(model, tokenizer, everything))
-            patched.append(task.answer(model, tokenizer, everything))
-    slow, fast = (_medians(task, runs[1:]) for runs in (dense, patched))
-    return {
-        "dense": slow,
-        "patched": fast,
-        "ratio": {
-            "prefill": slow["first_token_seconds"] / fast["first_token_seconds"],
-            "decode": fast["tokens_per_second"] / slow["tokens_per_second"],
-        },
-    }
+    task = next((task for task in tasks if task.generates), None)
+    if task is not None:
+        with observe(model, note):
+            task.answer(model, tokenizer, [0])
+    return {when: statistics.mean(values) for when, values in shares.items() if values}
 
 
-def _medians(task: SpeedTask, runs: Sequence[Sequence[Row]]) -> dict[str, float]:
-    scores = [task.score(rows) for rows in runs]
-    return {
-        key: statistics.median(score[key] for score in scores) for key in ("first_token_seconds", "tokens_per_second")
-    }
-
-
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the checkout that this patchattn is run from; None where it is installed, in whose checkout ever."""
     here = Path(__file__)
 

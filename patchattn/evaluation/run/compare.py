@@ -50,20 +50,27 @@ class RunSettings(Settings):
 
 
 def evaluate(
-    model: Any, tokenizer: Any, tasks: Sequence[EvalTask], output: str | os.PathLike[str], **settings: Any
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[EvalTask],
+    output: str | os.PathLike[str],
+    *,
+    warm: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Scores and costs of a model as it is, patched or not; a run that was killed continues.
 
     Samples are cut into batches, the same ones however many processes there are (of `accelerate launch`, say), and each
     process takes its share. Answers are appended to `<task>/process_<number>.jsonl` in the output folder as they come,
     which the processes must share; what they were made with lies in `<task>.settings.json`. The first batch of a start
-    is answered once more before, so that its times are those of a model that has run.
+    is answered once more before, so that its times are those of a model that has run, unless it is `warm`.
 
     Args:
         model: of the kind that the tasks are for; it is put into evaluation mode for the time.
         tokenizer: of the model; a processor for vision-language models.
         tasks: with different names.
         output: folder.
+        warm: whether the model has run already, or its times are not asked for.
         settings: fields of `RunSettings`: batch, seed and limit.
 
     Returns:
@@ -77,7 +84,7 @@ def evaluate(
     given = RunSettings.from_dict(settings)
     state = processes()
     sizes = _begin(model, tokenizer, tasks, Path(output), given, state)
-    found, warm = {}, False
+    found = {}
     with evaluating(model):
         for task in tasks:
             batches, folder = _batches(sizes[task.name], given.batch), Path(output) / task.name

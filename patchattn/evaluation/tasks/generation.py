@@ -9,6 +9,8 @@ import torch
 from ...cache.memory import cache_report
 from ...core.kv_caches import find_cache
 from .cost import measured
+from .prefixes import Prefixes
+from .stopping import Said
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def generate(
     *,
     max_new_tokens: int,
     stops_at_newline: bool = False,
+    wanted: Sequence[Sequence[str]] | None = None,
+    prefixes: Prefixes | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy answers to a batch of prompts, padded on the left.
 
@@ -77,6 +81,9 @@ def generate(
         prompts: tokens of each, at least one.
         max_new_tokens: longest answer.
         stops_at_newline: whether a line break ends an answer, too.
+        wanted: texts of each prompt's answer: one that holds them all, letters of either case, ends there.
+        prefixes: what the unpatched model has read of the prompts stands there, and is not read again: for patches that
+            change nothing while a prompt is read, but for its last tokens.
 
     Returns:
         Per prompt `pred`, the answer without special tokens, `prompt_tokens`, `new_tokens`, what the batch cost (see
@@ -90,6 +97,8 @@ def generate(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ends = _end_tokens(model, tokenizer, stops_at_newline)
+    read = {} if prefixes is None else prefixes.of(model, ids, mask)
+    said = None if wanted is None else Said(tokenizer, width, wanted)
     with torch.inference_mode(), measured(model) as cost:
         found = model.generate(
             input_ids=ids,
@@ -100,14 +109,17 @@ def generate(
             num_beams=1,
             eos_token_id=ends or None,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=[cost],
+            stopping_criteria=[cost, *([] if said is None else [said])],
             return_dict_in_generate=True,
+            **read,
         )
     cache = find_cache(found.values())
     memory = None if cache is None else cache_report(cache)
     of_cache = {} if memory is None else {"cache_bytes": memory.stored_bytes, "cache_dense_bytes": memory.dense_bytes}
     rows = []
-    for prompt, answer in zip(prompts, found.sequences[:, width:].tolist(), strict=True):
+    for row, (prompt, answer) in enumerate(zip(prompts, found.sequences[:, width:].tolist(), strict=True)):
+        if said is not None:
+            answer = answer[: said.lengths[row]]
         rows.append(
             {
                 "pred": tokenizer.decode(answer, skip_special_tokens=True),

@@ -50,6 +50,8 @@ class LongBenchEval(EvalTask):
         ImportError: Chinese tasks without `jieba`.
     """
 
+    generates = True
+
     def __init__(self, task: str, samples: Sequence[LongBenchSample] | None = None, **settings: Any) -> None:
         self.settings = LongBenchSettings.from_dict(settings)
         self.task = longbench_task(task)
@@ -99,6 +101,7 @@ class LongBenchEval(EvalTask):
             [prompt.tokens for prompt in prompts],
             max_new_tokens=self.task.max_new_tokens,
             stops_at_newline=self.task.stops_at_newline,
+            prefixes=self.prefixes,
         )
         return [
             {

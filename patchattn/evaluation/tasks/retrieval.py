@@ -76,8 +76,9 @@ class Sample:
 class RetrievalTask(EvalTask):
     """Statements hidden in a long text; the score is the share of the expected strings that answers hold.
 
-    Rows say `length`, `depths` (percent, where the statements came to stand), `expected`, `pred` (the answer) and what
-    the answer cost. Scores are `recall`, the mean over samples of the share of expected strings found, letters of
+    Rows say `length`, `depths` (percent, where the statements came to stand), `expected`, `pred` (the answer, which
+    ends where it holds all that is expected, for more of it changes no score) and what the answer cost. Scores are
+    `recall`, the mean over samples of the share of expected strings found, letters of
     either case, times 100; and `recall@<length>`.
 
     Args:
@@ -89,6 +90,7 @@ class RetrievalTask(EvalTask):
 
     settings_class: ClassVar[type[RetrievalSettings]]
     main_score = "recall"
+    generates = True
 
     def __init__(self, **settings: Any) -> None:
         self.settings: Any = self.settings_class.from_dict(settings)
@@ -134,7 +136,12 @@ class RetrievalTask(EvalTask):
     def answer(self, model: Any, tokenizer: Any, indices: Sequence[int]) -> list[Row]:
         prompts = [self.prompt(tokenizer, index) for index in indices]
         answers = generate(
-            model, tokenizer, [prompt.tokens for prompt in prompts], max_new_tokens=self.settings.max_new_tokens
+            model,
+            tokenizer,
+            [prompt.tokens for prompt in prompts],
+            max_new_tokens=self.settings.max_new_tokens,
+            wanted=[self.sample(index).expected for index in indices],
+            prefixes=self.prefixes,
         )
         rows = []
         for index, prompt, answer in zip(indices, prompts, answers, strict=True):

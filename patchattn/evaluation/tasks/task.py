@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .prefixes import Prefixes
+
 Row = dict[str, Any]
 ModelKind = Literal["causal_lm", "classifier", "vision_language"]
 
@@ -24,6 +26,9 @@ class EvalTask(ABC):
         unit: of the main score, empty for a number without one, such as a perplexity.
         higher_is_better: whether more of it is better.
         samples_are_draws: whether samples are draws of one kind, such as questions, so that an error can be stated.
+        generates: whether answers are generated; a patch that acts behind a prompt alone changes nothing of others.
+        prefixes: where tasks that generate find what the unpatched model has read of their prompts; None: every prompt
+            is read as a whole.
     """
 
     name: str
@@ -32,6 +37,8 @@ class EvalTask(ABC):
     unit: str = "%"
     higher_is_better: bool = True
     samples_are_draws: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
+    prefixes: "Prefixes | None" = None
 
     @abstractmethod
     def __len__(self) -> int:
