@@ -21,7 +21,8 @@ def run_(
     data: Annotated[Path | None, typer.Option(help="Folder that the tasks' data lies in; the Hub without.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="Row to measure; may be repeated. All without.")] = None,
     only: Annotated[
-        str | None, typer.Option(help="quality: no times; speed: times alone, on a machine that does nothing else.")
+        str | None,
+        typer.Option(help="One part: quality, without times, or speed, on a machine that does nothing else."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device; a GPU by default where there is one.")] = None,
 ) -> None:
