@@ -83,6 +83,7 @@ offer(
     {
         name: f"{__name__}.variants.{module}"
         for name, module in {
+            "a_vl": "eviction.a_vl",
             "act": "sinks.act",
             "adakv": "eviction.adakv",
             "agent": "grids.agent",

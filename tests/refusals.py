@@ -121,7 +121,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    **_of_images("fastv", "hiprune", "pai", "paint", "var", "vcd", "vhr"),
+    **_of_images("a_vl", "fastv", "hiprune", "pai", "paint", "var", "vcd", "vhr"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),

@@ -12,6 +12,7 @@ from .families import FAMILIES
 from .toy import registered_toy
 
 SHIPPED = [
+    "a_vl",
     "act",
     "adakv",
     "agent",

@@ -16,7 +16,9 @@ from .families import FAMILIES
 
 APART = {"duo"}  # stores heads apart, for which one variant must be alone
 FIRST = pytest.mark.parametrize(
-    "case", [case for case in cases("cache") if not case.example and case.variant not in APART], ids=str
+    "case",
+    [case for case in cases("cache") if not case.example and not (case.variant in APART or case.refusal("llama"))],
+    ids=str,
 )
 STEPS = 6
 SPANS = [(2, 6), (1, 3)]

@@ -10,17 +10,17 @@ from torch import nn
 from patchattn_kernels import split_attention
 
 from ...core.call import AttentionCall
-from ...core.hooks import Hook, enclosing_layer, note_token_ids, with_residual
+from ...core.hooks import Hook, enclosing_layer, with_residual
 from ...core.linear import is_dispatched
 from ...core.registry import register_variant
 from ...core.renaming import Renaming
-from ...core.run import current_run, end_run
 from ...core.selection import base_model, evaluating
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
-from ...vision.images import ImageLayout, image_layout, needed_layout
-from ...vision.marks import image_tokens, with_true_image_tokens
+from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
+from ...vision.images import ImageLayout, needed_layout
+from ...vision.marks import image_tokens
+from ...vision.variant import ImageTokenVariant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class VARConfig(VariantConfig):
             raise ValueError("sink_dims is empty: name dimensions, or leave it out to have them found.")
 
 
-class VAR(Variant):
+class VAR(ImageTokenVariant):
     """Attention of a language model that moves weight from sinks to the image tokens that are none.
 
     Reports `sink_keys` `(B, Tk)`, `image_keys` `(B, Tk)`, and `image_centric` `(B, Tq, H)`, where weight was moved.
@@ -133,33 +133,11 @@ class VAR(Variant):
         return self.config.move_fraction == 0.0 or not _acts_in(self.config, self.site)
 
     def hooks(self, model: nn.Module) -> list[Hook]:
-        base: Any = base_model(model)
-        layout = image_layout(base)
-        self.placeholders = layout.placeholders
-        return [
-            Hook(base.get_input_embeddings(), "before", self.before_embedding),
-            Hook(base.get_submodule(layout.language_model), "before", self.before_language_model),
-            Hook(base.get_submodule(layout.language_model), "finally", self.after_language_model),
-            Hook(base.get_submodule(self.layer), "before", self.before_layer),
-            Hook(base, "finally", self.after_model),
-        ]
-
-    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note_token_ids(args, kwargs)
-
-    def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_true_image_tokens("VAR", self.placeholders, module, self.before_embedding, args, kwargs)
-
-    def after_language_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        current_run().token_ids = None
+        layer = base_model(model).get_submodule(self.layer)
+        return [*super().hooks(model), Hook(layer, "before", self.before_layer)]
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_residual(args, kwargs)
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        end_run()
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
         """A token keeps the marks that it came with."""
