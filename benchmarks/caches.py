@@ -1,4 +1,4 @@
-"""Kv caches that forget: what they save of memory and time. What answers lose: `cache_answers.py`.
+"""Kv caches that forget: what they save of memory and time. What answers lose: `answers.py`.
 
 Every number is of one process in which the dense model and a method take turns:
 

@@ -10,13 +10,16 @@ from typing import Any
 Row = dict[str, Any]
 
 
+def read_lines(path: Path) -> list[tuple[str, Row]]:
+    """Keys and rows in their order; a line that was cut off is none."""
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [(row.pop("key"), row) for row in rows]
+
+
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows that are there, by key; a line that was cut off is none."""
-    found = {}
-    for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else []:
-        row = json.loads(line)
-        found[row.pop("key")] = row
-    return found
+    """The rows that are there, by key, the last of each."""
+    return dict(read_lines(path))
 
 
 def append_row(path: Path, key: str, row: Row) -> None:

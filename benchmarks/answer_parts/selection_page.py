@@ -1,0 +1,124 @@
+"""The page on variants that say which keys are read."""
+
+from pathlib import Path
+
+from .cases import NEEDLES, TEXT
+from .methods import selection_methods
+from .pictures import plot
+from .tables import (
+    PARTS,
+    Rows,
+    Setting,
+    better,
+    lengths,
+    near,
+    needles_table,
+    of,
+    positions_table,
+    settings,
+)
+
+GROUPS = {
+    "steps": "Methods that act in decoding",
+    "rows": "Every token chooses for itself",
+    "prompt": "Methods that act in the call of a prompt",
+}
+BASELINE = {"steps": "random pages", "rows": "streaming", "prompt": "streaming"}
+INTRODUCTION = """\
+Every prompt was taken by the dense model and by each method; differences are of pairs, with their standard errors. \
+Answers are forced: the columns of tasks are the share of prompts in which every token of the answer is the most \
+likely one, so that greedy decoding writes it; nats are the answer's mean loss a token (all tasks), the lower the \
+better. `read` is what the variants report, keys read over keys seen, of all layers (those that a method leaves \
+dense read all) and all tokens for which it acts; in a prompt the first tokens see so few keys that it lies above \
+what was asked for. The baseline of methods that act in decoding is `random pages` with the same setting, of the \
+others `streaming`; where a method has a share of the attention in place of a share of the keys, it is the baseline \
+at 0.25.
+
+Methods that act in decoding read a prompt densely but for its last token, which is given by itself, as in a second \
+turn. Those of a prompt leave decoding dense. Blocks are smaller than in the papers, as are lengths: `patchattn info \
+NAME` has the published settings, `benchmarks/answer_parts/methods.py` those of this page."""
+# what each paper says of its choice, with what is compared
+CLAIMS = {
+    "quest": "Pages with high bounds hold what is asked for",
+    "twilight": "As few keys as hold a share of the attention are enough",
+    "lserve": "Pages chosen by smaller ones hold what is asked for, also where a choice lasts four tokens",
+    "recycled": "What an earlier token attended to most serves later ones",
+    "mswa": "Windows of several sizes serve better than one",
+    "power": "Blocks at powers of two serve better than a window",
+    "hip": "A tree finds what is asked for",
+    "vertical_slash": "Columns and diagonals that the end of a prompt attends to hold what is asked for",
+    "triangle": "Early tokens of a prompt need no distant keys in later layers",
+    "hyper": "Buckets and a sample estimate attention",
+    "flex_prefill": "Lines or blocks that hold a share of the attention are enough",
+    "xattention": "Antidiagonals tell which blocks matter",
+}
+
+
+def baselines(asked: list[Setting], group: str) -> dict[str, str]:
+    """The name of the baseline for each name of a setting."""
+    shares = {"0.05", "0.1", "0.25", "0.5"}
+    return {
+        setting.name: f"{BASELINE[group]} {setting.asked if setting.asked in shares else '0.25'}" for setting in asked
+    }
+
+
+def lines(rows: Rows, conditions: str, output: Path) -> list[str]:
+    """The page from the rows that are there, and its pictures beside it."""
+    methods = selection_methods()
+    groups = {
+        how: [method.name for method in methods if method.how == how or method.name == BASELINE[how]] for how in GROUPS
+    }
+    needles, texts = of(rows, NEEDLES), of(rows, [TEXT])
+    page = ["# Which keys are read: what answers lose", "", conditions, ""]
+    page += ["`python benchmarks/answers.py run selection DIR --text FILE`, then `page`; rows are in", ""]
+    page[-2] = page[-2].removesuffix("in") + "`docs/results/selection`. The text is WikiText-2's test set."
+    page += [INTRODUCTION, "", *claims(rows)]
+    panels = {title: (needles, settings(needles, groups[how])) for how, title in GROUPS.items()}
+    plot(output.with_suffix(".png"), panels, share="keys read, %", baseline="streaming")
+    page += ["", "## Needles", "", f"![Nats lost over the share of keys read]({output.stem}.png)"]
+    for length in lengths(rows, NEEDLES):
+        page += ["", f"### {length} tokens"]
+        some = of(rows, NEEDLES, length)
+        for how, title in GROUPS.items():
+            asked = settings(some, groups[how])
+            if asked:
+                page += ["", f"{title}:", "", *needles_table(some, asked, "read, %", baselines(asked, how))]
+    page += ["", "## Loss by position", ""]
+    page += [
+        "Texts of WikiText-2 in one call, cut into four parts; nats a token of the dense model, and what is added to "
+        "them. What acts in decoding alone was told that every token chooses for itself, which is what decoding token "
+        "by token does; `recycled` has no such setting and is left out.",
+    ]
+    for length in lengths(rows, [TEXT]):
+        some = of(rows, [TEXT], length)
+        asked = [setting for how in GROUPS for setting in settings(some, groups[how])]
+        page += ["", f"### {length} tokens", "", *positions_table(some, list(dict.fromkeys(asked)), "read, %")]
+    return page if texts else page[:-2]
+
+
+def claims(rows: Rows) -> list[str]:
+    """What is shown of what the papers say."""
+    needles, texts = of(rows, NEEDLES), of(rows, [TEXT])
+    found = [
+        "## Claims",
+        "",
+        "A difference is called shown if it is more than two standard errors from zero; that little is lost, if what "
+        "is lost is below 0.1 nats a token by two standard errors. Needles of all lengths are pooled. The papers' "
+        "models are larger and their texts longer.",
+        "",
+    ]
+    last = PARTS + 3
+    middle = {"twilight": "0.85", "flex_prefill": "0.7", "xattention": "0.7"}
+    found.append(
+        near("First and last keys are enough for fluent text, in its last part", texts, "streaming 0.25", place=last)
+    )
+    for method in selection_methods():
+        if method.name not in CLAIMS:
+            continue
+        name = f"{method.name} {middle.get(method.name, '0.25')}"
+        other = f"{BASELINE[method.how]} 0.25"
+        found.append(better(f"{CLAIMS[method.name]}: it beats the baseline", needles, name, other))
+        found.append(near("Little is lost", needles, name))
+        if method.text is not None:
+            found.append(near("Little is lost in texts, in their last part", texts, name, place=last))
+    return found
