@@ -24,10 +24,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import patchattn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from heads_parts import contrast, lookback, masking, massive, retrieval, rollout, speech
+from heads_parts import (
+    codes,
+    contrast,
+    dates,
+    directions,
+    lookback,
+    maps,
+    masking,
+    massive,
+    memory,
+    places,
+    retrieval,
+    rollout,
+    speech,
+)
 from heads_parts.common import Part, Setup
 
-PARTS: tuple[Part, ...] = (retrieval, masking, contrast, lookback, massive, rollout, speech)
+PARTS: tuple[Part, ...] = (
+    *(retrieval, masking, contrast, lookback, massive, rollout, speech),
+    *(places, memory, dates, maps, directions, codes),
+)
 
 app = typer.Typer(add_completion=False)
 

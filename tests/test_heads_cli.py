@@ -18,7 +18,8 @@ from patchattn.calibration.vectors import find_vectors
 from patchattn.cli import main as cli
 from patchattn.core.heads import HeadList
 from patchattn.core.importance import HeadImportance
-from patchattn.inspection.head_functions import relation_scores
+from patchattn.inspection.head_codes import code_scores
+from patchattn.inspection.head_functions import relation_salience, relation_scores
 from patchattn.inspection.head_roles import ablation_scores, position_scores
 from patchattn.inspection.lookback import LookbackProbe, lookback_ratios
 
@@ -73,7 +74,7 @@ def test_positional_heads(run: Any, model: Any, tmp_path: Path) -> None:
     assert picture.stat().st_size > 1000
     assert run("head-roles", *how, "--top", 2)[0] == 0
     assert HeadList.parse(output).heads == want.highest(2).heads
-    assert "--role is position" in run("head-roles", "--role", "pos", "--data", data)[2]
+    assert "--role is one of position, rarity" in run("head-roles", "--role", "pos", "--data", data)[2]
     assert "--offset is of the role position" in run("head-roles", "--role", "rarity", *how[2:])[2]
 
 
@@ -106,8 +107,34 @@ def test_heads_of_a_relation(run: Any, model: Any, tmp_path: Path) -> None:
     ids: Any = [tuple(BYTES(pair[name], add_special_tokens=False)["input_ids"][0] for name in pair) for pair in pairs]
     assert HeadImportance.load(output).scores == relation_scores(model, ids, top=60).scores
     lines(data, {"source": "no", "target": "b"})
-    assert "no pair is of single" in run("head-roles", "--role", "relation", "--data", data)[2]
+    assert "no source and target is a single token" in run("head-roles", "--role", "relation", "--data", data)[2]
     assert "--rank and --suppress are" in run("head-roles", "--role", "rarity", "--data", data, "--suppress")[2]
+
+
+def test_salience_and_codes_have_files_and_pictures(run: Any, model: Any, tmp_path: Path) -> None:
+    """Of words that may have no target, and of prompts of unequal length."""
+    output, picture = tmp_path / "scores.json", tmp_path / "heads.png"
+    how = ("--output", output, "--plot", picture)
+    data = lines(tmp_path / "words.jsonl", {"source": "a"}, {"source": "b", "target": "no"}, {"source": "no"})
+    code, _, wrong = run("head-roles", "--role", "salience", "--data", data, *how)
+    assert code == 0, wrong
+    ids = [BYTES(word, add_special_tokens=False)["input_ids"][0] for word in "ab"]
+    want = {name: pytest.approx(scores) for name, scores in relation_salience(model, ids).scores.items()}
+    assert HeadImportance.load(output).scores == want
+    assert picture.stat().st_size > 1000
+    prompts = [("a b a", "a b c"), ("longer b, longer", "longer b, other")]
+    data = lines(tmp_path / "prompts.jsonl", *({"prompt": one, "without": other} for one, other in prompts))
+    code, _, wrong = run("head-roles", "--role", "codes", "--data", data, "--batch-size", 1, *how)
+    assert code == 0, wrong
+    batches = [
+        [{"input_ids": torch.tensor([BYTES(text)["input_ids"]])} for text in some]
+        for some in zip(*prompts, strict=True)
+    ]
+    assert HeadImportance.load(output).scores == code_scores(model, *batches).scores
+    assert (
+        "a record has the fields prompt, without"
+        in run("head-roles", "--role", "codes", "--data", lines(data, {"prompt": "a"}))[2]
+    )
 
 
 def answers(count: int) -> list[ContextAnswer]:

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from paired_rows import Row as Row
 from paired_rows import append_row, read_rows
 from paired_rows import paired as paired
@@ -16,8 +17,10 @@ from torch import nn
 
 import patchattn
 from patchattn.core.heads import HeadList
+from patchattn.core.importance import HeadImportance
 
 Job = tuple[str, Callable[[], Row]]  # the key of a row, and what makes the row
+Place = tuple[int, int]  # (layer, head)
 MASKED = (5, 10, 20)  # how many heads are masked
 
 
@@ -83,6 +86,51 @@ def patched(model: nn.Module, variant: str, **settings: Any) -> Iterator[None]:
         yield
     finally:
         patchattn.unpatch_model(model)
+
+
+def windows(setup: Setup, length: int) -> list[list[int]]:
+    """The text in pieces of so many tokens."""
+    ids = setup.tokenizer(setup.text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+
+
+def table_of(importance: HeadImportance, digits: int = 4) -> list[list[float]]:
+    """Scores by layer and head, for a row."""
+    sites = sorted(importance.sites.values(), key=lambda site: site.layer)
+    return [[round(score, digits) for score in site.scores] for site in sites]
+
+
+def best(scores: Any, count: int) -> list[Place]:
+    """The (layer, head) of the highest scores of a table; equal ones by layer and head."""
+    order = np.argsort(-np.asarray(scores), axis=None, kind="stable")[:count]
+    width = np.shape(scores)[1]
+    return [(int(place) // width, int(place) % width) for place in order]
+
+
+def drawn(shape: Sequence[int], without: Collection[Place], count: int, seed: Sequence[int]) -> list[Place]:
+    """So many heads of a table of this shape, none of some others."""
+    outside = [place for place in np.ndindex(*shape) if place not in without]
+    chosen = np.random.default_rng(seed).choice(len(outside), count, replace=False)
+    return [outside[place] for place in chosen.tolist()]
+
+
+@contextmanager
+def silent(setup: Setup, heads: Iterable[Place]) -> Iterator[None]:
+    """The outputs of these heads are zero at every token; none of them is the model as it is."""
+    listed = [list(head) for head in heads]
+    if not listed:
+        yield
+        return
+    with patched(setup.model, "heads", heads=HeadList.parse(listed).to_dict()):
+        yield
+
+
+@torch.inference_mode()
+def losses(setup: Setup, tokens: Sequence[int]) -> torch.Tensor:
+    """`(T - 1,)` float64: loss of every token of a text but the first, in nats."""
+    ids = torch.tensor([list(tokens)], device=setup.model.device)
+    logits = setup.model(ids).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
 
 
 def ranking(setup: Setup) -> list[tuple[int, int]]:

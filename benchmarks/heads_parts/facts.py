@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # of each kind: a sentence that says it, a question, and what is known
-_KINDS = {
+KINDS = {
     "capital": (
         "{answer} is the capital of {of}. The parliament of {of} meets in {answer}.",
         "What is the capital of {of}?",
@@ -58,7 +58,7 @@ def facts(seed: int = 0) -> list[Fact]:
     """All of them, in an order that is drawn; swaps are drawn without one that is true."""
     draw = np.random.default_rng(seed)
     found = []
-    for sentence, question, pairs in _KINDS.values():
+    for sentence, question, pairs in KINDS.values():
         known = dict(pair.split(":") for pair in pairs.split())
         for of, answer in known.items():
             other = str(draw.choice([each for each in known.values() if each != answer]))

@@ -14,12 +14,15 @@ Seed = Annotated[int, typer.Option(help="Seed of the prompts.", min=0)]
 
 def calibrate_head_roles(
     model: Model,
-    role: Annotated[str, typer.Option(help="What to score: position, rarity, gradient, temporal or relation.")],
+    role: Annotated[
+        str, typer.Option(help="What to score: position, rarity, gradient, temporal, codes, relation or salience.")
+    ],
     data: Annotated[
         Path,
         typer.Option(
             help="Texts: .txt, .jsonl or .tsv; for temporal .jsonl or .tsv with prompt, answer and perhaps without, "
-            "the same prompt without its date; for relation with source and target."
+            "the same prompt without its date; for codes with prompt and without, the same without the task; for "
+            "relation with source and target, for salience with source."
         ),
     ],
     offset: Annotated[int, typer.Option(help="With position: the distance, -1 for the token before.")] = -1,
@@ -46,14 +49,15 @@ def calibrate_head_roles(
 
     position: attends most to the token at --offset; rarity: attends to rare tokens; gradient: takes part in knowing the
     texts by heart, by gradients of its weights; temporal: the answer needs it, more so where the prompt has a date;
-    relation: its weights alone lead from each pair's source to its target (MAPS).
+    codes: gives other things at prompts with a task than without it, by an autoencoder's codes; relation: its weights
+    alone lead from each pair's source to its target, and salience: write much where it attends to a source (MAPS).
     `patch_model(model, "heads", heads=OUTPUT)` masks a list of heads.
     """
     from ..calibration.data import make_batches, read_texts
     from ..calibration.few_shot import first_answer_token, prompt_batches
     from ..calibration.records import read_records
     from ..files.documents import write_json
-    from ..inspection import head_functions, head_roles
+    from ..inspection import head_codes, head_functions, head_roles
     from .common import language_model
 
     scorers: dict[str, Any] = {
@@ -61,22 +65,40 @@ def calibrate_head_roles(
         "rarity": head_roles.rarity_scores,
         "gradient": head_roles.gradient_scores,
     }
-    if role not in (*scorers, "temporal", "relation"):
-        raise ValueError(f"--role is {', '.join(scorers)}, temporal or relation, got {role!r}.")
+    fields = {
+        "temporal": (("prompt", "answer"), ("without",)),
+        "codes": (("prompt", "without"), ("answer",)),
+        "relation": (("source", "target"), ()),
+        "salience": (("source",), ("target",)),
+    }
+    if role not in (*scorers, *fields):
+        raise ValueError(f"--role is one of {', '.join((*scorers, *fields))}; got {role!r}.")
     if role != "relation" and (rank != 10 or suppress):
         raise ValueError(f"--rank and --suppress are of the role relation, got {role}.")
     if offset != -1 and role != "position":
         raise ValueError(f"--offset is of the role position, got {role}.")
-    fields = {"temporal": (("prompt", "answer"), ("without",)), "relation": (("source", "target"), ())}
     records = read_records(data, *fields[role]) if role in fields else []
     texts = [] if role in fields else read_texts(data)
     tokenizer, loaded = language_model(model, device)
-    if role == "relation":
-        ids = [[tokenizer(each[name], add_special_tokens=False)["input_ids"] for name in each] for each in records]
-        pairs = [(one[0], other[0]) for one, other in ids if len(one) == len(other) == 1][:samples]
-        if not pairs:
-            raise ValueError(f"{data}: no pair is of single tokens, such as words with the blank in front of them.")
-        found = head_functions.relation_scores(loaded, pairs, top=rank, suppress=suppress, modules=modules)
+    if role in ("relation", "salience"):
+        names = fields[role][0]
+        ids = [[tokenizer(each[name], add_special_tokens=False)["input_ids"] for name in names] for each in records]
+        words = [[one[0] for one in each] for each in ids if all(len(one) == 1 for one in each)][:samples]
+        if not words:
+            raise ValueError(
+                f"{data}: no {' and '.join(names)} is a single token, such as a word with the blank in front of it."
+            )
+        if role == "relation":
+            pairs = [(one, other) for one, other in words]
+            found = head_functions.relation_scores(loaded, pairs, top=rank, suppress=suppress, modules=modules)
+        else:
+            found = head_functions.relation_salience(loaded, [word for (word,) in words], modules=modules)
+    elif role == "codes":
+        given = [
+            [batch.inputs for batch in prompt_batches(tokenizer, some, [0] * len(some), batch_size)]
+            for some in ([record[name] for record in records[:samples]] for name in ("prompt", "without"))
+        ]
+        found = head_codes.code_scores(loaded, *given, modules=modules)
     elif role == "temporal":
         records = records[:samples]
         dated = [bool(record["without"]) for record in records]

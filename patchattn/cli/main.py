@@ -22,6 +22,7 @@ from .evaluate import evaluate_model
 from .export import export_model
 from .heads import calibrate_head_roles, calibrate_lookback, calibrate_vectors
 from .plot import plot
+from .plot_heads import plot_directions, plot_entropy
 from .retrieval import calibrate_retrieval
 from .sorting import sort_context
 from .variants import AsJson, info_, list_variants_
@@ -288,6 +289,8 @@ calibrate.command("curve")(calibrate_curve)
 calibrate.command("flap")(calibrate_flap)
 calibrate.command("massive")(calibrate_massive)
 calibrate.command("retrieval")(calibrate_retrieval)
+plot.command("directions")(plot_directions)
+plot.command("entropy")(plot_entropy)
 calibrate.command("head-roles")(calibrate_head_roles)
 calibrate.command("lookback")(calibrate_lookback)
 calibrate.command("vectors")(calibrate_vectors)

@@ -1,5 +1,6 @@
 """The commands `patchattn plot ...`: a picture of a model, or of results that are there, into a file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,7 @@ def heads(
     check_output(output)
     source = Source(model, variant, settings, patch)
     usage = _run(source, routing_statistics, text, samples, length, batch_size, device).usage()
-    _save(plot_head_usage(usage, title=title or f"Use of heads: {source.name}"), output)
+    save(plot_head_usage(usage, title=title or f"Use of heads: {source.name}"), output)
 
 
 @plot.command()
@@ -80,7 +81,7 @@ def temperatures(
     check_output(output)
     source = Source(model, variant, settings, patch)
     layers = _run(source, temperature_statistics, text, samples, length, batch_size, device).layers()
-    _save(plot_temperatures(layers, title=title or f"Temperatures: {source.name}"), output)
+    save(plot_temperatures(layers, title=title or f"Temperatures: {source.name}"), output)
 
 
 @plot.command()
@@ -94,7 +95,7 @@ def importance(
     from ..plotting import plot_head_importance
 
     check_output(output)
-    _save(plot_head_importance(HeadImportance.load(scores), title=title), output)
+    save(plot_head_importance(HeadImportance.load(scores), title=title), output)
 
 
 @plot.command()
@@ -124,7 +125,7 @@ def received(
     where = f", layer {layer[0]}" if layer and len(layer) == 1 else ""
     labels = None if found[0].site.is_cross or found[0].share.shape[1] != len(tokens) else tokens
     title = title or f"Attention received: {source.name}{where}"
-    _save(plot_attention_received(found, tokens=labels, title=title), output)
+    save(plot_attention_received(found, tokens=labels, title=title), output)
 
 
 @plot.command("map")
@@ -156,7 +157,7 @@ def map_(
         names = ", ".join(attention.site.name for attention in found)
         raise ValueError(f"Layer {layer} has several attention modules: choose one of {names} with --modules.")
     labels = None if found[0].site.is_cross else tokens
-    _save(plot_attention_map(found[0], tokens=labels, title=title), output)
+    save(plot_attention_map(found[0], tokens=labels, title=title), output)
 
 
 @plot.command()
@@ -185,7 +186,7 @@ def grid(
     loaded = source.load(device)
     inputs, _ = tokens_of(source.tokenizer(), wanted, length, loaded)
     found = attention_maps(loaded, inputs, layers=layer, heads=head, modules=modules, resolution=resolution)
-    _save(plot_attention_grid(found, title=title or f"Attention of heads: {source.name}"), output)
+    save(plot_attention_grid(found, title=title or f"Attention of heads: {source.name}"), output)
 
 
 @plot.command("grid-mask")
@@ -210,7 +211,7 @@ def grid_mask(
     sides, place = (_two_numbers(*one) for one in ((size, "x", "--size"), (query, ",", "--query")))
     given = parse_settings(settings or [])
     found = grid_masks(variant, given, shape=sides, query=place, layers=layer or (0, 1), heads=heads)
-    _save(plot_grid_masks(found, title=title or f"What a patch sees: {variant}"), output)
+    save(plot_grid_masks(found, title=title or f"What a patch sees: {variant}"), output)
 
 
 @plot.command()
@@ -239,7 +240,7 @@ def rollout(
     inputs, tokens = tokens_of(source.tokenizer(), wanted, length, loaded)
     found = (attention_flow if flow else attention_rollout)(loaded, inputs, modules=modules)
     title = title or f"Attention {'flow' if flow else 'rollout'}: {source.name}"
-    _save(plot_rollout(found, tokens=tokens, layer=layer, title=title), output)
+    save(plot_rollout(found, tokens=tokens, layer=layer, title=title), output)
 
 
 @plot.command()
@@ -280,7 +281,7 @@ def image(
     inputs, seen = image_inputs(processor, picture, prompt, loaded)
     queries: Any = int(query) if query.isdecimal() else query
     found = image_attention(loaded, inputs, layers=layer, heads=head, queries=queries)
-    _save(plot_image_attention(seen, found, title=title or f"Attention to the image: {source.name}"), output)
+    save(plot_image_attention(seen, found, title=title or f"Attention to the image: {source.name}"), output)
 
 
 @plot.command()
@@ -292,7 +293,7 @@ def needle(reports: Reports, title: Title = None, output: Output = Path("needle.
 
     check_output(output)
     grids = {name: needle_grid(task_rows(folder, run, "needle")) for name, folder, run, _ in named_runs(reports)}
-    _save(plot_needle(grids, title=title or "Needle in a haystack"), output)
+    save(plot_needle(grids, title=title or "Needle in a haystack"), output)
 
 
 @plot.command()
@@ -312,7 +313,7 @@ def pareto(
 
     check_output(output)
     points, labels = pareto_points(reports, task, cost)
-    _save(plot_pareto(points, **labels, title=title or "Quality and cost"), output)
+    save(plot_pareto(points, **labels, title=title or "Quality and cost"), output)
 
 
 def _run(
@@ -321,7 +322,7 @@ def _run(
     """What `collect`, a context manager around a model, collects over texts."""
     import torch
 
-    from ..calibration.data import make_batches, read_texts
+    from ..calibration.data import read_texts
 
     if not source.has_patch:
         raise ValueError(
@@ -329,12 +330,21 @@ def _run(
         )
     examples = read_texts(text)
     loaded = source.load(device)
-    how: dict[str, Any] = {"length": length, "batch_size": batch_size, "samples": samples}
-    batches = make_batches(source.tokenizer(), examples, "causal" if source.decodes else "none", **how)
     with collect(loaded) as statistics, torch.no_grad():
-        for batch in batches:
-            loaded(**{name: tensor.to(loaded.device) for name, tensor in batch.items()})
+        for batch in batches_of(source, examples, loaded.device, samples, length, batch_size):
+            loaded(**batch)
     return statistics
+
+
+def batches_of(
+    source: Source, examples: Any, device: Any, samples: int | None, length: int, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Inputs of the model, on its device."""
+    from ..calibration.data import make_batches
+
+    how: dict[str, Any] = {"length": length, "batch_size": batch_size, "samples": samples}
+    for batch in make_batches(source.tokenizer(), examples, "causal" if source.decodes else "none", **how):
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _two_numbers(text: str, between: str, option: str) -> tuple[int, int]:
@@ -344,6 +354,6 @@ def _two_numbers(text: str, between: str, option: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _save(figure: "Figure", output: Path) -> None:
+def save(figure: "Figure", output: Path) -> None:
     figure.savefig(output, dpi=150)
     Console(highlight=False).print(f"Wrote {output}", soft_wrap=True)

@@ -1,6 +1,8 @@
 """Pictures of what a model's attention does, and of what a variant changes; matplotlib is imported to draw alone."""
 
 from .attention import plot_attention_grid, plot_attention_map, plot_attention_received, plot_image_attention
+from .directions import plot_attention_directions
+from .entropy import plot_attention_entropy
 from .grid_masks import plot_grid_masks
 from .heads import plot_head_importance, plot_head_usage, plot_pruning_curve
 from .massive import plot_massive_activations
@@ -11,6 +13,8 @@ from .temperatures import plot_temperatures
 __all__ = [
     "ParetoPoint",
     "pareto_front",
+    "plot_attention_directions",
+    "plot_attention_entropy",
     "plot_attention_grid",
     "plot_attention_map",
     "plot_attention_received",
