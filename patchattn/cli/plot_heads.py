@@ -63,7 +63,9 @@ def plot_directions(
     key: Annotated[int, typer.Option(help="Number of the token that it attends to, from 0.", min=0)],
     prompt: Prompt = None,
     text: Text = None,
-    share: Annotated[float, typer.Option(help="Of the logit, that the directions used carry.", min=0, max=1)] = 0.9,
+    share: Annotated[
+        float, typer.Option(help="Share of the logit that the directions used carry.", min=0, max=1)
+    ] = 0.9,
     writers: Annotated[int, typer.Option(help="How many earlier heads are drawn.", min=1)] = 10,
     modules: Modules = None,
     length: Length = 512,
