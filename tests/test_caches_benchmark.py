@@ -1,6 +1,7 @@
-"""benchmarks/caches.py: its settings, and what it writes down."""
+"""benchmarks/caches.py: its settings, the formula of bytes, and what it writes down."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -49,11 +50,28 @@ def test_every_method_keeps_its_share(script: ModuleType, folder: Path) -> None:
         assert script.held_tokens(cache) == pytest.approx(share, abs=tolerance), method
 
 
-def test_costs_are_written_down(script: ModuleType, folder: Path, tmp_path: Path) -> None:
-    page = tmp_path / "cost.md"
-    how = {"context": [300], "share": 0.25, "method": ["buffered", "knorm"], "rounds": 2, "tokens": 1}
-    script.cost(folder, **how, dtype="float32", threads=1, output=page)
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| 300 ")]
-    assert [row.split("|")[2].strip() for row in rows] == ["buffered", "knorm"]
-    assert float(rows[0].split("|")[3]) == 1.0
-    assert float(rows[1].split("|")[3]) == pytest.approx(0.25, abs=0.02)
+def test_every_row_is_measured_once_and_written_down(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    how = {"context": [600], "rows": rows, "dtype": "float32", "threads": 1}
+    for _ in range(2):  # the second time nothing is left to measure
+        script.memory(folder, **how, method=["buffered", "knorm", "duo half"])
+        script.decode(folder, **how, method=["buffered", "knorm", "h2o"], rounds=2, tokens=1)
+        script.prefill(folder, length=300, method=["knorm", "think"], rounds=1, rows=rows, dtype="float32", threads=1)
+    keys = [json.loads(line)["key"] for line in rows.read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 4 + 3 + 2
+    script.page(rows=rows, output=page)
+    text = page.read_text()
+    assert "| bytes beside the formula, largest difference | at most 5 % |" in text
+    assert "| duo half, 16k: decoding over plain | at least 1.7 | not measured yet |" in text
+    assert "| knorm: deciding, of a prompt of 300 | at most 5 % |" in text
+    assert "| 600 | buffered | " in text
+
+
+def test_bytes_are_those_of_the_formula(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    script.memory(folder, context=[2048], method=None, rows=rows, dtype="float32", threads=1)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {row["key"]: row["bytes"] / row["formula"] for row in found} == {
+        row["key"]: pytest.approx(1.0, abs=0.05) for row in found
+    }
+    assert next(row for row in found if row["key"].endswith("/knorm"))["bytes"] < 0.5 * found[0]["dense"]

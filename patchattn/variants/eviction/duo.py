@@ -144,12 +144,14 @@ class Duo(EvictionVariant):
 
     @property
     def is_identity(self) -> bool:
-        return not self.streaming
+        return self.config.sparsity == 0.0  # a layer without streaming heads still appends in place
 
     def rule(self, call: AttentionCall) -> SinkAndRecent | None:
         config, is_first = self.config, call.mask.queries == call.mask.columns
         near = self._recent(call) + 1  # a token's own is among the last
-        if call.mask.columns < config.sinks + near + 1 or (is_first and config.prefill == "full"):
+        if not self.streaming or call.mask.columns < config.sinks + near + 1:
+            return None
+        if is_first and config.prefill == "full":
             return None
         if self.is_split and _is_whole(call):
             recent = [near if streams else None for streams in self.streams]
@@ -163,6 +165,8 @@ class Duo(EvictionVariant):
         return config.recent if config.prefill_recent is None or call.mask.queries == 1 else config.prefill_recent
 
     def forget(self, call: AttentionCall) -> None:
+        if not self.streaming:
+            return
         config, context, recent = self.config, call.context, self._recent(call)
         is_whole = _is_whole(call)
         if config.looks_ahead and not context.is_apart:
