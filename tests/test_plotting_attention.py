@@ -26,8 +26,8 @@ from .families import FAMILIES
 SITES = find_sites(FAMILIES["llama"].make())
 
 
-def received(layer):
-    share = torch.tensor([[0.7, 0.1, 0.2], [0.6, 0.1, 0.3]]).double() / (layer + 1)
+def received(layer, divisor=None):
+    share = torch.tensor([[0.7, 0.1, 0.2], [0.6, 0.1, 0.3]]).double() / (divisor or layer + 1)
     return ReceivedAttention(
         SITES[layer], share, torch.full((3,), 0.1).double(), torch.tensor([1.0, 0.9, 0.1]).double()
     )
@@ -52,6 +52,18 @@ def test_received_by_layer_is_the_mean_of_heads():
     assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == ("Sinks", "layer", "key, position in tokens")
     assert "%" in bar.get_ylabel()
     assert marks(axes) == [(0, 0)]  # the last key gets much, but is seen by few queries
+
+
+def test_what_was_received_before_is_drawn_above_in_the_same_colours():
+    figure = plot_attention_received([received(0, 2)], before=[received(0)], title="Sinks")
+    above, below, _bar = figure.axes
+    np.testing.assert_allclose(above.images[0].get_array(), [[70, 10, 20], [60, 10, 30]])
+    np.testing.assert_allclose(below.images[0].get_array(), [[35, 5, 10], [30, 5, 15]])
+    np.testing.assert_allclose(above.images[0].get_clim(), (5, 70), rtol=1e-6)
+    assert above.images[0].get_clim() == below.images[0].get_clim()
+    assert (above.get_title(), below.get_title(), figure.get_suptitle()) == ("without the patch", "with it", "Sinks")
+    with pytest.raises(ValueError, match="of other layers, heads or keys"):
+        plot_attention_received([received(0), received(1)], before=[received(0)])
 
 
 def test_keys_that_few_queries_see_are_pale_and_do_not_stretch_the_colours():

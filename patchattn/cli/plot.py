@@ -109,23 +109,32 @@ def received(
     layer: Layers = None,
     modules: Modules = None,
     length: Length = 512,
+    before: Annotated[
+        bool, typer.Option("--before", help="Draw the model without its patch above, in the same colours.")
+    ] = False,
     device: Device = None,
     title: Title = None,
     output: Output = Path("received.png"),
 ) -> None:
     """Attention that each token receives, by layer, or by head of one --layer; attention sinks are marked."""
+    from ..core.patching import unpatched
     from ..inspection.attention_maps import attention_received
     from ..plotting import plot_attention_received
 
     check_output(output)
     wanted, source = one_text(prompt, text), Source(model, variant, settings, patch)
+    if before and not source.has_patch:
+        raise ValueError("--before needs a patch to compare with: give --variant or --patch, or a model saved patched.")
     loaded = source.load(device)
     inputs, tokens = tokens_of(source.tokenizer(), wanted, length, loaded)
-    found = attention_received(loaded, inputs, layers=layer, modules=modules)
+    found, plain = attention_received(loaded, inputs, layers=layer, modules=modules), None
+    if before:
+        with unpatched(loaded):
+            plain = attention_received(loaded, inputs, layers=layer, modules=modules)
     where = f", layer {layer[0]}" if layer and len(layer) == 1 else ""
     labels = None if found[0].site.is_cross or found[0].share.shape[1] != len(tokens) else tokens
     title = title or f"Attention received: {source.name}{where}"
-    save(plot_attention_received(found, tokens=labels, title=title), output)
+    save(plot_attention_received(found, before=plain, tokens=labels, title=title), output)
 
 
 @plot.command("map")

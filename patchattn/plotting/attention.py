@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .style import COLOURS, ORANGE, OVER_GREY
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -19,6 +20,7 @@ _GAMMA = 0.4  # of the colours of maps, so that small weights show beside sinks
 def plot_attention_received(
     received: "Sequence[ReceivedAttention]",
     *,
+    before: "Sequence[ReceivedAttention] | None" = None,
     tokens: Sequence[str] | None = None,
     title: str = "Attention received by keys",
 ) -> "Figure":
@@ -33,6 +35,7 @@ def plot_attention_received(
 
     Args:
         received: of `patchattn.inspection.attention_maps.attention_received`.
+        before: the same of the model without its patch, drawn above in the same colours.
         tokens: text of each key, from the first that is not padding; written if there are few.
         title: of the picture.
 
@@ -40,13 +43,17 @@ def plot_attention_received(
         A figure; save it with `figure.savefig(path)`.
 
     Raises:
-        ValueError: nothing to draw, another number of tokens than of keys, or layers of several towers or kinds.
+        ValueError: nothing to draw, another number of tokens than of keys, layers of several towers or kinds, or other
+            layers or keys before.
     """
     if not received:
         raise ValueError("There is nothing to draw: received must hold at least one layer.")
     length = max(layer.share.shape[1] for layer in received)
     if len({(layer.site.tower, layer.site.is_cross, layer.share.shape[1]) for layer in received}) > 1:
         raise ValueError("The layers are of several towers or kinds of attention: choose one with modules=...")
+    shapes = [[(layer.site.name, layer.share.shape) for layer in given] for given in (received, before or received)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("What was received before is of other layers, heads or keys: draw them apart.")
     if tokens is not None and len(tokens) != length:
         raise ValueError(f"There are {length} keys, but {len(tokens)} tokens to label them with.")
 
@@ -58,40 +65,55 @@ def plot_attention_received(
 
     from ..inspection.attention_maps import SINK_SEEN
 
+    parts = [received] if before is None else [before, received]
+    drawn = [_received_table(part) for part in parts]
+    names, label = [str(layer.site.layer_index) for layer in received], "layer"
     if len(received) == 1:
-        table, marked = 100 * received[0].share.numpy(), received[0].sinks().numpy()
-        names, label = [str(head) for head in range(len(table))], "query head"
-    else:
-        table = 100 * np.stack([layer.share.mean(0).numpy() for layer in received])
-        marked = np.stack([layer.sinks().double().mean(0).numpy() >= 0.5 for layer in received])
-        names, label = [str(layer.site.layer_index) for layer in received], "layer"
-    height = min(10.0, max(2.6, 1.6 + 0.26 * len(table) + (0.5 if tokens is not None else 0.0)))
+        names, label = [str(head) for head in range(len(drawn[0][0]))], "query head"
+    height = min(10.0, max(2.6, 1.6 + 0.26 * len(parts) * len(names) + (0.5 if tokens is not None else 0.0)))
     figure = Figure(figsize=(max(6.4, 0.085 * len(title) + 0.5), height), layout="constrained")
-    axes = figure.subplots()
+    every = figure.subplots(len(parts), squeeze=False)[:, 0]
     many = np.stack([layer.seen.numpy() for layer in received]).min(0) >= SINK_SEEN
-    counted = table[:, many]
+    counted = np.concatenate([table[:, many] for table, _ in drawn])
     low, high = max(counted.min(), counted.max() / 1000), counted.max()
-    image = axes.imshow(table, cmap=COLOURS, norm=LogNorm(low, high), aspect="auto")
     veil = np.where(many, np.nan, 1.0)[None]
-    axes.imshow(veil, cmap="gray", vmin=0, vmax=1, alpha=_VEIL, aspect="auto", extent=image.get_extent())
-    y, x = marked.nonzero()
-    axes.plot(x, y, linestyle="none", marker="x", color=ORANGE, markersize=6, markeredgewidth=1.6)
+    for axes, (table, marked) in zip(every, drawn, strict=True):
+        image = axes.imshow(table, cmap=COLOURS, norm=LogNorm(low, high), aspect="auto")
+        axes.imshow(veil, cmap="gray", vmin=0, vmax=1, alpha=_VEIL, aspect="auto", extent=image.get_extent())
+        y, x = marked.nonzero()
+        axes.plot(x, y, linestyle="none", marker="x", color=ORANGE, markersize=6, markeredgewidth=1.6)
+        axes.set_ylabel(label)
+        _label_steps(axes, "y", names)
+    if before is None:
+        axes.set_title(title, fontsize=11)
+    else:
+        figure.suptitle(title, fontsize=11)
+        for axes, name in zip(every, ("without the patch", "with it"), strict=True):
+            axes.set_title(name, fontsize=9)
+            axes.tick_params(labelbottom=axes is every[-1])
     share = "attention sink" if len(received) == 1 else "attention sink in half of the heads or more"
-    axes.set_title(title, fontsize=11)
     axes.plot([], [], linestyle="none", marker="x", color=ORANGE, markersize=6, markeredgewidth=1.6, label=share)
     handles, _ = axes.get_legend_handles_labels()
     if not many.all():
         few = f"pale: seen by less than {100 * SINK_SEEN:.0f} % of the queries"
         handles.append(Patch(facecolor="0.85", edgecolor="0.6", label=few))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    axes.set_ylabel(label)
-    _label_steps(axes, "y", names)
     _label_tokens(axes, "x", tokens, range(length), "key, position in tokens")
-    bar = figure.colorbar(image, ax=axes, label="mean attention of the\nqueries that see it, %")
+    bar = figure.colorbar(image, ax=list(every), label="mean attention of the\nqueries that see it, %")
     bar.minorticks_off()
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure
+
+
+def _received_table(received: "Sequence[ReceivedAttention]") -> "tuple[np.ndarray, np.ndarray]":
+    """Percent by head or layer and key, and where sinks are marked."""
+    import numpy as np
+
+    if len(received) == 1:
+        return 100 * received[0].share.numpy(), received[0].sinks().numpy()
+    table = 100 * np.stack([layer.share.mean(0).numpy() for layer in received])
+    return table, np.stack([layer.sinks().double().mean(0).numpy() >= 0.5 for layer in received])
 
 
 def plot_attention_map(
