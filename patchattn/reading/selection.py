@@ -24,7 +24,7 @@ from ..softmax.merging import merged
 # What selectors are for: their rules say what a token reads of those before it.
 CAPABILITIES: frozenset[str] = ALL_CAPABILITIES - {"bidirectional", "cross"}
 # On a CPU, blocks that are left out save time from about so many keys on.
-_PAYS_FROM = 2048
+_PAYS_FROM = 768
 
 
 class Split(NamedTuple):
