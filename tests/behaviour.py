@@ -121,7 +121,7 @@ def on(
     *kinds: str,
     once: bool = False,
     first: bool = False,
-    papers: bool = True,
+    papers: int | None = None,
     without: Container[str] = (),
 ) -> pytest.MarkDecorator:
     """Parametrize a test by `family` and `case`.
@@ -133,7 +133,8 @@ def on(
         kinds: of variants; attention and surgery by default.
         once: everything runs on the first family that takes it, for tests that take long.
         first: of a paper's examples only the first that a family takes, for tests that take seconds each.
-        papers: whether papers' examples run by default at all.
+        papers: on how many of these families a paper's first example runs by default, none of its examples with 0: for
+            what the families of toys show for all. On all of those that are said above by default.
         without: names of variants to leave out.
     """
     found: list[Any] = []
@@ -147,8 +148,8 @@ def on(
             default = [] if first else default[:1]
         if taking and case.variant not in TOYS:
             had.add(case.variant)
-        if not papers and case.variant not in TOYS:
-            default = []
+        if papers is not None and case.variant not in TOYS:
+            default = default[:papers]
         for family in taking:
             marks = () if family in default else pytest.mark.full
             found.append(pytest.param(family, case, id=f"{family}-{case}", marks=marks))

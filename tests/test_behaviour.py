@@ -119,7 +119,7 @@ def test_packed_sequences_equal_separate_ones(family: str, case: Case) -> None:
     close(together[:, LENGTH:], outputs(model, input_ids=tokens[1:, :5])[0])
 
 
-@on(["llama", "gpt2", "bert", "t5", "vit", "llava"], first=True)
+@on(["llama", "gpt2", "bert", "t5", "vit", "llava"], first=True, papers=1)
 def test_copies_and_pickles_are_complete_and_independent(family: str, case: Case) -> None:
     model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
     pickled = pickle.dumps(model)  # before a forward: transformers then installs hooks that cannot be pickled
@@ -132,7 +132,7 @@ def test_copies_and_pickles_are_complete_and_independent(family: str, case: Case
             assert torch.equal(left, right)
 
 
-@on(list(FAMILIES))
+@on(list(FAMILIES), papers=1)
 def test_a_saved_patch_gives_equal_outputs_on_a_fresh_base(family: str, case: Case, tmp_path: Path) -> None:
     model, inputs = case.patch(FAMILIES[family].make()), FAMILIES[family].inputs()
     patchattn.save_patch(model, tmp_path)

@@ -83,14 +83,14 @@ def test_training_compiles_without_graph_breaks(family: str, case: Case) -> None
     trains_alike(family, case, with_compiled_layers)
 
 
-@on(["llama", "bert", "llava"], once=True, papers=False)
+@on(["llama", "bert", "llava"], once=True, papers=0)
 def test_training_compiles_with_its_gradients(family: str, case: Case) -> None:
     if not trains_compiled(family):
         pytest.skip("the installed torch does not compile this model's training unpatched")
     trains_alike(family, case, functools.partial(compiled, backend="aot_eager"))
 
 
-@on(["llama", "qwen3", "gpt2"], once=True, papers=False)
+@on(["llama", "qwen3", "gpt2"], once=True, papers=0)
 def test_a_step_on_a_static_cache_compiles_without_graph_breaks(family: str, case: Case) -> None:
     model, tokens = case.patch(small(family, case)), text()
     cache = StaticCache(config=model.config, max_cache_len=16)
@@ -102,7 +102,7 @@ def test_a_step_on_a_static_cache_compiles_without_graph_breaks(family: str, cas
     torch.testing.assert_close(step, expected[:, -1:], rtol=1e-4, atol=1e-4)
 
 
-@on(["llama", "qwen3", "gpt2"], once=True, papers=False, without=("toy_gate", "toy_rule", "toy_state"))
+@on(["llama", "qwen3", "gpt2"], once=True, papers=0, without=("toy_gate", "toy_rule", "toy_state"))
 def test_a_compiled_model_is_patched_and_unpatched(family: str, case: Case) -> None:
     """torch.compile first, patch later: the compiled code follows. What is left out stands where toy_mask stands."""
     model, tokens = small(family, case), text()

@@ -119,7 +119,7 @@ def test_cached_decoding_of_an_encoder_decoder_equals_one_forward(family: str, c
     close(torch.cat(parts, dim=1)[:, : full.shape[1]], full)
 
 
-@on(["llama", "gpt2", "t5"], first=True)
+@on(["llama", "gpt2", "t5"], first=True, papers=1)
 def test_generation_with_beams_static_cache_and_padding(family: str, case: Case) -> None:
     model, tokens = FAMILIES[family].make_exact(), text(6)
     case.patch(model)

@@ -14,7 +14,7 @@ from .families import FAMILIES, outputs
 pytestmark = pytest.mark.usefixtures("toys")
 
 
-@on(list(FAMILIES))
+@on(list(FAMILIES), papers=1)
 def test_every_parameter_of_a_variant_learns(family: str, case: Case) -> None:
     model = case.train(case.patch(FAMILIES[family].make()))
     result = model(**FAMILIES[family].inputs())
@@ -37,7 +37,7 @@ def test_every_parameter_of_a_variant_learns(family: str, case: Case) -> None:
     assert learned or not variant
 
 
-@on(["llama", "qwen3", "gpt2", "bert", "vit", "t5"])
+@on(["llama", "qwen3", "gpt2", "bert", "vit", "t5"], papers=1)
 def test_activation_checkpointing_gives_the_same_gradients(family: str, case: Case) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -54,7 +54,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str, case: Ca
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-12)
 
 
-@on(["llama", "bert"], first=True)
+@on(["llama", "bert"], first=True, papers=1)
 def test_only_adapters_and_the_variant_move_under_peft(family: str, case: Case, tmp_path: Path) -> None:
     """LoRA beside the variant's own parameters: trains, saves, reloads on a fresh base, and comes off again."""
     torch.manual_seed(0)

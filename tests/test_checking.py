@@ -64,7 +64,7 @@ def status(report: patchattn.CheckReport) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("toys")
-@on(["llama", "bert", "t5"], first=True)
+@on(["llama", "bert", "t5"], first=True, papers=1)
 def test_good_patches_pass(family: str, case) -> None:
     model = FAMILIES[family].make()
     before = snapshot(model)

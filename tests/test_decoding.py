@@ -21,7 +21,7 @@ from .families import FAMILIES
 pytestmark = pytest.mark.usefixtures("toys")
 STEPS = 4
 EVERY = on(writers.NAMES, "decoding")
-SOME = on(["llama", "gpt2", "llava", "qwen2_5_vl"], "decoding")  # for what depends on files, not on families
+SOME = on(["llama", "gpt2", "llava", "qwen2_5_vl"], "decoding", papers=1)  # for what depends on files, not on families
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> None:

@@ -177,8 +177,7 @@ def test_flex_attention_stays_the_base(case: Case, padded: bool) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(("told_by", "use_cache"), [("position_ids", True), ("cu_seq_lens", False)])
 @TOYS
 @on(["llama", "mistral"], without=NOT_ON_FLASH)
 def test_packed_sequences_under_flash_attention(

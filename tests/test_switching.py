@@ -25,7 +25,7 @@ def compare(left: list[torch.Tensor], right: list[torch.Tensor], exactly: bool =
 
 
 @pytest.mark.usefixtures("toys")
-@on(["llama", "mistral", "bert", "whisper", "llava"])
+@on(["llama", "mistral", "bert", "whisper", "llava"], papers=1)
 def test_a_switch_of_the_implementation_is_followed_and_back(family: str, case: Case) -> None:
     inputs = FAMILIES[family].inputs()
     patched_on_eager = case.patch(FAMILIES[family].make(implementation="eager"))
