@@ -128,5 +128,9 @@ def test_what_is_not_decomposed() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             attention_directions(model, IDS, **{**how, **wrong})
+    with pytest.raises(ValueError, match="ids from 0 to 49, got 50"):
+        attention_directions(model, [50, *IDS], **how)
+    with pytest.raises(TypeError, match=r"told by numbers, got 3\.0"):
+        attention_directions(model, IDS, **{**how, "query": 3.0})
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         attention_directions(model.train(), IDS, **how)

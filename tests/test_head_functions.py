@@ -153,6 +153,9 @@ def test_mistakes_are_refused() -> None:
         relation_scores(tiny_llama(), [(3, 50)])
     with pytest.raises(ValueError, match="at least one pair"):
         relation_scores(tiny_llama(), [])
+    for wrong in ((3, 4, 5), (1.5, 2), "ab"):
+        with pytest.raises(TypeError, match="pairs of ids of tokens"):
+            relation_scores(tiny_llama(), [wrong])
     with pytest.raises(ValueError, match="from 1 to 50, got 51"):
         relation_scores(tiny_llama(), PAIRS, top=51)
     encoder = tf.BertModel(tf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50))

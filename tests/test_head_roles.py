@@ -139,3 +139,5 @@ def test_what_an_answer_loses_without_a_head(model: Any) -> None:
         minus(found[0], position_scores(tiny_llama(), [padded("left")]), "temporal")
     with pytest.raises(ValueError, match="1 answers for 2 sequences"):
         ablation_scores(model, [padded("left")], [[5]])
+    with pytest.raises(ValueError, match="not as many lists of answers as batches"):
+        ablation_scores(model, [padded("left")], [])

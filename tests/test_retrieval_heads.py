@@ -104,6 +104,8 @@ def test_a_trial_counts_if_more_than_half_of_its_answer_is_expected() -> None:
     want = expected(model, TRIALS[0])
     got = np.array([site.scores for site in retrieval_scores(model, TRIALS).scores.sites.values()])
     np.testing.assert_allclose(got, want)
+    with pytest.raises(ValueError, match="no trials"):
+        retrieval_scores(tiny_llama(), [])
     with pytest.raises(ValueError, match="in none of 1 trials"):
         retrieval_scores(model, TRIALS[1:])
 

@@ -35,7 +35,7 @@ def sentence(seed: int) -> tuple[str, str, str, str]:
 def jobs(setup: Setup) -> list[Job]:
     return [
         *((f"heads/{seed}", lambda seed=seed: {"scores": _scores(setup, seed)}) for seed in range(SEEDS)),
-        *((f"without/{n}", lambda n=n: _without(setup, n)) for n in range(2 * setup.samples)),
+        *((f"without/{n}", lambda n=n: _without(setup, n)) for n in range(setup.samples)),
     ]
 
 

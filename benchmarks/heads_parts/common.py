@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +51,12 @@ class Setup:
     sentences: Path | None = None
     speech: Path | None = None
 
+    @cached_property
+    def ids(self) -> list[int]:
+        """Tokens of the text."""
+        found: list[int] = self.tokenizer(self.text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        return found
+
     def rows(self, part: str) -> dict[str, Row]:
         """The rows of a part that are there, by key."""
         return read_rows(self.folder / f"{part}.jsonl")
@@ -90,8 +97,7 @@ def patched(model: nn.Module, variant: str, **settings: Any) -> Iterator[None]:
 
 def windows(setup: Setup, length: int) -> list[list[int]]:
     """The text in pieces of so many tokens."""
-    ids = setup.tokenizer(setup.text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
-    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    return [setup.ids[start : start + length] for start in range(0, len(setup.ids) - length + 1, length)]
 
 
 def table_of(importance: HeadImportance, digits: int = 4) -> list[list[float]]:

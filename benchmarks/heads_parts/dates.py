@@ -12,6 +12,7 @@ from .common import Job, Row, Setup, best, drawn, losses, paired, silent, table_
 
 NAME, STAGE = "dates", 2
 COUNT = 5
+FOUND = 8  # prompts that heads are found on; each costs a forward for every head
 # what follows "In 1942, ", and the answers by year
 _KINDS = {
     "the prime minister of the United Kingdom was": "1942:Winston 1985:Margaret 1993:John 2003:Tony 2013:David "
@@ -37,11 +38,10 @@ def prompts() -> list[tuple[str, str, str]]:
 
 
 def jobs(setup: Setup) -> list[Job]:
-    every = prompts()
-    half = len(every) // 2
+    some, others = prompts()[:FOUND], prompts()[FOUND:]
     return [
-        ("heads", lambda: {"scores": _scores(setup, every[:half])}),
-        *((f"without/{n}", lambda one=one, n=n: _without(setup, one, n)) for n, one in enumerate(every[half:])),
+        ("heads", lambda: {"scores": _scores(setup, some)}),
+        *((f"without/{n}", lambda one=one, n=n: _without(setup, one, n)) for n, one in enumerate(others)),
     ]
 
 
@@ -82,7 +82,7 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
     lines += [
         f"{len(prompts())} prompts such as *{prompts()[0][0]}*, of six kinds, and the same without their date. A "
         "head's score is how much less likely the answer's first token is without its output, in nats, minus the same "
-        f"without the date: of half of the prompts. Its {COUNT} best heads ({names}) are silent on the other "
+        f"without the date: of {FOUND} prompts. Its {COUNT} best heads ({names}) are silent on the other "
         f"{len(found)}, or as many random ones, drawn anew for each prompt, outside the {4 * COUNT} best.",
         "",
     ]

@@ -21,7 +21,8 @@ WRITERS = 3  # earlier heads that are silenced
 
 def jobs(setup: Setup) -> list[Job]:
     every = windows(setup, TOKENS)
-    texts = every[:: max(1, len(every) // setup.samples)][: setup.samples]
+    count = max(1, setup.samples // 2)
+    texts = every[:: max(1, len(every) // count)][:count]
     return [(str(n), lambda text=text, n=n: _row(setup, text, n)) for n, text in enumerate(texts)]
 
 

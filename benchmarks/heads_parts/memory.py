@@ -21,7 +21,8 @@ def jobs(setup: Setup) -> list[Job]:
     encoded = {
         name: setup.tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS] for name, text in PASSAGES.items()
     }
-    texts = windows(setup, TOKENS)[:: max(1, len(windows(setup, TOKENS)) // len(PASSAGES))][: len(PASSAGES)]
+    every, count = windows(setup, TOKENS), max(1, setup.samples // 2)
+    texts = every[:: max(1, len(every) // count)][:count]
     encoded |= {f"text {number}": text for number, text in enumerate(texts)}
     return [(name, lambda ids=ids, n=n: _row(setup, ids, n)) for n, (name, ids) in enumerate(encoded.items())]
 
@@ -62,9 +63,10 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
     lines = ["## Memorised passages", ""]
     if min(map(len, groups.values())) < 2:
         return [*lines, "Not measured yet."]
+    quoted = sum(name in PASSAGES for name in rows)
     lines += [
-        f"{len(PASSAGES)} passages that many texts quote, such as the Gettysburg Address, and as many texts of the "
-        f"file, of at most {TOKENS} tokens. A model knows one by heart here if it expects at least "
+        f"{quoted} passages that many texts quote, such as the Gettysburg Address, and {len(rows) - quoted} "
+        f"texts of the file, of at most {TOKENS} tokens. A model knows one by heart here if it expects at least "
         f"{100 * KNOWN:.0f} % of the second half's tokens: {len(known)} ({', '.join(names)}). Gradients are of the "
         "loss, their sizes summed over the weights of each layer's heads. Silenced are the ten heads that look at rare "
         "tokens most, or as many random ones, as above; their price is in nats a token of the second half. The groups "

@@ -11,13 +11,13 @@ from patchattn.inspection.head_roles import position_scores, rarity_scores
 from .common import Job, Place, Row, Setup, best, drawn, losses, paired, silent, table_of, verdict, windows
 
 NAME, STAGE = "places", 2
-WINDOW, COPIED = 256, 64  # tokens of a text, and of what is drawn and then repeated
+WINDOW, COPIED = 128, 48  # tokens of a text, and of what is drawn and then repeated
 COUNT = 10  # heads that are silenced
 KINDS = {"before": "the token before", "itself": "the token itself", "rare": "rare tokens"}
 
 
 def jobs(setup: Setup) -> list[Job]:
-    texts = windows(setup, WINDOW)[: 2 * setup.samples]
+    texts = windows(setup, WINDOW)[: setup.samples]
     found, scored = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     return [
         *((f"heads/{n}", lambda text=text: _scores(setup, text)) for n, text in enumerate(found)),
@@ -27,8 +27,7 @@ def jobs(setup: Setup) -> list[Job]:
 
 def _scores(setup: Setup, text: list[int]) -> Row:
     batch = {"input_ids": torch.tensor([text])}
-    ids = setup.tokenizer(setup.text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
-    counts = np.bincount(ids, minlength=len(setup.tokenizer)) + 1.0
+    counts = np.bincount(setup.ids, minlength=len(setup.tokenizer)) + 1.0
     before, itself = (position_scores(setup.model, [batch], offset=offset) for offset in (-1, 0))
     return {
         "before": table_of(before, 3),

@@ -6,6 +6,7 @@ pair. How large a share they are to carry was not found in the paper, and is a s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def attention_directions(
     Raises:
         ValueError: a model in training mode, no such layer, head or token, a share out of range, or a logit that is not
             above 0, of which there is no share.
+        TypeError: ids or numbers of tokens that are no whole numbers.
         NotImplementedError: a logit that the layer's normalised input, its weights and rotation do not give (normalised
             queries or keys), a norm behind attention, or projections that are not recognised.
     """
@@ -96,6 +98,11 @@ def attention_directions(
     site = next((each for each in sites if each.layer_index == layer), None)
     if site is None or not 0 <= head < site.require("query_heads", by="attention_directions"):
         raise ValueError(f"There is no head {head} of layer {layer} that attends to its own text.")
+    if wrong := [one for one in (*ids, query, key) if not isinstance(one, Integral)]:
+        raise TypeError(f"Tokens are told by numbers, got {wrong[0]!r}.")
+    size = base.get_input_embeddings().num_embeddings
+    if unknown := [token for token in ids if not 0 <= token < size]:
+        raise ValueError(f"Tokens have ids from 0 to {size - 1}, got {unknown[0]}.")
     if not 0 <= key <= query < len(ids):
         raise ValueError(f"A token attends to one not behind it, of {len(ids)}, got {query} and {key}.")
     if not 0.0 < share <= 1.0:

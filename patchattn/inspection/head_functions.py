@@ -5,6 +5,7 @@ what is read off them: a model for which they do not is refused by name.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def relation_scores(
 
     Raises:
         ValueError: a model in training mode, no pair, a token that the model does not have, or a `top` out of range.
+        TypeError: something else than pairs of numbers.
         NotImplementedError: a model whose weights do not say this: norms behind attention, embeddings that are
             normalised or projected, sinks, normalised values, and what `head_projections` does not recognise.
     """
@@ -210,6 +212,8 @@ class _Weights:
 def _ids(pairs: Sequence[tuple[int, int]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not pairs:
         raise ValueError("A relation needs at least one pair of tokens.")
+    if wrong := [pair for pair in pairs if len(pair) != 2 or not all(isinstance(token, Integral) for token in pair)]:
+        raise TypeError(f"A relation is of pairs of ids of tokens, got {wrong[0]!r}.")
     found = torch.tensor(pairs)
     if int(found.min()) < 0 or int(found.max()) >= size:
         raise ValueError(f"Tokens have ids from 0 to {size - 1}, got {int(found.min())} to {int(found.max())}.")

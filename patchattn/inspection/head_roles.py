@@ -5,6 +5,7 @@ is scored by a published formula here: those were not found, or are circuits of 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -221,7 +222,9 @@ def ablation_scores(
         return new
 
     with recording(base, sites, see):
-        for batch, right in zip(batches, answers, strict=True):
+        for batch, right in zip_longest(batches, answers):
+            if batch is None or right is None:
+                raise ValueError("There are not as many lists of answers as batches.")
             given = on_device(base, batch)
             ids = torch.tensor(list(right), device=given["input_ids"].device)
             if ids.shape != (len(given["input_ids"]),):

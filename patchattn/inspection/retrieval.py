@@ -125,6 +125,8 @@ def retrieval_scores(
             done += len(some)
             if progress is not None:
                 progress(done)
+    if not done:
+        raise ValueError("There are no trials: give at least one text.")
     if not counted:
         raise ValueError(
             f"The model expects more than half of the answer in none of {done} trials: no head can be scored. Use "
