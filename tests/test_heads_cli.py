@@ -192,8 +192,9 @@ def _fitted(features: Any, labels: list[int], groups: list[int], train: list[int
 def test_a_probe_from_a_file(run: Any, model: Any, tmp_path: Path) -> None:
     given = answers(12)
     data, output = lines(tmp_path / "answers.jsonl", *(vars(one) for one in given)), tmp_path / "lookback.json"
-    code, said, _ = run("lookback", "--data", data, "--output", output, "--folds", 3)
+    code, said, _ = run("lookback", "--data", data, "--output", output, "--folds", 3, "--plot", tmp_path / "a.png")
     assert code == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
     rows = lookback_features(model, BYTES, given)
     want = LookbackProbe.fit(model, rows.features, rows.labels)
     found = LookbackProbe.load(output)
@@ -212,8 +213,9 @@ def test_vectors_from_pairs(kind: str, run: Any, model: Any, tmp_path: Path) -> 
     data, output = lines(tmp_path / "pairs.jsonl", *records), tmp_path / "vectors.json"
     how = ["--shots", 3, "--prompts", 4, "--data", data, "--output", output]
     more = ["--trials", 2, "--heads", 2, "--scores", tmp_path / "effects.json"] if kind == "function" else []
-    code, said, wrong = run("vectors", "--kind", kind, *how, *more)
+    code, said, wrong = run("vectors", "--kind", kind, *how, *more, "--plot", tmp_path / "a.png")
     assert code == 0, wrong
+    assert (tmp_path / "a.png").stat().st_size > 1000
     saved = json.loads(output.read_text())
     (layer,) = saved["vectors"]
     assert f"Behind layer {layer}" in said
@@ -229,7 +231,7 @@ def test_vectors_from_pairs(kind: str, run: Any, model: Any, tmp_path: Path) -> 
     if kind == "function":
         assert HeadImportance.load(tmp_path / "effects.json").method == "indirect_effect"
         return
-    assert "which --kind function measures" in run("vectors", "--plot", "x.png", *how)[2]
+    assert "which --kind function measures" in run("vectors", "--scores", "x.json", *how)[2]
     assert "got 7" in run("vectors", "--layer", 7, *how)[2]
     with pytest.raises(ValueError, match="between 0 and 1"):
         find_vectors(model, BYTES, PAIRS, held=1.0)

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from patchattn.core.heads import BaseFacts
 from patchattn.inspection.attention_directions import AttentionDirections
+from patchattn.inspection.lookback import LookbackProbe
 from patchattn.inspection.rollout import AttentionEntropy
-from patchattn.plotting import plot_attention_directions, plot_attention_entropy
+from patchattn.plotting import (
+    plot_attention_directions,
+    plot_attention_entropy,
+    plot_lookback_probe,
+    plot_vector_layers,
+)
 
 from .test_plotting_attention import SITES
 
@@ -47,3 +54,15 @@ def test_directions_and_those_that_write_along_them() -> None:
     assert len(plot_attention_directions(first).axes) == 1
     with pytest.raises(ValueError, match="at least 1, got 0"):
         plot_attention_directions(found, writers=0)
+
+
+def test_weights_of_a_probe_and_layers_of_a_vector() -> None:
+    base = BaseFacts("llama", 2, 3)
+    figure = plot_lookback_probe(LookbackProbe(((0.5, -1.0, 0.0), (2.0, 0.25, 0.75)), 0.1, base))
+    drawn = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(drawn, [[0.5, -1.0, 0.0], [2.0, 0.25, 0.75]])
+    with_vector, without = plot_vector_layers({1: 0.75, 0: 0.25}, 0.5).axes[0].get_lines()
+    assert with_vector.get_xydata().tolist() == [[0, 25], [1, 75]]
+    assert set(without.get_ydata()) == {50}
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_vector_layers({}, 0.5)

@@ -158,6 +158,7 @@ def calibrate_lookback(
     output: Annotated[Path, typer.Option("--output", "--out", help="Where to write the probe.")] = Path(
         "lookback.json"
     ),
+    plot: Annotated[Path | None, typer.Option(help="Draw the weights of all heads into this file.")] = None,
     modules: Modules = None,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -186,8 +187,13 @@ def calibrate_lookback(
         scores = out_of_fold(loaded, rows.features, rows.labels, rows.contexts, folds=folds, modules=modules)
         about |= {"folds": folds, "auroc": float(roc_auc_score(rows.labels, scores))}
         told += f", AUROC {about['auroc']:.3f} on contexts that it was not fitted on"
-    LookbackProbe.fit(loaded, rows.features, rows.labels, modules=modules).save(output, **about)
+    probe = LookbackProbe.fit(loaded, rows.features, rows.labels, modules=modules)
+    probe.save(output, **about)
     console.print(f"{told}. Wrote {output}", soft_wrap=True)
+    if plot is not None:
+        from ..plotting import plot_lookback_probe
+
+        _write(console, plot_lookback_probe(probe), plot)
 
 
 def calibrate_vectors(
@@ -207,7 +213,9 @@ def calibrate_vectors(
         "vectors.json"
     ),
     scores: Annotated[Path | None, typer.Option(help="With function: write the effects of all heads here.")] = None,
-    plot: Plot = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw how well each layer does; with function, the effects of all heads.")
+    ] = None,
     modules: Modules = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
@@ -224,8 +232,8 @@ def calibrate_vectors(
 
     if kind not in ("task", "function"):
         raise ValueError(f"--kind is task or function, got {kind!r}.")
-    if kind == "task" and (scores is not None or plot is not None):
-        raise ValueError("--scores and --plot are of effects of heads, which --kind function measures.")
+    if kind == "task" and scores is not None:
+        raise ValueError("--scores are effects of heads, which --kind function measures.")
     pairs = [(record["question"], record["answer"]) for record in read_records(data, ("question", "answer"))]
     tokenizer, loaded = language_model(model, device)
     if tokenizer.pad_token is None:
@@ -247,12 +255,21 @@ def calibrate_vectors(
     )
     if found.effects is not None and scores is not None:
         found.effects.save(scores)
-    _draw(console, found.effects, plot, f"Indirect effects: {found.vectors.base}", "indirect effect")
+    if found.effects is not None:
+        _draw(console, found.effects, plot, f"Indirect effects: {found.vectors.base}", "indirect effect")
+    elif plot is not None:
+        from ..plotting import plot_vector_layers
+
+        _write(console, plot_vector_layers(found.accuracy, found.without, title=f"Vectors: {found.vectors.base}"), plot)
 
 
 def _draw(console: Console, scores: Any, plot: Path | None, title: str, label: str) -> None:
     if plot is not None:
         from ..plotting import plot_head_importance
 
-        plot_head_importance(scores, title=title, label=label).savefig(plot)
-        console.print(f"Wrote {plot}", soft_wrap=True)
+        _write(console, plot_head_importance(scores, title=title, label=label), plot)
+
+
+def _write(console: Console, figure: Any, path: Path) -> None:
+    figure.savefig(path)
+    console.print(f"Wrote {path}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from .attention import plot_attention_grid, plot_attention_map, plot_attention_received, plot_image_attention
 from .directions import plot_attention_directions
 from .entropy import plot_attention_entropy
+from .found import plot_lookback_probe, plot_vector_layers
 from .grid_masks import plot_grid_masks
 from .heads import plot_head_importance, plot_head_usage, plot_pruning_curve
 from .massive import plot_massive_activations
@@ -22,9 +23,11 @@ __all__ = [
     "plot_head_importance",
     "plot_head_usage",
     "plot_image_attention",
+    "plot_lookback_probe",
     "plot_massive_activations",
     "plot_pareto",
     "plot_pruning_curve",
     "plot_rollout",
     "plot_temperatures",
+    "plot_vector_layers",
 ]
