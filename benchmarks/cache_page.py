@@ -30,7 +30,10 @@ def _intro(rows: Mapping[str, Row]) -> list[str]:
         "is its floor; `2k` is a budget of 2,048 keys, `duo half` lets half of the kv heads stream (64 and 256 keys). "
         "`buffered` keeps everything and appends in place; plain transformers copies its cache at every token. Caches "
         "hold random keys up to a text's last 64 tokens; those of `h2o` and `expected_attention`, which need every "
-        "query, come from a forward whose attention and feed-forward layers give zero. Gates are random.",
+        "query, come from a forward whose attention and feed-forward layers give zero. Gates are random. Peaks are of "
+        "the cache and what a decoding step makes besides. The formula counts keys, values, spare places and what says "
+        "which keys they are; it asks the cache for the longest head under `adakv` and the layers' shares under "
+        "`pyramidkv`, which scores and the text decide.",
         "",
     ]
 
@@ -82,11 +85,9 @@ def memory_table(rows: Mapping[str, Row]) -> list[str]:
         if kind == "memory":
             figures = [f"{row[what] / 2**20:.1f}" for what in ("bytes", "formula")]
             apart = f"{row['bytes'] / row['formula'] - 1.0:+.2%}"
-            lines.append(
-                [length, name, *figures, apart, f"{row['bytes'] / row['dense']:.3f}", f"{row['peak_mib']:.0f}"]
-            )
-    head = ["tokens", "method", "MiB", "formula, MiB", "apart", "of dense", "process beyond weights, MiB"]
-    return markdown_table(head, lines, texts=2)
+            lines.append([length, name, *figures, apart, f"{row['bytes'] / row['dense']:.3f}"])
+    lines.sort(key=lambda line: int(line[0]))
+    return markdown_table(["tokens", "method", "MiB", "formula, MiB", "apart", "of dense"], lines, texts=2)
 
 
 def decode_table(rows: Mapping[str, Row]) -> list[str]:
@@ -99,9 +100,10 @@ def decode_table(rows: Mapping[str, Row]) -> list[str]:
             buffered = rows.get(f"decode/{length}/buffered")
             beside = "" if buffered is None else f"{statistics.median(buffered['ms']) / own:.2f}"
             faster = f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
-            lines.append([length, name, f"{plain:.1f}", f"{own:.1f}", f"{1e3 / own:.1f}", faster, beside])
+            peaks = [f"{row[what] / 2**20:.1f}" for what in ("peak", "plain_peak")]
+            lines.append([length, name, f"{plain:.1f}", f"{own:.1f}", f"{1e3 / own:.1f}", faster, beside, *peaks])
     head = ["tokens", "method", "plain, ms", "ms", "tokens/s", "over plain", "over buffered"]
-    return markdown_table(head, lines, texts=2)
+    return markdown_table([*head, "peak, MiB", "plain peak, MiB"], lines, texts=2)
 
 
 def prefill_table(rows: Mapping[str, Row]) -> list[str]:

@@ -9,16 +9,14 @@ into tables, with each goal beside its figure. `memory` needs no idle machine, t
     python benchmarks/caches.py page DIR
 """
 
-import ctypes
 import datetime
-import gc
 import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -28,6 +26,7 @@ import torch
 import transformers
 import typer
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import patchattn
@@ -80,7 +79,11 @@ def loaded(folder: Path, dtype: str, threads: int) -> Any:
 
 def conditions(model: nn.Module, dtype: str, threads: int) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {threads} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    )
     return (
         f"{datetime.date.today()}, {device}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, patchattn {patchattn.__version__}. {type(model).__name__}, "
@@ -222,16 +225,13 @@ def patched(model: Any, name: str, length: int, gates: Gates) -> Iterator[tuple[
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def resident() -> float:
-    """MiB of this process at most since the last `peak_from_here`; Linux."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(found[1]) / 1024 if found else float("nan")
-
-
-def peak_from_here() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+def transient(run: Callable[[], Any]) -> int:
+    """Bytes that tensors take up at most while something runs, beyond those that were there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(changes), default=0)
 
 
 @app.command()
@@ -243,7 +243,7 @@ def memory(
     dtype: Dtype = "float32",
     threads: Threads = 1,
 ) -> None:
-    """Bytes of caches beside the formula, and the most that a process takes up while it decodes."""
+    """Bytes of caches beside the formula."""
     base = loaded(model, dtype, threads)
     sizes, gates, about = cache_formula.Sizes.of(base), random_gates(base), conditions(base, dtype, threads)
     known = read_rows(rows)
@@ -252,29 +252,22 @@ def memory(
             todo = [n for n in ["plain", *names_for(length, method)] if f"memory/{length}/{n}" not in known]
             if not todo:
                 continue
-            peak_from_here()
-            alone, dense = resident(), random_cache(base, length)
+            dense = random_cache(base, length)
             whole = cache_formula.dense(sizes, length + STEPS)
             for name in todo:
                 if name == "plain":
                     cache, counted = DynamicCache(config=base.config), whole
                     for index, layer in enumerate(dense.layers):
                         cache.update(layer.keys, layer.values, index)
-                    own = steps(base, cache, STEPS)
-                    own()
+                    steps(base, cache, STEPS)()
                     found = patchattn.cache_report(cache).stored_bytes
-                    peak_from_here()
-                    own()
                 else:
                     with patched(base, name, length, gates) as (variant, settings):
                         cache = compressed(base, variant, dense, length)
                         found = patchattn.cache_report(cache).stored_bytes
                         counted = cache_formula.stored(variant, sizes, settings, length, STEPS, cache)
-                        peak_from_here()
-                        steps(base, cache, STEPS)()
-                other = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers) / 2**20
-                row = {"bytes": found, "formula": counted, "dense": whole, "peak_mib": resident() - alone - other}
-                append_row(rows, f"memory/{length}/{name}", {**row, "about": about})
+                row = {"bytes": found, "formula": counted, "dense": whole, "about": about}
+                append_row(rows, f"memory/{length}/{name}", row)
                 print(length, name, f"{found / whole:.3f} of dense, formula {found / counted - 1:+.2%}", flush=True)
                 del cache
 
@@ -293,7 +286,8 @@ def decode(
     dtype: Dtype = "float32",
     threads: Threads = 2,
 ) -> None:
-    """Milliseconds of a decoding step, a method and the plain model in turn. On an idle machine."""
+    """Milliseconds of a decoding step, a method and the plain model in turn, and the most bytes that the cache and what
+    a step makes take up. On an idle machine."""
     base = loaded(model, dtype, threads)
     gates, known, about = random_gates(base), read_rows(rows), conditions(base, dtype, threads)
     with torch.inference_mode():
@@ -311,8 +305,12 @@ def decode(
                             theirs = seconds(other)
                         ours = seconds(own) if ours is None else ours
                         found.append((1e3 * ours / tokens, 1e3 * theirs / tokens))
+                    peaks = {"peak": patchattn.cache_report(cache).stored_bytes + transient(steps(base, cache, 1))}
+                    with patchattn.unpatched(base):
+                        whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+                        peaks["plain_peak"] = whole + transient(steps(base, dense, 1))
                 times = {"ms": [ours for ours, _ in found[1:]], "plain_ms": [theirs for _, theirs in found[1:]]}
-                append_row(rows, f"decode/{length}/{name}", {**times, "about": about})
+                append_row(rows, f"decode/{length}/{name}", {**times, **peaks, "about": about})
                 faster = statistics.median(theirs / ours for ours, theirs in found[1:])
                 print(length, name, f"{faster:.2f} times plain transformers", flush=True)
                 del cache

@@ -1,11 +1,13 @@
-"""Caches filled without a variant: those that look at keys and last queries alone compress them all the same."""
+"""Caches of others: filled without a variant, which those that look at keys and last queries alone compress all the
+same; and quantised ones, which none follows."""
 
 import copy
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import QuantizedLayer
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
@@ -88,3 +90,26 @@ def test_too_little_of_a_prompt_is_refused(model: Any, prompt: Any, method: str,
     finally:
         patchattn.unpatch_model(model)
     assert ("at least the last" in str(refusal.value)) == (method in METHODS)
+
+
+class Halved(QuantizedLayer):
+    """Stands for quanto's and HQQ's, which need packages of their own."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor.half()
+
+    def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float()
+
+
+@pytest.mark.parametrize("method", [name for name in patchattn.list_variants("cache") if name != "a_vl"])
+def test_quantised_caches_are_refused_by_name(model: Any, method: str) -> None:
+    settings = variant_info(method).examples[0]
+    patchattn.patch_model(model, method, settings)
+    try:
+        cache = Cache(layers=[Halved(), Halved()])
+        says = rf"^{method}\(.* which Halved cannot follow: .* not a static or quantised one"
+        with pytest.raises(NotImplementedError, match=says):
+            model(torch.full((1, 12), 5), **cache_argument(model, cache))
+    finally:
+        patchattn.unpatch_model(model)
