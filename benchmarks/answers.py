@@ -173,7 +173,7 @@ def page(
     folder = RESULTS / page if folder is None else folder
     output = RESULTS / f"{page}.md" if output is None else output
     found = rows.read(folder / "answers.jsonl")
-    lines = PAGES[page].lines(found, conditions(loaded(model, dtype, threads), dtype, threads), output)
+    lines = PAGES[page].lines(found, conditions(loaded(model, dtype, threads), dtype, threads), output, folder)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

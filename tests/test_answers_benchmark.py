@@ -180,16 +180,34 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert f"{np.mean(nats):+.2f} ± {stats.sem(nats):.2f}" in written
 
 
+def test_selections_are_trained_from_the_start(script: ModuleType, tmp_path: Path) -> None:
+    recall, shown = (importlib.import_module(name) for name in ("recall", "answer_parts.recall_rows"))
+    for name in ("dense", "nsa"):
+        assert set(recall.trained(name, 0, 2)) == {"right", "loss"}
+    right = {"dense": (99.0, 98.0, 97.0), "moba": (98.9, 98.2, 97.0), "streaming": (50.0, 52.0, 51.0)}
+    for name, values in right.items():
+        for seed, value in enumerate(values):
+            recall.append_row(tmp_path / shown.NAME, f"{name}/{seed}/9", {"right": value, "loss": 0.1})
+    written = "\n".join(shown.lines(tmp_path))
+    assert "| streaming | 51.0 | 50.0 | -47.0 ± 1.0 | 3 |" in written
+    assert (
+        "- `moba`, trained from the start, recalls as dense attention does: **shown** (+0.0 ± 0.1 points, 3 seeds)."
+        in written
+    )
+    assert shown.lines(tmp_path / "none") == []
+
+
 def test_claims_are_read_from_rows(script: ModuleType) -> None:
     tables = importlib.import_module("answer_parts.tables")
     pairs = {"dense": [1.0, 1.1, 1.2, 1.0], "worse": [2.0, 2.2, 2.1, 2.1], "alike": [1.01, 1.1, 1.21, 1.0]}
     rows = {f"single/9/{n}": {name: [0.0, nats[n], 0.5] for name, nats in pairs.items()} for n in range(4)}
-    assert "**shown** (-1.03 nats" in tables.better("Claim", rows, "dense", "worse")
-    assert "**not shown, the opposite is**" in tables.better("Claim", rows, "worse", "dense")
-    assert "**not shown** (" in tables.better("Claim", rows, "alike", "dense")
-    assert "**not measured**, 0 pairs" in tables.better("Claim", rows, "other", "dense")
-    assert "**shown**" in tables.near("Claim", rows, "alike")
-    assert "**not shown, the opposite is**" in tables.near("Claim", rows, "worse")
+    assert tables.better(rows, "dense", "worse") == "**shown** -1.03 ± 0.05 (4)"
+    assert tables.better(rows, "worse", "dense") == "no, the opposite +1.03 ± 0.05 (4)"
+    assert tables.better(rows, "worse", "dense", wants=1) == "**shown** +1.03 ± 0.05 (4)"
+    assert tables.better(rows, "alike", "dense").startswith("not shown +0.0")
+    assert tables.better(rows, "other", "dense") == "not measured (0)"
+    assert tables.near(rows, "alike").startswith("**shown** +0.0")
+    assert tables.near(rows, "worse").startswith("no, the opposite")
     count, mean, difference, error = script.rows.differences(rows, "worse", "dense", 1)
     apart = np.subtract(pairs["worse"], pairs["dense"])
     assert (count, mean, difference) == (4, pytest.approx(2.1), pytest.approx(apart.mean()))

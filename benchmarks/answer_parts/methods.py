@@ -90,8 +90,10 @@ def selection_methods() -> list[Method]:
     chosen = {"prefill": "selected"}
     return [
         Method("quest", "quest", "steps", pages, text=chosen),
+        Method("quest, page 4", "quest", "steps", partial(pages, page=4), text=chosen),
         Method("twilight", "twilight", "steps", lambda p, n: {"top_p": p, "budget": None}, (0.85, 0.5, 0.95), chosen),
         Method("lserve", "lserve", "steps", pages, text={**chosen, "refresh": 1}),
+        Method("lserve, page 16", "lserve", "steps", partial(pages, page=16, logical=4), text={**chosen, "refresh": 1}),
         Method("recycled", "recycled", "steps", pages, text=None),
         Method("random pages", "random_pages", "steps", pages, text=chosen, alone=True),
         Method("streaming", "streaming", "rows", streaming),

@@ -1,7 +1,7 @@
 """Pictures: what answers lose over the share of the keys."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from patchattn.plotting.style import SERIES
@@ -17,7 +17,7 @@ def plot(
     panels: Mapping[str, tuple[Rows, Sequence[Setting]]],
     *,
     share: str,
-    baseline: str,
+    baselines: Collection[str],
     columns: int = 3,
     lost: str = "nats a token lost",
 ) -> None:
@@ -25,9 +25,9 @@ def plot(
 
     Args:
         path: of the picture.
-        panels: title to rows of prompts and the settings that are drawn, at most six methods beside the baseline.
+        panels: title to rows of prompts and the settings that are drawn, at most six methods beside a baseline.
         share: label of the axis.
-        baseline: the method that is drawn in grey.
+        baselines: the methods that are drawn in grey.
         columns: panels beside each other.
         lost: label of the upward axis.
     """
@@ -40,7 +40,7 @@ def plot(
         methods = list(dict.fromkeys(setting.method for setting in settings))
         others = iter(SERIES)
         for method in methods:
-            style = _BASELINE if method == baseline else (*next(others), "-")
+            style = _BASELINE if method in baselines else (*next(others), "-")
             points = []
             for setting in settings:
                 if setting.method == method:
@@ -57,6 +57,7 @@ def plot(
         axes.axhline(0, color="0.6", linestyle=":", linewidth=0.8, zorder=0)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(share)
+        axes.set_xlim(0, 102)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
     for axes in list(grid):

@@ -173,7 +173,7 @@ def outcome(
         cache, start = prefixes.of("dense")
     elif method.shares and prefixes.known:
         with patched(model, method.variant, {**settings, "budget": EVERYTHING}):
-            cache, start = prefixes.of(method.name)
+            cache, start = prefixes.of(method.variant)
     else:
         cache, start = DynamicCache(config=model.config), 0
     drops_late = method.shares and method.how != "steps"  # what it remembers is of a variant with these settings

@@ -5,11 +5,14 @@ from pathlib import Path
 from .cases import NEEDLES, TEXT
 from .methods import selection_methods
 from .pictures import plot
+from .recall_rows import lines as recall_lines
 from .tables import (
+    HOW_CLAIMS_ARE_JUDGED,
     PARTS,
     Rows,
     Setting,
     better,
+    claims_table,
     lengths,
     near,
     needles_table,
@@ -39,9 +42,12 @@ turn. Those of a prompt leave decoding dense. Blocks are smaller than in the pap
 NAME` has the published settings, `benchmarks/answer_parts/methods.py` those of this page."""
 # what each paper says of its choice, with what is compared
 CLAIMS = {
+    "streaming": "The first keys and the last ones are enough for fluent text",
     "quest": "Pages with high bounds hold what is asked for",
+    "quest, page 4": "So do those of smaller pages",
     "twilight": "As few keys as hold a share of the attention are enough",
     "lserve": "Pages chosen by smaller ones hold what is asked for, also where a choice lasts four tokens",
+    "lserve, page 16": "So do smaller ones",
     "recycled": "What an earlier token attended to most serves later ones",
     "mswa": "Windows of several sizes serve better than one",
     "power": "Blocks at powers of two serve better than a window",
@@ -53,6 +59,8 @@ CLAIMS = {
     "xattention": "Antidiagonals tell which blocks matter",
 }
 
+SHARES = {"twilight": "0.85", "flex_prefill": "0.7", "xattention": "0.7"}  # of the attention
+
 
 def baselines(asked: list[Setting], group: str) -> dict[str, str]:
     """The name of the baseline for each name of a setting."""
@@ -62,19 +70,19 @@ def baselines(asked: list[Setting], group: str) -> dict[str, str]:
     }
 
 
-def lines(rows: Rows, conditions: str, output: Path) -> list[str]:
+def lines(rows: Rows, conditions: str, output: Path, folder: Path) -> list[str]:
     """The page from the rows that are there, and its pictures beside it."""
     methods = selection_methods()
     groups = {
         how: [method.name for method in methods if method.how == how or method.name == BASELINE[how]] for how in GROUPS
     }
-    needles, texts = of(rows, NEEDLES), of(rows, [TEXT])
+    needles = of(rows, NEEDLES)
     page = ["# Which keys are read: what answers lose", "", conditions, ""]
     page += ["`python benchmarks/answers.py run selection DIR --text FILE`, then `page`; rows are in", ""]
     page[-2] = page[-2].removesuffix("in") + "`docs/results/selection`. The text is WikiText-2's test set."
     page += [INTRODUCTION, "", *claims(rows)]
     panels = {title: (needles, settings(needles, groups[how])) for how, title in GROUPS.items()}
-    plot(output.with_suffix(".png"), panels, share="keys read, %", baseline="streaming")
+    plot(output.with_suffix(".png"), panels, share="keys read, %", baselines=set(BASELINE.values()))
     page += ["", "## Needles", "", f"![Nats lost over the share of keys read]({output.stem}.png)"]
     for length in lengths(rows, NEEDLES):
         page += ["", f"### {length} tokens"]
@@ -93,32 +101,34 @@ def lines(rows: Rows, conditions: str, output: Path) -> list[str]:
         some = of(rows, [TEXT], length)
         asked = [setting for how in GROUPS for setting in settings(some, groups[how])]
         page += ["", f"### {length} tokens", "", *positions_table(some, list(dict.fromkeys(asked)), "read, %")]
-    return page if texts else page[:-2]
+    return [*page, "", *recall_lines(folder)]
 
 
 def claims(rows: Rows) -> list[str]:
     """What is shown of what the papers say."""
-    needles, texts = of(rows, NEEDLES), of(rows, [TEXT])
-    found = [
+    needles, texts, last = of(rows, NEEDLES), of(rows, [TEXT]), PARTS + 3
+    methods = {method.name: method for method in selection_methods()}
+    asked = {name: f"{name} {SHARES.get(name, '0.25')}" for name in CLAIMS}
+
+    def beats(name: str) -> str:
+        other = f"{BASELINE[methods[name].how]} 0.25"
+        return "" if other == asked[name] else better(needles, asked[name], other)
+
+    return [
         "## Claims",
         "",
-        "A difference is called shown if it is more than two standard errors from zero; that little is lost, if what "
-        "is lost is below 0.1 nats a token by two standard errors. Needles of all lengths are pooled. The papers' "
-        "models are larger and their texts longer.",
+        f"{HOW_CLAIMS_ARE_JUDGED} Needles of all lengths are pooled. Methods that act in decoding must beat random "
+        "pages, the others streaming.",
         "",
+        *claims_table(
+            CLAIMS,
+            asked,
+            {
+                "beats the baseline": beats,
+                "little is lost": lambda name: near(needles, asked[name]),
+                "little is lost at the end of texts": lambda name: (
+                    "" if methods[name].text is None else near(texts, asked[name], place=last)
+                ),
+            },
+        ),
     ]
-    last = PARTS + 3
-    middle = {"twilight": "0.85", "flex_prefill": "0.7", "xattention": "0.7"}
-    found.append(
-        near("First and last keys are enough for fluent text, in its last part", texts, "streaming 0.25", place=last)
-    )
-    for method in selection_methods():
-        if method.name not in CLAIMS:
-            continue
-        name = f"{method.name} {middle.get(method.name, '0.25')}"
-        other = f"{BASELINE[method.how]} 0.25"
-        found.append(better(f"{CLAIMS[method.name]}: it beats the baseline", needles, name, other))
-        found.append(near("Little is lost", needles, name))
-        if method.text is not None:
-            found.append(near("Little is lost in texts, in their last part", texts, name, place=last))
-    return found

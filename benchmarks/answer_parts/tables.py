@@ -1,8 +1,10 @@
 """Tables, and what may be said of claims, from rows of results."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+from scipy import stats
 
 from patchattn.evaluation.report.report import markdown_table
 
@@ -135,40 +137,62 @@ def positions_table(rows: Rows, asked: Sequence[Setting], share: str) -> list[st
     return markdown_table(["method", "asked", share, *(f"part {n + 1}" for n in range(count)), "texts"], lines, texts=1)
 
 
-def better(claim: str, rows: Rows, name: str, other: str, place: int = NATS, *, wants: int = -1) -> str:
-    """A line that says whether a difference is what is claimed: more than two standard errors from zero.
+def better(rows: Rows, name: str, other: str, place: int = NATS, *, wants: int = -1) -> str:
+    """Whether a difference is what is claimed, outside of the 95 % interval around zero, and its size.
 
     Args:
-        claim: what is claimed.
         rows: of prompts.
         name: the one.
         other: what it is compared with.
         place: of the number.
         wants: -1 if its nats should be fewer.
     """
-    count, _, difference, error = differences(rows, name, other, place)
-    if count < 2 or math.isnan(error):
-        return f"- {claim} (`{name}`, `{other}`): **not measured**, {count} pairs."
-    size = f"{difference:+.2f} nats a token, standard error {error:.2f}, {count} pairs"
-    if wants * difference > 2 * error:
-        said = "shown"
-    elif -wants * difference > 2 * error:
-        said = "not shown, the opposite is"
-    else:
-        said = "not shown"
-    return f"- {claim} (`{name}`, `{other}`): **{said}** ({size})."
+    return _said(rows, name, other, place, lambda difference, error: wants * difference > error, wants)
 
 
-def near(claim: str, rows: Rows, name: str, other: str = "dense", place: int = NATS) -> str:
-    """A line that says whether what is lost is little: less than `NEAR` by two standard errors."""
+def near(rows: Rows, name: str, other: str = "dense", place: int = NATS) -> str:
+    """Whether what is lost is little, its 95 % interval below `NEAR`, and its size."""
+    return _said(rows, name, other, place, lambda difference, error: difference + error < NEAR, -1, NEAR)
+
+
+def _said(
+    rows: Rows,
+    name: str,
+    other: str,
+    place: int,
+    is_shown: Callable[[float, float], bool],
+    wants: int,
+    bar: float = 0.0,
+) -> str:
     count, _, difference, error = differences(rows, name, other, place)
     if count < 2 or math.isnan(error):
-        return f"- {claim} (`{name}`): **not measured**, {count} pairs."
-    size = f"{difference:+.2f} nats a token, standard error {error:.2f}, {count} pairs"
-    if difference + 2 * error < NEAR:
-        said = "shown"
-    elif difference - 2 * error > NEAR:
-        said = "not shown, the opposite is"
-    else:
-        said = "not shown"
-    return f"- {claim} (`{name}`): **{said}** ({size})."
+        return f"not measured ({count})"
+    around = float(stats.t.ppf(0.975, count - 1)) * error
+    opposite = -wants * (difference - bar) > around
+    said = "**shown**" if is_shown(difference, around) else "no, the opposite" if opposite else "not shown"
+    return f"{said} {difference:+.2f} ± {error:.2f} ({count})"
+
+
+def claims_table(
+    claims: Mapping[str, str], asked: Mapping[str, str], columns: Mapping[str, Callable[[str], str]]
+) -> list[str]:
+    """Of every method what its paper says of its choice, and what is shown of it.
+
+    Args:
+        claims: of methods.
+        asked: the name of the setting of each that is looked at.
+        columns: title to what is said of a method.
+    """
+    lines = [
+        [f"`{asked[method]}`", claim, *(column(method) for column in columns.values())]
+        for method, claim in claims.items()
+    ]
+    head = ["method", "claim", *columns]
+    return markdown_table(head, lines, texts=len(head))
+
+
+HOW_CLAIMS_ARE_JUDGED = (
+    "Nats a token, differences of pairs with their standard errors and the number of prompts. A difference is called "
+    "shown if its 95 % interval, by Student's t, does not hold zero; that little is lost, if the interval is below "
+    f"{NEAR} nats a token. The papers' models are larger and their texts longer."
+)
