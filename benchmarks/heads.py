@@ -76,7 +76,8 @@ def page(setup: Setup, parts: tuple[Part, ...], about: str, pictures: Path | Non
     """The page of what has been measured so far, and what has not."""
     lines = ["# What heads do in SmolLM2-135M", "", about, ""]
     for part in parts:
-        lines += [*part.section(setup, pictures), ""]
+        if setup.rows(part.NAME):
+            lines += [*part.section(setup, pictures), ""]
     states = []
     for part in parts:
         count, total = len(setup.rows(part.NAME)), len(part.jobs(setup))

@@ -45,7 +45,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = tiny_llama(
         num_hidden_layers=LAYERS, max_position_embeddings=1024, num_attention_heads=HEADS, hidden_size=HEADS * DIM
     )
-    return common.Setup(model, BYTES_CHAT, text, tmp_path / "rows", 4)
+    return common.Setup(model, BYTES_CHAT, text, tmp_path / "rows", 6)
 
 
 def do(setup: Any, part: Any, *keys: str) -> list[dict[str, Any]]:

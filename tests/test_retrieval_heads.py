@@ -12,10 +12,10 @@ from torch import nn
 import patchattn
 from patchattn.calibration.retrieval import needle_trials
 from patchattn.cli import main as cli
-from patchattn.core.heads import HeadList
-from patchattn.core.importance import HeadImportance
+from patchattn.core.heads import BaseFacts, HeadList
+from patchattn.core.importance import HeadImportance, SiteScores
 from patchattn.inspection import retrieval
-from patchattn.inspection.retrieval import RetrievalTrial, retrieval_scores
+from patchattn.inspection.retrieval import RetrievalScores, RetrievalTrial, retrieval_scores
 
 from .long_context import BYTES
 from .long_context import tiny_llama as byte_llama
@@ -129,6 +129,19 @@ def test_the_highest_heads_are_a_list_for_decore_and_heads() -> None:
         found.highest()
 
 
+def test_gates_for_duo_are_the_best_of_a_group() -> None:
+    scores = {
+        f"layers.{layer}.attn": SiteScores(layer, 2, some)
+        for layer, some in ((1, (0.0, 0.2, 1.4, 0.1)), (0, (0.3, 0.1, 0.0, 0.05)))
+    }
+    found = RetrievalScores(HeadImportance(scores, "retrieval", BaseFacts("llama", 2, 4)), 1, 1).gates()
+    assert found.gates == ((0.3, 0.05), (0.2, 1.0))
+    patchattn.patch_model(knowing(9), "duo", gates=found.to_dict())
+    uneven = {"a": SiteScores(0, 2, (0.1, 0.2, 0.3))}
+    with pytest.raises(ValueError, match="3 query heads on 2 kv heads"):
+        RetrievalScores(HeadImportance(uneven, "retrieval", BaseFacts("llama", 1, 3)), 1, 1).gates()
+
+
 def test_trials_hold_the_answer_in_the_text_and_behind_it() -> None:
     trials = needle_trials(BYTES, lengths=[700, 900], samples=3, seed=1)
     assert [len(trial.tokens) - trial.answer for trial in trials] == [700] * 3 + [900] * 3
@@ -144,9 +157,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     model = byte_llama(num_hidden_layers=2)
     for part in (model, BYTES):
         part.save_pretrained(tmp_path / "model")
-    output, scores, picture = (tmp_path / name for name in ("heads.json", "scores.json", "heads.png"))
+    output, scores, gates, picture = (
+        tmp_path / name for name in ("heads.json", "scores.json", "gates.json", "heads.png")
+    )
     command = ["calibrate", "retrieval", str(tmp_path / "model"), "--length", "700", "--samples", "2", "--top", "2"]
-    command += ["--output", str(output), "--scores", str(scores), "--plot", str(picture), "--device", "cpu"]
+    command += [
+        "--output",
+        str(output),
+        "--scores",
+        str(scores),
+        "--gates",
+        str(gates),
+        "--plot",
+        str(picture),
+        "--device",
+        "cpu",
+    ]
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 2
@@ -157,6 +183,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         cli.main(command)
     assert ended.value.code in (0, None)
     assert "2 of 4 heads, from 2 texts of 2" in capsys.readouterr().out
+    patchattn.patch_model(byte_llama(num_hidden_layers=2), "duo", gates=str(gates))
     about = json.loads(output.read_text())["calibration"]
     assert {"lengths": [700], "samples": 2, "counted": 2}.items() <= about.items()
     heads = HeadList.parse(str(output))

@@ -29,6 +29,9 @@ def calibrate_retrieval(
         "retrieval_heads.json"
     ),
     scores: Annotated[Path | None, typer.Option(help="Write the scores of all heads into this file.")] = None,
+    gates: Annotated[
+        Path | None, typer.Option(help="Write a gate for every kv head into this file, such as duo takes.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a heat map into this file, such as heads.png.")] = None,
     modules: Modules = None,
     batch_size: Annotated[int, typer.Option(help="Texts of a forward.", min=1)] = 1,
@@ -38,7 +41,7 @@ def calibrate_retrieval(
     """Find the retrieval heads of a language model: those that copy an answer out of a long text.
 
     `patch_model(model, "decore", heads=OUTPUT)` contrasts with the model without them, and `patch_model(model, "heads",
-    heads=OUTPUT)` masks them.
+    heads=OUTPUT)` masks them; `patch_model(model, "duo", gates=GATES)` drops keys of those that retrieve least.
     """
     from typing import Any
 
@@ -68,6 +71,8 @@ def calibrate_retrieval(
     write_json(output, {**heads.to_dict(), "calibration": about})
     if scores is not None:
         found.scores.save(scores)
+    if gates is not None:
+        write_json(gates, {**found.gates().to_dict(), "calibration": about})
     total = sum(len(site.scores) for site in found.scores.sites.values())
     kept = sum(map(len, heads.heads.values()))
     console.print(

@@ -15,6 +15,7 @@ from ..core.heads import BaseFacts, HeadList
 from ..core.importance import HeadImportance, SiteScores
 from ..core.probing import probed
 from ..core.selection import base_model, input_device, select_sites
+from ..reading.gates import HeadGates
 
 _LEAST_ANSWERED = 0.5  # a trial counts if the model knows more than this share of the answer
 
@@ -67,6 +68,23 @@ class RetrievalScores:
             ValueError: neither or both of them, a count of less than 1 or of more than there are, or no head.
         """
         return self.scores.highest(count, threshold=threshold)
+
+    def gates(self) -> HeadGates:
+        """Gates as `duo` takes them: of every kv head the highest score of its query heads, at most 1.
+
+        The kv heads that retrieve least then keep the first and the last keys alone.
+
+        Raises:
+            ValueError: a layer's query heads do not share its kv heads alike.
+        """
+        rows = []
+        for name, site in sorted(self.scores.sites.items(), key=lambda item: item[1].layer):
+            size, left = divmod(len(site.scores), site.kv_heads)
+            if left:
+                raise ValueError(f"{name} has {len(site.scores)} query heads on {site.kv_heads} kv heads.")
+            groups = [site.scores[start : start + size] for start in range(0, len(site.scores), size)]
+            rows.append(tuple(min(1.0, max(group)) for group in groups))
+        return HeadGates(tuple(rows), self.scores.base)
 
 
 @torch.no_grad()
