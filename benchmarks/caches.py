@@ -335,7 +335,7 @@ def prefill(
             continue
         with torch.inference_mode(), patched(base, name, length, gates):
             spent, found = [0.0], []
-            for chain in [chain for module in base.modules() for chain in chains_in(module)]:
+            for chain in chains_in(base):
                 for variant in chain.variants().values():
                     count_time(variant, spent)
             for _ in range(rounds + 1):

@@ -75,3 +75,16 @@ def test_bytes_are_those_of_the_formula(script: ModuleType, folder: Path, tmp_pa
         row["key"]: pytest.approx(1.0, abs=0.05) for row in found
     }
     assert next(row for row in found if row["key"].endswith("/knorm"))["bytes"] < 0.5 * found[0]["dense"]
+
+
+def test_time_is_counted_once(
+    script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a clock that goes on by one at each look: a pair of looks for each call of a variant, in two layers."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: float(next(looks)))
+    rows = tmp_path / "rows.jsonl"
+    script.prefill(folder, length=300, method=["knorm"], rounds=1, rows=rows, dtype="float32", threads=1)
+    own, whole = json.loads(rows.read_text())["seconds"][0]
+    assert own == 2 * 2 * 2  # rule and forget, in the prompt and in the first token, of two layers
+    assert whole == 2 * own + 1
