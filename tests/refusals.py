@@ -99,7 +99,6 @@ def _of_placed_pieces(*names: str) -> dict[str, list[Refusal]]:
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
-    **_of_grids("axial", "halo", "maxvit", "neighborhood", "window"),
     **_of_encoder_masks("hat", "hdt"),
     "hepos": [
         _of(
@@ -111,9 +110,8 @@ REFUSALS: dict[str, list[Refusal]] = {
     **_of_placed_pieces("ape", "focus_icl", "graph_kv", "parallel_context"),
     **_of_pages("hip", "hyper", "recycled"),
     **_of_causal_selection("subsampled"),
-    **_of_grids(
-        "agent", "axial", "biformer", "gpsa", "halo", "hilo", "maxvit", "neighborhood", "sparsifiner", "window"
-    ),
+    **_of_grids("agent", "axial", "biformer", "gpsa", "halo", "hilo", "maxvit", "neighborhood", "quadrangle"),
+    **_of_grids("sparsifiner", "window"),
     "act": [
         _of(
             of_kind("encoder_decoder"),
@@ -121,7 +119,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "what a key received is summed over its own sequence's rows, which cross-attention has none of",
         ),
     ],
-    **_of_images("a_vl", "fastv", "hiprune", "pai", "paint", "var", "vcd", "vhr"),
+    **_of_images("a_vl", "ee_mllm", "fastv", "hiprune", "pai", "paint", "rbd_like", "var", "vcd", "vhr"),
     "heads": [
         _of(
             of_kind("encoder_decoder"),

@@ -34,9 +34,10 @@ def problems(out):
 
 
 NAMES = {"moh", "ssa", "act", "ssmax", "logn", "flap", "prune", "streaming_llm"}
+GRIDS = {"window", "quadrangle"}  # which are tried on images
 
 
-@pytest.mark.parametrize("names", [NAMES, pytest.param(None, marks=pytest.mark.slow, id="every")])
+@pytest.mark.parametrize("names", [NAMES | GRIDS, pytest.param(None, marks=pytest.mark.slow, id="every")])
 def test_a_working_installation_passes(run, monkeypatch, names):
     """With a variant of each sort; with every one `.ci/run` runs it, on the oldest releases and on the newest."""
     if names:
@@ -49,6 +50,9 @@ def test_a_working_installation_passes(run, monkeypatch, names):
     for name in NAMES:
         assert f"{name}, decoder" in out
         assert f"{name}, encoder" in out or name == "streaming_llm"
+    for name in GRIDS:
+        assert f"{name}, image encoder" in out
+        assert f"{name}, encoder" not in out
     for package in ("torch", "transformers", "peft"):
         assert importlib.metadata.version(package) in out
     assert registered() <= before

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.variants.decoding.vcd import kept_variance
+from patchattn.decoding.other_images import kept_variance
 
 from . import vlms
 from .test_decoding import decode, extended

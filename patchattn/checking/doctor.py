@@ -1,8 +1,8 @@
 """`patchattn doctor`: do the releases at hand carry a patch? What to run after upgrading anything.
 
-Every variant is put on a tiny random decoder or encoder: it must change the outputs, be neutral where it says so, be
-undone to the last bit, leave real tokens alone where padding is added, agree with itself when decoding from a cache,
-and come back from disk. One patch is held against attention that nothing of patchattn has touched.
+Every variant is put on a tiny random decoder or encoder, of text or of images: it must change the outputs, be neutral
+where it says so, be undone to the last bit, leave real tokens alone where padding is added, agree with itself when
+decoding from a cache, and come back from disk. One patch is held against attention that nothing of patchattn touched.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,8 @@ from transformers import (
     EuroBertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
 )
 
 from ..core.kv_caches import cache_argument
@@ -65,12 +67,17 @@ def self_test(device: str = "cpu") -> Iterator[Finding]:
     """
     for base in ("eager", "sdpa"):
         yield Finding(f"a patch on {base} attention", _reason(partial(_compare_with_reference, device, base)))
-    kinds = {"decoder": (_decoder, {"causal", "gqa"}), "encoder": (_encoder, {"bidirectional"})}
-    for kind, (make, needed) in kinds.items():
+    kinds = {
+        "decoder": (_decoder, {"causal", "gqa"}, False),
+        "encoder": (_encoder, {"bidirectional"}, False),
+        "image encoder": (_image_encoder, {"bidirectional"}, True),
+    }
+    for kind, (make, needed, has_grid) in kinds.items():
         for name in list_variants():
             info = variant_info(name)
-            on_images = info.variant.needs_grid is not Variant.needs_grid
-            if info.kind != "decoding" and {*needed, "without_images"} <= info.capabilities and not on_images:
+            needs_grid = info.variant.needs_grid is not Variant.needs_grid
+            fits = {*needed, "without_images"} <= info.capabilities and needs_grid is has_grid
+            if info.kind != "decoding" and fits:
                 merges = kind == "encoder" and issubclass(info.variant, KvMerge)
                 model = _grouped_encoder if merges else make
                 yield Finding(f"{name}, {kind}", _reason(partial(_try_variant, name, model, device)))
@@ -101,13 +108,27 @@ def _grouped_encoder() -> Any:
     return EuroBertModel(EuroBertConfig(**_SIZES, **special, num_key_value_heads=2)).eval()
 
 
+def _image_encoder() -> Any:
+    """One for what needs a grid of patches, here of 4 x 4."""
+    torch.manual_seed(0)
+    sizes = {name: size for name, size in _SIZES.items() if name != "vocab_size"}
+    return ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).eval()
+
+
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
+    if model.main_input_name == "input_ids":
+        return {"input_ids": _tokens(model)}
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels.to(model.device)}
+
+
 def _tokens(model: Any) -> torch.Tensor:
     return torch.arange(3, 35, device=model.device).view(2, 16)
 
 
 @torch.no_grad()
 def _output(model: Any) -> torch.Tensor:
-    first: torch.Tensor = model(_tokens(model))[0]
+    first: torch.Tensor = model(**_inputs(model))[0]
     return first
 
 
@@ -159,7 +180,7 @@ def _try_variant(name: str, make: Callable[[], Any], device: str) -> str | None:
         return "the patched model's outputs are not finite"
     if torch.equal(after, before):
         return "the patch changes nothing: the model does not call it"
-    for check in check_patch(model, _tokens(model)).checks:
+    for check in check_patch(model, _inputs(model)).checks:
         if check.status == "failed":
             return f"not true: {check.name} (error {check.error:.1e})"
     if model.can_generate() and not any(patch.looks_ahead for patch in applied_patches(model)):

@@ -1,5 +1,6 @@
 """A branch that sees other images in the place of those that a model was given: its vision encoder runs once more."""
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,8 @@ from ..vision.images import image_layout, needed_layout
 from ..vision.outliers import places_of, unknown_images
 from .text import TextDecodingVariant, decoder_sites
 from .variant import BranchStep, Step
+
+NOISE_STEPS = 1000  # of the schedule that images go into noise by (arXiv 2311.16922)
 
 # .own, .changed: what the latest pass of a vision encoder gave for the images and for the changed ones; .queries of the
 # changed ones; .tokens, .others: `(M, E)` image tokens of both
@@ -123,6 +126,27 @@ class OtherImagesVariant(TextDecodingVariant):
             raise unknown_images()
         found = torch.where(is_known[:, None], others.to(tokens)[places.clamp(min=0)], tokens)
         return replace(same, embeddings=step.embeddings.masked_scatter(same.image[..., None], found))
+
+
+def noised(pixels: torch.Tensor, step: int, seed: int | None) -> torch.Tensor:
+    """Normalised pixels `(N, C, H, W)`, or one image's patches `(n, D)`, so far into noise, of `NOISE_STEPS`.
+
+    Args:
+        pixels: what the vision encoder gets.
+        step: how far, from 0.
+        seed: of noise that every image gets alike; None: torch's own generator draws anew for every image.
+    """
+    kept = kept_variance(step)
+    shape = pixels.shape if seed is None or pixels.dim() == 2 else pixels.shape[1:]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(pixels)
+    return math.sqrt(kept) * pixels + math.sqrt(1.0 - kept) * noise
+
+
+def kept_variance(step: int) -> float:
+    """Of pixels with the variance 1, the part that is the image's at a step of the noise schedule, from 0."""
+    rates = torch.linspace(-6.0, 6.0, NOISE_STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
+    return float((1.0 - rates[: step + 1]).prod())
 
 
 def _pictures(pixels: torch.Tensor, beside: dict[str, Any]) -> Sequence[torch.Tensor]:

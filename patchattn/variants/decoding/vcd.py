@@ -9,10 +9,8 @@ import torch
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
-from ...decoding.other_images import OtherImagesVariant
+from ...decoding.other_images import NOISE_STEPS, OtherImagesVariant, noised
 from ...decoding.variant import BranchStep, Step
-
-_STEPS = 1000  # of the schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class VCDConfig(VariantConfig):
         help="How far the image has gone into noise, of 0 to 999.",
         source="released evaluation scripts",
         minimum=0,
-        maximum=_STEPS - 1,
+        maximum=NOISE_STEPS - 1,
     )
     seed: int | None = option(
         0,
@@ -65,11 +63,7 @@ class VCD(OtherImagesVariant):
         return self.config.alpha == 0.0 and self.config.beta == 0.0
 
     def change(self, pixels: torch.Tensor) -> torch.Tensor:
-        seed, kept = self.config.seed, kept_variance(self.config.noise_step)
-        shape = pixels.shape if seed is None or pixels.dim() == 2 else pixels.shape[1:]
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(pixels)
-        return math.sqrt(kept) * pixels + math.sqrt(1.0 - kept) * noise
+        return noised(pixels, self.config.noise_step, self.config.seed)
 
     def branches(self, step: Step) -> list[BranchStep]:
         return [self.with_other_images(step)]
@@ -80,12 +74,6 @@ class VCD(OtherImagesVariant):
         if beta == 0.0:
             return contrast
         return contrast.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -math.inf)
-
-
-def kept_variance(step: int) -> float:
-    """Of pixels with the variance 1, the part that is the image's at a step of the noise schedule, from 0."""
-    rates = torch.linspace(-6.0, 6.0, _STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
-    return float((1.0 - rates[: step + 1]).prod())
 
 
 register_variant(
