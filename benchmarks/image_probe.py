@@ -195,21 +195,22 @@ def measure_speed(tower: Any, importance: Any, pixels: torch.Tensor, folder: Pat
 
 
 def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
-    """The page: steps that all forms have answered, and no others."""
+    """The page: of forms that have answers, the steps that all of them have answered."""
     rows, speeds = read_rows(folder / "answers.jsonl"), read_rows(folder / "speed.jsonl")
-    steps = 0
-    while all(f"{form}/{steps}" in rows for form in FORMS):
+    answered, steps = [form for form in FORMS if f"{form}/0" in rows], 0
+    if "dense" not in answered:
+        raise ValueError(f"There is no answer of the dense model in {folder}: give it more seconds.")
+    while all(f"{form}/{steps}" in rows for form in answered):
         steps += 1
-    if steps == 0:
-        raise ValueError(f"No step is answered by all forms in {folder}: give it more seconds.")
     trained = int(load_file(folder / "probes.safetensors")["images"])
-    found = {form: [each for i in range(steps) for each in rows[f"{form}/{i}"]["right"]] for form in FORMS}
+    found = {form: [each for i in range(steps) for each in rows[f"{form}/{i}"]["right"]] for form in answered}
     lines = []
     for form, own in found.items():
         mean, error = paired(own, found["dense"])
         difference = "" if form == "dense" else f"{100 * mean:+.1f} ± {100 * error:.1f}"
         rate = f"{speeds[form]['images_per_second']:.1f}" if form in speeds else "not measured"
         lines.append(f"| {form} | {100 * sum(own) / len(own):.1f} | {difference} | {rate} |")
+    missing = [form for form in FORMS if form not in answered]
     threads = {row["threads"] for row in speeds.values()}
     return [
         "# Vision",
@@ -235,6 +236,7 @@ def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
         "|---|---|---|---|",
         *lines,
         "",
+        *([f"Not measured yet: {', '.join(missing)}.", ""] if missing else []),
         "### What it shows",
         "",
         "A claim is shown where its difference, and the points that it may lose, are more than two standard errors",
@@ -249,6 +251,8 @@ def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
 
 def claim(found: dict[str, list[int]], said: str, form: str, other: str, may_lose: int) -> str:
     """A line of the table of claims."""
+    if not {form, other} <= found.keys():
+        return f"| {said} | {form} | {other} | not measured | {may_lose} | not shown |"
     mean, error = (100 * part for part in paired(found[form], found[other]))
     verdict = "shown" if mean + may_lose > 2 * error else "not shown"
     return f"| {said} | {form} | {other} | {mean:+.1f} ± {error:.1f} | {may_lose} | {verdict} |"

@@ -1,5 +1,5 @@
 """The command line: `patchattn list | info | check | doctor | coverage | demo | calibrate | eval | board | export |
-bench | sort-context | plot | lm-eval`."""
+bench | carve | sort-context | plot | lm-eval`."""
 
 import json
 import sys
@@ -21,6 +21,7 @@ from .duo import calibrate_duo
 from .evaluate import evaluate_model
 from .export import export_model
 from .heads import calibrate_head_roles, calibrate_lookback, calibrate_vectors
+from .pictures import carve, image_flow
 from .plot import plot
 from .plot_heads import plot_directions, plot_entropy
 from .retrieval import calibrate_retrieval
@@ -291,6 +292,7 @@ calibrate.command("massive")(calibrate_massive)
 calibrate.command("retrieval")(calibrate_retrieval)
 plot.command("directions")(plot_directions)
 plot.command("entropy")(plot_entropy)
+plot.command("image-flow")(image_flow)
 calibrate.command("head-roles")(calibrate_head_roles)
 calibrate.command("lookback")(calibrate_lookback)
 calibrate.command("vectors")(calibrate_vectors)
@@ -302,6 +304,7 @@ app.command("eval")(evaluate_model)
 app.command("export")(export_model)
 app.command("bench")(bench)
 app.command("sort-context")(sort_context)
+app.command("carve")(carve)
 
 
 def _one_line(error: Exception) -> str:

@@ -151,23 +151,24 @@ def image_inputs(processor: Any, path: Path, prompt: str, model: Any) -> tuple[d
     Raises:
         ValueError: no readable image; or neither a chat template nor a placeholder in the text.
     """
+    from ..vision.prompts import image_prompt
+
+    image = opened_image(path)
+    inputs = image_prompt(processor, [image], prompt, model)
+    return inputs, _seen(processor, inputs["pixel_values"], image)
+
+
+def opened_image(path: Path) -> Any:
+    """A picture in RGB; ValueError where it is none."""
     from PIL import Image
 
+    if not path.is_file():
+        raise ValueError(f"There is no image {str(path)!r}.")
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # all of which Pillow raises
         raise ValueError(f"{path} is not a readable image: {error}") from error
-    if processor.image_token not in prompt:
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(f"{type(processor).__name__} has no chat template: write {processor.image_token} into it.")
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    bos = processor.tokenizer.bos_token
-    # some templates write the token of the beginning themselves
-    once = {"add_special_tokens": False} if bos is not None and prompt.startswith(bos) else {}
-    inputs = processor(images=[image], text=[prompt], return_tensors="pt", **once).to(model.device, model.dtype)
-    return dict(inputs), _seen(processor, inputs["pixel_values"], image)
 
 
 def _seen(processor: Any, pixels: Any, image: Any) -> Any:

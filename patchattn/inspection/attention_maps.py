@@ -214,33 +214,44 @@ def image_attention(
             picture (InstructBLIP); or as `attention_received`.
     """
     base: Any = base_model(model)
-    layout = image_layout(base)
-    ids = inputs["input_ids"]
-    sizes = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
-    spans = [span for span in image_spans(base, ids, **sizes) if span.row == row]
-    if not 0 <= image < len(spans):
-        raise ValueError(f"Sequence {row} has {len(spans)} images; none has the index {image}.")
-    span = spans[image]
-    grid = span.grid
-    if grid is None:
-        raise NotImplementedError(f"The image tokens of {type(base).__name__} have no place in the picture.")
-    first = span.start + int(layout.has_class_token and not layout.skips_first)
+    ids, image_token = inputs["input_ids"], image_layout(base).image_token_id
+    span, first, inside = image_place(base, inputs, row, image)
+    grid: Any = span.grid
     grids: list[torch.Tensor] = []
     totals: list[float] = []
     seen: set[str] = set()
 
     def see(call: AttentionCall, own: torch.Tensor | None) -> None:
         visible, rows = of_row(call, row)
-        asking = _asking(rows, ids[row], span, queries, layout.image_token_id)
+        asking = asking_rows(rows, ids[row], span, queries, image_token)
         seen.add(call.site.name)
         for head in _chosen_heads(call, heads):
             weights = head_weights(call, own, head, row, visible)[asking].mean(0).cpu().double()
             grids.append(weights[first : first + grid[0] * grid[1]].view(grid))
             totals.append(float(weights[span.start : span.stop].sum()))
 
-    inside = rf"^{re.escape(layout.language_model)}\."
     look(base, inputs, select_sites(base, layers=layers, modules=inside), see)
     return ImageAttention(span, torch.stack(grids).mean(0), sum(totals) / len(totals), len(seen), len(grids))
+
+
+def image_place(model: nn.Module, inputs: Mapping[str, Any], row: int, image: int) -> tuple[ImageSpan, int, str]:
+    """An image's tokens, the first of them that is a part of the whole picture, and what chooses the attention modules
+    of the language model (`modules`).
+
+    Raises:
+        ValueError: no such row or image.
+        NotImplementedError: no vision-language model that is known, or tokens that have no place in the picture.
+    """
+    layout = image_layout(model)
+    sizes = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
+    spans = [span for span in image_spans(model, inputs["input_ids"], **sizes) if span.row == row]
+    if not 0 <= image < len(spans):
+        raise ValueError(f"Sequence {row} has {len(spans)} images; none has the index {image}.")
+    span = spans[image]
+    if span.grid is None:
+        raise NotImplementedError(f"The image tokens of {type(model).__name__} have no place in the picture.")
+    first = span.start + int(layout.has_class_token and not layout.skips_first)
+    return span, first, rf"^{re.escape(layout.language_model)}\."
 
 
 @torch.no_grad()
@@ -326,7 +337,7 @@ def _pooling(places: torch.Tensor, resolution: int | None) -> tuple[torch.Tensor
     return matrix, tuple(places[matrix.argmax(-1)].tolist())
 
 
-def _asking(
+def asking_rows(
     rows: torch.Tensor, ids: torch.Tensor, span: ImageSpan, queries: Literal["last", "text"] | int, image_token: int
 ) -> torch.Tensor:
     """Indices of the tokens whose attention is meant, of `rows` that are not padding."""
