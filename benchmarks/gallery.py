@@ -1,6 +1,6 @@
 """The gallery of variants: what each does to which tokens reach which, as a small picture, by what a reader wants.
 
-    python benchmarks/gallery.py docs        # writes docs/gallery.md and docs/gallery/NAME.png
+    python benchmarks/gallery.py docs   # writes docs/gallery.md, docs/gallery/NAME.png, and some.png, which is of a few
 
 Pictures are measured, not drawn: a tiny random model, in float64, reads a text of 24 tokens and then 8 more one by one
 from its kv cache, or as a whole where it is an encoder, or an image of 8 x 8 patches. Every token in turn is moved a
@@ -19,6 +19,7 @@ import torch
 import transformers
 import typer
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -32,6 +33,20 @@ SMALLEST = 1e-2  # of the greatest influence: where the colours begin
 ROUNDING = 1e-6  # of the greatest influence: what differences as small as MOVED leave in float64
 NOISE = 1.0  # of parameters that start where they change nothing
 PIXELS = 128  # of a side
+SOME = (
+    "dense",
+    "streaming",
+    "power",
+    "hip",
+    "quest",
+    "triangle",
+    "snapkv",
+    "tova",
+    "recycled",
+    "hat",
+    "axial",
+    "biformer",
+)
 README = Path(__file__).parents[1] / "README.md"
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
 
@@ -186,6 +201,17 @@ def drawn(found: np.ndarray) -> Image.Image:
     return Image.fromarray(rgb.repeat(side, 0).repeat(side, 1)).quantize(16)
 
 
+def some(folder: Path) -> None:
+    """Pictures of `SOME` side by side, from the files."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(2, len(SOME) // 2).flat, SOME, strict=True):
+        axes.imshow(Image.open(folder / f"{name}.png").convert("RGB"), interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(folder / "some.png", dpi=110)
+
+
 def main(docs: Annotated[Path, typer.Argument(help="Folder of the documentation.")]) -> None:
     """Write the page and its pictures."""
     folder = docs / "gallery"
@@ -218,6 +244,8 @@ def main(docs: Annotated[Path, typer.Argument(help="Folder of the documentation.
                 drawn(found).save(folder / f"{name}.png", optimize=True)
                 shown, host = f"![{name}](gallery/{name}.png)", f" *{host[0].upper()}{host[1:]}.*"
             text.append(f"| {shown} | [`{name}`](variants/{name}.md) | {patchattn.variant_info(name).summary}{host} |")
+    if all((folder / f"{name}.png").exists() for name in SOME):
+        some(folder)
     (docs / "gallery.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
