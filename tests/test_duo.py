@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
+from patchattn.reading import selection
 from patchattn.reading.gates import HeadGates
 
 from .evictions import HOW, LANGUAGE, dense, extended, fed, padded, registered
@@ -67,6 +68,19 @@ def test_calls_are_one_forward_in_which_heads_see_what_they_keep(sparsity: float
     found = fed(model_of(sparsity=sparsity), DynamicCache(), ids, real, sizes)
     expected = dense([seen_by_loops(real, heads) for heads in STREAMING[sparsity]], ids, real)
     torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", STREAMING)
+def test_what_a_long_call_does_not_see_is_not_read(sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = text(24)[0].clamp(min=3)  # without padding
+    real = torch.ones_like(ids, dtype=torch.bool)
+    used, original = [], selection.block_sparse_attention
+    monkeypatch.setattr(selection, "_PAYS_FROM", 1)
+    monkeypatch.setattr(selection, "block_sparse_attention", lambda *given: used.append(1) or original(*given))
+    found = fed(model_of(sparsity=sparsity), DynamicCache(), ids, real, [16, 1, 1, 6])
+    expected = dense([seen_by_loops(real, heads) for heads in STREAMING[sparsity]], ids, real)
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+    assert bool(used) == bool(sparsity)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("qwen3", None), ("gpt2", None), ("llava", None), ("gemma2", [1])])

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import find_cache
+from patchattn.reading import selection
 
 from .evictions import HOW, dense, extended, fed, padded, registered
 from .families import FAMILIES
@@ -41,6 +42,22 @@ def test_any_calls_are_one_forward_under_that_mask(sizes: list[int]) -> None:
     torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
     for layer in cache.layers:
         assert layer.keys.shape[2] == SINKS + RECENT + SLACK
+
+
+@pytest.mark.parametrize("positions", ["original", "reindexed"])
+def test_what_a_long_call_does_not_see_is_not_read(positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an operation that leaves it out, which is none for sinks at other positions."""
+    ids, settings = padded()[0].clamp(min=3).repeat(1, 3), {**SETTINGS, "positions": positions}
+    real, exact = torch.ones_like(ids, dtype=torch.bool), FAMILIES["llama"].make_exact
+    masked = fed(patchattn.patch_model(exact(), "streaming_llm", settings), DynamicCache(), ids, real, [36])
+    used, original = [], selection.block_sparse_attention
+    monkeypatch.setattr(selection, "_PAYS_FROM", 1)
+    monkeypatch.setattr(selection, "block_sparse_attention", lambda *given: used.append(1) or original(*given))
+    for sizes in ([36], [20, 1, 1, 14]):
+        model = patchattn.patch_model(exact(), "streaming_llm", settings)
+        found = fed(model, DynamicCache(), ids, real, sizes)
+        torch.testing.assert_close(found, masked, rtol=1e-9, atol=1e-9)
+    assert bool(used) == (positions == "original")
 
 
 def test_a_row_sees_sinks_recent_and_its_own() -> None:

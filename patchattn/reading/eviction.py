@@ -1,12 +1,14 @@
 """Variants that choose which keys a kv cache keeps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from patchattn_kernels import SinkAndRecent
 
 from ..cache.state import SequenceState
 from ..core.call import AttentionCall
@@ -17,6 +19,7 @@ from ..core.sites import AttentionSite
 from ..core.surroundings import Surroundings
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 from .budgets import Budget, BudgetConfig, best
+from .selection import skipping, skips
 
 # Encoders, other sequences and position biases of the stored length have no keys that could be dropped; static caches
 # and compiled calls cannot let go of any.
@@ -70,10 +73,19 @@ class EvictionVariant(Variant):
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         has_cache = call.context.claim(self.owner)
-        output = inner(call)
+        output = self.attended(call, inner)
         if has_cache:
             self.forget(call)
         return output
+
+    def attended(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        """Attention under the rule: where that is all that hides keys, what it hides is not read."""
+        keeps = call.mask.keeps
+        if len(keeps) == 1 and isinstance(keeps[0], SinkAndRecent):
+            whole = call.replace(mask=replace(call.mask, keeps=()))
+            if skips(whole, keeps[0]):
+                return skipping(whole, keeps[0]), None
+        return inner(call)
 
     def forget(self, call: AttentionCall) -> None:
         """After attention: tell the kv cache by `call.context.keep` what is left."""

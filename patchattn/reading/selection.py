@@ -121,10 +121,10 @@ def attend_to(
     own = plain_own(call.mask) if isinstance(keep, Split) else None
     if isinstance(keep, Split) and own is not None and call.kwargs.get("position_bias") is None:
         first, rest = (_of_rows(call, own, *rows) for rows in ((0, keep.at), (keep.at, call.mask.queries)))
-        if _skips(first, keep.first):
-            return torch.cat([_skipping(first, keep.first), inner(rest)[0]], dim=1), None
-    if isinstance(keep, SinkAndRecent | BlockLists) and _skips(call, keep):
-        return _skipping(call, keep), None
+        if skips(first, keep.first):
+            return torch.cat([skipping(first, keep.first), inner(rest)[0]], dim=1), None
+    if isinstance(keep, SinkAndRecent | BlockLists) and skips(call, keep):
+        return skipping(call, keep), None
     return _under_mask(call, keep, inner)
 
 
@@ -186,7 +186,7 @@ def _under_mask(call: AttentionCall, keep: Keep | Places | Split | None, inner: 
     return inner(narrowed(call, keep).replace(context=replace(call.context, of_some_keys=True)))
 
 
-def _skipping(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> torch.Tensor:
+def skipping(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> torch.Tensor:
     """`(B, Tq, H, D)` by an operation that leaves out what is not kept."""
     heads = call.query.shape[1]
     if isinstance(keep, SinkAndRecent) and len(keep.sinks) == 1 < heads:
@@ -219,7 +219,7 @@ def density(call: AttentionCall, narrow: AttentionCall) -> torch.Tensor:
     return torch.where(seen > 0, read / seen.clamp(min=1), 1.0)
 
 
-def _skips(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> bool:
+def skips(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> bool:
     """Whether an operation computes the call that reads no more than what is kept, and is the faster for it."""
     if not call.stands_alone:
         return False

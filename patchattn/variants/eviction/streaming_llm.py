@@ -71,8 +71,8 @@ class StreamingLLM(RotaryVariant, EvictionVariant):
         # A token's own key is among the last.
         return sink_and_recent(self.config.sinks, self.config.recent + 1, 1, call.key.device)
 
-    def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        return super().attend(call, lambda given: inner(self._reindexed(given)))
+    def attended(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        return inner(self._reindexed(call)) if self.config.turns else super().attended(call, inner)
 
     def _reindexed(self, call: AttentionCall) -> AttentionCall:
         """Sinks meet the queries where these stand among the keys that they see. No stored key is turned."""
