@@ -108,7 +108,7 @@ REFUSALS: dict[str, list[Refusal]] = {
         )
     ],
     **_of_placed_pieces("ape", "focus_icl", "graph_kv", "parallel_context"),
-    **_of_pages("hip", "hyper", "recycled"),
+    **_of_pages("hip", "hyper", "recycled", "squeezed"),
     **_of_causal_selection("subsampled"),
     **_of_grids("agent", "axial", "biformer", "gpsa", "halo", "hilo", "maxvit", "neighborhood", "quadrangle"),
     **_of_grids("sparsifiner", "window"),
@@ -190,6 +190,14 @@ REFUSALS: dict[str, list[Refusal]] = {
         _of(
             ["gpt2", "opt", "t5", "bart", "whisper", "qwen2_5_vl"],
             "self_extend must know how",
+            "learned positions, a bias of distances and several axes of positions cannot be turned",
+        ),
+    ],
+    "longheads": [
+        *_of_pages("longheads")["longheads"],
+        _of(
+            ["gpt2", "opt", "t5", "bart", "whisper", "qwen2_5_vl"],
+            "longheads must know how",
             "learned positions, a bias of distances and several axes of positions cannot be turned",
         ),
     ],

@@ -133,11 +133,13 @@ def test_page_of_a_variant(name: str, tmp_path: Path) -> None:
     make = of_text if "without_images" in capabilities else lambda: vlms.make("llava")
     if issubclass(patchattn.variant_info(name).variant, GridVariant):
         make = FAMILIES["vit"].make
-    for line in first.splitlines():  # ways to patch, one a line
-        exec(line, {"patchattn": patchattn, "model": make()})
+    imports = "".join(f"{line}\n" for line in first.splitlines() if line.startswith("from "))
+    ways = [imports + line for line in first.splitlines() if line and not line.startswith("from ")]  # one a line
+    for way in ways:
+        exec(way, {"patchattn": patchattn, "model": make()})
     tokens = torch.arange(24).view(2, 12)
     model = make()
-    exec(first.splitlines()[0], {"patchattn": patchattn, "model": model})
+    exec(ways[0], {"patchattn": patchattn, "model": model})
     namespace = {
         "patchattn": patchattn,
         "model": model.train(),

@@ -32,6 +32,17 @@ def test_a_token_reads_its_own_group_and_half_of_the_heads_shift_theirs(length: 
     assert_reads(model, torch.arange(3, 3 + length)[None], reads)
 
 
+@pytest.mark.parametrize(("shifted", "heads"), [(0.0, 0), (0.25, 1), (0.75, 3), (1.0, 4)])
+def test_some_of_the_heads_shift_and_all_tokens_read_sinks(shifted: float, heads: int) -> None:
+    settings = {"groups": 4, "shifted": shifted, "sinks": 2, "when": "always"}
+    model = patchattn.patch_model(tiny_llama(), "longlora", settings)
+
+    def reads(head: int, i: int, j: int) -> bool:
+        return j < 2 or len({group_of(place, 19, 4, head >= 4 - heads) for place in (i, j)}) == 1
+
+    assert_reads(model, torch.arange(3, 22)[None], reads)
+
+
 def test_it_acts_while_training_alone() -> None:
     model, tokens = FAMILIES["llama"].make(), text(12)
     expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [9, 1, 2])

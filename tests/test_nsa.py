@@ -1,5 +1,6 @@
 """NSA (arXiv 2502.11089) against loops in float64: scores of blocks, three branches, and the gates that add them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shares / shares.sum()
 
 
-def compressed(query: np.ndarray, states: np.ndarray, i: int, length: int, stride: int) -> np.ndarray:
-    """`(W,)` weights that a query `(D,)` of token i gives to the means of keys `(T, D)`, none without a window."""
+def phi(nsa: NSA, name: str, window: np.ndarray) -> np.ndarray:
+    """What the keys or values `(l, D)` of a window are compressed into: their mean, and what an MLP adds."""
+    found = window.mean(axis=0)
+    if nsa.config.compression == "mlp":
+        place, weight, out = (getattr(nsa, f"{name}_{part}").detach().numpy() for part in ("place", "in", "out"))
+        hidden = sum((x + p) @ w for x, p, w in zip(window, place, weight, strict=True))
+        found = found + out @ np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden])
+    return found
+
+
+def compressed(nsa: NSA, query: np.ndarray, states: np.ndarray, i: int) -> np.ndarray:
+    """`(W,)` weights that a query `(D,)` of token i gives to compressed keys `(T, D)`, none without a window."""
+    length, stride = nsa.config.length, nsa.config.stride
     starts = [s for s in range(0, i + 1, stride) if s + length - 1 <= i]
-    means = np.array([states[s : s + length].mean(axis=0) for s in starts])
+    means = np.array([phi(nsa, "keys", states[s : s + length]) for s in starts])
     return softmax(means @ query / np.sqrt(DIM)) if starts else np.zeros(0)
 
 
@@ -65,9 +77,7 @@ def by_loops(model: torch.nn.Module, settings: dict[str, int]) -> tuple[np.ndarr
     want = []
     for i in range(len(query)):
         heads = []
-        shares = [
-            compressed(query[i, h], key[:, h // GROUP], i, settings["length"], settings["stride"]) for h in range(HEADS)
-        ]
+        shares = [compressed(nsa, query[i, h], key[:, h // GROUP], i) for h in range(HEADS)]
         for h in range(HEADS):
             group, kv = h // GROUP * GROUP, h // GROUP
             blocks = chosen(sum(shares[group : group + GROUP]), i, settings)
@@ -76,7 +86,7 @@ def by_loops(model: torch.nn.Module, settings: dict[str, int]) -> tuple[np.ndarr
             branches = [softmax(key[some, kv] @ query[i, h] / np.sqrt(DIM)) @ value[some, kv] for some in (read, near)]
             starts = np.arange(len(shares[h])) * settings["stride"]
             means = [
-                share * value[s : s + settings["length"], kv].mean(0)
+                share * phi(nsa, "values", value[s : s + settings["length"], kv])
                 for s, share in zip(starts, shares[h], strict=True)
             ]
             heads.append(
@@ -94,9 +104,10 @@ def by_loops(model: torch.nn.Module, settings: dict[str, int]) -> tuple[np.ndarr
         {},
         {"length": 2, "first": 0, "local": 1, "top_k": 2, "window": 1},
         {"block": 3, "length": 3, "stride": 3, "top_k": 4},  # as flash-linear-attention has it
+        {"compression": "mlp"},
     ],
 )
-def test_three_branches_are_added_by_their_gates(changes: dict[str, int]) -> None:
+def test_three_branches_are_added_by_their_gates(changes: dict[str, Any]) -> None:
     want, got = by_loops(patched(**changes), {**SMALL, **changes})
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
 
@@ -107,6 +118,24 @@ def test_windows_count_for_the_blocks_they_lie_in() -> None:
     scores = nsa.by_stride(torch.eye(15), 4, 0.0).sum(dim=(-1, -2))
     assert scores[7].tolist() == [0, 1, 1, 0]
     assert scores[:, 1].tolist() == [0, 0, 0, 1, 2, 2, 2, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_learned_compression_starts_as_the_mean_and_learns_with_the_gates() -> None:
+    plain, found = patchattn.patch_model(tiny_llama(), "nsa", **SMALL), []
+    model = patchattn.patch_model(tiny_llama(), "nsa", **SMALL, compression="mlp")
+    for one in (plain, model):
+        nsa = one.model.layers[0].self_attn.patchattn.nsa
+        with torch.no_grad():
+            nsa.compressed_gate.fill_(0.1)
+        found.append(outputs(one, input_ids=TOKENS)[0])
+        close(found[-1], decoded(one, TOKENS, [20, 1, 7]))
+    assert torch.equal(*found)
+    learning = [getattr(nsa, f"{stream}_out") for stream in ("keys", "values")]
+    model(TOKENS).logits.square().sum().backward()
+    assert all(bool((weight.grad != 0).all()) for weight in learning)
+    assert nsa.keys_in.shape == (SMALL["length"], DIM, DIM)
+    randomise(model)
+    close(outputs(model, input_ids=TOKENS)[0], decoded(model, TOKENS, [9, 1, 5, 1, 12]))
 
 
 def test_calls_of_any_size_agree_and_single_tokens_read_places(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_there_are_selectors() -> None:
     assert "streaming" in SELECTORS
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "squeezed"])  # which knows one prefix alone
 def test_a_text_shorter_than_what_is_read_by_default_is_the_base_bit_for_bit(name: str) -> None:
     model, tokens = FAMILIES["llama"].make(), text()
     expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [5, 1, 3])

@@ -12,7 +12,7 @@ from patchattn.variants.selection.twilight import most_weights, of_four_bits
 from .behaviour import decoded, text
 from .families import FAMILIES, outputs
 from .reference import DIM, layer_in_and_out, tiny_llama
-from .selecting import assert_reads, pages_by_bounds, projected, recorded
+from .selecting import assert_reads, attended, pages_by_bounds, projected, recorded
 
 TOKENS = torch.arange(3, 27)[None]
 ALL = {"dense_layers": 0, "prefill": "selected"}
@@ -85,6 +85,42 @@ def test_a_prompt_is_dense_and_each_token_behind_it_chooses(
     for i, (_, seen, _) in enumerate(calls[1:], 18):
         for head, read in enumerate(kept_by_loops(query[: i + 1], key[: i + 1], 0.7, budget, page, heads)[i]):
             assert set(seen[0, head, 0].nonzero().flatten().tolist()) == read
+
+
+PRUNED = {
+    "hip": {"budget": 9, "page": 1, "heads": "query", "dense_layers": 0},
+    "quest": {"budget": 9, "page": 3, **ALL},
+    "moba": {"block": 4, "top_k": 3},
+    "streaming": {"sinks": 2, "recent": 7},
+    "recycled": {"budget": 8, "every": 4},
+}
+
+
+@pytest.mark.parametrize("first", PRUNED)
+def test_what_any_selection_leaves_is_pruned(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_llama(), recorded(monkeypatch)
+    settings = {first: PRUNED[first], "twilight": {"top_p": 0.7, "budget": None, "heads": "query", **ALL}}
+    patchattn.patch_model(model, [first, "twilight"], settings)
+    decoded(model, TOKENS, [18, *[1] * 6])
+    pruned = 0
+    for (call, given, output), (_, left, _) in zip(calls[1::2], calls[::2], strict=True):  # the inner one ends first
+        query, key = call.query[0].numpy(), call.key[0].numpy()
+        for head, i in np.ndindex(*query.shape[:2]):
+            some = given[0, head, i].nonzero().flatten().tolist()
+            logits = np.array([four_bits(key[head // 2, j]) @ query[head, i] / np.sqrt(DIM) for j in some])
+            shares = np.exp(logits - logits.max())
+            wanted = fewest(dict(zip(some, shares / shares.sum(), strict=True)), 0.7)
+            assert set(left[0, head, i].nonzero().flatten().tolist()) == wanted
+            pruned += len(some) - len(wanted)
+        np.testing.assert_allclose(output.numpy(), attended(call, left.numpy()), rtol=1e-9, atol=1e-12)
+    assert pruned > 0
+
+
+def test_with_pages_of_its_own_it_is_refused_after_a_selection() -> None:
+    both = {"hip": PRUNED["hip"], "twilight": {"top_p": 0.7, "budget": 8, **ALL}}
+    model = patchattn.patch_model(FAMILIES["llama"].make(), ["hip", "twilight"], both)
+    with pytest.raises(NotImplementedError, match="only some"):
+        decoded(model, TOKENS, [23, 1])
 
 
 def test_the_cut() -> None:

@@ -26,6 +26,7 @@ from .plot import plot
 from .plot_heads import plot_directions, plot_entropy
 from .retrieval import calibrate_retrieval
 from .sorting import sort_context
+from .squeezed import calibrate_squeezed
 from .variants import AsJson, info_, list_variants_
 
 app = typer.Typer(
@@ -298,6 +299,7 @@ calibrate.command("lookback")(calibrate_lookback)
 calibrate.command("vectors")(calibrate_vectors)
 calibrate.command("duo")(calibrate_duo)
 calibrate.command("bases")(calibrate_bases)
+calibrate.command("squeezed")(calibrate_squeezed)
 app.command("list")(list_variants_)
 app.command("info")(info_)
 app.command("eval")(evaluate_model)

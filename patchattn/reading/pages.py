@@ -60,7 +60,9 @@ class PagedConfig(VariantConfig):
 class PagedSelection(WholeSelection):
     """A variant that chooses pages of keys; what it knows of complete ones lives with the kv cache."""
 
-    keeps_state = True
+    @property
+    def keeps_state(self) -> bool:
+        return True
 
     def check(self, call: AttentionCall) -> None:
         """As `WholeSelection.check`; a kv cache is told of the variant here, and refused if it was filled without."""

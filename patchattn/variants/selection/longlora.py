@@ -21,6 +21,21 @@ class LongLoRAConfig(VariantConfig):
     groups: int = option(
         4, help="Groups of equal length in a text. 1: all tokens read all.", source="paper: a quarter each", minimum=1
     )
+    shifted: float = option(
+        0.5,
+        help="Share of the heads, the last ones, whose groups are shifted. SF-Attn of SinkLoRA shifts fewer.",
+        source="paper",
+        unit="ratio",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    sinks: int = option(
+        0,
+        help="First keys of a text that all tokens read, as in SF-Attn of SinkLoRA.",
+        source="paper",
+        unit="keys",
+        minimum=0,
+    )
     when: Literal["training", "always"] = option(
         "training",
         help="When tokens read their group alone: while the model trains, or in evaluation mode too.",
@@ -35,7 +50,7 @@ class LongLoRAConfig(VariantConfig):
 
 
 class LongLoRA(WholeSelection):
-    """Attention within groups of tokens, which for half of the heads lie half a group further on."""
+    """Attention within groups of tokens, which for some of the heads lie half a group further on."""
 
     config_class = LongLoRAConfig
     config: LongLoRAConfig
@@ -60,8 +75,9 @@ class LongLoRA(WholeSelection):
             size = ((place + behind + groups - 1) // groups).clamp(min=1)[:, None]
             numbers.append(torch.div(place[:, None] - 1 - size // 2 * is_shifted, size, rounding_mode="floor"))
         together = numbers[0][..., None] == numbers[1][:, :, None]
+        together = together | (key <= self.config.sinks)[:, None, None]
         heads = torch.arange(mask.heads, device=mask.device)
-        return together.index_select(1, (heads >= mask.heads // 2).long())
+        return together.index_select(1, (heads >= mask.heads - round(mask.heads * self.config.shifted)).long())
 
 
 register_variant(
@@ -77,6 +93,6 @@ register_variant(
         needs_training=True,
         looks_ahead=True,
         capabilities=CAPABILITIES,
-        examples=({"groups": 3, "when": "always"},),
+        examples=({"groups": 3, "when": "always"}, {"groups": 3, "shifted": 0.25, "sinks": 1, "when": "always"}),
     )
 )

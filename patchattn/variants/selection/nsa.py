@@ -1,13 +1,14 @@
 """NSA, native sparse attention: chosen blocks, compressed keys and a window, each with a gate. arXiv 2502.11089."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from patchattn_kernels import sink_and_recent
+from patchattn_kernels.rows import full_precision
 
 from ...core.call import AttentionCall
 from ...core.places import Places
@@ -32,6 +33,13 @@ class NSAConfig(CompressedConfig):
         minimum=1,
     )
     window: int = option(512, help="Last keys of the third branch.", source="paper", unit="keys", minimum=1)
+    compression: Literal["mean", "mlp"] = option(
+        "mean",
+        help="What keys and values of a window are compressed into: their mean, or their mean and what a learned MLP "
+        "adds to it, which starts at nothing.",
+        source="released code of a port; the paper learns it (preset=paper)",
+        choices=("mean", "mlp"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +66,12 @@ class NSA(CompressedSelection):
         self.chosen_gate = nn.Parameter(torch.zeros(heads, width))
         self.compressed_gate = nn.Parameter(torch.zeros(heads, width))
         self.window_gate = nn.Parameter(torch.zeros(heads, width))
+        if config.compression == "mlp":
+            dim, length = site.require("head_dim", by="NSA"), config.length
+            for stream in ("keys", "values"):
+                self.register_parameter(f"{stream}_place", nn.Parameter(torch.zeros(length, dim)))
+                self.register_parameter(f"{stream}_in", nn.Parameter(torch.empty(length, dim, dim).normal_(std=0.02)))
+                self.register_parameter(f"{stream}_out", nn.Parameter(torch.zeros(dim, dim)))
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
@@ -68,7 +82,7 @@ class NSA(CompressedSelection):
         return True
 
     def fast_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
+        return [self.chosen_gate, self.compressed_gate, self.window_gate]
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)
@@ -109,6 +123,33 @@ class NSA(CompressedSelection):
         total = torch.stack([part for part, _ in parts]).sum(dim=0) if len(parts) > 1 else parts[0][0]
         return total, torch.stack(found).sum(dim=0) if len(found) == len(parts) else None
 
+    def means(self, call: AttentionCall, name: str, states: torch.Tensor) -> torch.Tensor:
+        """As `CompressedSelection.means`; with an MLP, `mean + out gelu(sum_m in_m (x_m + place_m))`, m in a window."""
+        means = super().means(call, name, states)
+        if self.config.compression == "mean" or is_zero(self.get_parameter(f"{name}_out")):
+            return means
+        place, weight, out = (self.get_parameter(f"{name}_{part}").to(means.dtype) for part in ("place", "in", "out"))
+        if states.shape[-1] != place.shape[-1]:
+            raise NotImplementedError(
+                f"NSA compresses {name} of {place.shape[-1]} numbers, and those of {self.site.name} have "
+                f'{states.shape[-1]}: use compression="mean".'
+            )
+        stride, ratio = self.config.stride, self.config.length // self.config.stride
+
+        def hidden(some: torch.Tensor) -> torch.Tensor:
+            """`(B, Hkv, p, ratio * D)` what p strides of keys give to each of the windows that they are in."""
+            strides = full_precision(some).unflatten(2, (-1, 1, stride))
+            placed = strides + place.unflatten(0, (ratio, stride))
+            return torch.einsum("bgpnsd,nsdh->bgpnh", placed, weight.unflatten(0, (ratio, stride))).flatten(-2)
+
+        if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
+            parts = hidden(states[:, :, : states.shape[2] // stride * stride])  # a kv cache remembers no gradient
+        else:
+            parts = self.facts(call.replace(key=states), f"{name} compressed", stride, hidden)
+        parts = parts.unflatten(-1, (ratio, -1))
+        windows = torch.stack([parts[:, :, n : n + means.shape[2], n] for n in range(ratio)]).sum(dim=0)
+        return means + F.gelu(windows) @ out.mT
+
     def _opening(self, call: AttentionCall, weight: torch.Tensor) -> torch.Tensor:
         """`(B, Tq, H)`"""
         return F.linear(call.context.layer_input().to(weight.dtype), weight)
@@ -142,11 +183,14 @@ register_variant(
         arxiv_id="2502.11089",
         year=2025,
         summary="Every token reads chosen blocks of keys, means of keys and a window, each with a learned gate.",
-        extra_parameters="three times the layer's width per query head and layer",
+        extra_parameters="three times the layer's width per query head and layer; with an MLP, two of these per layer",
         needs_training=True,
         innermost=True,
         capabilities=CAPABILITIES - {"position_bias", "sinks"},
-        presets={"fla": {"length": 64, "stride": 64, "first": 0, "local": 1}},
-        examples=({"block": 1, "top_k": 3, "local": 1, "length": 1, "stride": 1, "window": 2},),
+        presets={"paper": {"compression": "mlp"}, "fla": {"length": 64, "stride": 64, "first": 0, "local": 1}},
+        examples=(
+            {"block": 1, "top_k": 3, "local": 1, "length": 1, "stride": 1, "window": 2},
+            {"block": 1, "top_k": 3, "local": 1, "length": 1, "stride": 1, "window": 2, "compression": "mlp"},
+        ),
     )
 )

@@ -15,6 +15,7 @@ from ...core.settings import option
 from ...core.variant import VariantInfo
 from ...reading.pages import BoundedSelection, PagedConfig, any_of_group, chosen_first
 from ...reading.selection import CAPABILITIES, narrowed
+from ...reading.whole import refuse_some_keys
 
 _STEPS = 15  # between the least and the greatest number of four bits
 
@@ -32,7 +33,8 @@ class TwilightConfig(PagedConfig):
     )
     budget: int | None = option(
         8192,
-        help="Keys that are pruned, in whole pages with the highest bounds, as in Quest. None: all.",
+        help="Keys that are pruned, in whole pages with the highest bounds, as in Quest. None: all, or what a "
+        "selection before this one leaves.",
         source="released code",
         unit="keys",
         minimum=1,
@@ -53,9 +55,20 @@ class Twilight(BoundedSelection):
     def reads_all(self) -> bool:
         return self.config.top_p == 1.0 and super().reads_all
 
+    @property
+    def keeps_state(self) -> bool:
+        """Without pages nothing is remembered, so that it may come after any selection, whose choice it prunes."""
+        return self.config.budget is not None
+
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"top_p": 1.0, **super().neutral_config()}
+
+    def check(self, call: AttentionCall) -> None:
+        if self.config.budget is None:
+            refuse_some_keys(call, by=self.owner)
+        else:
+            super().check(call)
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)
