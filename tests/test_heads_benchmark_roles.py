@@ -40,12 +40,13 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (directions, "WRITERS", 1),
         (directions, "PAIRS", 2),
         (directions, "TOKENS", 12),
+        (directions, "APART", 7),
     ):
         monkeypatch.setattr(part, name, value)
     model = tiny_llama(
         num_hidden_layers=LAYERS, max_position_embeddings=1024, num_attention_heads=HEADS, hidden_size=HEADS * DIM
     )
-    return common.Setup(model, BYTES_CHAT, text, tmp_path / "rows", 6)
+    return common.Setup(model, BYTES_CHAT, text, tmp_path / "rows", 4)
 
 
 def do(setup: Any, part: Any, *keys: str) -> list[dict[str, Any]]:

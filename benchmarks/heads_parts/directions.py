@@ -14,15 +14,14 @@ from .common import Job, Row, Setup, drawn, paired, silent, verdict, windows
 
 NAME, STAGE = "directions", 2
 TOKENS, PAIRS = 48, 4  # of a text
+APART = 713  # from one text to the next, so that they are of several articles
 TRIES = 40  # heads that are drawn for them, at most
 ATTENDED = 0.3  # weight of a pair that is attended
 WRITERS = 3  # earlier heads that are silenced
 
 
 def jobs(setup: Setup) -> list[Job]:
-    every = windows(setup, TOKENS)
-    count = max(1, setup.samples // 2)
-    texts = every[:: max(1, len(every) // count)][:count]
+    texts = windows(setup, TOKENS)[::APART][: max(2, setup.samples // 4)]
     return [(str(n), lambda text=text, n=n: _row(setup, text, n)) for n, text in enumerate(texts)]
 
 
@@ -82,8 +81,8 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
     error = used.std(ddof=1) / len(used) ** 0.5
     few = sum(pair["used"] <= dims / 10 for pair in pairs)
     lines += [
-        f"{len(pairs)} pairs of tokens in {len(setup.rows(NAME))} texts of {TOKENS}, in heads that are drawn, where "
-        f"one token gives the other more than {ATTENDED} of its attention and the other is not the text's first. "
+        f"{len(pairs)} pairs of tokens in {len(setup.rows(NAME))} texts of {TOKENS} tokens, in heads that are drawn, "
+        f"where one token gives the other more than {ATTENDED} of its attention and the other is not the text's first. "
         f"Directions are counted until nine tenths of the pair's logit is there; a head has {dims}. Beside each pair "
         "another earlier token is drawn, and counted if its logit is above 0. Then the outputs of the "
         f"{WRITERS} earlier heads that write most along the directions used are zero at every token, or those of as "

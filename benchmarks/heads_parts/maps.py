@@ -23,13 +23,6 @@ _RELATIONS = {
         "church:churches class:classes dish:dishes leaf:leaves wife:wives wolf:wolves knife:knives hero:heroes "
         "horse:horses bird:birds king:kings queen:queens road:roads ship:ships word:words person:people tooth:teeth",
     ),
-    "opposite": (
-        "The opposite of{} is",
-        "hot:cold big:small old:young good:bad high:low fast:slow long:short light:dark hard:soft rich:poor early:late "
-        "open:closed full:empty left:right strong:weak happy:sad true:false first:last up:down dry:wet clean:dirty "
-        "love:hate war:peace day:night heavy:light cheap:expensive easy:difficult wide:narrow thick:thin loud:quiet "
-        "near:far positive:negative",
-    ),
 }
 
 

@@ -17,7 +17,7 @@ KINDS = {"before": "the token before", "itself": "the token itself", "rare": "ra
 
 
 def jobs(setup: Setup) -> list[Job]:
-    texts = windows(setup, WINDOW)[: 3 * setup.samples // 4]
+    texts = windows(setup, WINDOW)[: setup.samples]
     found, scored = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     return [
         *((f"heads/{n}", lambda text=text: _scores(setup, text)) for n, text in enumerate(found)),
