@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.selection import base_model, causal_sites, expect_model, select_sites
-from ..core.sites import AttentionSite
+from ..core.selection import base_model, causal_sites, expect_model, input_device, select_sites
 from ..positions.looking import find_rotations
 from ..positions.rotary import Rotary, Rotation
 
@@ -53,7 +52,9 @@ def rotary_frequencies(model: nn.Module) -> tuple[torch.Tensor, int]:
     expect_model("rotary_frequencies", model)
     base = base_model(model)
     sites = causal_sites(model, select_sites(base))
-    found = [own for site in sites if (own := _of_site(base, site)) is not None]
+    known = find_rotations(base, sites, by="rotary_frequencies")
+    rotaries = [Rotary(Rotation.from_dict(known[site.name]), base) for site in sites]
+    found = [_frequencies(base, rotary) for rotary in rotaries if rotary.is_rotated]
     if not found:
         raise ValueError(f"No layer of {type(base).__name__} rotates queries and keys, so that it has no base.")
     if any(len(own) != len(found[0]) or not torch.allclose(own, found[0], rtol=1e-5) for own in found):
@@ -67,13 +68,8 @@ def rotary_frequencies(model: nn.Module) -> tuple[torch.Tensor, int]:
     return found[0], length
 
 
-def _of_site(model: nn.Module, site: AttentionSite) -> torch.Tensor | None:
-    known = find_rotations(model, [site], by="rotary_frequencies")
-    rotary = Rotary(Rotation.from_dict(known[site.name]), model)
-    if not rotary.is_rotated:
-        return None
-    device = next(model.parameters()).device
-    cos, sin = rotary.tables(torch.ones(1, 1, dtype=torch.long, device=device), torch.float64)
+def _frequencies(model: nn.Module, rotary: Rotary) -> torch.Tensor:
+    cos, sin = rotary.tables(torch.ones(1, 1, dtype=torch.long, device=input_device(model)), torch.float64)
     return torch.atan2(sin, cos).flatten().cpu()
 
 
