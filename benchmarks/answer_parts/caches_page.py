@@ -16,6 +16,7 @@ from .tables import (
     needles_table,
     of,
     settings,
+    so_far,
 )
 
 WHENS = {"with": "Compressed with the question in sight", "before": "Compressed before the question comes"}
@@ -65,6 +66,7 @@ def lines(rows: Rows, conditions: str, output: Path, folder: Path) -> list[str]:
     page = ["# Caches that forget: what answers lose", "", conditions, ""]
     page += ["`python benchmarks/answers.py run caches DIR --text FILE --longbench FOLDER`, then `page`; rows are in "]
     page[-1] += "`docs/results/caches`. The text is WikiText-2's test set, LongBench's are MiniLongBench's."
+    page[-1] += f" {so_far(rows)}"
     page += ["", INTRODUCTION, "", *claims(rows)]
     panels = {
         f"{title}: {group}": (needles, settings(needles, (*methods, BASELINE), when))

@@ -19,6 +19,7 @@ from .tables import (
     of,
     positions_table,
     settings,
+    so_far,
 )
 
 GROUPS = {
@@ -78,8 +79,11 @@ def lines(rows: Rows, conditions: str, output: Path, folder: Path) -> list[str]:
     }
     needles = of(rows, NEEDLES)
     page = ["# Which keys are read: what answers lose", "", conditions, ""]
-    page += ["`python benchmarks/answers.py run selection DIR --text FILE`, then `page`; rows are in", ""]
-    page[-2] = page[-2].removesuffix("in") + "`docs/results/selection`. The text is WikiText-2's test set."
+    page += [
+        "`python benchmarks/answers.py run selection DIR --text FILE`, then `page`; rows are in "
+        f"`docs/results/selection`. The text is WikiText-2's test set. {so_far(rows)}",
+        "",
+    ]
     page += [INTRODUCTION, "", *claims(rows)]
     panels = {title: (needles, settings(needles, groups[how])) for how, title in GROUPS.items()}
     plot(output.with_suffix(".png"), panels, share="keys read, %", baselines=set(BASELINE.values()))

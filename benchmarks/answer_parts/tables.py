@@ -59,6 +59,11 @@ def settings(rows: Rows, methods: Sequence[str], when: str = "") -> list[Setting
     return result
 
 
+def so_far(rows: Rows) -> str:
+    """How much of the work is done."""
+    return f"Prompts so far: {len(rows)}; `run` goes on with further ones, other shares of the keys and longer texts."
+
+
 def mean(rows: Rows, name: str, place: int) -> float:
     values = [found[name][place] for found in rows.values() if name in found]
     return sum(values) / len(values) if values else math.nan
