@@ -281,6 +281,17 @@ def test_inputs_must_reach_what_is_patched(tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "config.json").is_file()
 
 
+def test_why_no_guess_at_inputs_fits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such input")
+
+    monkeypatch.setattr("patchattn.exporting.export.first_output", fails)
+    model = patchattn.patch_model(FAMILIES["llama"].make(), "prune", **UNIFORM)
+    with pytest.raises(ValueError, match=r"was not run through .*give inputs") as told:
+        patchattn.export(model, tmp_path / "plain")
+    assert str(told.value.__cause__) == "no such input"
+
+
 def saved_with_a_tokenizer(folder: Path) -> None:
     tiny_llama(num_hidden_layers=2, num_key_value_heads=4).float().save_pretrained(folder)
     words = Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

@@ -111,14 +111,16 @@ def _expected(base: Any, inputs: Mapping[str, Any] | torch.Tensor | None) -> tup
     """Inputs that reach every patched attention module, and what the patched model makes of them."""
     names = list(active_chains(base))
     left = names
+    failed: Exception | None = None
     for given in [inputs_for(base, inputs)] if inputs is not None else _tried(base):
         reached: set[str] = set()
         handles = [base.get_submodule(name).register_forward_hook(partial(_note, reached, name)) for name in names]
         try:
             output = first_output(base, given)
-        except Exception:
+        except Exception as error:  # a guess may be wrong in any way; the last one's error is shown if none fits
             if inputs is not None:
                 raise
+            failed = error
             continue
         finally:
             for handle in handles:
@@ -129,7 +131,7 @@ def _expected(base: Any, inputs: Mapping[str, Any] | torch.Tensor | None) -> tup
     raise ValueError(
         f"{type(base).__name__} was not run through {left[0]}{' and others' if len(left) > 1 else ''}, so that nothing "
         "shows that the plain model is equal: give inputs=... that reach every patched module."
-    )
+    ) from failed
 
 
 def _note(reached: set[str], name: str, *_: Any) -> None:

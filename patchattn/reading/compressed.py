@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.settings import option
 from ..core.variant import VariantConfig
-from .pages import PagedSelection
+from .pages import PagedSelection, any_of_group, ends_of_text, visible_pages
 from .selection import plain_own
 
 
@@ -53,9 +54,35 @@ class CompressedConfig(VariantConfig):
 
 
 class CompressedSelection(PagedSelection):
-    """A variant whose settings are a `CompressedConfig`."""
+    """A variant whose settings are a `CompressedConfig`, with a `top_k` of blocks that a token reads; None: all."""
 
     config: CompressedConfig
+
+    @classmethod
+    def neutral_config(cls) -> dict[str, Any]:
+        return {"top_k": None}
+
+    def blocks(self, call: AttentionCall, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Two of `(B, Hkv, Tq, P)` bool: the blocks that queries of a kv head see, and those that are always read.
+
+        Args:
+            call: the call.
+            top_k: blocks that a token reads; None: all.
+
+        Returns:
+            None where every block is read.
+        """
+        self.check(call)
+        config, groups = self.config, call.key.shape[1]
+        if top_k is None or call.mask.columns <= top_k * config.block:
+            return None
+        visible, own = visible_pages(call.mask, config.block)
+        forced = ends_of_text(visible, own, config.first, config.local)
+        return any_of_group(visible, groups), any_of_group(forced, groups)
+
+    def group_weights(self, call: AttentionCall) -> torch.Tensor:
+        """`(B, Hkv, Tq, W)` the compressed weights of a kv head's query heads, summed up."""
+        return self.compressed_weights(call).unflatten(1, (call.key.shape[1], -1)).sum(dim=2)
 
     def compressed_weights(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq, W)` attention to the means of keys, 0 to those that are not wholly seen."""

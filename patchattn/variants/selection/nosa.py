@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantInfo
 from ...reading.compressed import CompressedConfig, CompressedSelection
-from ...reading.pages import any_of_group, ends_of_text, top_pages, visible_pages
+from ...reading.pages import any_of_group, top_pages
 from ...reading.selection import CAPABILITIES, is_zero
 from ...reading.value_scores import value_scores
 
@@ -78,10 +77,6 @@ class NOSA(CompressedSelection):
         self.weight = nn.Parameter(torch.empty(groups, groups * width).normal_(std=config.initial_std))
         self.scale = nn.Parameter(torch.zeros(groups))
 
-    @classmethod
-    def neutral_config(cls) -> dict[str, Any]:
-        return {"top_k": None}
-
     def fast_parameters(self) -> list[nn.Parameter]:
         return [self.scale]
 
@@ -92,22 +87,20 @@ class NOSA(CompressedSelection):
         return None if is_zero(self.scale) else call.key_fact(_SCORE)
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
-        config, groups = self.config, call.key.shape[1]
-        if config.top_k is None or call.mask.columns <= config.top_k * config.block:
+        config, top_k = self.config, self.config.top_k
+        found = self.blocks(call, top_k)
+        if top_k is None or found is None:
             return None
-        visible, own = visible_pages(call.mask, config.block)
-        forced = ends_of_text(visible, own, config.first, config.local)
-        visible, forced = (any_of_group(blocks, groups) for blocks in (visible, forced))
+        visible, forced = found
         with torch.no_grad():
-            weights = self.compressed_weights(call).unflatten(1, (groups, -1)).sum(dim=2)
-            aware = top_pages(self._highest(weights, visible.shape[-1], 0.0), visible, forced, config.aware)
+            by_query = self._highest(self.group_weights(call), visible.shape[-1], 0.0)
+            aware = top_pages(by_query, visible, forced, config.aware)
             scores = self._highest(self._compressed_scores(call), visible.shape[-1], float("-inf"))
         lowest = torch.finfo(scores.dtype).min  # of blocks without a whole window, above those that are not seen
-        blocks = top_pages(scores.clamp(min=lowest), visible, aware, config.top_k)
+        blocks = top_pages(scores.clamp(min=lowest), visible, aware, top_k)
         if self.observers:
             self.report(call, hit_rate=self._hits(call, blocks))
-        return self.of_pages(call, blocks, config.block, "kv", most=config.top_k)
+        return self.of_pages(call, blocks, config.block, "kv", most=top_k)
 
     def _highest(self, windows: torch.Tensor, blocks: int, fill: float) -> torch.Tensor:
         """`(B, Hkv, Tq, P)` the highest of what is said of the windows that share keys with each block."""

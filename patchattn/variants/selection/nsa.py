@@ -1,7 +1,7 @@
 """NSA, native sparse attention: chosen blocks, compressed keys and a window, each with a gate. arXiv 2502.11089."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import Attend, AttentionOutput, VariantInfo
 from ...reading.compressed import CompressedConfig, CompressedSelection
-from ...reading.pages import any_of_group, ends_of_text, top_pages, visible_pages
+from ...reading.pages import top_pages
 from ...reading.selection import CAPABILITIES, attend_to, is_zero
 
 
@@ -73,10 +73,6 @@ class NSA(CompressedSelection):
                 self.register_parameter(f"{stream}_in", nn.Parameter(torch.empty(length, dim, dim).normal_(std=0.02)))
                 self.register_parameter(f"{stream}_out", nn.Parameter(torch.zeros(dim, dim)))
 
-    @classmethod
-    def neutral_config(cls) -> dict[str, Any]:
-        return {"top_k": None}
-
     @property
     def needs_context(self) -> bool:
         return True
@@ -85,18 +81,14 @@ class NSA(CompressedSelection):
         return [self.chosen_gate, self.compressed_gate, self.window_gate]
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
-        config, groups = self.config, call.key.shape[1]
-        if config.top_k is None or call.mask.columns <= config.top_k * config.block:
+        block, top_k = self.config.block, self.config.top_k
+        blocks = self.blocks(call, top_k)
+        if top_k is None or blocks is None:
             return None
-        visible, own = visible_pages(call.mask, config.block)
-        forced = ends_of_text(visible, own, config.first, config.local)
-        visible, forced = (any_of_group(pages, groups) for pages in (visible, forced))
+        visible, forced = blocks
         with torch.no_grad():
-            weights = self.compressed_weights(call).unflatten(1, (groups, -1)).sum(dim=2)
-            scores = self.by_stride(weights, visible.shape[-1], 0.0).sum(dim=(-1, -2))  # Equation 9
-        pages = top_pages(scores, visible, forced, config.top_k)
-        return self.of_pages(call, pages, config.block, "kv", most=config.top_k)
+            scores = self.by_stride(self.group_weights(call), visible.shape[-1], 0.0).sum(dim=(-1, -2))  # Equation 9
+        return self.of_pages(call, top_pages(scores, visible, forced, top_k), block, "kv", most=top_k)
 
     def finish(self, call: AttentionCall, attended: AttentionOutput, inner: Attend) -> AttentionOutput:
         output, weights = attended
