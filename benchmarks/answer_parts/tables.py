@@ -12,6 +12,7 @@ from .cases import NEEDLES
 from .rows import Outcomes, differences
 
 RIGHT, NATS, SHARE, PARTS = range(4)  # places of numbers in outcomes
+FEWEST = 4  # pairs of which anything is said
 NEAR = 0.1  # nats a token that are called little
 
 Rows = Mapping[str, Outcomes]
@@ -173,6 +174,8 @@ def _said(
     if count < 2 or math.isnan(error):
         return f"not measured ({count})"
     around = float(stats.t.ppf(0.975, count - 1)) * error
+    if count < FEWEST:
+        return f"too few prompts: {difference:+.2f} ± {error:.2f} ({count})"
     opposite = -wants * (difference - bar) > around
     said = "**shown**" if is_shown(difference, around) else "no, the opposite" if opposite else "not shown"
     return f"{said} {difference:+.2f} ± {error:.2f} ({count})"
@@ -199,5 +202,6 @@ def claims_table(
 HOW_CLAIMS_ARE_JUDGED = (
     "Nats a token, differences of pairs with their standard errors and the number of prompts. A difference is called "
     "shown if its 95 % interval, by Student's t, does not hold zero; that little is lost, if the interval is below "
-    f"{NEAR} nats a token. The papers' models are larger and their texts longer."
+    f"{NEAR} nats a token; of fewer than {FEWEST} prompts neither is said. The papers' models are larger and their "
+    "texts longer."
 )
