@@ -22,7 +22,10 @@ def test_neutral_settings_change_nothing(family: str, case: Case) -> None:
     expected = outputs(model, **inputs)
     case.neutral.patch(model, live=False)
     for left, right in zip(expected, outputs(model, **inputs), strict=True):
-        assert torch.equal(left, right)
+        if case.info.variant.neutral_rounds:
+            close(right, left)
+        else:
+            assert torch.equal(left, right)
 
 
 @on(list(FAMILIES), without=ONLY_WHILE_DECODING)

@@ -20,7 +20,11 @@ class KeyBiasVariant(Variant):
     without an `(N, N)` mask. Decoding in float32 adds it to the logits of its one row, so that keys are not copied.
     Register it as `innermost`: what came after would take the channels for those of the model; and without `softcap`,
     which would bend it.
+
+    A bias of zeros is the model but for rounding: how a processor orders sums depends on the number of channels.
     """
+
+    neutral_rounds = True
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor:
         """`(B or 1, H, Tk)` float32 or wider; it is not scaled. What all keys have in common changes nothing."""

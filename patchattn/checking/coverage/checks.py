@@ -18,6 +18,7 @@ from ...core.registry import list_variants, temporarily_registered, variant_info
 from ...core.sites import AttentionSite
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 from ...surgery.projections import head_projections
+from ..forwards import TOLERANCE
 from .inputs import guesses
 
 _PATIENCE = 5.0  # seconds of computing while guessing inputs for one module
@@ -145,10 +146,12 @@ def check(model: PreTrainedModel, sites: list[AttentionSite], runs: list[Run], r
 
 def _check_neutral(model: PreTrainedModel, runs: list[Run], base: list[torch.Tensor], findings: Findings) -> None:
     for name in list_variants("attention"):
-        settings = variant_info(name).variant.neutral_config()
+        variant = variant_info(name).variant
         try:
-            patch_model(model, name, settings)
+            patch_model(model, name, variant.neutral_config())
             apart = difference(base, _outputs(model, runs))
+            if variant.neutral_rounds and apart <= TOLERANCE[base[0].dtype]:
+                apart = 0.0
             findings.neutral_difference = max(apart, findings.neutral_difference or 0.0)
             if apart != 0:
                 findings.problems.append(f"neutral {name} differs by {apart:.1e}")
