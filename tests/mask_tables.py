@@ -28,7 +28,7 @@ class Table:
         own: column of each query's own key.
         keys: `(B, G, Tk)` column of each key, -1: empty, -2: of no column and always seen.
         kept: `(B, H, Tq, Tk)`.
-        start: `(C,)` first column of each one's sequence.
+        start: `(B, C)` first column of each one's sequence.
     """
 
     sees: np.ndarray
@@ -53,7 +53,7 @@ class Table:
         for b, h, i, j in np.ndindex(*found.shape):
             column = self.keys[b, h // (HEADS // GROUPS), j]
             key, own = self.rank(b, column), self.rank(b, self.own[i])
-            place = key - (self.rank(b, self.start[column] - 1) if column >= 0 else 0)
+            place = key - (self.rank(b, self.start[b, column] - 1) if column >= 0 else 0)
             found[b, h, i, j] = place <= sinks[h] or abs(own - key) < recent[h]
         return found
 
@@ -83,7 +83,7 @@ def case(form: str, seed: int) -> Case:
     batch, heads = (1 if form == "packed" else BATCH), (HEADS if "head" in form or form == "block" else 1)
     real = np.ones((batch, keys), dtype=bool)
     table = np.ones((batch, HEADS, rows, keys), dtype=bool)
-    start = np.zeros(keys, dtype=int)
+    start = np.zeros((batch, keys), dtype=int)
     passed: Any = None
     how: dict[str, Any] = {"meaning": "flash", "form": "tokens"}
     if form == "causal":
@@ -98,18 +98,20 @@ def case(form: str, seed: int) -> Case:
         if form == "packed":
             rows, first, table = keys, 0, np.ones((batch, HEADS, keys, keys), dtype=bool)
             numbers = np.sort(random.integers(0, 3, keys))
-            start = np.array([int(np.flatnonzero(numbers == number)[0]) for number in numbers])
+            start = np.array([[int(np.flatnonzero(numbers == number)[0]) for number in numbers]])
             sequence = torch.tensor(numbers)
     for b, h, i, j in np.ndindex(*table.shape):
         own = i + first
         between = sum(real[b, min(j, own) + 1 : max(j, own) + 1])
         near = window is None or between < window
-        together = start[j] == start[own] if form == "packed" else True
+        together = start[0, j] == start[0, own] if form == "packed" else True
         table[b, h, i, j] = real[b, j] and (not causal or j <= own) and near and together
     if form.split()[0] in ("bool", "added", "block"):
         shown = random.random((batch, heads, rows, keys)) < 0.6
         table = np.broadcast_to(shown, (batch, HEADS, rows, keys)).copy()
         real = table.any(axis=(1, 2))
+        if form != "block":
+            start = starts(table, real, first)
         passed, how = torch.tensor(shown), {"meaning": "all", "form": form.split()[0], "own": first}
         if "added" in form:
             bias = torch.tensor(random.standard_normal(shown.shape), dtype=torch.float32)
@@ -133,6 +135,22 @@ def case(form: str, seed: int) -> Case:
     columns = np.broadcast_to(np.arange(keys), (batch, GROUPS, keys)).copy()
     own = list(range(first, first + rows))
     return Case(mask, Table(table, real, own, columns, np.ones((batch, HEADS, rows, keys), dtype=bool), start), form)
+
+
+def starts(sees: np.ndarray, real: np.ndarray, first: int) -> np.ndarray:
+    """`(B, C)`: a sequence starts at a real key of a query that no query from there on looks behind, and none before it
+    looks at or beyond. Queries whose own key is not real say nothing."""
+    batch, _, rows, keys = sees.shape
+    found = np.zeros((batch, keys), dtype=int)
+    for b in range(batch):
+        looks = {i: np.flatnonzero(sees[b, :, i].any(0) & real[b]) for i in range(rows) if real[b, first + i]}
+        for begin in range(max(1, first), first + rows if rows > 1 else 0):
+            if real[b, begin] and all(
+                (columns >= begin).all() if first + i >= begin else (columns < begin).all()
+                for i, columns in looks.items()
+            ):
+                found[b, begin:] = begin
+    return found
 
 
 def whole(tensor: torch.Tensor, *shape: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from transformers import StaticCache
 import patchattn
 from patchattn.core.kv_caches import cache_argument
 
-from .behaviour import Case, decoded, on, text, without_dropout
+from .behaviour import Case, decoded, on, text, variants_in, without_dropout
 from .families import FAMILIES, LENGTH, outputs, shortened
 from .toys import TOYS
 
@@ -54,10 +54,13 @@ def trains_compiled(family: str) -> bool:
 
 
 def with_compiled_layers(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with each of its layers compiled by itself, in place: half the work of the whole model."""
-    for stack in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for layer in stack:
-            layer.compile(fullgraph=True, backend="eager")
+    """The model with each of its layers that has a variant compiled by itself, in place: half the work of the whole
+    model."""
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack if variants_in(layer)]
+    assert layers
+    for layer in layers:
+        layer.compile(fullgraph=True, backend="eager")
     return model
 
 
