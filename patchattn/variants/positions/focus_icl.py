@@ -12,6 +12,7 @@ from patchattn_kernels.rows import blocks, full_precision, row_logits
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
+from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantInfo
 from ...positions.pieces import (
     QUERY,
@@ -84,13 +85,20 @@ class FocusICL(PlacedVariant):
     config: FocusICLConfig
     name = "focus_icl"
 
+    def __init__(self, config: FocusICLConfig, site: AttentionSite) -> None:
+        super().__init__(config, site)
+        # Not made while the model runs: older compilers do not follow them then.
+        self._segments = OfBatches(segments, config.batch)
+        self._places = OfBatches(shared_places, config.batch)
+        self._batches = OfBatches(number_of_batches, config.batch)
+
     @property
     def segments(self) -> Callable[[Text, int], Sequence[int]]:
-        return OfBatches(segments, self.config.batch)
+        return self._segments
 
     @property
     def places(self) -> Callable[[Text, int], Sequence[int]]:
-        return OfBatches(shared_places, self.config.batch)
+        return self._places
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         call = self.placed(call).seeing(self.by_pair(call, reads))
@@ -100,7 +108,7 @@ class FocusICL(PlacedVariant):
             return inner(call)
         # One softmax is the merge: what a token reads with every batch counts once for each.
         row = self.of_rows(call, self.segments)[:, None, :, None]
-        batches = self.of_rows(call, OfBatches(number_of_batches, self.config.batch))[:, None, :1]
+        batches = self.of_rows(call, self._batches)[:, None, :1]
         shared = (call.key_fact(SEGMENT) <= QUERY) * batches.to(torch.float32).log()
         pieces = parts(shared / (_STEP * call.scaling), call.key.dtype, most=3)
         query = (row == QUERY).to(call.query.dtype) * _STEP
