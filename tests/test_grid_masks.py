@@ -248,22 +248,23 @@ def nothing_compiled() -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_tiles_compile_and_have_the_gradients_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = patchattn.patch_model(make(vit), "neighborhood", kernel=3)
+    model = patchattn.patch_model(make(vit).double(), "neighborhood", kernel=3)
+    pixels = {**image(5, 4), "pixel_values": image(5, 4)["pixel_values"].double()}
     gradients, results = [], []
     for always in (True, False):
         one = copy.deepcopy(model)
         with tiled(monkeypatch, always):
-            output = first(one, image(5, 4))
+            output = first(one, pixels)
             output.square().mean().backward()
         results.append(output.detach())
         gradients.append([parameter.grad for parameter in one.parameters() if parameter.grad is not None])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(grid_tiles, "_WORTH", float("inf"))
-        first(model, image(5, 4))
+        first(model, pixels)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(first(compiled, image(5, 4)), results[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(first(compiled, pixels), results[0], rtol=1e-9, atol=1e-9)
 
 
 def test_tiles_leave_out_most_of_the_work() -> None:

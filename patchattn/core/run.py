@@ -58,7 +58,7 @@ class ModelRun:
     @property
     def is_over(self) -> bool:
         """Whether nobody has anything in it any more; a branch ends where it was begun (`running`)."""
-        return not (self.notes or self.told or self.patches or self.branch) and self.token_ids is None
+        return not (self.notes or self.told or self.branch) and self.patches is None and self.token_ids is None
 
 
 def current_run() -> ModelRun:
