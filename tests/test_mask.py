@@ -117,7 +117,7 @@ def flash_by_loops(
             own = len(left) - len(asking) + n
             for place, j in enumerate(left):
                 near = window is None or abs(place - own) < window
-                near &= mask is not None or rows == 1 or start[b, j] == start[b, own]  # by the keywords that it had before
+                near &= mask is not None or rows == 1 or start[b, j] == start[b, own]  # as its keywords say
                 shown[b, :, i, j] = near and (not causal or place <= own)
     return shown
 
