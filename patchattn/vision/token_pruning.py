@@ -15,16 +15,17 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..core.call import AttentionCall
-from ..core.hooks import Hook, note_token_ids
+from ..core.hooks import Hook
 from ..core.kv_caches import find_cache
 from ..core.layer_outputs import enclosing_block, hidden_of, with_hidden
 from ..core.ranks import NOTHING_TOLD
-from ..core.run import RUN, ModelRun, current_run, end_run, forget_told, note_told, run_of
+from ..core.run import RUN, ModelRun, forget_told, note_told, run_of
 from ..core.selection import base_model
 from ..core.sites import AttentionSite
-from ..core.variant import Attend, AttentionOutput, Variant
-from .images import image_layout, needed_layout
-from .marks import IMAGE_TOKENS, with_true_image_tokens
+from ..core.variant import Attend, AttentionOutput
+from .images import needed_layout
+from .marks import IMAGE_TOKENS
+from .variant import ImageTokenVariant
 
 _LEFT, _BEGINS = "pruning.left", "pruning.begins"  # shared by the layers of a forward
 
@@ -59,7 +60,7 @@ class PruningStep:
     run: ModelRun
 
 
-class TokenPruning(Variant):
+class TokenPruning(ImageTokenVariant):
     """A variant that drops tokens from one layer of the language model on, in the call that begins a text with images.
 
     A subclass gives `keep`, and `first_pruned`. It attaches itself to the language model's attention from there on.
@@ -108,16 +109,7 @@ class TokenPruning(Variant):
         return self.site.layer_index >= self.first_pruned(self.config)
 
     def hooks(self, model: nn.Module) -> list[Hook]:
-        base: Any = base_model(model)
-        layout = image_layout(base)
-        self.placeholders = layout.placeholders
-        language_model = base.get_submodule(layout.language_model)
-        found = [
-            Hook(base.get_input_embeddings(), "before", self.before_embedding),
-            Hook(language_model, "before", self.before_language_model),
-            Hook(language_model, "finally", self.after_language_model),
-            Hook(base, "finally", self.after_model),
-        ]
+        base, found = base_model(model), super().hooks(model)
         if self.is_pruned:
             block = base.get_submodule(enclosing_block(base, self.site.name))
             found += [
@@ -127,29 +119,17 @@ class TokenPruning(Variant):
             ]
         return found
 
-    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note_token_ids(args, kwargs)
-
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        owner = type(self).__name__
-        args, kwargs = with_true_image_tokens(owner, self.placeholders, module, self.before_embedding, args, kwargs)
+        args, kwargs = super().before_language_model(module, args, kwargs)
         run, cache = kwargs[RUN], find_cache([*args, *kwargs.values()])
         begins = cache is None or int(cache.get_seq_length()) == 0
         has_images = bool(run.facts[IMAGE_TOKENS].any())
         if has_images and not begins:
             raise NotImplementedError(
-                f"{owner} drops tokens of images that come in the call that begins a text; here images came behind "
-                "cached tokens. Give them with the start of the text, and start with a new cache."
+                f"{type(self).__name__} drops tokens of images that come in the call that begins a text; here images "
+                "came behind cached tokens. Give them with the start of the text, and start with a new cache."
             )
         return args, {**kwargs, RUN: replace(run, shared={_BEGINS: begins and has_images})}
-
-    def after_language_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        current_run().token_ids = None
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        end_run()
 
     def begins(self, call: AttentionCall) -> bool:
         """Whether a call begins a text with images."""

@@ -1,5 +1,6 @@
 """Variants whose attention asks which tokens are image tokens (`vision.marks.image_tokens`)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -7,8 +8,9 @@ from torch import nn
 from ..core.hooks import Hook, note_token_ids
 from ..core.run import current_run, end_run
 from ..core.selection import base_model
+from ..core.sites import AttentionSite
 from ..core.variant import Variant
-from .images import image_layout
+from .images import ImageLayout, image_layout
 from .marks import with_true_image_tokens
 
 
@@ -41,3 +43,15 @@ class ImageTokenVariant(Variant):
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         end_run()
+
+
+def language_model_sites(sites: Sequence[AttentionSite], layout: ImageLayout, *, by: str) -> list[AttentionSite]:
+    """Those of the attention modules that are in the language model.
+
+    Raises:
+        ValueError: none is; the message names who asks.
+    """
+    inside = [site for site in sites if site.name.startswith(f"{layout.language_model}.")]
+    if not inside:
+        raise ValueError(f"{by} acts in {layout.language_model}; none of the chosen attention modules is in it.")
+    return inside

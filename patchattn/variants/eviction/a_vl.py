@@ -23,7 +23,7 @@ from ...reading.quantiles import above_quantile
 from ...reading.windows import grouped
 from ...vision.images import needed_layout
 from ...vision.marks import image_tokens
-from ...vision.variant import ImageTokenVariant
+from ...vision.variant import ImageTokenVariant, language_model_sites
 
 _IMAGE, _TEXT = 1, 2  # kinds of keys; text in front of images is 0
 _KIND, _CORE, _RECEIVED = "kind", "core", "received"  # of every key
@@ -87,10 +87,7 @@ class AVL(ImageTokenVariant, EvictionVariant):
     def fit(
         cls, config: AVLConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[AVLConfig, Sequence[AttentionSite]]:
-        prefix = f"{needed_layout(model, cls.name).language_model}."
-        inside = [site for site in sites if site.name.startswith(prefix)]
-        if not inside:
-            raise ValueError(f"A-VL acts in {prefix[:-1]}; none of the chosen attention modules is in it.")
+        inside = language_model_sites(sites, needed_layout(model, cls.name), by="A-VL")
         return super().fit(config, model, inside)
 
     @classmethod

@@ -9,18 +9,19 @@ from torch import nn
 
 from ...core.call import AttentionCall
 from ...core.given import real_tokens
-from ...core.hooks import Hook, called_with, note_token_ids
+from ...core.hooks import Hook, called_with
 from ...core.kv_caches import find_cache
 from ...core.registry import register_variant
-from ...core.run import RUN, ModelRun, current_run, end_run, running
+from ...core.run import RUN, ModelRun, current_run, running
 from ...core.selection import base_model
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
+from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...decoding.answering import answering_rows, note_asked
 from ...decoding.text import text_generator
-from ...vision.images import image_layout, needed_layout
-from ...vision.marks import IMAGE_TOKENS, with_true_image_tokens
+from ...vision.images import needed_layout
+from ...vision.marks import IMAGE_TOKENS
+from ...vision.variant import ImageTokenVariant, language_model_sites
 
 _TEXT = "vhr.text"  # a note of a run over the text alone: what the heads of each attention module gave
 _LATE = "vhr.late"  # a fact of a run: images came behind cached tokens
@@ -48,7 +49,7 @@ class VHRConfig(VariantConfig):
     )
 
 
-class VHR(Variant):
+class VHR(ImageTokenVariant):
     """What the more vision-aware half of a layer's heads gives is multiplied, from the prompt's last token on.
 
     Reports, where they are chosen, `divergence` `(B, H)` and `vision_aware` `(B, H)` bool.
@@ -61,10 +62,7 @@ class VHR(Variant):
     def fit(
         cls, config: VHRConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[VHRConfig, Sequence[AttentionSite]]:
-        layout = needed_layout(model, "vhr")
-        inside = [site for site in sites if site.name.startswith(f"{layout.language_model}.")]
-        if not inside:
-            raise ValueError(f"VHR acts in {layout.language_model}; none of the chosen attention modules is in it.")
+        inside = language_model_sites(sites, needed_layout(model, "vhr"), by="VHR")
         if config.alpha == 1.0:
             return config, inside
         chosen = [site for site in inside if _acts_in(config, site)]
@@ -89,26 +87,15 @@ class VHR(Variant):
 
     def hooks(self, model: nn.Module) -> list[Hook]:
         base: Any = base_model(model)
-        layout = image_layout(base)
-        self.placeholders = layout.placeholders
-        language_model = base.get_submodule(layout.language_model)
-        return [
-            Hook(base.get_input_embeddings(), "before", self.before_embedding),
-            Hook(base.get_submodule(text_generator(base)), "before", self.before_generator),
-            Hook(language_model, "before", self.before_language_model),
-            Hook(language_model, "finally", self.after_language_model),
-            Hook(base, "finally", self.after_model),
-        ]
-
-    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note_token_ids(args, kwargs)
+        generator = Hook(base.get_submodule(text_generator(base)), "before", self.before_generator)
+        return [generator, *super().hooks(model)]
 
     def before_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not current_run().branch:
             note_asked(module, args, kwargs)
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = with_true_image_tokens("VHR", self.placeholders, module, self.before_embedding, args, kwargs)
+        args, kwargs = super().before_language_model(module, args, kwargs)
         run, marks = kwargs[RUN], kwargs[RUN].facts[IMAGE_TOKENS]
         given, cache = called_with(module, args, kwargs), find_cache([*args, *kwargs.values()])
         begins = cache is None or int(cache.get_seq_length()) == 0
@@ -122,14 +109,6 @@ class VHR(Variant):
         )
         heads = text_alone(module, embeddings.detach(), real & ~marks)
         return args, {**kwargs, RUN: run.handed_down({f"vhr.{name}": gave for name, gave in heads.items()})}
-
-    def after_language_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        current_run().token_ids = None
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        end_run()
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         output, weights = inner(call)

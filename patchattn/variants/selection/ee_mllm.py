@@ -13,7 +13,7 @@ from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...vision.images import needed_layout
 from ...vision.marks import image_tokens
-from ...vision.variant import ImageTokenVariant
+from ...vision.variant import ImageTokenVariant, language_model_sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,7 @@ class EEMLLM(ImageTokenVariant):
     def fit(
         cls, config: EEMLLMConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[EEMLLMConfig, Sequence[AttentionSite]]:
-        layout = needed_layout(model, "ee_mllm")
-        inside = [site for site in sites if site.name.startswith(f"{layout.language_model}.")]
-        if not inside:
-            raise ValueError(f"EE-MLLM acts in {layout.language_model}; none of the chosen attention modules is in it.")
-        return config, inside
+        return config, language_model_sites(sites, needed_layout(model, "ee_mllm"), by="EE-MLLM")
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

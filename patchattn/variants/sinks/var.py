@@ -20,7 +20,7 @@ from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...vision.images import ImageLayout, needed_layout
 from ...vision.marks import image_tokens
-from ...vision.variant import ImageTokenVariant
+from ...vision.variant import ImageTokenVariant, language_model_sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,7 @@ class VAR(ImageTokenVariant):
             raise NotImplementedError(
                 f"VAR is for image tokens that are patches of the image; those of {name} come from a query former."
             )
-        inside = [site for site in sites if site.name.startswith(f"{layout.language_model}.")]
-        if not inside:
-            raise ValueError(f"VAR acts in {layout.language_model}; none of the chosen attention modules is in it.")
+        inside = language_model_sites(sites, layout, by="VAR")
         if config.move_fraction > 0.0:
             inside = [site for site in inside if _acts_in(config, site)]
             if not inside:
