@@ -24,9 +24,8 @@ import patchattn
 sys.path.insert(0, str(Path(__file__).parent))
 from heads import measure
 from heads_parts.common import Part
-from positions_parts import documents, far, length
+from positions_parts import documents, far, first_token, length
 from positions_parts.common import Setup
-from positions_parts.first_token import first_token
 
 PARTS: tuple[Part, ...] = (length, documents, far)
 
@@ -44,6 +43,7 @@ def page(setup: Setup, about: str, pictures: Path | None) -> str:
         lines += [*part.section(setup, pictures), ""]
         count, total = len(setup.rows(part.NAME)), len(part.jobs(setup))
         states.append(f"{part.NAME} {count} of {total} rows")
+    lines += [*first_token.section(setup), ""]
     return "\n".join([*lines, "## How far it went", "", f"{'; '.join(states)}.", ""])
 
 
@@ -94,13 +94,13 @@ def run(
 @app.command("first-token")
 def first_token_(
     model: Annotated[Path, typer.Argument(help="Folder of SmolLM2-135M-Instruct.")],
+    folder: Folder,
     repeats: Annotated[int, typer.Option(help="Timed rounds; one more warms up.", min=1)] = 5,
 ) -> None:
     """Time to the first token behind 10 and 20 documents, all of the prompt and with the documents stored, in ms of one
     thread's processor time. Run it on an idle machine."""
     torch.set_num_threads(1)
-    nowhere = Path()
-    print("\n".join(first_token(Setup(model, None, nowhere, None, None, nowhere, nowhere, 1), (10, 20), repeats)))
+    first_token.measure(Setup(model, None, Path(), None, None, folder, folder, 1), (10, 20), repeats)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import patchattn
 from patchattn.core import context, run
 from patchattn.core.kv_caches import cache_argument
-from patchattn.variants.decoding import damro
+from patchattn.vision import latest
 
 from .behaviour import assert_same, randomise, snapshot
 from .families import FAMILIES, outputs
@@ -178,7 +178,7 @@ def test_a_failure_within_attention_leaves_nothing_behind(variant, no_collector)
 @pytest.mark.parametrize("place", ["model.multi_modal_projector", "model.language_model.norm", "lm_head", None])
 def test_no_forward_leaves_token_ids_or_pictures(variant, place, no_collector) -> None:
     """It may fail before the language model, in it or after it, or not at all."""
-    vars(damro._seen).clear()  # a forward that succeeds leaves them
+    latest.forget_pass("damro")  # a forward that succeeds leaves them
     family = FAMILIES["llava"]
     inputs = {name: tensor.clone() for name, tensor in family.inputs().items()}
     model = patchattn.patch_model(family.make(), variant, **(VAR if variant == "var" else {}))
@@ -195,5 +195,5 @@ def test_no_forward_leaves_token_ids_or_pictures(variant, place, no_collector) -
     kept = [weakref.ref(tensor) for tensor in inputs.values()]
     del inputs
     assert [tensor() for tensor in kept] == [None, None]
-    for noted in (run._local, *([] if place is None else [damro._seen])):
+    for noted in (run._local, *([] if place is None else [latest._local])):
         assert not any(vars(noted).values())

@@ -18,8 +18,9 @@ from .long_context import BYTES, tiny_llama
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 positions: Any = importlib.import_module("positions")
 sys.path.pop(0)
-common, documents, length, prompts, small = (
-    sys.modules[f"positions_parts.{name}"] for name in ("common", "documents", "length", "prompts", "small")
+common, documents, first_token, length, prompts, small = (
+    sys.modules[f"positions_parts.{name}"]
+    for name in ("common", "documents", "first_token", "length", "prompts", "small")
 )
 TEXT = np.random.default_rng(0).integers(32, 127, 4000)
 
@@ -127,9 +128,12 @@ def test_documents_by_formulas(setup: Any, monkeypatch: pytest.MonkeyPatch) -> N
 def test_time_to_the_first_token_and_texts_beyond(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(num_hidden_layers=2, max_position_embeddings=4096)
     monkeypatch.setattr(common.Setup, "smol", (model, BYTES))
-    head, _, *lines, _ = sys.modules["positions_parts.first_token"].first_token(setup, (2, 3), 1)
-    assert "pieces stored, ms" in head
-    assert [line.split("|")[1].strip() for line in lines][:2] == ["plain", "parallel_context"]
+    monkeypatch.setattr(first_token, "_median", lambda run, repeats: run() or 7.4)
+    assert first_token.section(setup) == []
+    first_token.measure(setup, (2, 3), 1)
+    assert list(setup.rows("first_token"))[:2] == ["2/plain", "2/parallel_context"]
+    assert first_token.section(setup)[-2].startswith("| block_attention | 3 |")
+    assert first_token.section(setup)[-2].endswith("| 7 | 7 |")
     far = sys.modules["positions_parts.far"]
     monkeypatch.setattr(far, "LENGTH", 400)
     monkeypatch.setitem(far.SETTINGS, "self_extend", {"self_extend": {"group": 2, "window": 64}})

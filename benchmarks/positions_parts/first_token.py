@@ -19,11 +19,13 @@ SETTINGS = {"plain": {}, "parallel_context": {"parallel_context": {}}, "ape": {"
 SETTINGS["block_attention"] = {"block_attention": {}}
 
 
+NAME = "first_token"
+
+
 @torch.inference_mode()
-def first_token(setup: Setup, counts: tuple[int, ...], repeats: int) -> list[str]:
-    """Lines of a table: medians of processor time in ms, settings in turn; one round more warms up."""
+def measure(setup: Setup, counts: tuple[int, ...], repeats: int) -> None:
+    """Rows of medians of processor time in ms, settings in turn; one round more warms up."""
     model, tokenizer = setup.smol
-    cells = []
     for count in counts:
         marked = mark_segments(tokenizer, segments(one_hop(count, 0)), add_special_tokens=False)
         ids, end = torch.tensor([marked.input_ids]), marked.spans[-1].end
@@ -40,10 +42,28 @@ def first_token(setup: Setup, counts: tuple[int, ...], repeats: int) -> list[str
                 def whole(ids: Any = ids) -> None:
                     model(ids, logits_to_keep=1, use_cache=False)
 
-                times = [_median(whole, repeats), _median(behind, repeats)]
-            sizes = [f"{count}", f"{ids.shape[1]}", f"{ids.shape[1] - end}"]
-            cells.append([name, *sizes, *(f"{each:.0f}" for each in times)])
-    return table(["", "documents", "tokens", "behind them", "whole, ms", "pieces stored, ms"], cells)
+                times = {"whole": round(_median(whole, repeats)), "behind": round(_median(behind, repeats))}
+            tokens = {"tokens": ids.shape[1], "behind_them": ids.shape[1] - end}
+            setup.write(NAME, f"{count}/{name}", {**tokens, **times})
+
+
+def section(setup: Setup) -> list[str]:
+    """The latest time of every setting."""
+    rows = setup.rows(NAME)
+    if not rows:
+        return []
+    cells = []
+    for key, row in rows.items():
+        count, name = key.split("/")
+        cells.append([name, count, *(f"{row[part]}" for part in ("tokens", "behind_them", "whole", "behind"))])
+    return [
+        "## Time to the first token",
+        "",
+        "`python benchmarks/positions.py first-token DIR --folder ROWS`: ms of one thread's processor time on an idle "
+        "machine, medians, of all of a prompt, and of what stands behind documents whose keys and values are stored.",
+        "",
+        *table(["", "documents", "tokens", "behind them", "whole, ms", "documents stored, ms"], cells),
+    ]
 
 
 def _median(run: Callable[[], None], repeats: int) -> float:

@@ -20,7 +20,7 @@ from ..vision.images import image_layout, needed_layout
 from ..vision.marks import image_tokens, with_true_image_tokens
 from .answering import answering_rows, note_asked
 from .text import TextDecodingVariant
-from .variant import BranchStep, Step
+from .variant import BranchStep, Step, only_plausible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,6 @@ class GuidedVariant(TextDecodingVariant):
         return [self.without(step, images)]
 
     def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
-        gamma, beta = self.config.gamma, self.config.beta
+        gamma = self.config.gamma
         guided = gamma * logits + (1.0 - gamma) * branch_logits[0]
-        if gamma == 1.0 or beta == 0.0:
-            return guided
-        return guided.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -math.inf)
+        return only_plausible(guided, logits, 0.0 if gamma == 1.0 else self.config.beta)

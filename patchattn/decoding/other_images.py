@@ -1,9 +1,9 @@
 """A branch that sees other images in the place of those that a model was given: its vision encoder runs once more."""
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,15 +12,12 @@ from torch import nn
 from ..core.hooks import Hook, called_with
 from ..core.sites import AttentionSite
 from ..vision.images import image_layout, needed_layout
+from ..vision.latest import forget_pass, latest_pass
 from ..vision.outliers import places_of, unknown_images
 from .text import TextDecodingVariant, decoder_sites
 from .variant import BranchStep, Step
 
 NOISE_STEPS = 1000  # of the schedule that images go into noise by (arXiv 2311.16922)
-
-# .own, .changed: what the latest pass of a vision encoder gave for the images and for the changed ones; .queries of the
-# changed ones; .tokens, .others: `(M, E)` image tokens of both
-_seen = threading.local()
 
 
 class OtherImagesVariant(TextDecodingVariant):
@@ -31,6 +28,12 @@ class OtherImagesVariant(TextDecodingVariant):
     """
 
     name = ""  # in the registry
+
+    @property
+    def seen(self) -> SimpleNamespace:
+        """Of the vision encoder: .own, .changed what it gave for the images and for the changed ones; .queries of the
+        changed ones; .tokens, .others `(M, E)` image tokens of both."""
+        return latest_pass(self.name)
 
     def change(self, pixels: torch.Tensor) -> torch.Tensor:
         """Other pixels, of pictures `(N, C, H, W)` or of one image's patches `(n, D)`."""
@@ -58,7 +61,7 @@ class OtherImagesVariant(TextDecodingVariant):
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.is_active and output is None:  # a forward that failed
-            vars(_seen).clear()
+            forget_pass(self.name)
         super().after_model(module, args, kwargs, output)
 
     @torch.no_grad()
@@ -73,29 +76,29 @@ class OtherImagesVariant(TextDecodingVariant):
                 f"tell which of {sorted(given)} they are."
             )
         changed = torch.cat([self.change(part) for part in _pictures(given[pixels[0]], given)])
-        vars(_seen).clear()
-        _seen.own, _seen.changed = output, module.forward(**{**given, pixels[0]: changed})
+        forget_pass(self.name)
+        self.seen.own, self.seen.changed = output, module.forward(**{**given, pixels[0]: changed})
         if self.makes_tokens_itself:
-            _seen.tokens, _seen.others = _seen.own.pooler_output, _seen.changed.pooler_output
+            self.seen.tokens, self.seen.others = self.seen.own.pooler_output, self.seen.changed.pooler_output
 
     @torch.no_grad()
     def after_query_former(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.is_active:
-            again = module.forward(*args, **{**kwargs, "encoder_hidden_states": _seen.changed[0]})
-            _seen.queries = again[0][:, : kwargs["query_embeds"].shape[1]]
+            again = module.forward(*args, **{**kwargs, "encoder_hidden_states": self.seen.changed[0]})
+            self.seen.queries = again[0][:, : kwargs["query_embeds"].shape[1]]
 
     @torch.no_grad()
     def after_features(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
         if not self.is_active:
             return
-        states = getattr(_seen, "queries", None)
+        states = getattr(self.seen, "queries", None)
         if states is None:
             states = self._same_states(module, args[0])
-        _seen.tokens, _seen.others = output.detach().flatten(0, 1), module.forward(states).flatten(0, 1)
+        self.seen.tokens, self.seen.others = output.detach().flatten(0, 1), module.forward(states).flatten(0, 1)
 
     def _same_states(self, module: nn.Module, wanted: torch.Tensor) -> torch.Tensor:
         """Of the changed images, the very hidden states that image tokens are made of."""
-        for own, changed in zip(_layers(_seen.own), _layers(_seen.changed), strict=True):
+        for own, changed in zip(_layers(self.seen.own), _layers(self.seen.changed), strict=True):
             start = own.shape[1] - wanted.shape[1]
             if start >= 0 and torch.equal(own[:, start:], wanted):
                 return changed[:, start:]
@@ -116,7 +119,7 @@ class OtherImagesVariant(TextDecodingVariant):
             raise NotImplementedError(f"{type(self).__name__} does not support videos.")
         if not bool(same.image.any()):
             return same
-        known, others = getattr(_seen, "tokens", None), getattr(_seen, "others", None)
+        known, others = getattr(self.seen, "tokens", None), getattr(self.seen, "others", None)
         if known is None or others is None:
             raise unknown_images()
         tokens = step.embeddings[same.image]

@@ -11,6 +11,7 @@ no memory: a cache's `update` concatenates, so that after one token each branch 
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -88,6 +89,14 @@ class BranchStep:
     image: torch.Tensor
     positions: torch.Tensor | Literal["counted"] | None = "counted"
     fork: int = 0
+
+
+def only_plausible(combined: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.Tensor:
+    """Combined logits `(..., V)`, minus infinity where the model's own give a token less than beta times the
+    probability of its first choice; beta 0 leaves all."""
+    if beta == 0.0:
+        return combined
+    return combined.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -math.inf)
 
 
 class DecodingVariant(Variant):

@@ -1,9 +1,8 @@
 """DAMRO: contrast with what the language model says of the vision encoder's outlier tokens alone. arXiv 2410.04514."""
 
-import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -16,16 +15,14 @@ from ...core.selection import base_model
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
-from ...decoding.variant import BranchStep, DecodingVariant, Step
+from ...decoding.variant import BranchStep, DecodingVariant, Step, only_plausible
 from ...vision.images import image_layout
+from ...vision.latest import forget_pass, latest_pass
 from ...vision.outliers import Picture, attention_received, highest, kept_positions, reordered, unknown_images
 
 # Per model type: k, and alpha of the two tasks of the paper. Qwen2.5-VL's are those of LLaVA, ours.
 _DEFAULTS = {"instructblip": (4, {"pope": 0.5, "chair": 1.5})}
 _LLAVA_DEFAULTS = (10, {"pope": 2.0, "chair": 0.5})
-
-# .is_open, .scores, .states, .merged, .pictures, .queries, .replaced: the latest pass of a vision encoder
-_seen = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +79,12 @@ class DAMRO(DecodingVariant):
 
     config_class = DAMROConfig
     config: DAMROConfig
+    name = "damro"
+
+    @property
+    def seen(self) -> SimpleNamespace:
+        """Of the vision encoder: .is_open, .scores, .states, .merged, .pictures, .queries, .replaced."""
+        return latest_pass(self.name)
 
     @classmethod
     def fit(
@@ -145,32 +148,29 @@ class DAMRO(DecodingVariant):
         return {"alpha": 0.0, "beta": 0.0}
 
     def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
-        contrast = (1.0 + self.alpha) * logits - self.alpha * branch_logits[0]
-        if self.config.beta == 0.0:
-            return contrast
-        least = logits.amax(dim=-1, keepdim=True) + math.log(self.config.beta)
-        return contrast.masked_fill(logits < least, -math.inf)
+        alpha = self.alpha
+        return only_plausible((1.0 + alpha) * logits - alpha * branch_logits[0], logits, self.config.beta)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.is_active and output is None:  # pictures may be passed on to later forwards, of one that succeeded
-            vars(_seen).clear()
+            forget_pass(self.name)
         super().after_model(module, args, kwargs, output)
 
     # The vision encoder: which tokens are outliers.
 
     def before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        vars(_seen).clear()
-        _seen.scores, _seen.is_open = [], True
+        forget_pass(self.name)
+        self.seen.scores, self.seen.is_open = [], True
 
     def leave_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        _seen.is_open = False
+        self.seen.is_open = False
 
     def after_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         states = getattr(output, "hidden_states", None)
-        _seen.states = None if states is None else states[self.layout.feature_layer + 1]
+        self.seen.states = None if states is None else states[self.layout.feature_layer + 1]
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        if not getattr(_seen, "is_open", False):  # run again by activation checkpointing
+        if not getattr(self.seen, "is_open", False):  # run again by activation checkpointing
             return inner(call)
         lengths = call.kwargs.get("cu_seq_lens_q")  # flash attention gets packed pictures as one row
         sizes = [call.query.shape[2]] if lengths is None else lengths.diff().tolist()
@@ -183,44 +183,44 @@ class DAMRO(DecodingVariant):
                 one_wide_head=self.config.attention == "one_wide_head",
             )
             self.report(call, outlier_score=scores)
-            _seen.scores += scores.unbind(0)
+            self.seen.scores += scores.unbind(0)
         return inner(call)
 
     def _patch_scores(self) -> list[torch.Tensor]:
         """Scores of each picture's tokens, the class token, if any, at -1: it is none of the patches."""
-        scores = [row.clone() for row in _seen.scores]
+        scores = [row.clone() for row in self.seen.scores]
         for row in scores if self.layout.has_class_token else ():
             row[0] = -1.0
         return scores
 
     def after_merger(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        _seen.merged = output.detach()
+        self.seen.merged = output.detach()
 
     def after_features(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not self.is_active:
             return
         layout, scores = self.layout, self._patch_scores()
         if layout.query_former is not None:
-            _seen.pictures = [Picture(tokens, tokens) for tokens in output.detach()]
-            _seen.replaced = module.forward(_seen.queries)
+            self.seen.pictures = [Picture(tokens, tokens) for tokens in output.detach()]
+            self.seen.replaced = module.forward(self.seen.queries)
         elif layout.merger is not None:
             scores = [row.view(-1, layout.merge**2).mean(-1) for row in scores]
             sizes = [len(row) for row in scores]
-            tokens = output.pooler_output.detach().split(sizes), _seen.merged.split(sizes)
-            _seen.pictures = [
+            tokens = output.pooler_output.detach().split(sizes), self.seen.merged.split(sizes)
+            self.seen.pictures = [
                 Picture(own, highest(reordered(row, merged, own), self.top_k))
                 for row, own, merged in zip(scores, *tokens, strict=True)
             ]
         else:
             self._check_layer(args[0])
-            _seen.pictures = [  # a call may ask for the encoder's first token to be kept or left out
+            self.seen.pictures = [  # a call may ask for the encoder's first token to be kept or left out
                 Picture(tokens, highest(row[len(row) - len(tokens) :], self.top_k))
                 for tokens, row in zip(output.detach(), scores, strict=True)
             ]
 
     def _check_layer(self, states: torch.Tensor) -> None:
         """Refuse image tokens made of other hidden states `(B, P, C)` than scores are taken for."""
-        known = _seen.states  # none where the call asks the encoder for another layer
+        known = self.seen.states  # none where the call asks the encoder for another layer
         made_here = known is not None and torch.equal(known[:, known.shape[1] - states.shape[1] :], states)
         if self.config.vision_layer is None and not made_here:
             raise NotImplementedError(
@@ -236,7 +236,7 @@ class DAMRO(DecodingVariant):
         states = states.gather(1, chosen[..., None].expand(-1, -1, states.shape[-1]))
         mask = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
         again = module.forward(*args, **{**kwargs, "encoder_hidden_states": states, "encoder_attention_mask": mask})
-        _seen.queries = again[0][:, : queries.shape[1]]
+        self.seen.queries = again[0][:, : queries.shape[1]]
 
     # The language model: the same text with the outliers alone.
 
@@ -257,7 +257,7 @@ class DAMRO(DecodingVariant):
             return [BranchStep(step.embeddings, step.real, source, image)]
         if self.layout.query_former is not None:
             return [BranchStep(self._with_replaced(step.embeddings, image), step.real, source, image)]
-        pictures, is_tiled = getattr(_seen, "pictures", []), self.layout.is_tiled
+        pictures, is_tiled = getattr(self.seen, "pictures", []), self.layout.is_tiled
         kept = [
             kept_positions(row, where, pictures, is_tiled=is_tiled)
             for row, where in zip(step.embeddings, image, strict=True)
@@ -273,12 +273,12 @@ class DAMRO(DecodingVariant):
 
     def _with_replaced(self, embeddings: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Image tokens replaced one by one by those that the query former made of the outliers."""
-        pictures: list[Picture] = getattr(_seen, "pictures", [])
+        pictures: list[Picture] = getattr(self.seen, "pictures", [])
         count = int(image.sum()) // max(sum(len(picture.tokens) for picture in pictures), 1)
         tokens = [picture.tokens for picture in pictures for _ in range(count)]
         if not tokens or not torch.equal(torch.cat(tokens).to(embeddings), embeddings[image]):
             raise unknown_images()
-        replaced = _seen.replaced.repeat_interleave(count, dim=0).flatten(0, 1)
+        replaced = self.seen.replaced.repeat_interleave(count, dim=0).flatten(0, 1)
         return embeddings.masked_scatter(image[..., None], replaced.to(embeddings))
 
 

@@ -1,8 +1,8 @@
 """PAINT: attention to what the vision encoder attends to is raised, near and far. arXiv 2501.12206."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,14 +18,11 @@ from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantInfo
 from ...decoding.guidance import GuidanceConfig, GuidedVariant
 from ...vision.images import image_layout, needed_layout
+from ...vision.latest import latest_pass
 from ...vision.marks import IMAGE_TOKENS
 from ...vision.outliers import attention_received, places_of, unknown_images
 
 _LOCAL, _SUMMARY = "paint.local", "paint.summary"
-
-# .first, .last: `(pictures, patches)` what the class token gave patches in two layers of the latest pass of a vision
-# encoder; .tokens `(M, E)` image tokens made of it; .local, .summary `(M,)` bool: which are raised
-_seen = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +70,12 @@ class PAINT(GuidedVariant):
     config: PAINTConfig
     name = "paint"
     place = ""  # in the vision encoder: which of its two layers
+
+    @property
+    def seen(self) -> SimpleNamespace:
+        """Of the vision encoder: .first, .last `(pictures, patches)` what the class token gave patches in two layers;
+        .tokens `(M, E)` image tokens made of it; .local, .summary `(M,)` bool: which are raised."""
+        return latest_pass(self.name)
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
@@ -123,16 +126,16 @@ class PAINT(GuidedVariant):
             self.report(call, class_attention=scores)
             for name in ("first", "last"):
                 if name in self.place:
-                    setattr(_seen, name, scores)
+                    setattr(self.seen, name, scores)
         return inner(call)
 
     def after_features(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
         if not self.is_active:
             return
-        local, summary = raised_patches(_seen.first, _seen.last, self.config.local_share)
+        local, summary = raised_patches(self.seen.first, self.seen.last, self.config.local_share)
         spare = output.shape[1] - local.shape[1]  # a class token among the image tokens is no patch
-        _seen.tokens = output.detach().flatten(0, 1)
-        _seen.local, _seen.summary = (nn.functional.pad(one, (spare, 0)).flatten() for one in (local, summary))
+        self.seen.tokens = output.detach().flatten(0, 1)
+        self.seen.local, self.seen.summary = (nn.functional.pad(one, (spare, 0)).flatten() for one in (local, summary))
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = super().before_language_model(module, args, kwargs)
@@ -140,11 +143,11 @@ class PAINT(GuidedVariant):
         marks = run.facts[IMAGE_TOKENS]
         facts = {name: torch.zeros_like(marks) for name in (_LOCAL, _SUMMARY)}
         if self.raises(self.config) and not run.branch and embeddings is not None and bool(marks.any()):
-            tokens, known = embeddings[marks], getattr(_seen, "tokens", None)
+            tokens, known = embeddings[marks], getattr(self.seen, "tokens", None)
             places = None if known is None else places_of(known.to(tokens), tokens)
             if places is None or not bool((places >= 0).any() if self.is_tiled else (places >= 0).all()):
                 raise unknown_images()
-            for name, flags in ((_LOCAL, _seen.local), (_SUMMARY, _seen.summary)):
+            for name, flags in ((_LOCAL, self.seen.local), (_SUMMARY, self.seen.summary)):
                 chosen = flags.to(places.device)[places.clamp(min=0)] & (places >= 0)  # newlines are no patches
                 facts[name] = facts[name].masked_scatter(marks, chosen)
         return args, {**kwargs, RUN: run.handed_down(facts)}

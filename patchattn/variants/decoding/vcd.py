@@ -1,6 +1,5 @@
 """VCD: contrast with what the model says of the image under noise. arXiv 2311.16922."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
 from ...decoding.other_images import NOISE_STEPS, OtherImagesVariant, noised
-from ...decoding.variant import BranchStep, Step
+from ...decoding.variant import BranchStep, Step, only_plausible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +68,8 @@ class VCD(OtherImagesVariant):
         return [self.with_other_images(step)]
 
     def combine(self, logits: torch.Tensor, branch_logits: list[torch.Tensor]) -> torch.Tensor:
-        alpha, beta = self.config.alpha, self.config.beta
-        contrast = (1.0 + alpha) * logits - alpha * branch_logits[0]
-        if beta == 0.0:
-            return contrast
-        return contrast.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -math.inf)
+        alpha = self.config.alpha
+        return only_plausible((1.0 + alpha) * logits - alpha * branch_logits[0], logits, self.config.beta)
 
 
 register_variant(

@@ -1,8 +1,8 @@
 """HiPrune: before the language model, image tokens are chosen by the vision encoder's layers. arXiv 2508.00553."""
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...vision.images import image_layout, needed_layout
+from ...vision.latest import latest_pass
 from ...vision.outliers import attention_received, places_of, unknown_images
 from ...vision.token_pruning import PruningStep, TokenPruning
-
-# .middle, .deep: `(pictures, N)` attention that patches get in two layers of the latest pass of a vision encoder;
-# .tokens `(M, E)` image tokens made of it, .kept `(M,)` bool
-_seen = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,12 @@ class HiPrune(TokenPruning):
     config: HiPruneConfig
     name = "hiprune"
     place = ""  # in the vision encoder: which of its two layers
+
+    @property
+    def seen(self) -> SimpleNamespace:
+        """Of the vision encoder: .middle, .deep `(pictures, N)` attention that patches get in two layers; .tokens
+        `(M, E)` image tokens made of it, .kept `(M,)` bool."""
+        return latest_pass(self.name)
 
     @classmethod
     def first_pruned(cls, config: HiPruneConfig) -> int:
@@ -117,24 +120,24 @@ class HiPrune(TokenPruning):
         scores = attention_received(call.query.detach(), call.key.detach(), call.scaling, score="received")
         self.report(call, attention_received=scores[:, self.skips :])
         for name in self.place.split():
-            setattr(_seen, name, scores[:, self.skips :])
+            setattr(self.seen, name, scores[:, self.skips :])
         return inner(call)
 
     def after_features(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
         if current_run().branch:
             return
-        pairs = zip(_seen.middle, _seen.deep, strict=True)
+        pairs = zip(self.seen.middle, self.seen.deep, strict=True)
         kept = torch.stack([chosen(*each, self.columns, self.config.keep_ratio, self.config.alpha) for each in pairs])
         spare = output.shape[1] - kept.shape[1]  # a class token among the image tokens is no patch, and stays
-        _seen.tokens = output.detach().flatten(0, 1)
-        _seen.kept = nn.functional.pad(kept, (spare, 0), value=True).flatten()
+        self.seen.tokens = output.detach().flatten(0, 1)
+        self.seen.kept = nn.functional.pad(kept, (spare, 0), value=True).flatten()
 
     def keep(self, step: PruningStep) -> torch.Tensor:
-        tokens, known = step.hidden[step.image], getattr(_seen, "tokens", None)
+        tokens, known = step.hidden[step.image], getattr(self.seen, "tokens", None)
         places = None if known is None else places_of(known.to(tokens), tokens)
         if places is None or not bool((places >= 0).all()):
             raise unknown_images()
-        return torch.ones_like(step.image).masked_scatter(step.image, _seen.kept.to(places.device)[places])
+        return torch.ones_like(step.image).masked_scatter(step.image, self.seen.kept.to(places.device)[places])
 
 
 def chosen(middle: torch.Tensor, deep: torch.Tensor, columns: int, ratio: float, alpha: float) -> torch.Tensor:
