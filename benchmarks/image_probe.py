@@ -215,8 +215,9 @@ def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
     return [
         "# Vision",
         "",
-        "What is measured elsewhere: [the time of masks of images](grid_cpu.md), "
-        "[hallucination on a tiny model](hallucination.md), [training a ViT](vit_cifar10.md).",
+        "What is measured elsewhere: [the time of masks of images](grid_cpu.md), [prefills with fewer image "
+        "tokens](token_pruning.md), [hallucination on a tiny model](hallucination.md), "
+        "[training a ViT](vit_cifar10.md).",
         "",
         "## Attention within images: linear probes",
         "",
