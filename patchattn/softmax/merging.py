@@ -1,12 +1,12 @@
 """Several calls under one softmax: for queries, or keys, that stand at other positions to some keys than to others."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 
 from patchattn_kernels import attention_with_lse
+from patchattn_kernels.merging import shares_of
 from patchattn_kernels.rows import full_precision, log_sum_exp, row_logits, weights_of
 
 from ..core.call import AttentionCall
@@ -45,9 +45,7 @@ def _shares(sums: Sequence[torch.Tensor], factors: Sequence[float] | None) -> li
     """Of each row, the share of each call, by the log-sum-exps; 0 where the row sees nothing."""
     if factors is not None:
         sums = [factor * lse for factor, lse in zip(factors, sums, strict=True)]
-    total = reduce(torch.logaddexp, sums)
-    total = total.masked_fill(total == -torch.inf, 0.0)
-    return [(lse - total).exp() for lse in sums]
+    return shares_of(sums)[0]
 
 
 def _with_weights(calls: tuple[AttentionCall, ...], factors: Sequence[float] | None, rate: float) -> AttentionOutput:

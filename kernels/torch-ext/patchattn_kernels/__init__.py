@@ -11,6 +11,7 @@ from .block_lists import (
 )
 from .block_sparse_attention import block_sparse_attention
 from .column_mass import KeyCounts, column_mass, key_counts
+from .merging import merge_attention
 from .routed_attention import may_be_routed, routed_attention, routed_attention_if_faster
 from .routing import apply_head_gate, head_norms, normalized_scores, select_top_k, straight_through
 from .rows import AttentionRule
@@ -33,6 +34,7 @@ __all__ = [
     "key_counts",
     "lists_from_mask",
     "may_be_routed",
+    "merge_attention",
     "normalized_scores",
     "routed_attention",
     "routed_attention_if_faster",
