@@ -1,0 +1,1 @@
+"""Parts of benchmarks/trained.py: each measures one thing and writes its section of the page."""
