@@ -72,6 +72,7 @@ def _of_grids(*names: str) -> dict[str, list[Refusal]]:
     return {name: [_of(without, "needs a vision tower", "there are no patches of an image")] for name in names}
 
 
+_WITHOUT_SLOTS = [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")]
 _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logits would be capped with them")]
 
 
@@ -99,7 +100,7 @@ def _of_placed_pieces(*names: str) -> dict[str, list[Refusal]]:
 REFUSALS: dict[str, list[Refusal]] = {
     **_of_causal_selection("block_attention", "mswa", "power", "streaming", "triangle"),
     **_of_pages("flex_prefill", "longlora", "lserve", "moba", "quest", "twilight", "vertical_slash", "xattention"),
-    **_of_encoder_masks("hat", "hdt"),
+    **_of_encoder_masks("bibert", "hat", "hdt"),
     "hepos": [
         _of(
             FAMILIES.keys() - set(of_kind("encoder_decoder")),
@@ -132,13 +133,13 @@ REFUSALS: dict[str, list[Refusal]] = {
     "attention_transition": [
         *_of_causal_selection("attention_transition")["attention_transition"],
         _of(of_kind("encoder_decoder"), "reads with its encoder", "the decoder begins with one token, and no prompt"),
-        _of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value"),
+        *_WITHOUT_SLOTS,
     ],
     "fox": [*_of_causal_selection("fox")["fox"], *_CAPPED],
     "cope": [
         *_of_causal_selection("cope")["cope"],
         *_CAPPED,
-        _of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value"),
+        *_WITHOUT_SLOTS,
         _of(["t5"], "does not support position_bias", "its gates would count what a bias says of positions already"),
     ],
     "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
@@ -151,9 +152,8 @@ REFUSALS: dict[str, list[Refusal]] = {
         _of(["t5"], "does not support position_bias", "means of keys stand at no position"),
     ],
     "sink": _CAPPED,
-    "entmax": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
-    "urpe": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
-    "talking_heads": [_of(["gpt_oss"], "does not support sinks", "its rows have no place for a logit without a value")],
+    **dict.fromkeys(("entmax", "sigmoid", "softpick", "talking_heads", "urpe"), _WITHOUT_SLOTS),
+    "mta": [*_of_causal_selection("mta")["mta"], *_WITHOUT_SLOTS],
     "gqa_convert": [
         _of(
             FAMILIES.keys() - {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss"},

@@ -94,6 +94,7 @@ def info_(
         "adds": variant.extra_parameters,
         "kind": variant.kind,
         "needs training": "yes" if variant.needs_training else "no",
+        **({"from scratch only": f"with {variant.variant.from_scratch}"} if variant.variant.from_scratch else {}),
         "supports": ", ".join(sorted(variant.capabilities)),
     }
     for key, value in facts.items():
@@ -120,6 +121,7 @@ def _facts(info: "VariantInfo") -> dict[str, Any]:
         "kind": info.kind,
         "family": info.family,
         "needs_training": info.needs_training,
+        "from_scratch": info.variant.from_scratch,
         "extra_parameters": info.extra_parameters,
         "capabilities": sorted(info.capabilities),
     }

@@ -82,6 +82,7 @@ class Variant(nn.Module):
     kind: ClassVar[Kind] = "attention"  # for who lists variants; the core reads what the class does
     attends: ClassVar[bool] = True  # changes calls of attention, so that its place among other variants counts
     neutral_rounds: ClassVar[bool] = False  # neutral settings give the model but for the order in which sums are made
+    from_scratch: ClassVar[str | None] = None  # settings, in words, that are only for models trained with them
     acts_on_logits: ClassVar[bool] = False  # it chooses its own attention modules, and is the model's only such variant
 
     def __init__(self, config: Any, site: AttentionSite) -> None:

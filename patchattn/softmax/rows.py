@@ -11,6 +11,7 @@ from ..core.call import AttentionCall
 from ..core.host import host
 from ..core.variant import Attend, AttentionOutput, Variant
 
+HIDDEN = torch.finfo(torch.float32).min / 4  # the logit of a hidden key
 _ENTRIES = 2**24  # of logits that are computed at once, 64 MiB in float32
 
 
@@ -34,26 +35,43 @@ class RowVariant(Variant):
 
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
-        count, heads, keys = call.query.shape[2], call.query.shape[1], call.key.shape[2]
-        size = max(1, _ENTRIES // (max(len(call.query), len(call.key)) * heads * keys))
-        asked = call.kwargs.get("output_attentions") or not host().computes_softmax(call.base)
-        if size >= count:
-            output, weights = self._of(call)
-            return output, weights if asked else None
-        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        for start in range(0, count, size):
-            part = _rows(call, start, min(start + size, count))
-            if torch.is_grad_enabled() and not asked:
-                output = checkpoint(lambda one: self._of(one)[0], part, use_reentrant=False)
-                parts.append((output, None))
-            else:
-                output, weights = self._of(part)
-                parts.append((output, weights if asked else None))
-        found = [weights for _, weights in parts if weights is not None]
-        return torch.cat([output for output, _ in parts], dim=1), torch.cat(found, dim=2) if found else None
+        count, size = call.query.shape[2], rows_at_once(call)
 
-    def _of(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        return attend_rows(call, lambda logits, visible: self.weights(logits, visible, call))
+        def of(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+            part = call if end - start == count else _rows(call, start, end)
+            return attend_rows(part, lambda logits, visible: self.weights(logits, visible, part))
+
+        return in_chunks(call, count, size, of)
+
+
+def rows_at_once(call: AttentionCall, copies: int = 1) -> int:
+    """How many rows of logits fit into memory at once, which are held so many times."""
+    heads, keys = call.query.shape[1], call.key.shape[2]
+    return max(1, _ENTRIES // (copies * max(len(call.query), len(call.key)) * heads * keys))
+
+
+def in_chunks(
+    call: AttentionCall, count: int, size: int, of: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+) -> AttentionOutput:
+    """What `of(start, end)`, output and weights of some rows, gives of `count` rows, `size` at once.
+
+    Backward computes chunks again. Weights are kept only where the call asks for them.
+    """
+    asked = call.kwargs.get("output_attentions") or not host().computes_softmax(call.base)
+    if size >= count:
+        output, weights = of(0, count)
+        return output, weights if asked else None
+    parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for start in range(0, count, size):
+        end = min(start + size, count)
+        if torch.is_grad_enabled() and not asked:
+            output = checkpoint(lambda start, end: of(start, end)[0], start, end, use_reentrant=False)
+            parts.append((output, None))
+        else:
+            output, weights = of(start, end)
+            parts.append((output, weights if asked else None))
+    found = [weights for _, weights in parts if weights is not None]
+    return torch.cat([output for output, _ in parts], dim=1), torch.cat(found, dim=2) if found else None
 
 
 def attend_rows(
@@ -66,7 +84,12 @@ def attend_rows(
         weigh: weights of logits `(B, H, R, Tk)` and of what is visible, as `RowVariant.weights`.
     """
     visible = call.mask.seen()
-    weights = (weigh(_logits(call, visible), visible) * visible).to(call.value.dtype)
+    return weighted_values(call, weigh(_logits(call, visible), visible) * visible)
+
+
+def weighted_values(call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `(B, R, H, D)` of weights `(B, H, R, Tk)`, with dropout, and these weights in the dtype of values."""
+    weights = weights.to(call.value.dtype)
     rate = call.kwargs.get("dropout") or 0.0
     dropped = F.dropout(weights, rate, call.module.training) if rate else weights
     return _of_groups(dropped, call.value).transpose(1, 2), weights
@@ -88,20 +111,24 @@ def _of_groups(rows: torch.Tensor, of_kv: torch.Tensor) -> torch.Tensor:
     return (stacked @ of_kv).unflatten(2, (heads // groups, -1)).flatten(1, 2)
 
 
+def capped_logits(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
+    """`(B, H, R, Tk)` in float32 at least, of queries `(B, H, R, D)`: scaled and capped, without biases and mask."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = _of_groups(query.to(dtype), call.key.to(dtype).mT) * call.scaling
+    cap = call.kwargs.get("softcap")
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def _logits(call: AttentionCall, visible: torch.Tensor) -> torch.Tensor:
     """`(B, H, R, Tk)` in float32 at least."""
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
-    logits = _of_groups(call.query.to(dtype), call.key.to(dtype).mT) * call.scaling
-    cap = call.kwargs.get("softcap")
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
+    logits = capped_logits(call, call.query)
     bias = call.kwargs.get("position_bias")
     if bias is not None:
-        logits = logits + bias[..., : logits.shape[-1]].to(dtype)
+        logits = logits + bias[..., : logits.shape[-1]].to(logits.dtype)
     added = call.mask.added()
     if added is not None:
-        logits = logits + added.to(dtype).where(visible, 0.0)
-    return logits.masked_fill(~visible, torch.finfo(torch.float32).min / 4)
+        logits = logits + added.to(logits.dtype).where(visible, 0.0)
+    return logits.masked_fill(~visible, HIDDEN)
 
 
 def _rows(call: AttentionCall, start: int, end: int) -> AttentionCall:

@@ -2,23 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
-from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
-from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
-from ...softmax.rows import RowVariant
+from ...core.variant import ALL_CAPABILITIES, VariantInfo
+from ...softmax.blending import BlendConfig, BlendedVariant
 
 _LEAST = 1.01  # closer to 1, the power that the weights are of loses the digits of float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntmaxConfig(VariantConfig):
+class EntmaxConfig(BlendConfig):
     """Settings of entmax; every field is described by `patchattn info entmax`."""
 
     alpha: float = option(
@@ -35,58 +32,29 @@ class EntmaxConfig(VariantConfig):
         minimum=0.01,
         maximum=10.0,
     )
-    blend: float | None = option(
-        0.0,
-        help="Start of the learned share of entmax in the weights per head, the rest being softmax: at 0 the model. "
-        "None: entmax alone.",
-        source="ours, for pretrained models",
-        minimum=0.0,
-        maximum=1.0,
-    )
     learned: bool = option(True, help="Train exponents, factors and shares; False holds them.", source="paper")
 
 
-class Entmax(RowVariant):
+class Entmax(BlendedVariant):
     """Attention with `(1 - b) softmax(s) + b entmax_a(c s)`, where a, b and c are learned per query head."""
 
     config_class = EntmaxConfig
     config: EntmaxConfig
     sparsity: torch.Tensor
     scale: torch.Tensor
-    blend: torch.Tensor | None
 
     def __init__(self, config: EntmaxConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        heads = site.require("query_heads", by="entmax")
         limit = 4.6 if config.learned else 20.0  # a sigmoid of 20 is 1 in float32; one of 4.6 still has a gradient
         least = 1 / (1 + math.exp(limit))
         share = min(max((config.alpha - _LEAST) / (2 - _LEAST), least), 1 - least)
-        starts = {"sparsity": math.log(share / (1 - share)), "scale": config.scale, "blend": config.blend}
-        for name, start in starts.items():
-            value = None if start is None else torch.full((heads,), float(start))
-            if config.learned:
-                self.register_parameter(name, None if value is None else nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
+        self.hold("sparsity", math.log(share / (1 - share)))
+        self.hold("scale", config.scale)
 
-    @classmethod
-    def neutral_config(cls) -> dict[str, Any]:
-        return {"blend": 0.0, "learned": False}
-
-    @property
-    def is_identity(self) -> bool:
-        return self.config.blend == 0.0 and not self.config.learned
-
-    def fast_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
-
-    def weights(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         dtype = logits.dtype
         scale = self.scale.to(dtype)[:, None, None]
-        sparse = entmax((logits * scale).where(visible, logits), self.alpha(dtype)[:, None, None])
-        if self.blend is None:
-            return sparse
-        return logits.softmax(-1).lerp(sparse, self.blend.to(dtype)[:, None, None])
+        return entmax((logits * scale).where(visible, logits), self.alpha(dtype)[:, None, None])
 
     def alpha(self, dtype: torch.dtype) -> torch.Tensor:
         """`(H,)` the exponents."""
