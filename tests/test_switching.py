@@ -8,14 +8,13 @@ import torch
 import transformers as tf
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import patchattn
 from patchattn.core.packing import CHILD
 
-from .behaviour import Case, accepted, assert_same, on, randomise, registered, snapshot
+from .behaviour import Case, assert_same, on, randomise, registered, snapshot
 from .families import FAMILIES, outputs
 
 
@@ -104,35 +103,6 @@ def test_what_prepares_its_call_by_the_name_is_refused_by_name() -> None:
         model(tokens)
     model.config._attn_implementation_internal = "sdpa"
     outputs(model, input_ids=tokens)
-
-
-# Continuous batching
-
-
-@pytest.mark.parametrize("case", accepted("llama"), ids=str)
-def test_continuous_batching_is_refused_at_once(case: Case) -> None:
-    model = FAMILIES["llama"].make()
-    before = snapshot(model)
-    case.patch(model)
-    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
-        with pytest.raises(NotImplementedError, match="Continuous batching is not supported on a patched model"):
-            getattr(model, name)([[3, 4, 5], [6, 7]], max_new_tokens=2)
-    patchattn.unpatch_model(model)
-    assert_same(before, snapshot(model))
-
-
-def test_a_paged_cache_is_known_by_its_type_whatever_it_is_called() -> None:
-    """Below the model, where no method of it is called: in the loop that serves requests."""
-    paged: Any = object.__new__(PagedAttentionCache)
-    model = patchattn.patch_model(FAMILIES["llama"].make(), "ssa")
-    layer = model.model.layers[0].self_attn
-    with pytest.raises(NotImplementedError, match=r"Continuous batching.*paged kv cache"):
-        layer(torch.randn(1, 4, 32), None, None, paged)
-    with pytest.raises(NotImplementedError, match=r"Continuous batching.*paged kv cache"):
-        layer(hidden_states=torch.randn(1, 4, 32), position_embeddings=None, attention_mask=None, cache=paged)
-    model.config._attn_implementation_internal = "paged|eager"
-    with pytest.raises(NotImplementedError, match=r"Continuous batching.*'paged.eager'"):
-        model(FAMILIES["llama"].inputs()["input_ids"])
 
 
 # Shared state

@@ -111,12 +111,17 @@ class VariantChain(nn.Module):
             is_followed or self.taps_cache or self.needs_grid or any(v.needs_context for _, v in active)
         )
         self.own_weights = tuple(variant_info(name).innermost for name, _ in active)
+        self.needs_own_cache = tuple(name for name, v in active if self._ahead(name, v) or not v.batches_continuously)
         self.storing = tuple(name for name, v in active if v.changes_cache)
         self.lacking = {
             name: missing
             for name, _ in active
             if (missing := frozenset(ALL_CAPABILITIES - variant_info(name).capabilities))
         }
+
+    @staticmethod
+    def _ahead(name: str, variant: Variant) -> bool:
+        return variant_info(name).looks_ahead or bool(variant.config.looks_ahead)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy or an unpickled chain needs the registration too
         super().__setstate__(state)

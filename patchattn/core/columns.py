@@ -40,7 +40,7 @@ class Columns:
         uncounted: whether nobody knows how many real ones came before the others; sinks and ranks are then refused.
         restarts: where a dense mask may begin a text behind another: anywhere, nowhere, or `(B or 1, Tq)` bool at which
             queries.
-        starts: `(B or 1, columns)` bool: where it does, if it is of some rows of a dense mask.
+        starts: `(B or 1, columns)` bool: where it does, if it is of some rows of a dense mask, or the call tells it.
         index: `(B or 1, 1 or Hkv, Tk)` column of each key, ascending, -1 of empty slots, which come first; `None`: key
             j is column `dropped + j`. A head dimension of 1 says "the same in all heads".
         has_empty: whether there are empty slots; true where that is not known on the host.

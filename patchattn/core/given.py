@@ -28,6 +28,7 @@ def read_mask(
     window: int | None = None,
     sequence: torch.Tensor | None = None,
     own: int | torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     dropped: int | None = 0,
     told: ranks.Told = ranks.NOTHING_TOLD,
 ) -> Mask:
@@ -48,13 +49,14 @@ def read_mask(
         is_cross: whether keys are of another sequence.
         window: sliding window of the module, in tokens. Flash attention applies it; in other masks it is contained.
         sequence: `(Tk,)` number of the packed sequence each token is of (flash attention).
-        own: place of the first query's own key, where a kv cache tells it.
+        own: place of the first query's own key, where a kv cache tells it; of every query's `(1, Tq)`.
+        starts: `(1, Tk)` bool: which keys begin a text, where the call holds several and says so.
         dropped: keys that the cache has let go of before the first one; `None`: not known.
         told: what the model was told of its tokens.
     """
     if own is None and not is_cross and queries == keys:
         own = 0
-    said: dict[str, Any] = {"causal": is_causal and not is_cross, "window": window, "own": own}
+    said: dict[str, Any] = {"causal": is_causal and not is_cross, "window": window, "own": own, "starts": starts}
     last = None if is_cross else keys - queries  # where the last query's own key is the last one
     if given is None and meaning == "flash":
         said |= {"own": last, "sequence": sequence if queries == keys else None}

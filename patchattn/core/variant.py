@@ -202,6 +202,14 @@ class Variant(nn.Module):
         return False
 
     @property
+    def batches_continuously(self) -> bool:
+        """Whether it is right where one row holds new tokens of several texts, of which some decode and others do not,
+        beside the keys of all of them, and the mask alone says whose is whose. Nothing is that is remembered with the
+        kv cache."""
+        tells = type(self).key_facts is not Variant.key_facts
+        return not (tells or self.changes_cache or self.keeps_state or self.acts_on_logits)
+
+    @property
     def routes(self) -> bool:
         """Whether it chooses heads per token, and reports `router_probability` and `router_choice` `(B, T, R)`."""
         return False

@@ -89,6 +89,11 @@ class SelectionVariant(Variant):
         """
         return None
 
+    @property
+    def batches_continuously(self) -> bool:
+        """Budgets and prefills are of the tokens of one call; a rule on sinks and recent keys is by text."""
+        return False
+
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
         because = "it says what tokens read of those before them"

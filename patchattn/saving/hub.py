@@ -29,6 +29,9 @@ from patchattn import patched_class
 
 {architecture} = patched_class("{architecture}")
 '''
+# What `transformers serve` asks first of any model; without an answer it loads the plain class, and drops the patch.
+_SERVED_BY = "AutoModelForDecision"
+_SERVED = 'Served = patched_class("{architecture}", serves=True)\n'
 
 
 def save_pretrained(
@@ -50,7 +53,8 @@ def save_pretrained(
         model: a patched model, or a PeftModel around one.
         directory: is made if it does not exist.
         custom_code: also write the Hub's custom-code entry, a file of a few lines that imports patchattn, so that
-            `AutoModelFor*.from_pretrained(directory, trust_remote_code=True)` loads the patched model.
+            `AutoModelFor*.from_pretrained(directory, trust_remote_code=True)` loads the patched model, and so does
+            `transformers serve directory --trust-remote-code`, from transformers 5.24 on.
         report: output folder of `patchattn eval`, whose scores and costs of this patch the card then shows.
 
     Raises:
@@ -79,7 +83,8 @@ def save_pretrained(
             config = {**read_json_object(folder / "config.json"), "auto_map": auto_map}
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
-            code = _CODE.format(architecture=type(base).__name__)
+            code = _CODE + (_SERVED if _SERVED_BY in auto_map else "")
+            code = code.format(architecture=type(base).__name__)
             (folder / f"{CODE_MODULE}.py").write_text(code, encoding="utf-8")
 
 
@@ -140,6 +145,8 @@ def _auto_map(base: nn.Module) -> dict[str, str]:
         raise ValueError(
             f"No Auto class of transformers stands for {type(base).__name__}, so custom_code has nothing to extend."
         )
+    if isinstance(base, transformers.GenerationMixin):
+        found.setdefault(_SERVED_BY, f"{CODE_MODULE}.Served")
     return found
 
 

@@ -76,7 +76,7 @@ def model_class(architecture: str | None) -> Any:
 
 
 @functools.cache
-def patched_class(architecture: str | type | None) -> Any:
+def patched_class(architecture: str | type | None, *, serves: bool = False) -> Any:
     """A stand-in for a transformers model class that loads patched models; for custom code on the Hub.
 
     It patches itself when it is built, by the plan in the weights, so that transformers' own loading finds a place for
@@ -84,6 +84,8 @@ def patched_class(architecture: str | type | None) -> Any:
 
     Args:
         architecture: name of a model class of transformers, or a class of your own.
+        serves: a patch that cannot be loaded is a RuntimeError: `transformers serve` takes a ValueError for leave to
+            load the plain class.
 
     Raises:
         ValueError: transformers has no such class; and, when loading, tensors of variants are missing, left over or of
@@ -101,10 +103,15 @@ def patched_class(architecture: str | type | None) -> Any:
 
         @classmethod
         def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-            plan = saved_plan(source, variant=kwargs.get("variant"), **_place(kwargs))
-            if plan is None:
-                raise ValueError(f"{str(source)!r} holds no patch: nothing in its weights was saved from a variant.")
-            return cls.from_plan(plan, source, *args, **kwargs)
+            try:
+                plan = saved_plan(source, variant=kwargs.get("variant"), **_place(kwargs))
+                if plan is not None:
+                    return cls.from_plan(plan, source, *args, **kwargs)
+            except ValueError as error:
+                if not serves:
+                    raise
+                raise RuntimeError(f"{str(source)!r} cannot be served with its patch: {error}") from error
+            raise ValueError(f"{str(source)!r} holds no patch: nothing in its weights was saved from a variant.")
 
         @classmethod
         def from_plan(cls, plan: list[Patch], source: Any, *args: Any, **kwargs: Any) -> Any:

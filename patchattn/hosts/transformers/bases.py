@@ -19,9 +19,9 @@ from ...core.host import PatchedModule
 from ...core.module_call import ModuleCall
 from ...core.probe import chain_on, probes_on
 from ...core.variant import AttentionOutput
-from .batching import REFUSAL, refuse_paged
 from .compatibility import name_branches, seam_name
 from .masks import is_flash
+from .paged import PAGED, as_causal, refuse_chain
 from .sites import INLINE, REGISTRY_NAME, attention_forward
 
 _ORIGINAL = "_patchattn_original"  # attribute of a patched module's configuration: the configuration it is a copy of
@@ -57,8 +57,9 @@ def register_base(base: str) -> str:
             attend = partial(_as_base_sees, attend, base)
         if not acts:
             return attend(module, query, key, value, attention_mask, **kwargs)
-        if not is_hooked:
-            refuse_paged(kwargs)
+        if PAGED in kwargs:
+            refuse_chain(chain)
+            kwargs = as_causal(kwargs)
         output: AttentionOutput = chain(ModuleCall(module, query, key, value, attention_mask, kwargs), attend)
         return output
 
@@ -85,8 +86,6 @@ def base_in_force(module: nn.Module, base: str) -> str:
     wanted: str = _plainly(original_config(module), "_attn_implementation") or "eager"
     if wanted == base:
         return base
-    if "|" in wanted:
-        raise NotImplementedError(f"{REFUSAL} (attention implementation {wanted!r}).")
     if is_flash(base) or is_flash(wanted) or name_branches([module], wanted):
         raise RuntimeError(
             f"This model was patched on the attention implementation {base!r}, and {wanted!r} was set since. "

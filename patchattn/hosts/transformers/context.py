@@ -12,7 +12,7 @@ from ...core.probe import chain_on
 from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
-from .batching import refuse_paged
+from .paged import holds_pages, refuse_chain
 from .sites import INLINE
 from .told import told_in
 
@@ -24,7 +24,8 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         refuse_later_hooks(module)
     site = chain.site
     values = {**dict(zip(site.arguments, args, strict=False)), **kwargs} if args else kwargs
-    refuse_paged(values)
+    if holds_pages(values):
+        refuse_chain(chain)
     if chain.base != INLINE:  # whose code asks its own configuration, in every call
         base_in_force(module, chain.base)
     cache_argument = cache = None

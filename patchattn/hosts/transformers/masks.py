@@ -16,6 +16,7 @@ from ...core.given import Meaning, read_mask
 from ...core.mask import Form, Mask
 from ...core.ranks import NOTHING_TOLD, Told
 from ...core.run import run_of
+from .paged import PAGED, places_of_texts
 from .sites import INLINE
 
 # What an implementation takes, and what it computes without one, by the function that makes its masks.
@@ -85,6 +86,8 @@ def _read(given: Any, base: str, arguments: Mapping[str, Any], *, is_causal: boo
             sequence = packed_sequences(given, base, arguments, sizes["batch"], sizes["queries"])
         except NotImplementedError as error:
             meaning = str(error)
+    if PAGED in arguments:
+        sizes |= places_of_texts(arguments, sizes["queries"], sizes["keys"])
     return read_mask(given, form=form, meaning=meaning, is_causal=is_causal, sequence=sequence, **sizes)
 
 
@@ -122,7 +125,7 @@ def no_mask_means(base: str, *, is_causal: bool, q_length: int) -> Meaning | str
 def _mask_function(base: str) -> Any:
     if base == INLINE:
         return sdpa_mask  # what a module calls itself, or a sum of numbers, which every kind of mask may be
-    function = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(base.removeprefix("paged|"))  # continuous batching's eager attention
     return flash_attention_mask if function is None and is_flash(base) else function
 
 

@@ -21,8 +21,8 @@ from ...core.context import close_context, note_raw_query
 from ...core.hooks import register_last
 from ...core.probe import chain_on, probes_on
 from .bases import base_function, keep, let_go, original_config, release, seam_config
-from .batching import allow_batching as forget
-from .batching import forbid_batching
+from .batching import forget_batching as forget
+from .batching import watch_batching
 from .compatibility import name_branches, seam_name
 from .context import open_context
 from .inline import close_inline, open_inline
@@ -70,7 +70,7 @@ def refuse_bases(model: nn.Module, sites: Sequence[str]) -> None:
 
 def connect(model: nn.Module, module: nn.Module) -> None:
     """Point a module's configuration at the seam, and place the hooks that its variants need."""
-    forbid_batching(model)
+    watch_batching(model)
     chain: Any = chain_on(module)  # or PEFT's wrapper around one, which passes attributes on
     if chain.base == INLINE:
         begin, end = open_inline, close_inline

@@ -71,6 +71,10 @@ class MSWA(SelectionVariant):
         return self.config.drop_keys
 
     @property
+    def batches_continuously(self) -> bool:
+        return not self.keeps_state
+
+    @property
     def is_identity(self) -> bool:
         return self.config.window is None
 

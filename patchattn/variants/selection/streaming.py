@@ -37,6 +37,10 @@ class Streaming(SelectionVariant):
         return self.config.sinks > 0  # a sliding cache then counts what it lets go of
 
     @property
+    def batches_continuously(self) -> bool:
+        return not self.keeps_state
+
+    @property
     def is_identity(self) -> bool:
         return self.config.recent is None
 
