@@ -13,7 +13,7 @@ from patchattn.variants.selection.dma import DMA
 from .behaviour import close, decoded, positions, text
 from .families import FAMILIES, outputs
 from .reference import DIM, HEADS, KV_HEADS, layer_in_and_out, tiny_llama
-from .selecting import Recorded, projected, recorded
+from .selecting import Recorded, attended, projected, recorded
 
 TOKENS = torch.arange(3, 20)[None]
 
@@ -64,6 +64,33 @@ def test_a_token_reads_the_best_visible_values_with_their_scores_on_the_logits(w
             heads.append(shares @ value[read, group] / shares.sum())
         want.append(module.o_proj.weight.detach().numpy() @ np.concatenate(heads))
     np.testing.assert_allclose(got[0], np.array(want), rtol=1e-6, atol=1e-8)
+
+
+def by_majority(chosen: list[int], i: int, block: int) -> set[int]:
+    """The keys up to i of blocks of which more than half of those up to i are chosen, and i."""
+    found = {i}
+    for start in range(0, i + 1, block):
+        seen = range(start, min(start + block, i + 1))
+        found |= set(seen) if 2 * len(set(seen) & set(chosen)) > len(seen) else set()
+    return found
+
+
+@pytest.mark.parametrize(("choice", "block"), [("top", 3), ("top", 2), ("relu", 1), ("relu", 4)])
+def test_blocks_by_majority_and_scores_above_zero(choice: str, block: int, calls: Recorded) -> None:
+    model = patched(window=5, choice=choice, block=block)
+    sizes = [11, 1, 4, 1]
+    decoded(model, TOKENS, sizes)
+    value = calls[-1][0].value[0].transpose(0, 1).numpy()
+    score, i = scores(model, value), 0
+    for call, seen, output in calls:
+        for row in range(seen.shape[2]):
+            for head in range(HEADS):
+                of_head = score[head // 2]
+                some = best(of_head, i, 5) if choice == "top" else [j for j in range(i + 1) if of_head[j] > 0]
+                want = by_majority(some, i, block) if block > 1 else {i, *some}
+                assert set(seen[0, head, row].nonzero().flatten().tolist()) == want
+            i += 1
+        np.testing.assert_allclose(output.numpy(), attended(call, seen.numpy()), rtol=1e-9, atol=1e-12)
 
 
 def test_calls_of_any_size_and_a_static_cache_choose_alike(calls: Recorded) -> None:

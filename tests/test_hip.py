@@ -9,16 +9,17 @@ import torch
 
 import patchattn
 from patchattn.core.places import Places
+from patchattn.reading.choose import down_a_tree
 from patchattn.variants.selection import hip
-from patchattn.variants.selection.hip import HiP, descended
+from patchattn.variants.selection.hip import HiP
 
 from .behaviour import close, decoded, positions, text
 from .families import FAMILIES, outputs
 from .reference import layer_in_and_out, tiny_llama
-from .selecting import Recorded, assert_reads, projected, recorded
+from .selecting import Recorded, assert_reads, assert_texts_are_apart, projected, recorded
 
 TOKENS = torch.arange(3, 32)[None]
-ALL = {"dense_layers": 0}
+ALL = {"dense_layers": 0, "queries": 1}
 
 
 @pytest.fixture
@@ -90,11 +91,53 @@ def test_single_tokens_choose_as_those_of_a_prompt_from_few_scores(heads: str, m
     whole = outputs(model, input_ids=TOKENS)[0]
     kept.clear()
     close(decoded(model, TOKENS, [21, 1, 1, 5, 1]), whole)
-    assert [isinstance(keep, Places) for keep in kept] == [False, *[heads == "kv"] * 2, False, heads == "kv"]
+    assert [isinstance(keep, Places) for keep in kept] == [False, True, True, False, True]
     # two parts of 10 pages at most: three times four pages, of two keys each
     assert set(taken) == {2 * 4 if heads == "kv" else 2 * 4 * 2}
     short = outputs(model, input_ids=TOKENS[:, :15])[0]
     close(decoded(model, TOKENS[:, :15], [13, 1, 1], kind="static"), short)
+
+
+@pytest.mark.parametrize(
+    ("budget", "page", "heads", "queries"), [(6, 1, "query", 4), (8, 2, "kv", 8), (4, 2, "query", 3)]
+)
+def test_tokens_of_a_block_share_the_choice_of_the_highest_among_them(
+    budget: int, page: int, heads: str, queries: int
+) -> None:
+    settings = {**ALL, "budget": budget, "page": page, "heads": heads, "queries": queries}
+    model = patchattn.patch_model(tiny_llama(), "hip", **settings)
+    inputs, _ = layer_in_and_out(model, TOKENS)
+    query, key, _ = projected(model.model.layers[0].self_attn, inputs[0])
+    count, found = -(-budget // page), {}
+    for start in range(0, len(query), queries):
+        rows = range(start, min(start + queries, len(query)))
+        for head in range(4):
+            asking = range(head // 2 * 2, head // 2 * 2 + 2) if heads == "kv" else [head]
+            end = rows[-1] // page  # the last one's own page is behind the tree
+            score = {
+                p: max(
+                    (
+                        query[i, h] @ key[j, head // 2]
+                        for i in rows
+                        for h in asking
+                        for j in range(p * page, p * page + page)
+                        if j <= i
+                    ),
+                    default=-np.inf,
+                )
+                for p in range(end)
+            }
+            tree = searched(score, 0, end, count - 1)
+            found.update({(i, head): tree | {i // page} for i in rows})
+    assert_reads(model, TOKENS, lambda head, i, j: j // page in found[i, head])
+
+
+def test_blocks_of_queries_are_counted_from_the_start_of_each_text() -> None:
+    model = patchattn.patch_model(
+        FAMILIES["llama"].make_exact(), "hip", **{**ALL, "budget": 3, "page": 1, "queries": 4}
+    )
+    for side in ("left", "right"):
+        assert_texts_are_apart(model, side)
 
 
 def test_padding_inside_a_page_is_no_key(calls: Recorded) -> None:
@@ -129,7 +172,7 @@ def test_scores_that_rise_along_the_text_give_the_best_pages(size: int) -> None:
         (torch.zeros(size), searched(dict.fromkeys(range(size), 0.0), 0, size, 4)),
     ):
         of_pages = scores.double().expand(1, 1, 1, -1)
-        found = descended(torch.zeros_like(ends), ends, size, 4, partial(torch.gather, of_pages, -1))
+        found = down_a_tree(torch.zeros_like(ends), ends, size, 4, partial(torch.gather, of_pages, -1))
         assert set(found.flatten().nonzero().flatten().tolist()) == want
 
 

@@ -80,6 +80,21 @@ def test_all_logits_written_out(window: int, chunk: int) -> None:
     assert any(len({tuple(one) for one in heads}) > 1 for heads in read) == is_free
 
 
+def test_of_chunks_that_are_alike_the_first_is_read() -> None:
+    model, told = tiny_llama(), []
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()  # every chunk scores 0
+    patchattn.patch_model(model, "longheads", window=12, chunk=3)
+    layer = model.model.layers[0].self_attn.patchattn.longheads
+    original = layer._kept
+    layer._kept = lambda *given: told.append(original(*given)) or told[-1]
+    outputs(model, input_ids=TOKENS)
+    for row in range(12, TOKENS.shape[1]):
+        own = row // 3
+        want = chosen([0.0] * own, own, 4)
+        assert all(told[0][0, head, row].nonzero().flatten().tolist() == want for head in range(HEADS))
+
+
 def test_density_is_keys_read_over_keys_seen() -> None:
     model, told = patchattn.patch_model(tiny_llama(), "longheads", **SETTINGS), []
     with patchattn.observe(model, lambda observation: told.append(observation.values["density"])):

@@ -115,8 +115,54 @@ def test_first_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = recorded(monkeypatch)
     model = tiny_llama(num_hidden_layers=4)
     patchattn.patch_model(model, "quest", budget=4, page=2)
-    decoded(model, TOKENS, [29, 1])
-    assert {call.site.layer_index for call, _, _ in calls} == {2, 3}
+    cache = DynamicCache(config=model.config)
+    for part in TOKENS.split([28, 1, 1], dim=1):
+        outputs(model, input_ids=part, **cache_argument(model, cache))
+    fewer = {call.site.layer_index for call, seen, _ in calls if int(seen[0, 0, -1].sum()) < call.mask.columns}
+    assert fewer == {2, 3}
+    assert all(layer.room is not None for layer in cache.layers)  # dense ones append in place, too
+
+
+def test_facts_in_slots_are_made_anew_of_the_page_that_a_token_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, original = [], pages.ends_of_pages
+
+    def watched(keys: torch.Tensor, page: int) -> torch.Tensor:
+        made.append(keys.shape[2])
+        return original(keys, page)
+
+    model = FAMILIES["llama"].make_exact()
+    patchattn.patch_model(model, "quest", budget=4, page=2, layers=0, **ALL)
+    tokens, sizes = text(15), [5, 1, 1, 1, 3, 1, 1, 1, 1]
+    whole = outputs(model, input_ids=tokens)[0]
+    monkeypatch.setattr(pages, "ends_of_pages", watched)
+    close(decoded(model, tokens, sizes, kind="static"), whole)
+    assert made == [16, 2, 2, 2, 16, 2, 2, 2, 2]
+    dense = patchattn.patch_model(patchattn.unpatch_model(model), "quest", budget=4, page=2, dense_layers=0)
+    made.clear()
+    close(decoded(dense, tokens, sizes, kind="static"), decoded(dense, tokens, sizes))
+    # what a dense call of several tokens wrote is not known behind it; facts of two layers, then of a growing cache
+    assert made[:16] == [16, 16, *[2] * 4, 16, 16, *[2] * 6, *made[14:16]]
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_what_heads_choose_apart_is_read_together(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    original = selection.selected_attention
+
+    def watched(*arguments: Any) -> Any:
+        given.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(selection, "selected_attention", watched)
+    model = patchattn.patch_model(tiny_llama(), "quest", budget=4, page=2, heads=heads, **ALL)
+    tokens = (7 * torch.arange(40) % 47)[None]
+    whole = outputs(model, input_ids=tokens)[0]
+    given.clear()
+    close(decoded(model, tokens, [36, 1, 1, 1, 1]), whole)
+    assert len(given) == 4
+    counts = torch.stack([arguments[4] for arguments in given])
+    assert bool((counts == 2).all()) if heads == "kv" else bool(((counts >= 2) & (counts <= 4)).all())
+    assert (heads == "kv") or bool((counts > 2).any())
 
 
 def test_assisted_decoding_agrees_where_every_token_chooses() -> None:

@@ -10,7 +10,7 @@ from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import close, decoded, positions, text
 from .families import FAMILIES, outputs
-from .reference import DIM, tiny_llama
+from .reference import DIM, HEADS, KV_HEADS, tiny_llama
 from .selecting import Recorded, attended, recorded
 
 TOKENS = torch.arange(3, 27)[None]
@@ -96,6 +96,60 @@ def test_choices_follow_beams_and_rows_of_a_padded_batch_choose_as_alone(calls: 
         close(together[row : row + 1], want[:, -1:])
         shifted = [{key - start for key in keys.nonzero().flatten().tolist()} for keys in calls[1][1][row, ::2, -1]]
         assert shifted == read(calls[-1])
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """The mean over heads, of queries `(H, D)`."""
+    return float(np.mean([x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(one, other, strict=True)]))
+
+
+def by_drift(queries: list[np.ndarray], keys: np.ndarray, first: int, below: float) -> list[list[set[int]]]:
+    """What single tokens read behind a prompt of `first`, of the last queries of calls; asked every second token."""
+    noted, when, known = queries[0], first, most(queries[0], keys[:, :first], SETTINGS["budget"])
+    reads = []
+    for n in range(first + 1, first + len(queries)):
+        since = set(range(when, n))
+        if n - when < 2:
+            reads.append([one | since for one in known])
+        elif cosine(queries[n - first], noted) < below:
+            noted, when, known = queries[n - first], n, most(queries[n - first], keys[:, :n], SETTINGS["budget"])
+            reads.append([set(range(n))] * KV_HEADS)
+        else:
+            known, when = [one | since for one in known], n
+            reads.append(known)
+    return reads
+
+
+def test_a_token_whose_query_is_unlike_reads_all_in_each_sequence_for_itself(calls: Recorded) -> None:
+    model = patchattn.patch_model(tiny_llama(), "recycled", budget=4, every=2, similarity=0.1)
+    tokens = torch.stack([7 * torch.arange(22) % 47, 11 * torch.arange(22) % 43])
+    decoded(model, tokens, [10, *[1] * 12])
+    kinds = set()
+    for row in range(2):
+        queries = [call.query[row, :, -1].numpy() for call, _, _ in calls]
+        want = by_drift(queries, calls[-1][0].key[row].numpy(), 10, 0.1)
+        for n, (_, seen, _) in enumerate(calls[1:]):
+            got = [set(seen[row, head, 0].nonzero().flatten().tolist()) for head in range(0, HEADS, 2)]
+            assert got == want[n]
+        kinds.add(tuple(read == [set(range(11 + n))] * KV_HEADS for n, read in enumerate(want)))
+    assert len(kinds) == 2  # they drift apart
+    for call, seen, output in calls:
+        np.testing.assert_allclose(output.numpy(), attended(call, seen.numpy()), rtol=1e-9, atol=1e-12)
+
+
+def test_never_or_always_unlike() -> None:
+    model, tokens = FAMILIES["llama"].make_exact(), text(14)
+    sizes = [6, *[1] * 8]
+    dense = decoded(model, tokens, sizes)
+    with patchattn.patched(model, "recycled", budget=3, every=1, similarity=1.0):
+        found = decoded(model, tokens, sizes)
+    close(found, dense)  # each token's query is unlike any other's
+    with patchattn.patched(model, "recycled", budget=3, every=2, similarity=-1.0):
+        never = decoded(model, tokens, sizes)
+    with patchattn.patched(model, "recycled", budget=3, every=100):
+        close(never, decoded(model, tokens, sizes))
+    settings = patchattn.variant_info("recycled").configure({"preset": "dynamic"})
+    assert (settings.every, settings.similarity) == (5, 0.8)
 
 
 def test_settings_that_hold_the_text_are_the_base_bit_for_bit() -> None:

@@ -96,6 +96,22 @@ def test_what_follows_reads_the_clusters_above_the_threshold(
     assert fewer
 
 
+def test_clusters_that_score_alike_are_read_or_left_together(calls: Recorded) -> None:
+    """Scores are compared with a threshold, so that of equal ones none comes first; a score that equals it is left."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()  # a key scores 1 / 12 in whatever cluster
+    known = clusters_of(model)
+    share = np.float32(1 / 12)
+    for threshold, reads in ((float(np.nextafter(share, np.float32(0))), True), (0.1, False)):
+        calls.clear()
+        same = PrefixClusters(known.fine, torch.full_like(known.scores, threshold), WINDOW, tokens=known.tokens)
+        with patchattn.patched(model, "squeezed", clusters=same, sparsity=0.5):
+            outputs(model, input_ids=TOKENS)
+        seen = calls[0][1][0, :, -1, : len(PREFIX) - WINDOW]
+        assert bool((seen == reads).all())
+
+
 @pytest.mark.parametrize("coarse", [None, 0.25])
 def test_thresholds_are_quantiles_of_what_keys_score_for_the_last_tokens(coarse: float | None) -> None:
     model, seen = tiny_llama(num_hidden_layers=2), []

@@ -36,9 +36,8 @@ class RandomPages(BoundedSelection):
         WholeSelection.check(self, call)
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
         budget, page = self.config.budget, self.config.page
-        if budget is None or self.is_dense(call) or call.mask.columns <= budget:
+        if self.is_dense(call) or budget is None or call.mask.columns <= budget:
             return None
         heads, count = call.query.shape[1], call.key.shape[2] // page
         row = (call.mask.row_places()[0, :, None] - 1) * heads + torch.arange(heads, device=call.mask.device)

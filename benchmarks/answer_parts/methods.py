@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from caches import Gates, settings_of
 
-How = Literal["rows", "prompt", "steps", "once", "always"]
+How = Literal["rows", "prompt", "steps", "question", "once", "always"]
 Settings = Callable[[float, int], dict[str, Any] | None]
 SHARES = (0.25, 0.1, 0.5, 0.05)
+WINDOW = 100  # last tokens of a text that Squeezed Attention always reads
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Method:
         variant: its name.
         how: 'rows': every token chooses for itself, so that prompt and answer are one call; 'prompt': it acts in the
             call of a prompt, and decoding is dense; 'steps': it acts in decoding alone, from the prompt's last token
-            on; 'once': the cache is compressed at the end of a prompt; 'always': at the end of every call.
+            on; 'question': in what follows the text of a prompt, which is read densely, and with it what is known of
+            it beforehand; 'once': the cache is compressed at the end of a prompt; 'always': at the end of every call.
         settings: of a share that is asked for and the tokens of a prompt; `None` if there are none.
         asked: shares, or what the method has in their place.
         text: settings beside these for losses, where all tokens come in one call; `None`: it has none.
@@ -96,10 +98,20 @@ def selection_methods() -> list[Method]:
         Method("lserve, page 16", "lserve", "steps", partial(pages, page=16, logical=4), text={**chosen, "refresh": 1}),
         Method("recycled", "recycled", "steps", pages, text=None),
         Method("random pages", "random_pages", "steps", pages, text=chosen, alone=True),
+        Method("squeezed", "squeezed", "question", lambda p, n: {"sparsity": p}, (0.7, 0.9, 0.5), text=None),
+        Method(
+            "random pages, question",
+            "random_pages",
+            "question",
+            lambda p, n: pages(1.0 - p, n - WINDOW, prefill="selected", dense_layers=0),
+            (0.7, 0.9, 0.5),
+            text=None,
+            alone=True,
+        ),
         Method("streaming", "streaming", "rows", streaming),
         Method("mswa", "mswa", "rows", mswa),
         Method("power", "power", "rows", power),
-        Method("hip", "hip", "rows", pages, dear=True),
+        Method("hip", "hip", "rows", partial(pages, queries=1), dear=True),
         Method("vertical_slash", "vertical_slash", "prompt", vertical_slash),
         Method("triangle", "triangle", "prompt", triangle),
         Method("hyper", "hyper", "prompt", hyper, dear=True),

@@ -17,9 +17,10 @@ import patchattn
 from patchattn.core.kv_caches import cache_argument
 from patchattn.reading.budgets import Budget
 from patchattn.reading.eviction import ScoredEviction
+from patchattn.variants.selection.squeezed import PrefixClusters, prefix_clusters
 
 from .cases import TEXT, Case
-from .methods import How, Method
+from .methods import WINDOW, How, Method
 
 When = Literal["with", "before"]  # a cache is compressed with the question in sight, or before it comes
 Found = list[float]
@@ -67,12 +68,13 @@ def pieces(case: Case, how: How | Literal["dense"], when: When, start: int) -> l
     if case.task == TEXT:
         how = "dense"
     prompt, end = len(case.prompt), len(case.prompt) + len(case.answer) - 1
-    text = prompt if when == "with" else len(case.text)
+    text = prompt if when == "with" and how != "question" else len(case.text)
     ends = {
         "dense": [],
         "rows": [],
         "prompt": [prompt],
         "steps": list(range(prompt, end)),
+        "question": [text, prompt, *range(prompt, end)],
         "once": [text, text + 1],
         "always": [text, *([] if case.in_one_call else range(prompt, end))],
     }[how]
@@ -111,6 +113,13 @@ class Prefixes:
     def __init__(self, model: Any, case: Case, *, known: int) -> None:
         self.model, self.case, self.known = model, case, known
         self.filled: dict[str, DynamicCache] = {}
+        self.clusters: PrefixClusters | None = None
+
+    def clustered(self) -> PrefixClusters:
+        """What Squeezed Attention knows of the text of the prompt; found once, without a patch."""
+        if self.clusters is None:
+            self.clusters = prefix_clusters(self.model, self.case.text, window=WINDOW)
+        return self.clusters
 
     def of(self, name: str) -> tuple[DynamicCache, int]:
         """A copy of what the model, as it is patched now, has read of the known tokens."""
@@ -122,6 +131,13 @@ class Prefixes:
             with torch.inference_mode():
                 self.model(ids, logits_to_keep=1, **cache_argument(self.model, cache))
         return copy.deepcopy(self.filled[name]), self.known
+
+
+@contextmanager
+def uncounted(read: Read) -> Iterator[None]:
+    """A call that what was read so far does not tell of."""
+    yield
+    read.read = read.reported = read.seen = 0.0
 
 
 @contextmanager
@@ -164,12 +180,16 @@ def outcome(
     read = Read(len(patchattn.find_sites(model)))
 
     def before(first: int, end: int) -> Any:
+        if method.how == "question" and end <= len(case.text):
+            return patchattn.unpatched(model) if method.alone else uncounted(read)
         if method.how == "prompt" and first == len(case.prompt) and case.task != TEXT:
             return patchattn.unpatched(model)  # it leaves decoding dense
         read.begin(first, end - first)
         return nullcontext()
 
-    if method.alone:
+    if method.variant == "squeezed":
+        settings = {**settings, "clusters": prefixes.clustered()}
+    if method.alone and method.how != "question":
         cache, start = prefixes.of("dense")
     elif method.shares and prefixes.known:
         with patched(model, method.variant, {**settings, "budget": EVERYTHING}):

@@ -3,6 +3,7 @@
 import torch
 
 _FEWEST, _MOST = 256, 1024  # spare places, in tokens
+_WHOLE = 256  # heads begin at multiples of so many tokens: whole pages of keys are then lines of one matrix
 
 
 class Room:
@@ -18,6 +19,7 @@ class Room:
         """Copy keys and values, with places for `rows` more and some to spare."""
         self._stored = keys.shape[-2]
         spare = rows + min(max(self._stored // 8, _FEWEST), _MOST)
+        spare += -(self._stored + spare) % _WHOLE
         self._keys, self._values = _extended(keys, spare), _extended(values, spare)
         self._hand_out()
 

@@ -20,21 +20,29 @@ class SequenceState:
             sums over the rows so far.
         settled: why not even a `crop` of nothing may come, which assisted decoding makes after every call; or `None`.
         grows: whether the layer keeps every key at the place it came to, behind the earlier ones.
+        in_slots: whether every key has a slot of its own, some of which are not filled yet, as in a static layer.
         tensors: by name, `(B, ...)`.
         per_key: by name, `(B, h, Tk)`, one entry per key of the last call; h is 1, Hkv, H or a number of chosen heads.
         earlier: by name, `(B, h, n)`, those of keys before them that the layer still holds, to take tokens back.
         pages: by name, their length in keys and `(B, Hkv, P, ...)` of `blocks`.
     """
 
-    def __init__(self, owner: str, rewinds: bool, grows: bool = False) -> None:
+    def __init__(self, owner: str, rewinds: bool, grows: bool = False, in_slots: bool = False) -> None:
         self.owner = owner
         self.rewinds = rewinds
         self.settled: str | None = None
         self.grows = grows
+        self.in_slots = in_slots
         self.tensors: dict[str, torch.Tensor] = {}
         self.per_key: dict[str, torch.Tensor] = {}
         self.earlier: dict[str, torch.Tensor] = {}
         self.pages: dict[str, tuple[int, torch.Tensor]] = {}
+        self._asked: tuple[str, ...] = ()  # pages in slots that were asked for in this call
+        self._asked_before: tuple[str, ...] = ()  # and in the one before
+
+    def begin_call(self) -> None:
+        """To be asked in every call by who asks for `blocks_in_slots` in some of them."""
+        self._asked_before, self._asked = self._asked, ()
 
     def write(self, name: str, tensor: torch.Tensor, *, per_key: bool = False) -> None:
         """Remember `(B, ...)`, or `(B, h, Tk)` aligned with the keys of the call; without its gradient, and no view of
@@ -88,6 +96,39 @@ class SequenceState:
             known = torch.cat([known, new], dim=2) if have else new
             self.pages[name] = block, known
         return known if complete else None
+
+    def blocks_in_slots(
+        self,
+        name: str,
+        block: int,
+        keys: torch.Tensor,
+        make: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        first: int | torch.Tensor | None,
+        rows: int,
+    ) -> torch.Tensor:
+        """The same where each key has a slot: of P pages, those with slots that are not filled yet included.
+
+        A single token has the page made anew that it is in, if these facts were asked for in the call before; else all
+        are made.
+
+        Args:
+            name, block, keys, make: as of `blocks`.
+            first: the slot of the first key that is new in this call; `None`: not known.
+            rows: how many are new.
+        """
+        complete = keys.shape[2] // block
+        length, known = self.pages.get(name, (block, keys[:, :, :0, :0]))
+        if rows == 1 and first is not None and name in self._asked_before and length == block and complete:
+            number = torch.as_tensor(first, device=keys.device).flatten()[:1] // block
+            number = number.clamp(max=complete - 1)
+            slots = number * block + torch.arange(block, device=keys.device)
+            known = known.index_copy(2, number, make(keys.index_select(2, slots)).detach())
+        else:
+            known = make(keys[:, :, : complete * block]).detach()
+        self.pages[name] = block, known
+        self._asked = (*self._asked, name)
+        return known
 
     def align(self, layer: Any, keys: int, rows: int) -> None:
         """Bring `per_key` to the keys of a call, which `layer` has just added `rows` to; those start at zero.

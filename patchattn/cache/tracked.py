@@ -375,7 +375,7 @@ def sequence_state(
     if torch.compiler.is_compiling():
         return None
     layer = track(layer)
-    new = layer.sequence_states[owner] = SequenceState(owner, rewinds, layer.grows)
+    new = layer.sequence_states[owner] = SequenceState(owner, rewinds, layer.grows, in_slots(layer))
     return new
 
 

@@ -15,6 +15,7 @@ from .places import Places, gathered, of_places, taken
 
 def of_keys(call: Any, places: Places) -> Any:
     """As `AttentionCall.at`."""
+    call = call if places.of_heads is None else call.seeing(places.of_heads)
     places = places.of_keys(call.key.shape[2])
     index, kwargs = places.index, call.kwargs
     mask = call.mask.at(index, has_empty=places.has_empty)

@@ -1,6 +1,6 @@
 """Some of the keys of a call: which ones, and what is said of every key, of these alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,8 @@ class Places:
             1: `index` is of keys.
         has_empty: whether slots are empty, where there are no counts; true where that is not known without asking the
             device.
+        of_heads: `(B or 1, H, Tk)` bool: what each query head reads of all keys, where not all heads of a kv head read
+            the same; the places are then what any of them does.
 
     Raises:
         ValueError: `index` or `counts` have other dimensions, or `block` is less than 1.
@@ -32,6 +34,7 @@ class Places:
     counts: torch.Tensor | None = None
     block: int = 1
     has_empty: bool = False
+    of_heads: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -49,7 +52,7 @@ class Places:
             raise ValueError(f"A page has at least one key, got block={self.block}.")
 
     def of_keys(self, keys: int) -> "Places":
-        """The same places, of `keys` keys, key by key: with neither counts nor pages, empty slots first.
+        """The same places, of `keys` keys, key by key: with neither counts nor pages nor `of_heads`, empty slots first.
 
         Raises:
             IndexError: there is no such key or page; told on a CPU alone, for no other device is waited for.
@@ -63,7 +66,7 @@ class Places:
             if last * self.block >= keys:
                 raise IndexError(f"Key or page {last} (block={self.block}) was asked for in a call with {keys} keys.")
         if self.counts is None and self.block == 1:
-            return self
+            return replace(self, of_heads=None)
         if self.block > 1:
             columns = index[..., None] * self.block + torch.arange(self.block, device=device)
             index = torch.where((index[..., None] < 0) | (columns >= keys), -1, columns).flatten(-2)
@@ -71,12 +74,14 @@ class Places:
         return Places(index.sort(dim=-1).values if has_empty else index, has_empty=has_empty)
 
     def kept(self, keys: int) -> torch.Tensor:
-        """`(B or 1, 1 or Hkv, Tk)` bool: which of `keys` keys are meant.
+        """`(B or 1, 1 or Hkv or H, Tk)` bool: which of `keys` keys are meant.
 
         Raises:
             IndexError: as `of_keys`.
         """
         index = self.of_keys(keys).index
+        if self.of_heads is not None:
+            return self.of_heads
         found = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool, device=index.device)
         return found.scatter(-1, torch.where(index < 0, keys, index), True)[..., :keys]
 

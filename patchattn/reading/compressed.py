@@ -16,7 +16,10 @@ from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.settings import option
 from ..core.variant import VariantConfig
-from .pages import PagedSelection, any_of_group, ends_of_text, visible_pages
+from .forced import ends_of_text, visible_pages
+from .groups import any_of_group, reduced
+from .index import sums_of_pages
+from .pages import PagedSelection
 from .selection import plain_own
 
 
@@ -82,7 +85,7 @@ class CompressedSelection(PagedSelection):
 
     def group_weights(self, call: AttentionCall) -> torch.Tensor:
         """`(B, Hkv, Tq, W)` the compressed weights of a kv head's query heads, summed up."""
-        return self.compressed_weights(call).unflatten(1, (call.key.shape[1], -1)).sum(dim=2)
+        return reduced(self.compressed_weights(call), call.key.shape[1], "sum")
 
     def compressed_weights(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq, W)` attention to the means of keys, 0 to those that are not wholly seen."""
@@ -101,7 +104,7 @@ class CompressedSelection(PagedSelection):
             states: `(B, Hkv, Tk, D)`.
         """
         length, stride = self.config.length, self.config.stride
-        make: Callable[[torch.Tensor], torch.Tensor] = partial(sums, size=stride)
+        make: Callable[[torch.Tensor], torch.Tensor] = partial(sums_of_pages, page=stride)
         if states.requires_grad and torch.is_grad_enabled():  # what a kv cache remembers has no gradient
             parts = make(states[:, :, : states.shape[2] // stride * stride])
         else:
@@ -138,8 +141,3 @@ class CompressedSelection(PagedSelection):
         ratio, per_block = self.config.length // self.config.stride, self.config.block // self.config.stride
         padded = F.pad(windows, (ratio - 1, blocks * per_block - windows.shape[-1]), value=fill)
         return padded.unfold(-1, ratio, 1).unflatten(-2, (blocks, per_block))
-
-
-def sums(states: torch.Tensor, size: int) -> torch.Tensor:
-    """`(B, Hkv, P, D)` of every `size` keys of `(B, Hkv, P * size, D)`."""
-    return full_precision(states).unflatten(2, (-1, size)).sum(dim=3)

@@ -1,7 +1,4 @@
-"""Pages of keys: what is known of each, which ones queries see, and those that are best for a query.
-
-Page p is the keys from `p * page` on, by their columns, so that a page stays what it is as a kv cache grows.
-"""
+"""Variants that choose pages of keys by what is known of each: their settings, and what becomes of a choice."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +8,29 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from patchattn_kernels.rows import full_precision
-
 from ..core.call import AttentionCall
 from ..core.keeping import of_query_heads
-from ..core.mask import Mask
 from ..core.places import Places
 from ..core.settings import option
 from ..core.variant import VariantConfig
+from .choose import highest, highest_and_last
+from .forced import visible_pages
+from .groups import any_of_group, heads_option, read_by_one, reduced
+from .index import ends_of_pages, page_facts
+from .refresh import forget_choice, is_due, last_choice, remember_choice
+from .scores import upper_bounds
 from .selection import plain_own
 from .whole import WholeSelection
 
-_CHOICE, _WHEN = "choice", "when"
+
+def prefill_option(default: Literal["dense", "selected"]) -> Any:
+    """The setting that says what calls of several tokens do."""
+    return option(
+        default,
+        help="Calls of several tokens: dense, or every token chooses for itself.",
+        source="paper",
+        choices=("dense", "selected"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +45,10 @@ class PagedConfig(VariantConfig):
         minimum=1,
     )
     page: int = option(16, help="Keys of a page.", source="paper", unit="keys", minimum=1)
-    heads: Literal["kv", "query"] = option(
-        "kv",
-        help="What is chosen for: every kv head, whatever any of its query heads wants most, or every query head.",
-        source="ours; the paper's models have one query head per kv head",
-        choices=("kv", "query"),
+    heads: Literal["kv", "query"] = heads_option(
+        "kv", source="ours; the paper's models have one query head per kv head"
     )
-    prefill: Literal["dense", "selected"] = option(
-        "dense",
-        help="Calls of several tokens: dense, or every token chooses for itself.",
-        source="paper",
-        choices=("dense", "selected"),
-    )
+    prefill: Literal["dense", "selected"] = prefill_option("dense")
     dense_layers: int = option(2, help="First layers that stay dense.", source="paper", unit="layers", minimum=0)
 
     @property
@@ -67,42 +67,37 @@ class PagedSelection(WholeSelection):
     def check(self, call: AttentionCall) -> None:
         """As `WholeSelection.check`; a kv cache is told of the variant here, and refused if it was filled without."""
         state = call.context.sequence_state(self.owner)
-        if state is not None and not call.decodes:
-            state.tensors.pop(_CHOICE, None)  # what a choice was made by may have been taken back before this call
+        if state is not None:
+            state.begin_call()
+        if not call.decodes:
+            forget_choice(state)
         super().check(call)
 
     def facts(
         self, call: AttentionCall, name: str, page: int, make: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """`(B, Hkv, P, ...)` what is known of the P = Tk // page complete pages, made once where the kv cache grows.
-
-        Args:
-            call: the call.
-            name: of these facts.
-            page: keys of a page.
-            make: of `(B, Hkv, p * page, D)`, the keys of the last p complete pages, their facts `(B, Hkv, p, ...)`.
-        """
-        state, facts, keys = call.context.sequence_state(self.owner), None, call.key
-        if state is not None and state.grows:
-            facts = state.blocks(name, page, keys, make)
-        # in a static cache, and without one, they are made anew
-        return make(keys[:, :, : keys.shape[2] // page * page]) if facts is None else facts
+        """`(B, Hkv, P, ...)` what is known of the complete pages of a call, as `index.page_facts` has it."""
+        return page_facts(call, call.context.sequence_state(self.owner), name, page, make)
 
     def chosen(
         self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str
     ) -> torch.Tensor | Places:
-        """The pages that `best_pages` finds, as `select` gives them."""
-        return self.of_pages(call, self.best_pages(call, scores, page, count, heads), page, heads, most=count)
+        """Each query's own page, and the visible ones that score highest, `count` in all, as `select` gives them.
+
+        Args:
+            call: the call.
+            scores: `(B, H, Tq, P)` of complete pages, the higher the better.
+            page: keys of a page.
+            count: how many.
+            heads: "query", or "kv": the highest score among the query heads of a kv head counts.
+        """
+        if heads == "kv" and sees_all(call):
+            best = reduced(scores, call.key.shape[1], "max")[:, :, 0]
+            return Places(highest_and_last(best, (call.key.shape[2] - 1) // page, count), block=page)
+        return self.of_pages(call, self.best_pages(call, scores, page, count, heads), page, most=count)
 
     def lasting(
-        self,
-        call: AttentionCall,
-        choose: Callable[[], torch.Tensor],
-        *,
-        page: int,
-        count: int,
-        heads: str,
-        every: int,
+        self, call: AttentionCall, choose: Callable[[], torch.Tensor], *, page: int, count: int, every: int
     ) -> torch.Tensor | Places:
         """Pages as `select` gives them; a choice of decoding tokens lasts until the keys are a multiple of `every`.
 
@@ -113,53 +108,37 @@ class PagedSelection(WholeSelection):
             choose: gives bool `(B, Hkv or H, Tq, P)`, no more than `count` pages for each.
             page: keys of a page.
             count: how many pages.
-            heads: "query" or "kv", what is chosen for.
             every: how many tokens.
         """
         state, columns = call.context.sequence_state(self.owner), call.mask.columns
-        lasts = state is not None and state.grows and every > 1 and call.decodes
-        if lasts and state is not None and _CHOICE in state.tensors:
-            # the number of keys is remembered as a size, which the host knows without asking the device
-            known, when = state.tensors[_CHOICE], state.tensors[_WHEN].shape[1]
-            if when < columns and when // every == columns // every:
-                since = -(-columns // page) - known.shape[-1]
-                visible = visible_pages(call.mask, page)[0]
-                visible = visible if heads == "query" else any_of_group(visible, call.key.shape[1])
-                pages = F.pad(known, (0, since), value=True)[:, :, None] & visible
-                return self.of_pages(call, pages, page, heads, most=min(count + since, pages.shape[-1]))
-        pages = choose()
-        if lasts and state is not None:
-            state.write(_CHOICE, pages[:, :, 0].expand(len(call.query), -1, -1))
-            state.write(_WHEN, pages.new_empty(len(call.query), columns, 0))
-        return self.of_pages(call, pages, page, heads, most=count)
+        if state is None or not state.grows or every == 1 or not call.decodes:
+            return self.of_pages(call, choose(), page, most=count)
+        last = last_choice(state, columns)
+        if last is None or is_due(columns, last.columns, every):
+            pages = choose()
+            remember_choice(state, pages[:, :, 0].expand(len(call.query), -1, -1), columns)
+            return self.of_pages(call, pages, page, most=count)
+        known, visible = last.chosen, visible_pages(call.mask, page)[0]
+        if known.shape[1] != call.query.shape[1]:
+            visible = any_of_group(visible, call.key.shape[1])
+        since = visible.shape[-1] - known.shape[-1]
+        pages = F.pad(known, (0, since), value=True)[:, :, None] & visible
+        return self.of_pages(call, pages, page, most=min(count + since, pages.shape[-1]))
 
     def best_pages(self, call: AttentionCall, scores: torch.Tensor, page: int, count: int, heads: str) -> torch.Tensor:
-        """Each query's own page, and the visible ones that score highest, `count` in all; of equal ones the first.
-
-        Args:
-            call: the call.
-            scores: `(B, H, Tq, P)` of complete pages, the higher the better.
-            page: keys of a page.
-            count: how many.
-            heads: "query", or "kv": the highest score among the query heads of a kv head counts.
-
-        Returns:
-            bool `(B, Hkv or H, Tq, ceil(Tk / page))`.
-        """
+        """The pages of `chosen`, bool `(B, Hkv or H, Tq, ceil(Tk / page))`."""
         visible, own = visible_pages(call.mask, page)
         scores = F.pad(scores, (0, visible.shape[-1] - scores.shape[-1]))  # an incomplete page is an own or hidden one
         if heads == "kv":
             groups = call.key.shape[1]
-            scores = scores.masked_fill(~visible, float("-inf")).unflatten(1, (groups, -1)).amax(dim=2)
+            scores = reduced(scores.masked_fill(~visible, float("-inf")), groups, "max")
             visible, own = (any_of_group(pages, groups) for pages in (visible, own))
-        return top_pages(scores, visible, own, count)
+        return highest(scores, visible, own, count)
 
-    def of_pages(
-        self, call: AttentionCall, pages: torch.Tensor, page: int, heads: str, *, most: int
-    ) -> torch.Tensor | Places:
+    def of_pages(self, call: AttentionCall, pages: torch.Tensor, page: int, *, most: int) -> torch.Tensor | Places:
         """What `select` gives, of pages `(B, Hkv or H, Tq, P)` bool, no more than `most` for each."""
-        if call.query.shape[2] == 1 and heads == "kv":
-            return Places(*chosen_first(pages[:, :, 0], most), block=page)
+        if call.query.shape[2] == 1:
+            return read_by_one(call, pages[:, :, 0], most=most, block=page)
         by_head = of_query_heads(pages, call.query.shape[1])
         return by_head.repeat_interleave(page, dim=-1)[..., : call.key.shape[2]]
 
@@ -176,14 +155,22 @@ class BoundedSelection(PagedSelection):
 
     @property
     def is_identity(self) -> bool:
-        return self.reads_all or self.site.layer_index < self.config.dense_layers
+        return self.reads_all  # a dense layer still appends to its kv cache in place
+
+    @property
+    def is_dense_layer(self) -> bool:
+        """Whether this is one of the first layers, which stay dense."""
+        return self.site.layer_index < self.config.dense_layers
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"budget": None}
 
     def is_dense(self, call: AttentionCall) -> bool:
-        """Whether the settings leave this call as it is."""
+        """Whether the settings leave this call as it is; to be asked in every call. As `check` says, it may refuse."""
+        if self.is_dense_layer:
+            return True
+        self.check(call)
         return self.config.prefill == "dense" and not call.decodes
 
     def by_bounds(self, call: AttentionCall, budget: int | None) -> torch.Tensor | Places | None:
@@ -199,90 +186,6 @@ class BoundedSelection(PagedSelection):
         return self.chosen(call, bounds, page=page, count=-(-budget // page), heads=self.config.heads)
 
 
-def ends_of_pages(keys: torch.Tensor, page: int) -> torch.Tensor:
-    """`(B, Hkv, P, 2D)` the greatest and the least entries among each page's keys, of keys `(B, Hkv, P * page, D)`."""
-    batch, groups, _, dim = keys.shape
-    least, greatest = keys.view(batch, groups, -1, page, dim).aminmax(dim=3)
-    return torch.cat([greatest, least], dim=-1)
-
-
-def upper_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`(B, H, Tq, P)` that no product of a query with a key of the page exceeds: Quest, section 3.3.
-
-    A query's positive entries meet the greatest of the keys, its negative ones the least.
-
-    Args:
-        query: `(B, H, Tq, D)`.
-        ends: `(B, Hkv, P, 2D)`, as `ends_of_pages` gives them.
-    """
-    return products(torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1), ends)
-
-
-def products(query: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
-    """`(B, H, Tq, P)` products of queries `(B, H, Tq, D)` with a vector of every page `(B, Hkv, P, D)`, in float32 at
-    least."""
-    query, facts = full_precision(query), full_precision(facts)
-    grouped = query.reshape(len(query), facts.shape[1], -1, query.shape[-1])
-    return (grouped @ facts.mT).view(*query.shape[:3], -1)
-
-
-def visible_pages(mask: Mask, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pages have a key that a query sees, and which is the query's own, that of the last such key.
-
-    Returns:
-        Twice bool `(B or 1, 1 or H, Tq, ceil(Tk / page))`. A query that sees nothing has no page of its own.
-    """
-    number = torch.arange(-(-mask.keys // page), device=mask.device)
-    first = plain_own(mask)
-    if first is not None:
-        own = (torch.arange(mask.queries, device=mask.device) + first)[None, None, :, None] // page
-        return number <= own, number == own
-    seen = F.pad(mask.seen(), (0, len(number) * page - mask.keys)).unflatten(-1, (-1, page)).any(dim=-1)
-    last = torch.where(seen, number, -1).amax(dim=-1, keepdim=True)
-    return seen, number == last
-
-
-def top_pages(scores: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count: int) -> torch.Tensor:
-    """bool, as scores `(B, h, Tq, P)`: the forced pages and the best visible ones, `count` in all; of equal ones the
-    first.
-
-    Args:
-        scores: the higher the better.
-        visible: bool, broadcast to them: no other page is chosen.
-        forced: likewise: pages that are chosen first, no more than `count`.
-        count: how many.
-    """
-    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(forced & visible, float("inf"))
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & visible
-
-
-def ends_of_text(visible: torch.Tensor, own: torch.Tensor, first: int, local: int) -> torch.Tensor:
-    """bool, as `visible_pages` gives them: each query's first visible pages, and the last ones up to its own.
-
-    Args:
-        visible: which pages a query sees.
-        own: which is its own.
-        first: how many first pages.
-        local: how many last ones, its own among them.
-    """
-    order = visible.cumsum(dim=-1, dtype=torch.int32)
-    number = torch.arange(own.shape[-1], device=own.device)
-    last = torch.where(own, number, -1).amax(dim=-1, keepdim=True)
-    return visible & ((order <= first) | ((number > last - local) & (number <= last)))
-
-
-def any_of_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """`(B, 1 or Hkv, ...)` whether it is so in any query head of a kv head, of bool `(B, 1 or H, ...)`."""
-    return tensor if tensor.shape[1] == 1 else tensor.unflatten(1, (groups, -1)).any(dim=2)
-
-
-def chosen_first(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers `(..., most)` of those that are chosen among `(..., N)`, then of others, and how many are chosen `(...)`.
-
-    Args:
-        chosen: bool.
-        most: that no more are chosen.
-    """
-    order = chosen.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :most], chosen.sum(dim=-1)
+def sees_all(call: AttentionCall) -> bool:
+    """Whether the call is of one query, which sees every key, the last of which is its own: known from structure."""
+    return call.query.shape[2] == 1 and plain_own(call.mask) == call.mask.keys - 1

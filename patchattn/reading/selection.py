@@ -134,8 +134,12 @@ def attend_to(
 
 
 def _attend_places(call: AttentionCall, places: Places, inner: Attend) -> AttentionOutput:
-    if call.stands_alone and (call.query.is_cuda or _is_worth_a_copy(places, call.key.shape[2])):
+    """What heads read together is read once on a CPU; kernels on a GPU take no mask by head."""
+    on_gpu = call.query.is_cuda and places.of_heads is None
+    is_less = not call.query.is_cuda and _is_worth_a_copy(places, call.key.shape[2])
+    if call.stands_alone and (on_gpu or is_less):
         index, counts = places.index, places.counts
+        call = call if places.of_heads is None else call.seeing(places.of_heads)
         if counts is None:
             counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
         operands = (call.query, call.key, call.value, index, counts, places.block)
@@ -182,8 +186,8 @@ def _with_bias(
         bias = bias if given is None else bias + given[..., : bias.shape[-1]]
         return merged(some.replace(kwargs={**call.kwargs, "position_bias": bias}))
     if isinstance(keep, Places) and call.stands_alone and _is_worth_a_copy(keep, call.key.shape[2]):
-        places = keep.of_keys(call.key.shape[2])
-        return attend_biased(call.at(places), of_places(bias, places.index), inner)
+        index = keep.of_keys(call.key.shape[2]).index
+        return attend_biased(call.at(keep), of_places(bias, index), inner)
     return attend_biased(narrowed(call, keep), bias, inner)
 
 

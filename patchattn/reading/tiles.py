@@ -1,4 +1,4 @@
-"""Queries and keys in blocks by their columns: a call may begin anywhere in a block of queries."""
+"""Queries and keys in blocks by their columns, or by their places in texts: a call may begin anywhere in a block."""
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +53,34 @@ class RowGrid:
             return lists_from_mask(blocks, self.block, size)
         number = (self.place // self.block)[:, None, :, None].expand(*blocks.shape[:2], -1, blocks.shape[3])
         return blocks.gather(2, number).repeat_interleave(size, dim=-1)[..., : self.mask.keys]
+
+
+class TextRows:
+    """The queries of a call in blocks that are counted from the start of each text; padding is in none.
+
+    Attributes:
+        number: `(B or 1, Tq)` that of each query's block, in this call.
+        count: how many there are at most.
+        real: `(B or 1, Tq)` bool: which queries are text.
+
+    Raises:
+        NotImplementedError: nothing says which key is a query's own.
+    """
+
+    def __init__(self, mask: Mask, block: int) -> None:
+        self.real = mask.real()
+        begins = self.real & ((mask.row_places() - 1) % block == 0)
+        self.number = (begins.cumsum(dim=-1) - begins[:, :1].long()).clamp(min=0)
+        self.count = min(mask.queries, mask.queries // block + 2) if ranks.starts(mask) is None else mask.queries
+
+    def highest(self, rows: torch.Tensor, fill: float) -> torch.Tensor:
+        """`(B, h, count, N)` the highest of each block, of numbers `(B, h, Tq, N)`; at least `fill`."""
+        shown = torch.where(self.real[:, None, :, None], rows, fill)
+        index = self.number[:, None, :, None].expand(shown.shape)
+        return shown.new_full((*shown.shape[:2], self.count, shown.shape[3]), fill).scatter_reduce(
+            2, index, shown, "amax"
+        )
+
+    def by_row(self, blocks: torch.Tensor) -> torch.Tensor:
+        """`(B, h, Tq, N)` of what is said of blocks `(B, h, count, N)`."""
+        return blocks.gather(2, self.number[:, None, :, None].expand(*blocks.shape[:2], -1, blocks.shape[3]))

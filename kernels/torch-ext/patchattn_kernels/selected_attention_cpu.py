@@ -42,6 +42,12 @@ def by_whole_pages(
     batch, heads, rows, dim = query.shape
     groups, keys, width = value.shape[1:]
     group = heads // groups
+    if not _hides(rule, rows, keys):
+        copies = _copied_at_once(key, value, pages, counts, page_size)
+        if copies is not None:
+            grouped = query.reshape(batch, groups, -1, dim)
+            output, sums = _flash(grouped, *copies, 0.0, False, attn_mask=None, scale=rule.scaling)
+            return output.view(batch, heads, rows, dim), sums.view(batch, heads, rows)
     whole, rest = divmod(keys, page_size)
     # whole pages first, the one that the end cuts off after them: then a kv head's keys lie without a gap
     pages = pages.expand(batch, groups, -1).long()
@@ -87,6 +93,38 @@ def by_whole_pages(
         return output, sums
     blind = ~visible.any(dim=-1)
     return output.masked_fill(blind[..., None], 0.0), sums.masked_fill(blind, float("-inf"))
+
+
+def _copied_at_once(
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, counts: torch.Tensor, page_size: int
+) -> list[torch.Tensor] | None:
+    """Keys and values `(B, G, n, D)` of the pages, where one copy of whole pages is all there is to do; else `None`.
+
+    So it is where all kv heads read as many, the page that the end cuts off is the last one of all or in none, and
+    pages lie in memory one after another: as in a cache with spare places, whose length in memory is whole pages.
+    """
+    batch, groups, keys, dim = key.shape
+    size, (whole, rest) = page_size * dim, divmod(keys, page_size)
+    order, count = pages.numpy(), pages.shape[-1]
+    is_even = count > 0 and int(counts.min()) >= count and order.min() >= 0 and order.max() * page_size < keys
+    cut = order == whole
+    if not is_even or value.shape[-1] != dim or cut[..., :-1].any() or cut[..., -1].any() != cut[..., -1].all():
+        return None
+    last = whole + 1 if rest and cut[..., -1].any() else whole  # behind the last page that may be read
+    for tensor in (key, value):
+        steps, room = tensor.stride(), tensor.untyped_storage().nbytes() // tensor.element_size()
+        end = tensor.storage_offset() + (batch - 1) * steps[0] + (groups - 1) * steps[1] + last * size
+        if steps[2:] != (dim, 1) or steps[0] % size or steps[1] % size or end > room:
+            return None
+    length = (count - (last > whole)) * page_size + (rest if last > whole else 0)
+    copies = _memory.take(key.dtype, 2, batch, groups, count * page_size, dim)
+    numbers = pages.long().expand(batch, groups, -1)
+    for copy, tensor in zip(copies, (key, value), strict=True):
+        batches, heads = (torch.arange(n) * (tensor.stride(i) // size) for i, n in enumerate((batch, groups)))
+        lines = (numbers + batches[:, None, None] + heads[:, None]).flatten()
+        every = (batch - 1) * tensor.stride(0) // size + (groups - 1) * tensor.stride(1) // size + last
+        torch.index_select(tensor.as_strided((every, size), (size, 1)), 0, lines, out=copy.view(-1, size))
+    return [copy[:, :, :length] for copy in copies]
 
 
 def _hides(rule: AttentionRule, rows: int, keys: int) -> bool:

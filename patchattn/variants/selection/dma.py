@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...core.call import AttentionCall
@@ -14,7 +15,8 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.pages import chosen_first
+from ...reading.forced import visible_pages
+from ...reading.groups import read_by_one
 from ...reading.selection import CAPABILITIES, SelectionVariant, is_zero
 from ...reading.value_scores import value_scores
 
@@ -27,8 +29,23 @@ class DMAConfig(VariantConfig):
 
     window: int | None = option(
         2048,
-        help="Keys that a token reads in each kv head. None: all.",
+        help="Keys that a token reads in each kv head; with blocks less than twice as many. None: all.",
         source="released code: Doge",
+        unit="keys",
+        minimum=1,
+    )
+    choice: Literal["top", "relu"] = option(
+        "top",
+        help="The keys that are read: 'top', the `window` highest scores; 'relu', all with a score above 0, and the "
+        "token's own.",
+        source="released code: Doge; 'relu' is a mode of flash-dmattn",
+        choices=("top", "relu"),
+    )
+    block: int = option(
+        1,
+        help="Keys of a block, which is read whole if more than half of the keys that a token sees of it were chosen, "
+        "and not at all otherwise; the token's own key is read anyhow. 1: no blocks.",
+        source="released code: an option of flash-dmattn",
         unit="keys",
         minimum=1,
     )
@@ -74,20 +91,22 @@ class DMA(SelectionVariant):
         return {_SCORE: value_scores(call, self.weight, self.scale, by="DMA")}
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        window, score = self.config.window, call.key_fact(_SCORE).detach()
-        if window is None or call.mask.columns <= window:
+        config, score = self.config, call.key_fact(_SCORE).detach()
+        if config.window is None or (config.choice == "top" and call.mask.columns <= config.window):
             return None
-        keys, groups, seen = score.shape[-1], score.shape[1], call.mask.seen()
+        seen = call.mask.seen()
         if seen.shape[1] > 1:  # a mask by query head
             score = of_query_heads(score, call.query.shape[1])
-        order = keys - 1 - score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-        batch, heads = max(len(seen), len(score)), max(seen.shape[1], score.shape[1])
-        order = order[:, :, None].expand(batch, heads, seen.shape[2], -1)
-        ordered = seen.expand(order.shape).gather(-1, order)
-        ordered &= ordered.cumsum(dim=-1, dtype=torch.int32) <= window
-        kept = torch.zeros_like(ordered).scatter(-1, order, ordered)
-        if call.query.shape[2] == 1 and kept.shape[1] == groups:
-            return Places(*chosen_first(kept[:, :, 0], min(window, keys)))
+        kept = _latest_highest(score, seen, config.window) if config.choice == "top" else (score > 0)[:, :, None] & seen
+        if config.block > 1:
+            kept = _by_majority(kept, seen, config.block)
+        if config.block > 1 or config.choice == "relu":
+            kept = kept | visible_pages(call.mask, 1)[1]
+        if call.query.shape[2] == 1:
+            most = kept.shape[-1]  # with a majority of each block that is read, less than twice the window
+            if config.choice == "top":
+                most = min(most, config.window if config.block == 1 else 2 * config.window + 1)
+            return read_by_one(call, kept[:, :, 0], most=most)
         return of_query_heads(kept, call.query.shape[1])
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
@@ -95,6 +114,32 @@ class DMA(SelectionVariant):
             return None
         score = call.key_fact(_SCORE)
         return score.expm1() if self.config.bias == "exp" else score
+
+
+def _latest_highest(score: torch.Tensor, seen: torch.Tensor, count: int) -> torch.Tensor:
+    """bool `(B, h, Tq, Tk)`: of the keys that queries see those with the highest scores, of equal ones the later.
+
+    Args:
+        score: `(B, h, Tk)`.
+        seen: bool `(B or 1, 1 or h, Tq, Tk)`.
+        count: how many.
+    """
+    order = score.shape[-1] - 1 - score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    batch = max(len(seen), len(score))
+    order = order[:, :, None].expand(batch, -1, seen.shape[2], -1)
+    ordered = seen.expand(order.shape).gather(-1, order)
+    ordered &= ordered.cumsum(dim=-1, dtype=torch.int32) <= count
+    return torch.zeros_like(ordered).scatter(-1, order, ordered)
+
+
+def _by_majority(kept: torch.Tensor, seen: torch.Tensor, block: int) -> torch.Tensor:
+    """bool `(B, h, Tq, Tk)`: all keys that are seen of blocks of which more than half of them are kept."""
+    keys = kept.shape[-1]
+    chosen, there = (
+        F.pad(each, (0, -keys % block)).unflatten(-1, (-1, block)).sum(dim=-1, dtype=torch.int32)
+        for each in (kept, seen)
+    )
+    return (2 * chosen > there).repeat_interleave(block, dim=-1)[..., :keys] & seen
 
 
 register_variant(
@@ -110,6 +155,7 @@ register_variant(
         needs_training=True,
         innermost=True,
         capabilities=CAPABILITIES - {"softcap"},
-        examples=({"window": 3}, {"window": 3, "bias": "plain"}),
+        presets={"flash-dmattn": {"bias": "plain"}},
+        examples=({"window": 3}, {"window": 3, "bias": "plain", "block": 2}, {"choice": "relu"}),
     )
 )

@@ -12,7 +12,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.lines import Texts, lines_of, ranked, texts_of
-from ...reading.pages import products
+from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
 from ...reading.text_blocks import TextBlocks, text_blocks
 from ...reading.whole import WholeSelection, keys_so_far

@@ -14,8 +14,14 @@ from ...core.places import Places, gathered, taken
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
-from ...reading.pages import BoundedSelection, PagedConfig, any_of_group, products, visible_pages
+from ...reading.choose import down_a_tree
+from ...reading.forced import visible_pages
+from ...reading.groups import any_of_group, heads_option, reduced
+from ...reading.pages import BoundedSelection, PagedConfig, prefill_option
+from ...reading.refresh import refresh_option
+from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
+from ...reading.tiles import TextRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,30 +36,22 @@ class HiPConfig(PagedConfig):
         minimum=1,
     )
     page: int = option(2, help="Keys of a page, the leaf of the tree.", source="paper", unit="keys", minimum=1)
-    refresh: int = option(
-        1,
-        help="Tokens that a choice lasts while decoding: it is made anew where the number of keys is a multiple.",
-        source="paper: 1 to 8",
+    queries: int = option(
+        32,
+        help="Tokens that share a choice in calls of several, counted from the first of the text: a page scores what "
+        "it scores for that of them which wants it most. 1: every token chooses for itself.",
+        source="paper",
         unit="tokens",
         minimum=1,
     )
-    heads: Literal["kv", "query"] = option(
-        "query",
-        help="What is chosen for: every kv head, whatever any of its query heads wants most, or every query head.",
-        source="paper",
-        choices=("kv", "query"),
-    )
-    prefill: Literal["dense", "selected"] = option(
-        "selected",
-        help="Calls of several tokens: dense, or every token chooses for itself.",
-        source="paper",
-        choices=("dense", "selected"),
-    )
+    refresh: int = refresh_option(1, source="paper: 1 to 8")
+    heads: Literal["kv", "query"] = heads_option("query", source="paper")
+    prefill: Literal["dense", "selected"] = prefill_option("selected")
     dense_layers: int = option(3, help="First layers that stay dense.", source="paper", unit="layers", minimum=0)
 
     @property
     def looks_ahead(self) -> bool:
-        return self.budget is not None and (super().looks_ahead or self.refresh > 1)
+        return self.budget is not None and (super().looks_ahead or self.refresh > 1 or self.queries > 1)
 
 
 class HiP(BoundedSelection):
@@ -67,22 +65,17 @@ class HiP(BoundedSelection):
     config: HiPConfig
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
         config = self.config
-        if config.budget is None or self.is_dense(call) or call.mask.columns <= config.budget:
+        if self.is_dense(call) or config.budget is None or call.mask.columns <= config.budget:
             return None
         count = -(-config.budget // config.page)
         return self.lasting(
-            call,
-            lambda: self._chosen(call, count),
-            page=config.page,
-            count=count,
-            heads=config.heads,
-            every=config.refresh,
+            call, lambda: self._chosen(call, count), page=config.page, count=count, every=config.refresh
         )
 
     def _chosen(self, call: AttentionCall, count: int) -> torch.Tensor:
-        """bool `(B, Hkv or H, Tq, P)`: each query's own page, and `count - 1` of those before it."""
+        """bool `(B, Hkv or H, Tq, P)`: each query's own page, and `count - 1` of those that its block of queries sees,
+        but for the last one of these."""
         visible, own = visible_pages(call.mask, self.config.page)
         if self.config.heads == "kv":
             visible, own = (any_of_group(pages, call.key.shape[1]) for pages in (visible, own))
@@ -90,22 +83,31 @@ class HiP(BoundedSelection):
         visible, own = (pages.expand(*shape, -1, -1) for pages in (visible, own))
         if count == 1:
             return own
-        # of a query that sees nothing there is no part
-        first, end = (pages.to(torch.uint8).argmax(dim=-1) for pages in (visible, own))
+        size = visible.shape[-1]
+        together = self.config.queries > 1 and call.query.shape[2] > 1
+        blocks = TextRows(call.mask, self.config.queries) if together else None
+        number = torch.arange(size, device=own.device)
+        # of queries that see nothing there is no part
+        first = torch.where(visible, number, size).amin(dim=-1, keepdim=True)
+        end = torch.where(own, number, 0).amax(dim=-1, keepdim=True)
+        if blocks is not None:
+            first, end = -blocks.highest(-first, -size), blocks.highest(end, 0)
         with torch.no_grad():
-            pages = descended(first, end, visible.shape[-1], count - 1, self._scorer(call))
+            pages = down_a_tree(first.squeeze(-1), end.squeeze(-1), size, count - 1, self._scorer(call, blocks))
+        pages = pages if blocks is None else blocks.by_row(pages)
         return (pages | own) & visible
 
-    def _scorer(self, call: AttentionCall) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What scores pages `(B, Hkv or H, Tq, n)` by their numbers: the highest product of a visible key."""
+    def _scorer(self, call: AttentionCall, blocks: TextRows | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What scores pages `(B, Hkv or H, Tq, n)`, or of blocks of queries, by their numbers: the highest product of a
+        visible key."""
         page, groups, keys = self.config.page, call.key.shape[1], call.key.shape[2]
         hidden = ~call.mask.seen()
         if call.query.shape[2] > 1:
             logits = products(call.query, call.key).masked_fill(hidden, float("-inf"))
             whole = F.pad(logits, (0, -keys % page), value=float("-inf")).unflatten(-1, (-1, page)).amax(dim=-1)
-            if self.config.heads == "kv":
-                whole = whole.unflatten(1, (groups, -1)).amax(dim=2)
-            return lambda pages: whole.gather(-1, pages)
+            whole = reduced(whole, groups, "max") if self.config.heads == "kv" else whole
+            of_blocks = whole if blocks is None else blocks.highest(whole, float("-inf"))
+            return lambda pages: of_blocks.gather(-1, pages)
         ratio = call.query.shape[1] // groups
 
         def of_few(pages: torch.Tensor) -> torch.Tensor:
@@ -128,36 +130,6 @@ class HiP(BoundedSelection):
         return of_few
 
 
-def descended(
-    first: torch.Tensor, end: torch.Tensor, pages: int, count: int, score: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """The pages of each query that are left of those from `first` to `end`: bool `(B, h, Tq, P)`, `count` at most.
-
-    They are cut into as many parts as even as can be. Each part of several pages is halved, the first half being the
-    longer one, and of all those the `count` stay whose middle page scores highest, of equal ones the first, until no
-    part is longer than one page.
-
-    Args:
-        first: `(B, h, Tq)` the first page.
-        end: likewise, behind the last one.
-        pages: P.
-        count: how many.
-        score: of pages `(B, h, Tq, n)` their scores.
-    """
-    part = torch.arange(count + 1, device=first.device)
-    borders = first[..., None] + torch.div((end - first).clamp(min=0)[..., None] * part, count, rounding_mode="floor")
-    start, stop = borders[..., :-1], borders[..., 1:]
-    for _ in range((-(-pages // count) - 1).bit_length()):
-        middle = (start + stop + 1) // 2
-        starts = torch.stack([start, middle], dim=-1).flatten(-2)
-        stops = torch.stack([middle, stop], dim=-1).flatten(-2)
-        scores = score(((starts + stops) // 2).clamp(max=pages - 1)).masked_fill(starts >= stops, float("-inf"))
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
-        start, stop = starts.gather(-1, best), stops.gather(-1, best)
-    found = torch.zeros(*start.shape[:-1], pages + 1, dtype=torch.bool, device=start.device)
-    return found.scatter(-1, torch.where(start < stop, start, pages), True)[..., :pages]
-
-
 register_variant(
     VariantInfo(
         name="hip",
@@ -172,8 +144,8 @@ register_variant(
         needs_training=False,
         capabilities=CAPABILITIES,
         examples=(
-            {"budget": 3, "page": 1, "dense_layers": 0},
-            {"budget": 3, "page": 1, "heads": "kv", "dense_layers": 0},
+            {"budget": 3, "page": 1, "queries": 1, "dense_layers": 0},
+            {"budget": 3, "page": 1, "queries": 4, "heads": "kv", "dense_layers": 0},
         ),
     )
 )

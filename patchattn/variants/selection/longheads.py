@@ -22,7 +22,8 @@ from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, VariantInfo
 from ...positions.rotary import ROTATED_BY, Rotary
 from ...positions.variant import RotaryConfig, RotaryVariant
-from ...reading.pages import ends_of_text, top_pages, visible_pages
+from ...reading.choose import highest
+from ...reading.forced import ends_of_text, visible_pages
 from ...reading.selection import density
 from ...reading.whole import refuse_some_keys, whole_sites
 
@@ -161,7 +162,7 @@ class LongHeads(RotaryVariant):
         forced = ends_of_text(visible, own, first=1, local=2)
         old = rotary.rotated_by(call)
         scores = full_precision(rotary.turned(call.query, old, torch.zeros_like(old))) @ full_precision(chunks).mT
-        return top_pages(F.pad(scores, (0, visible.shape[-1] - scores.shape[-1])), visible, forced, count)
+        return highest(F.pad(scores, (0, visible.shape[-1] - scores.shape[-1])), visible, forced, count)
 
     def _moved(self, call: AttentionCall, rotary: Rotary, kept: torch.Tensor) -> AttentionOutput:
         """Attention to the chunks that are kept, each right behind the one before it."""

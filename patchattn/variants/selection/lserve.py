@@ -12,7 +12,11 @@ from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
-from ...reading.pages import BoundedSelection, PagedConfig, ends_of_pages, upper_bounds
+from ...reading.groups import heads_option
+from ...reading.index import ends_of_pages
+from ...reading.pages import BoundedSelection, PagedConfig
+from ...reading.refresh import refresh_option
+from ...reading.scores import upper_bounds
 from ...reading.selection import CAPABILITIES
 
 
@@ -31,19 +35,8 @@ class LServeConfig(PagedConfig):
     logical: int = option(
         16, help="Keys of the smaller pages that a page is scored by.", source="released code", unit="keys", minimum=1
     )
-    refresh: int = option(
-        4,
-        help="Tokens that a choice lasts while decoding: it is made anew where the number of keys is a multiple.",
-        source="released code",
-        unit="tokens",
-        minimum=1,
-    )
-    heads: Literal["kv", "query"] = option(
-        "query",
-        help="What is chosen for: every kv head, whatever any of its query heads wants most, or every query head.",
-        source="released code",
-        choices=("kv", "query"),
-    )
+    refresh: int = refresh_option(4, source="released code")
+    heads: Literal["kv", "query"] = heads_option("query", source="released code")
     dense_layers: int = option(0, help="First layers that stay dense.", source="released code", minimum=0)
 
     def __post_init__(self) -> None:
@@ -64,19 +57,15 @@ class LServe(BoundedSelection):
     config: LServeConfig
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
         budget, page, heads = self.config.budget, self.config.page, self.config.heads
-        if budget is None or self.is_dense(call) or call.mask.columns <= budget:
+        if self.is_dense(call) or budget is None or call.mask.columns <= budget:
             return None
         count = -(-budget // page)
-        return self.lasting(
-            call,
-            lambda: self.best_pages(call, self._scores(call), page, count, heads),
-            page=page,
-            count=count,
-            heads=heads,
-            every=self.config.refresh,
-        )
+
+        def choose() -> torch.Tensor:
+            return self.best_pages(call, self._scores(call), page, count, heads)
+
+        return self.lasting(call, choose, page=page, count=count, every=self.config.refresh)
 
     def _scores(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq, P)` the highest bound among the smaller pages of each."""

@@ -12,7 +12,9 @@ from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.pages import PagedSelection, products
+from ...reading.groups import heads_option
+from ...reading.pages import PagedSelection
+from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
 
 
@@ -28,12 +30,7 @@ class MoBAConfig(VariantConfig):
         unit="blocks",
         minimum=1,
     )
-    heads: Literal["query", "kv"] = option(
-        "query",
-        help="What is chosen for: every query head, or every kv head, whatever any of its query heads wants most.",
-        source="paper",
-        choices=("query", "kv"),
-    )
+    heads: Literal["kv", "query"] = heads_option("query", source="paper")
     decode: Literal["dense", "selected"] = option(
         "dense",
         help="Tokens that come alone behind cached ones: dense, or they choose as those of a prompt do.",

@@ -12,8 +12,9 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import VariantInfo
+from ...reading.choose import highest
 from ...reading.compressed import CompressedConfig, CompressedSelection
-from ...reading.pages import any_of_group, top_pages
+from ...reading.groups import any_of_group
 from ...reading.selection import CAPABILITIES, is_zero
 from ...reading.value_scores import value_scores
 
@@ -94,10 +95,10 @@ class NOSA(CompressedSelection):
         visible, forced = found
         with torch.no_grad():
             by_query = self._highest(self.group_weights(call), visible.shape[-1], 0.0)
-            aware = top_pages(by_query, visible, forced, config.aware)
+            aware = highest(by_query, visible, forced, config.aware)
             scores = self._highest(self._compressed_scores(call), visible.shape[-1], float("-inf"))
         lowest = torch.finfo(scores.dtype).min  # of blocks without a whole window, above those that are not seen
-        blocks = top_pages(scores.clamp(min=lowest), visible, aware, top_k)
+        blocks = highest(scores.clamp(min=lowest), visible, aware, top_k)
         if self.observers:
             self.report(call, hit_rate=self._hits(call, blocks))
         return self.of_pages(call, blocks, config.block, "kv", most=top_k)

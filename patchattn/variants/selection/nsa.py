@@ -16,8 +16,8 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import Attend, AttentionOutput, VariantInfo
+from ...reading.choose import highest
 from ...reading.compressed import CompressedConfig, CompressedSelection
-from ...reading.pages import top_pages
 from ...reading.selection import CAPABILITIES, attend_to, is_zero
 
 
@@ -88,7 +88,7 @@ class NSA(CompressedSelection):
         visible, forced = blocks
         with torch.no_grad():
             scores = self.by_stride(self.group_weights(call), visible.shape[-1], 0.0).sum(dim=(-1, -2))  # Equation 9
-        return self.of_pages(call, top_pages(scores, visible, forced, top_k), block, "kv", most=top_k)
+        return self.of_pages(call, highest(scores, visible, forced, top_k), block, "kv", most=top_k)
 
     def finish(self, call: AttentionCall, attended: AttentionOutput, inner: Attend) -> AttentionOutput:
         output, weights = attended

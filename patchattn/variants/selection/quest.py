@@ -28,7 +28,6 @@ class Quest(BoundedSelection):
     config: QuestConfig
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
         return None if self.is_dense(call) else self.by_bounds(call, self.config.budget)
 
 

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from patchattn_kernels.rows import full_precision, log_sum_exp, row_logits, weights_of
-
+from ...cache.state import SequenceState
 from ...core.call import AttentionCall
 from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
+from ...reading.groups import reduced
+from ...reading.refresh import Choice, drifted, forget_choice, last_choice, remember_choice
+from ...reading.scores import weights_with
 from ...reading.selection import CAPABILITIES
 from ...reading.whole import WholeSelection
-
-_CHOICE, _WHEN = "choice", "when"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +31,30 @@ class RecycledConfig(VariantConfig):
     )
     every: int = option(
         50,
-        help="Decoding tokens from one that reads all keys to the next. 1: each does.",
-        source="paper",
+        help="Decoding tokens from one that reads all keys to the next, or, with `similarity`, from one whose query is "
+        "compared to the next. 1: each does.",
+        source="paper; 5 where queries are compared (preset=dynamic)",
         unit="tokens",
         minimum=1,
+    )
+    similarity: float | None = option(
+        None,
+        help="Cosine of a token's queries with those of the last one that read all keys, the mean over heads, below "
+        "which it reads all keys too. None: every so many tokens, whatever the queries are.",
+        source="paper: 0.8 where queries are compared (preset=dynamic)",
+        minimum=-1.0,
+        maximum=1.0,
     )
 
     @property
     def looks_ahead(self) -> bool:
         """Which keys a token reads depends on which ones came with it, and which were read in full before it."""
-        return self.budget is not None and self.every > 1
+        return not self.reads_all
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every token reads all keys."""
+        return self.budget is None or (self.every == 1 and self.similarity is None)
 
 
 class Recycled(WholeSelection):
@@ -55,13 +69,13 @@ class Recycled(WholeSelection):
 
     @property
     def is_identity(self) -> bool:
-        return self.config.budget is None or self.config.every == 1
+        return self.config.reads_all
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"budget": None}
 
-    def select(self, call: AttentionCall) -> Places | None:
+    def select(self, call: AttentionCall) -> Places | torch.Tensor | None:
         state = call.context.sequence_state(self.owner)
         self.check(call)
         budget, columns = self.config.budget, call.mask.columns
@@ -73,19 +87,47 @@ class Recycled(WholeSelection):
                 "sliding, these do not last: use a dynamic cache."
             )
         if not call.decodes:
-            state.tensors.pop(_CHOICE, None)  # what it was made by may have been taken back before this call
+            forget_choice(state)
         if columns <= budget:
             return None
-        if _CHOICE in state.tensors:
-            # the number of keys is remembered as a size, which the host knows without asking the device
-            known, when = state.tensors[_CHOICE], state.tensors[_WHEN].shape[1]
-            if when < columns < when + self.config.every:
-                since = torch.arange(when, columns, device=known.device).expand(*known.shape[:2], -1)
-                return Places(torch.cat([known, since], dim=-1))
-        choice = most_attended(call, budget)
-        state.write(_CHOICE, choice)
-        state.write(_WHEN, choice.new_empty(len(choice), columns, 0))
-        return None
+        last = last_choice(state, columns)
+        if last is not None and columns < last.columns + self.config.every:
+            return self._with_those_since(last, columns)
+        return self._refreshed(call, state, last, budget)
+
+    def _refreshed(
+        self, call: AttentionCall, state: SequenceState, last: Choice | None, budget: int
+    ) -> Places | torch.Tensor | None:
+        """What is read where a choice is due; in sequences whose query is not compared, or is unlike, all keys."""
+        columns = call.mask.columns
+        if self.config.similarity is None or last is None:
+            if self.config.similarity is not None:
+                drifted(call, state, below=float("inf"))  # notes every query
+            remember_choice(state, most_attended(call, budget), columns)
+            return None
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{self.owner} compares queries (similarity={self.config.similarity}), for which compiled code cannot "
+                "wait: use similarity=None, or do not compile."
+            )
+        fresh, known = drifted(call, state, self.config.similarity), self._with_those_since(last, columns)
+        if bool(fresh.all()):
+            remember_choice(state, most_attended(call, budget), columns)
+            return None
+        if not bool(fresh.any()):
+            remember_choice(state, known.index, columns)
+            return known
+        # empty slots come first: some sequences have a longer list now
+        old, new = known.index, most_attended(call, budget)
+        width = max(old.shape[-1], new.shape[-1])
+        old, new = (torch.nn.functional.pad(each, (width - each.shape[-1], 0), value=-1) for each in (old, new))
+        remember_choice(state, torch.where(fresh[:, None, None], new, old), columns)
+        return known.kept(call.key.shape[2]) | fresh[:, None, None]
+
+    def _with_those_since(self, last: Choice, columns: int) -> Places:
+        since = torch.arange(last.columns, columns, device=last.chosen.device)
+        index = torch.cat([last.chosen, since.expand(*last.chosen.shape[:2], -1)], dim=-1)
+        return Places(index, has_empty=self.config.similarity is not None)
 
 
 def most_attended(call: AttentionCall, count: int) -> torch.Tensor:
@@ -95,10 +137,7 @@ def most_attended(call: AttentionCall, count: int) -> torch.Tensor:
     """
     last = call.row(call.query.shape[2] - 1)
     with torch.no_grad():
-        rule = last.rule()
-        logits = row_logits(full_precision(last.query), full_precision(last.key), rule, slice(None))
-        weights = weights_of(logits, log_sum_exp(logits, rule))[:, :, 0]
-        mean = weights.unflatten(1, (call.key.shape[1], -1)).mean(dim=2)
+        mean = reduced(weights_with(last, last.key), call.key.shape[1], "mean")[:, :, 0]
     return mean.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 
@@ -113,6 +152,7 @@ register_variant(
         extra_parameters="none",
         needs_training=False,
         capabilities=CAPABILITIES - {"static_cache"},
-        examples=({"budget": 3, "every": 4},),
+        presets={"dynamic": {"every": 5, "similarity": 0.8}},
+        examples=({"budget": 3, "every": 4}, {"budget": 3, "every": 2, "similarity": 0.5}),
     )
 )

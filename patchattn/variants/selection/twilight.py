@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 
-from patchattn_kernels.rows import full_precision, row_logits
-
 from ...core.call import AttentionCall
 from ...core.keeping import of_query_heads
 from ...core.places import Places
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
-from ...reading.pages import BoundedSelection, PagedConfig, any_of_group, chosen_first
+from ...reading.choose import chosen_first, holding_share
+from ...reading.groups import any_of_group, read_by_one
+from ...reading.index import of_four_bits
+from ...reading.pages import BoundedSelection, PagedConfig
+from ...reading.scores import weights_with
 from ...reading.selection import CAPABILITIES, narrowed
 from ...reading.whole import refuse_some_keys
-
-_STEPS = 15  # between the least and the greatest number of four bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,45 +71,27 @@ class Twilight(BoundedSelection):
             super().check(call)
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
-        self.check(call)
         if self.is_dense(call):
             return None
         first, keys, groups = self.by_bounds(call, self.config.budget), call.key.shape[2], call.key.shape[1]
         if self.config.top_p == 1.0:
             return first
         if call.query.shape[2] > 1 or self.config.heads == "query":
-            kept = most_weights(estimated(narrowed(call, first)), self.config.top_p)
-            if self.config.heads == "kv":
-                kept = of_query_heads(any_of_group(kept, groups), call.query.shape[1])
-            return kept
+            kept = self._kept(narrowed(call, first))
+            if call.query.shape[2] == 1:
+                return read_by_one(call, kept[:, :, 0], most=keys)
+            return (
+                of_query_heads(any_of_group(kept, groups), call.query.shape[1]) if self.config.heads == "kv" else kept
+            )
         some, index = call, torch.arange(keys, device=call.key.device)
         if isinstance(first, Places):
             some, index = call.at(first), first.of_keys(keys).index
-        kept = any_of_group(most_weights(estimated(some), self.config.top_p), groups)[:, :, 0]
-        order, counts = chosen_first(kept, kept.shape[-1])
+        order, counts = chosen_first(any_of_group(self._kept(some), groups)[:, :, 0], index.shape[-1])
         return Places(index.expand(order.shape).gather(-1, order), counts)
 
-
-def estimated(call: AttentionCall) -> torch.Tensor:
-    """`(B, H, Tq, Tk)` weights that are estimated with keys of four bits, 0 of what is not seen."""
-    query, keys = full_precision(call.query), of_four_bits(call.key)
-    return row_logits(query, keys, call.rule(), slice(0, query.shape[2])).softmax(dim=-1).nan_to_num(0.0)
-
-
-def of_four_bits(keys: torch.Tensor) -> torch.Tensor:
-    """`(B, Hkv, Tk, D)` keys as they are known by one of 16 even steps from each one's least to its greatest number."""
-    keys = full_precision(keys)
-    least, greatest = keys.aminmax(dim=-1, keepdim=True)
-    step = (greatest - least) / _STEPS
-    return least + ((keys - least) / torch.where(step > 0, step, 1.0)).round() * step
-
-
-def most_weights(weights: torch.Tensor, share: float) -> torch.Tensor:
-    """bool, as `(..., N)`: the largest weights, as few as sum up to a share of them, and those that equal the last."""
-    ordered = weights.sort(dim=-1, descending=True).values
-    before = ordered.cumsum(dim=-1) - ordered
-    count = (before < share).sum(dim=-1, keepdim=True).clamp(min=1)
-    return (weights >= ordered.gather(-1, count - 1)) & (weights > 0)
+    def _kept(self, call: AttentionCall) -> torch.Tensor:
+        """bool `(B, H, Tq, Tk)`: the keys whose weights, estimated with keys of four bits, hold the share."""
+        return holding_share(weights_with(call, of_four_bits(call.key)), self.config.top_p)
 
 
 register_variant(

@@ -13,7 +13,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.pages import products
+from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
 from ...reading.tiles import RowGrid
 from ...reading.whole import WholeSelection, keys_so_far

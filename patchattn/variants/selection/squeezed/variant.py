@@ -25,7 +25,7 @@ from ....core.sites import AttentionSite
 from ....core.token_ids import text_model, token_ids, with_token_ids
 from ....core.variant import VariantConfig, VariantInfo
 from ....files.documents import concerning
-from ....reading.pages import any_of_group, chosen_first
+from ....reading.groups import any_of_group, heads_option, read_by_one
 from ....reading.selection import CAPABILITIES, plain_own
 from ....reading.whole import WholeSelection
 from .clusters import PrefixClusters, counted, means_of, scores_of
@@ -51,11 +51,8 @@ class SqueezedConfig(VariantConfig):
         minimum=0.0,
         maximum=1.0,
     )
-    heads: Literal["kv", "query"] = option(
-        "kv",
-        help="What is chosen for: every kv head, whatever any of its query heads wants, or every query head.",
-        source="ours; the paper's models have one query head per kv head",
-        choices=("kv", "query"),
+    heads: Literal["kv", "query"] = heads_option(
+        "kv", source="ours; the paper's models have one query head per kv head"
     )
     length: int = option(0, help="Tokens of the prefix, found when patching.", unit="tokens", minimum=0)
     window: int = option(
@@ -193,7 +190,7 @@ class Squeezed(WholeSelection):
                 return of_query_heads(torch.stack(by_row).any(dim=0) | before[..., None], call.query.shape[1])
         if call.query.shape[2] == 1:
             keep = keep | before
-            return Places(*chosen_first(keep, keep.shape[-1])) if self.config.heads == "kv" else keep
+            return read_by_one(call, keep, most=keep.shape[-1])
         if own is not None and own >= length:
             return keep
         return of_query_heads(keep, call.query.shape[1])[:, :, None] | before[..., None]

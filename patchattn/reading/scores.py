@@ -1,0 +1,34 @@
+"""Scores of pages of keys, or of keys, for queries: the higher the better."""
+
+import torch
+
+from patchattn_kernels.rows import full_precision, log_sum_exp, row_logits, weights_of
+
+from ..core.call import AttentionCall
+
+
+def products(query: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """`(B, H, Tq, P)` products of queries `(B, H, Tq, D)` with a vector of every page `(B, Hkv, P, D)`, in float32 at
+    least."""
+    query, facts = full_precision(query), full_precision(facts)
+    grouped = query.reshape(len(query), facts.shape[1], -1, query.shape[-1])
+    return (grouped @ facts.mT).view(*query.shape[:3], -1)
+
+
+def upper_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`(B, H, Tq, P)` that no product of a query with a key of the page exceeds: Quest, section 3.3.
+
+    A query's positive entries meet the greatest of the keys, its negative ones the least.
+
+    Args:
+        query: `(B, H, Tq, D)`.
+        ends: `(B, Hkv, P, 2D)`, as `index.ends_of_pages` gives them.
+    """
+    return products(torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1), ends)
+
+
+def weights_with(call: AttentionCall, keys: torch.Tensor) -> torch.Tensor:
+    """`(B, H, Tq, Tk)` the weights of a call if its keys were these `(B, Hkv, Tk, D)`; 0 of what is not seen."""
+    rule = call.rule()
+    logits = row_logits(full_precision(call.query), full_precision(keys), rule, slice(0, call.query.shape[2]))
+    return weights_of(logits, log_sum_exp(logits, rule))
