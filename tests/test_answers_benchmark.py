@@ -50,7 +50,7 @@ def generated(model: Any, prompt: list[int], count: int, known: DynamicCache | N
 METHODS = {
     "dense": None,
     "streaming": {"sinks": 2, "recent": 20},
-    "hip": {"budget": 16, "dense_layers": 0},
+    "hip": {"budget": 16, "queries": 1, "dense_layers": 0},
     "triangle": {"last": 8, "sinks": 1, "recent": 10, "dense_layers": 0},
     "quest": {"budget": 32, "dense_layers": 0},
     "recycled": {"budget": 16},

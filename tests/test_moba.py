@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import patchattn
-from patchattn.reading import pages
+from patchattn.reading import scores
 from patchattn.variants.selection import moba
 
 from .behaviour import close, decoded, positions, text
@@ -159,7 +159,7 @@ def test_what_has_no_blocks_is_refused() -> None:
 
 def test_products_are_those_of_every_query_head_with_its_kv_head() -> None:
     query, facts = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
-    found = pages.products(query, facts)
+    found = scores.products(query, facts)
     for b, h, i, p in np.ndindex(*found.shape):
         assert float(found[b, h, i, p]) == pytest.approx(
             float(query[b, h, i] @ facts[b, h // 2, p]), rel=1e-4, abs=1e-5

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
-from patchattn.reading import pages, selection
+from patchattn.reading import index, pages, scores, selection
 
 from .behaviour import close, decoded, text
 from .families import FAMILIES, outputs
@@ -47,8 +47,8 @@ def test_a_prompt_is_dense_and_each_token_behind_it_chooses(heads: str, monkeypa
 def test_a_bound_is_no_estimate() -> None:
     """Two pages of two keys: the best key of the first scores less than that of the second, and its bound more."""
     query, keys = torch.tensor([1.0, -1.0]).view(1, 1, 1, 2), torch.tensor([[0.0, 0], [2, 2], [1, 0], [1, 0]])
-    ends = pages.ends_of_pages(keys[None, None], 2)
-    assert pages.upper_bounds(query, ends).flatten().tolist() == [2.0, 1.0]
+    ends = index.ends_of_pages(keys[None, None], 2)
+    assert scores.upper_bounds(query, ends).flatten().tolist() == [2.0, 1.0]
 
 
 def test_of_equal_bounds_the_first_page_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

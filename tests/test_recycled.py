@@ -1,5 +1,7 @@
 """Recycled attention (arXiv 2411.05787) against loops: which keys are read when, after the prompt and again."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from transformers import DynamicCache, StaticCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
+from patchattn.reading.selection import narrowed
+from patchattn.variants.selection.recycled import Recycled
 
 from .behaviour import close, decoded, positions, text
 from .families import FAMILIES, outputs
@@ -120,7 +124,18 @@ def by_drift(queries: list[np.ndarray], keys: np.ndarray, first: int, below: flo
     return reads
 
 
-def test_a_token_whose_query_is_unlike_reads_all_in_each_sequence_for_itself(calls: Recorded) -> None:
+def test_a_token_whose_query_is_unlike_reads_all_in_each_sequence_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = [], Recycled.attend
+
+    def attend(self: Recycled, call: Any, inner: Any) -> Any:
+        seen = []
+        monkeypatch.setattr(self, "select", lambda call: seen.append(Recycled.select(self, call)) or seen[-1])
+        output = original(self, call, inner)
+        shape = (2, HEADS, call.query.shape[2], call.key.shape[2])
+        calls.append((call, narrowed(call, seen[0]).mask.seen().expand(shape), output[0]))
+        return output
+
+    monkeypatch.setattr(Recycled, "attend", attend)
     model = patchattn.patch_model(tiny_llama(), "recycled", budget=4, every=2, similarity=0.1)
     tokens = torch.stack([7 * torch.arange(22) % 47, 11 * torch.arange(22) % 43])
     decoded(model, tokens, [10, *[1] * 12])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import patchattn
-from patchattn.variants.selection.twilight import most_weights, of_four_bits
+from patchattn.reading.choose import holding_share
+from patchattn.reading.index import of_four_bits
 
 from .behaviour import decoded, text
 from .families import FAMILIES, outputs
@@ -126,13 +127,13 @@ def test_with_pages_of_its_own_it_is_refused_after_a_selection() -> None:
 def test_the_cut() -> None:
     """Order does not matter, equal weights stay together, and 1 keeps all that have a weight."""
     weights = torch.tensor([0.15, 0.5, 0.0, 0.05, 0.3])
-    assert most_weights(weights, 0.85).tolist() == [True, True, False, False, True]
-    assert most_weights(weights, 0.75).tolist() == [False, True, False, False, True]
-    assert most_weights(weights, 0.5).tolist() == [False, True, False, False, False]
-    assert most_weights(weights, 0.0).tolist() == [False, True, False, False, False]
-    assert most_weights(weights, 1.0).tolist() == [True, True, False, True, True]
-    assert most_weights(torch.tensor([0.25, 0.5, 0.25]), 0.6).tolist() == [True, True, True]
-    assert most_weights(torch.zeros(3), 0.6).tolist() == [False] * 3
+    assert holding_share(weights, 0.85).tolist() == [True, True, False, False, True]
+    assert holding_share(weights, 0.75).tolist() == [False, True, False, False, True]
+    assert holding_share(weights, 0.5).tolist() == [False, True, False, False, False]
+    assert holding_share(weights, 0.0).tolist() == [False, True, False, False, False]
+    assert holding_share(weights, 1.0).tolist() == [True, True, False, True, True]
+    assert holding_share(torch.tensor([0.25, 0.5, 0.25]), 0.6).tolist() == [True, True, True]
+    assert holding_share(torch.zeros(3), 0.6).tolist() == [False] * 3
 
 
 def test_keys_of_four_bits() -> None:

@@ -47,7 +47,7 @@ def by_whole_pages(
         if copies is not None:
             grouped = query.reshape(batch, groups, -1, dim)
             output, sums = _flash(grouped, *copies, 0.0, False, attn_mask=None, scale=rule.scaling)
-            return output.view(batch, heads, rows, dim), sums.view(batch, heads, rows)
+            return output.reshape(batch, heads, rows, dim), sums.reshape(batch, heads, rows)
     whole, rest = divmod(keys, page_size)
     # whole pages first, the one that the end cuts off after them: then a kv head's keys lie without a gap
     pages = pages.expand(batch, groups, -1).long()

@@ -101,7 +101,7 @@ class NOSA(CompressedSelection):
         blocks = highest(scores.clamp(min=lowest), visible, aware, top_k)
         if self.observers:
             self.report(call, hit_rate=self._hits(call, blocks))
-        return self.of_pages(call, blocks, config.block, "kv", most=top_k)
+        return self.of_pages(call, blocks, config.block, most=top_k)
 
     def _highest(self, windows: torch.Tensor, blocks: int, fill: float) -> torch.Tensor:
         """`(B, Hkv, Tq, P)` the highest of what is said of the windows that share keys with each block."""

@@ -88,7 +88,7 @@ class NSA(CompressedSelection):
         visible, forced = blocks
         with torch.no_grad():
             scores = self.by_stride(self.group_weights(call), visible.shape[-1], 0.0).sum(dim=(-1, -2))  # Equation 9
-        return self.of_pages(call, highest(scores, visible, forced, top_k), block, "kv", most=top_k)
+        return self.of_pages(call, highest(scores, visible, forced, top_k), block, most=top_k)
 
     def finish(self, call: AttentionCall, attended: AttentionOutput, inner: Attend) -> AttentionOutput:
         output, weights = attended
