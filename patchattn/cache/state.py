@@ -113,7 +113,10 @@ class SequenceState:
         are made.
 
         Args:
-            name, block, keys, make: as of `blocks`.
+            name: as of `blocks`.
+            block: likewise.
+            keys: likewise.
+            make: likewise.
             first: the slot of the first key that is new in this call; `None`: not known.
             rows: how many are new.
         """

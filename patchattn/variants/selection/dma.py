@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...core.call import AttentionCall
@@ -99,7 +98,7 @@ class DMA(SelectionVariant):
             score = of_query_heads(score, call.query.shape[1])
         kept = _latest_highest(score, seen, config.window) if config.choice == "top" else (score > 0)[:, :, None] & seen
         if config.block > 1:
-            kept = _by_majority(kept, seen, config.block)
+            kept = _by_majority(kept, seen, call.key_positions(), config.block)
         if config.block > 1 or config.choice == "relu":
             kept = kept | visible_pages(call.mask, 1)[1]
         if call.query.shape[2] == 1:
@@ -132,14 +131,21 @@ def _latest_highest(score: torch.Tensor, seen: torch.Tensor, count: int) -> torc
     return torch.zeros_like(ordered).scatter(-1, order, ordered)
 
 
-def _by_majority(kept: torch.Tensor, seen: torch.Tensor, block: int) -> torch.Tensor:
-    """bool `(B, h, Tq, Tk)`: all keys that are seen of blocks of which more than half of them are kept."""
-    keys = kept.shape[-1]
+def _by_majority(kept: torch.Tensor, seen: torch.Tensor, place: torch.Tensor, block: int) -> torch.Tensor:
+    """bool `(B, h, Tq, Tk)`: all keys that are seen of blocks of which more than half of them are kept.
+
+    Args:
+        kept: bool `(B, h, Tq, Tk)`.
+        seen: bool `(B or 1, 1 or h, Tq, Tk)`; of several texts in a row a query sees one.
+        place: `(B or 1, 1 or Hkv, Tk)` where each key stands in its text.
+        block: keys of a block, counted from the start of each text.
+    """
+    seen = seen.expand(kept.shape)
+    number = of_query_heads(place.clamp(min=0) // block, kept.shape[1])[:, :, None].expand(kept.shape)
     chosen, there = (
-        F.pad(each, (0, -keys % block)).unflatten(-1, (-1, block)).sum(dim=-1, dtype=torch.int32)
-        for each in (kept, seen)
+        torch.zeros_like(kept, dtype=torch.int32).scatter_add(-1, number, each.int()) for each in (kept, seen)
     )
-    return (2 * chosen > there).repeat_interleave(block, dim=-1)[..., :keys] & seen
+    return (2 * chosen > there).gather(-1, number) & seen
 
 
 register_variant(
