@@ -6,10 +6,12 @@ model can guess at what it does not see, and the questions of POPE's three kinds
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .company import KINDS as KINDS  # of questions, for those that ask about shapes
+from .company import Company, Kind
 
 COLOURS = {
     "red": (215, 45, 45),
@@ -24,13 +26,9 @@ SYNONYMS = {"circle": "disc", "square": "box", "triangle": "wedge", "cross": "pl
 SIDE, CELLS = 48, 3  # of a picture in pixels, and of the grid that keeps objects apart
 MOST_OBJECTS = 4
 
-Kind = Literal["random", "popular", "adversarial"]
-KINDS: tuple[Kind, ...] = ("random", "popular", "adversarial")
 CAPTION_REQUEST = "What is in the image?"
 
-_POPULARITY = 1.0 / (np.arange(len(OBJECTS)) * 7 % len(OBJECTS) + 2.0)  # 7 spreads colours and shapes
-_POPULARITY /= _POPULARITY.sum()
-_COMPANY = 0.6  # probability that an object is a companion of one that is there
+COMPANY = Company(OBJECTS, frequent=5)
 
 
 def question(name: str) -> str:
@@ -40,8 +38,7 @@ def question(name: str) -> str:
 
 def companions(name: str) -> tuple[str, ...]:
     """The two objects that are often seen with one."""
-    index = OBJECTS.index(name)
-    return tuple(OBJECTS[(index + step) % len(OBJECTS)] for step in (3, -3))
+    return COMPANY.companions(name)
 
 
 @dataclass(frozen=True)
@@ -82,32 +79,17 @@ class Scene:
 
         Where everything of that kind is there, any.
         """
-        choice = np.random.default_rng((*self.seed, 2, KINDS.index(kind)))
-        others = [name for name in OBJECTS if name not in self.objects]
-        if kind == "popular":
-            frequent = [OBJECTS[index] for index in np.argsort(-_POPULARITY)[:5]]
-            others = [name for name in frequent if name not in self.objects] or others
-        elif kind == "adversarial":
-            near = [name for seen in self.objects for name in companions(seen) if name not in self.objects]
-            others = near or others
-        return others[int(choice.integers(len(others)))]
+        return COMPANY.absent(self.objects, kind, self.seed)
 
     def present(self) -> str:
         """One of the objects."""
-        return self.objects[int(np.random.default_rng((*self.seed, 3)).integers(len(self.objects)))]
+        return COMPANY.present(self.objects, self.seed)
 
 
 def scene(seed: int, index: int) -> Scene:
     """The picture of that number in the sequence of that seed."""
     draw = np.random.default_rng((seed, index))
-    names: list[str] = []
-    for _ in range(int(draw.integers(1, MOST_OBJECTS + 1))):
-        near = [name for seen in names for name in companions(seen) if name not in names]
-        if near and draw.random() < _COMPANY:
-            names.append(near[int(draw.integers(len(near)))])
-        else:
-            weights = np.where([name in names for name in OBJECTS], 0.0, _POPULARITY)
-            names.append(OBJECTS[int(draw.choice(len(OBJECTS), p=weights / weights.sum()))])
+    names = COMPANY.together(draw, MOST_OBJECTS)
     cells = sorted(int(cell) for cell in draw.choice(CELLS * CELLS, len(names), replace=False))
     return Scene(tuple(names), tuple(cells), (seed, index))
 
