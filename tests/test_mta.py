@@ -158,6 +158,9 @@ def test_what_it_refuses() -> None:
         patchattn.patch_model(tiny_llama(), "mta", group=3)
     with pytest.raises(NotImplementedError, match="does not support bidirectional or cross"):
         patchattn.patch_model(FAMILIES["bert"].make(), "mta")
+    with pytest.raises(NotImplementedError, match="leaves out layers with a sliding window"):
+        patchattn.patch_model(FAMILIES["mistral"].make(), "mta")
+    patchattn.patch_model(FAMILIES["mistral"].make(), "mta", weights=False)
     config = {"quest": {"page": 2, "budget": 4, "dense_layers": 0}, "mta": {}}
     model = patchattn.patch_model(tiny_llama(), list(config), config=config)
     with pytest.raises(NotImplementedError, match="'MTA' remembers something of every key and cannot run inside"):

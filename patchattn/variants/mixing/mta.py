@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.call import AttentionCall
+from ...core.chain import window_of
 from ...core.registry import register_variant
 from ...core.selection import require_causal
 from ...core.settings import option
@@ -71,8 +72,20 @@ class MTA(EarlierRowsVariant):
     def fit(
         cls, config: MTAConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[MTAConfig, Sequence[AttentionSite]]:
+        """Leave out what is not causal self-attention, and, if weights are convolved, layers with a sliding window.
+
+        The softmax of a row before needs keys there that the kv cache has let go of.
+        """
         because = "a row reads the rows of tokens before it"
-        return config, require_causal(model, sites, by="Multi-Token Attention", because=because)
+        causal = require_causal(model, sites, by="Multi-Token Attention", because=because)
+        fitting = [site for site in causal if not config.weights or window_of(model.get_submodule(site.name)) is None]
+        if not fitting:
+            raise NotImplementedError(
+                "Multi-Token Attention with weights=True leaves out layers with a sliding window, whose kv cache lets "
+                "go of keys that rows before have weights of, and no other one is among the chosen attention modules: "
+                "set weights=False."
+            )
+        return config, fitting
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
