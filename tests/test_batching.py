@@ -11,19 +11,33 @@ from transformers import ContinuousBatchingConfig, FalconConfig, FalconForCausal
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import patchattn
+from patchattn.hosts.transformers.batching import refuse_batching
 from patchattn.hosts.transformers.paged import places_of_texts, tells_paged_calls
 
 from .behaviour import Case, accepted, assert_same, randomise, snapshot
 from .families import FAMILIES
 
-# What needs the call alone. Read in pieces of 8 tokens, one request decodes while another is not read to its end.
+# What needs the call alone, and is not to be refused; others may be batched too, and then answer as under `generate`.
 BATCHED = {
-    *("attention_bias", "cope", "differential", "entmax", "function_vectors", "gated", "heads", "logn", "massive"),
-    *("moh", "mswa", "prune", "sink", "ssmax", "talking_heads", "urpe"),
+    *(
+        "attention_bias",
+        "cope",
+        "differential",
+        "entmax",
+        "gated",
+        "logn",
+        "massive",
+        "moh",
+        "mswa",
+        "prune",
+        "sigmoid",
+    ),
+    *("sink", "softpick", "ssmax", "talking_heads", "urpe"),
 }
+# Read in pieces of 8 tokens, so that one request decodes while another is not read to its end.
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]]
 NEW = 4
-ENTRIES = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+ENTRIES = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 pytestmark = pytest.mark.skipif(not tells_paged_calls(), reason="attention functions of this release store keys")
 
@@ -35,15 +49,6 @@ def nothing_to_collect() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def is_batched(case: Case) -> bool:
-    """Edits of chosen rows go by a cache's number of each token, and sinks by what a sliding cache lets go of."""
-    settings = dict(case.settings)
-    if case.variant == "streaming":
-        return settings["sinks"] == 0
-    rows = settings.get("rows", "last" if case.variant == "function_vectors" else "all")
-    return case.variant in BATCHED and rows == "all"
 
 
 def batched(model: Any, **settings: Any) -> list[tuple[list[int], list[float]]]:
@@ -72,20 +77,20 @@ def assert_alike(found: Any, expected: Any) -> None:
     torch.testing.assert_close(*(torch.tensor([sums for _, sums in one]) for one in (found, expected)))
 
 
-@pytest.mark.parametrize("case", [case for case in accepted("llama") if is_batched(case)], ids=str)
-def test_requests_are_answered_as_by_generate(case: Case) -> None:
-    model = case.patch(FAMILIES["llama"].make()).float()
-    assert_alike(batched(model), alone(model))
-
-
-@pytest.mark.parametrize("case", [case for case in accepted("llama") if not is_batched(case)], ids=str)
-def test_what_a_cache_remembers_is_refused_where_it_is_asked_for(case: Case) -> None:
-    model: Any = FAMILIES["llama"].make()
+@pytest.mark.parametrize("case", accepted("llama"), ids=str)
+def test_requests_are_answered_as_by_generate_or_refused_at_once(case: Case) -> None:
+    model: Any = FAMILIES["llama"].make().float()
     before = snapshot(model)
-    case.patch(model)
-    for name in ENTRIES:
-        with pytest.raises(NotImplementedError, match="cannot be batched continuously"):
-            getattr(model, name)().__enter__() if name.endswith("manager") else getattr(model, name)(PROMPTS)
+    case.patch(model).float()
+    try:
+        refuse_batching(model)
+    except NotImplementedError:
+        assert case.variant not in BATCHED
+        for name in ENTRIES:
+            with pytest.raises(NotImplementedError, match=r"cannot be batched continuously"):
+                getattr(model, name)([PROMPTS]) if name != ENTRIES[1] else getattr(model, name)().__enter__()
+    else:
+        assert_alike(batched(model), alone(model))
     patchattn.unpatch_model(model)
     assert_same(before, snapshot(model))
 
