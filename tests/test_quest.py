@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
-from patchattn.reading import index, pages, scores, selection
+from patchattn.reading import choose, index, pages, scores, selection
 
 from .behaviour import close, decoded, text
 from .families import FAMILIES, outputs
@@ -142,6 +143,16 @@ def test_facts_in_slots_are_made_anew_of_the_page_that_a_token_is_in(monkeypatch
     close(decoded(dense, tokens, sizes, kind="static"), decoded(dense, tokens, sizes))
     # what a dense call of several tokens wrote is not known behind it; facts of two layers, then of a growing cache
     assert made[:16] == [16, 16, *[2] * 4, 16, 16, *[2] * 6, *made[14:16]]
+
+
+@pytest.mark.parametrize(("last", "count"), [(12, 1), (12, 5), (9, 10), (12, 7)])
+def test_of_equal_scores_the_first_are_chosen_with_the_last_page(last: int, count: int) -> None:
+    scores = torch.randint(3, (2, 2, 13), generator=torch.Generator().manual_seed(0)).float()
+    for given in (scores, torch.where(scores == 2, torch.nan, scores)):
+        found = choose.highest_and_last(given, last, count)
+        order = given[..., :last].sort(dim=-1, descending=True, stable=True).indices
+        for place in np.ndindex(2, 2):
+            assert found[place].tolist() == [*sorted(order[place][: count - 1].tolist()), last]
 
 
 @pytest.mark.parametrize("heads", ["kv", "query"])

@@ -66,7 +66,12 @@ def selected_attention(
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         operands = (tensor.to(dtype) for tensor in (query, key, value))
         given = (rule.mask, rule.sequence, float(rule.scaling), rule.causal, rule.offset, rule.window)
-        return _with_dtype(_forward(*operands, pages.int(), counts.int(), page_size, *given), value.dtype)
+        # a call of an operation costs more than to choose the pages of a token
+        plain = query.device.type == "cpu" and type(query) is torch.Tensor and not torch.is_grad_enabled()
+        compute: Any = _computed if plain and not torch.compiler.is_compiling() else _forward
+        with torch.autocast(query.device.type, enabled=False):
+            found = compute(*operands, pages.int(), counts.int(), page_size, *given)
+        return _with_dtype(found, value.dtype)
     return _with_dtype((output.transpose(1, 2).contiguous().transpose(1, 2), lse), value.dtype)
 
 
@@ -164,8 +169,7 @@ def _lacking(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scalin
     return None if are_few(query, key) else f"its queries are {query.shape[2]}, too many for one tile"
 
 
-@torch.library.custom_op(add_op_namespace_prefix("selected_attention"), mutates_args=())
-def _forward(
+def _computed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -190,6 +194,9 @@ def _forward(
     compute = by_whole_pages if query.device.type == "cpu" else _reference
     output, lse = compute(query, key, value, pages, counts, page_size, rule)
     return output.to(value.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+_forward = torch.library.custom_op(add_op_namespace_prefix("selected_attention"), _computed, mutates_args=())
 
 
 @torch.library.custom_op(add_op_namespace_prefix("selected_attention_backward"), mutates_args=())
