@@ -102,6 +102,7 @@ offer(
             "duo": "eviction.duo",
             "ee_mllm": "selection.ee_mllm",
             "entmax": "normalisers.entmax",
+            "exclusive": "gating.exclusive",
             "expected_attention": "eviction.expected_attention",
             "fastv": "tokens.fastv",
             "flap": "pruning.flap.variant",

@@ -33,6 +33,7 @@ SHIPPED = [
     "duo",
     "ee_mllm",
     "entmax",
+    "exclusive",
     "expected_attention",
     "fastv",
     "flap",

@@ -155,8 +155,10 @@ def draw(setup: Setup, path: Path) -> None:
 
     from patchattn.plotting.style import SERIES
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, (model, (before, after)) in zip(figure.subplots(1, 2), KEPT.items(), strict=True):
+    models = {model: kept for model, kept in KEPT.items() if _found(setup, model)}
+    figure = Figure(figsize=(4.5 * len(models), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axis, (model, (before, after)) in zip(panels, models.items(), strict=True):
         for (start, rows), (colour, marker) in zip(_found(setup, model).items(), SERIES, strict=False):
             each = [
                 math.exp(sum(of) / len(of)) for of in (_means([r["losses"][str(s)] for _, r in rows]) for s in STEPS)
