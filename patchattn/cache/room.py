@@ -3,7 +3,7 @@
 import torch
 
 _FEWEST, _MOST = 256, 1024  # spare places, in tokens
-_WHOLE = 256  # heads begin at multiples of so many tokens: whole pages of keys are then lines of one matrix
+_WHOLE = 256  # long heads begin at multiples of so many tokens: whole pages of keys are then lines of one matrix
 
 
 class Room:
@@ -19,7 +19,8 @@ class Room:
         """Copy keys and values, with places for `rows` more and some to spare."""
         self._stored = keys.shape[-2]
         spare = rows + min(max(self._stored // 8, _FEWEST), _MOST)
-        spare += -(self._stored + spare) % _WHOLE
+        if self._stored > 16 * _WHOLE:  # else it would take up too much beside what is stored
+            spare += -(self._stored + spare) % _WHOLE
         self._keys, self._values = _extended(keys, spare), _extended(values, spare)
         self._hand_out()
 
