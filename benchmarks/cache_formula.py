@@ -6,7 +6,7 @@ from typing import Any
 from patchattn.reading.gates import HeadGates
 
 FEWEST, MOST = 256, 1024  # spare places of a layer that appends in place, an eighth of what it holds between these
-INDEX = 8  # bytes of a stored key and head: its column, and since when it is dropped, both int32
+INDEX = 4  # bytes of a stored key and head: its column, and as many for since when it is dropped, where some are
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def dense(sizes: Sizes, tokens: int) -> int:
     return sizes.layers * sizes.kv_heads * sizes.token * tokens
 
 
-def kept(sizes: Sizes, keys: int, steps: int, *, alike: bool, waits: bool) -> int:
+def kept(sizes: Sizes, keys: int, steps: int, *, alike: bool, waits: bool, hides: bool = False) -> int:
     """A layer that kept so many keys of a prompt in each head, some steps later.
 
     Args:
@@ -55,8 +55,9 @@ def kept(sizes: Sizes, keys: int, steps: int, *, alike: bool, waits: bool) -> in
         steps: single tokens since the prompt, two at least.
         alike: all heads keep the same.
         waits: keys are dropped with the first single token, which is then held with them.
+        hides: some of those stored are dropped, as at every call, and leave storage together with later ones.
     """
-    index = INDEX * (1 if alike else sizes.kv_heads) * (keys + steps)
+    index = INDEX * (1 + hides) * (1 if alike else sizes.kv_heads) * (keys + steps)
     return sizes.kv_heads * sizes.token * places(keys + waits) + index
 
 
@@ -91,7 +92,8 @@ def stored(method: str, sizes: Sizes, settings: dict[str, Any], tokens: int, ste
     if method == "pyramidkv":
         found = [layer.kept.columns.shape[-1] - steps for layer in cache.layers]
         return sum(kept(sizes, keys, steps, alike=False, waits=True) for keys in found)
-    of_layer = kept(sizes, budget, steps, alike=method == "tova", waits=method not in ("h2o", "tova"))
+    drops_always = method in ("h2o", "tova")
+    of_layer = kept(sizes, budget, steps, alike=method == "tova", waits=not drops_always, hides=drops_always)
     if method == "h2o":  # a sum for each key
         of_layer += 4 * sizes.kv_heads * (budget + steps)
     if method == "expected_attention":  # what it remembers of the prompt's queries

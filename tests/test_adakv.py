@@ -85,7 +85,7 @@ def test_memory_is_that_of_the_keys_that_are_kept() -> None:
         largest = layer.kept.columns.shape[2]
         assert largest > 1.3 * 50  # so many one rectangle would have, in both heads
         behind = layer.keys.untyped_storage().nbytes() // (token // 2)
-        columns, counts = 2 * 4 * 2 * largest, 8 * 2
+        columns, counts = 4 * 2 * largest, 8 * 2
         assert memory.stored_bytes == (2 * 50 + behind) * token + columns + counts
         assert memory.dense_bytes == 2 * 400 * token
 

@@ -40,7 +40,7 @@ def test_what_was_dropped_is_not_there() -> None:
     with torch.no_grad():
         cache = find_cache(model(prompt(200), use_cache=True).values())
     (layer, _) = patchattn.cache_report(cache).layers
-    index = 3 * 10 * 2 * 4  # two int32 for every key, alike in all heads
+    index = 3 * 10 * 4  # an int32 for every key, alike in all heads
     assert layer == patchattn.LayerMemory(3 * 2 * 10 * TOKEN + index, 3 * 2 * 200 * TOKEN)
 
 

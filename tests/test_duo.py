@@ -185,7 +185,7 @@ def test_heads_that_forget_are_stored_apart_and_take_up_what_they_keep() -> None
         spare = sum(
             part.keys.untyped_storage().nbytes() // (token // 2) - part.keys.shape[2] for part in (layer, other)
         )
-        columns = other.kept.columns.nbytes + other.kept.dropped.nbytes
+        columns = sum(tensor.nbytes for tensor in other.kept.tensors())
         assert memory.stored_bytes == (400 + other.keys.shape[2] + spare) * token + columns
     assert cache.layers[0].apart[1].keys.untyped_storage().nbytes() < cache.layers[0].keys.untyped_storage().nbytes()
 

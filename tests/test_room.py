@@ -77,7 +77,7 @@ def test_dropped_keys_give_their_memory_back() -> None:
     layer, size = filled(64), 2 * 2 * (3 + 4) * 4
     layer.keep(torch.arange(64).expand(2, 1, -1) >= 60, owner=OWNER, bound=4, slack=0)
     assert layer.keys.shape[2] == 4
-    assert held_bytes(layer) == 4 * size + 2 * 2 * 4 * 4  # two int32 of each key of a row
+    assert held_bytes(layer) == 4 * size + 2 * 4 * 4  # an int32 of each key of a row
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

@@ -1,13 +1,20 @@
 """Which keys a cache layer that forgets still stores, of which columns they are, and which of them are seen."""
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 
 from . import waiting
 
 _NEVER = torch.iinfo(torch.int32).max
+
+
+def is_worth_moving(held: float, left: float) -> bool:
+    """Whether so many keys are to leave storage: moving those left costs as much as appending by copying does."""
+    return held - left >= max(1, min(held // 16, 256))
 
 
 class Decision(NamedTuple):
@@ -55,7 +62,8 @@ class KeptKeys:
         seen: how many tokens the layer was ever given, those taken back left out.
         columns: `(B, 1 or Hkv, S)` int32: which of them each stored key is of, ascending; -1 in empty slots, which come
             first. Of size 1 where all kv heads keep the same.
-        dropped: likewise: from how many tokens on the key is dropped; a large number if it is not.
+        dropped: likewise: from how many tokens on the key is dropped, a large number if it is not; `None` where no key
+            in storage is.
         decisions: the drops whose keys are in storage still.
         carried_out: from how many tokens on the drops hold whose keys have left it.
         held: places that keys take up in each head, on average, as far as the host knows.
@@ -64,7 +72,7 @@ class KeptKeys:
     def __init__(self, stored: int, batch: int, device: torch.device) -> None:
         self.seen = stored
         self.columns = torch.arange(stored, dtype=torch.int32, device=device).repeat(batch, 1, 1)
-        self.dropped = torch.full_like(self.columns, _NEVER)
+        self.dropped: torch.Tensor | None = None
         self.decisions: list[Decision] = []
         self.carried_out = 0
         self.held: float = stored
@@ -83,14 +91,13 @@ class KeptKeys:
 
     def seen_columns(self) -> torch.Tensor:
         """`(B, 1 or Hkv, S)` int64: the column of each stored key, -1 if it is hidden or its slot empty."""
-        return self.columns.masked_fill(self.dropped != _NEVER, -1).long()
+        return (self.columns if self.dropped is None else self.columns.masked_fill(self.dropped != _NEVER, -1)).long()
 
     def append(self, rows: int) -> None:
         """So many new keys have come, in every head."""
         new = torch.arange(self.seen, self.seen + rows, dtype=torch.int32, device=self.columns.device)
-        new = new.expand(*self.columns.shape[:2], -1)
-        self.columns = torch.cat([self.columns, new], dim=-1)
-        self.dropped = torch.cat([self.dropped, torch.full_like(new, _NEVER)], dim=-1)
+        self.columns = torch.cat([self.columns, new.expand(*self.columns.shape[:2], -1)], dim=-1)
+        self.dropped = None if self.dropped is None else F.pad(self.dropped, (0, rows), value=_NEVER)
         self.seen += rows
         self.held += rows
 
@@ -103,7 +110,7 @@ class KeptKeys:
         heads = max(kept.shape[1], self.columns.shape[1])
         self.columns = self.columns.expand(-1, heads, -1)
         now = torch.where(kept | (self.columns >= holds_from), _NEVER, holds_from).to(torch.int32)
-        self.dropped = torch.minimum(self.dropped, now)
+        self.dropped = now if self.dropped is None else torch.minimum(self.dropped, now)
         most = None if bounds is None else tuple(bound + self.seen - holds_from for bound in bounds)
         self.decisions.append(Decision(holds_from, self.seen, most))
 
@@ -118,7 +125,7 @@ class KeptKeys:
             return None
         latest = max(due, key=lambda decision: decision[:2])
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
-        remains = (self.dropped > when) & (self.columns >= 0)
+        remains = (torch.as_tensor(self.dropped) > when) & (self.columns >= 0)
         sizes, total = None if latest.bounds is None else [min(stored, bound + since) for bound in latest.bounds], None
         if sizes is None or not waiting.waits(self.columns):
             counts = remains.sum(-1)
@@ -130,15 +137,15 @@ class KeptKeys:
                 sizes = [max(most)]
         total, size = sum(sizes) if total is None else total, max(sizes)
         held = total / len(sizes)
-        # Moving everything costs as much as appending by copying does: not for a key or two.
-        if self.held - held < max(1, min(self.held // 16, 256)):
+        if not is_worth_moving(self.held, held):
             self.decisions = [latest, *(decision for decision in self.decisions if decision not in due)]
             return None
         self.decisions = [decision for decision in self.decisions if decision not in due]
         self.carried_out, self.held = max(self.carried_out, when), held
         places = remains.to(torch.uint8).argsort(dim=-1, stable=True)[..., stored - size :]
         self.columns = self.columns.masked_fill(~remains, -1).gather(-1, places)
-        self.dropped = self.dropped.gather(-1, places)
+        is_dropped = any(decision.holds_from > when for decision in self.decisions)
+        self.dropped = torch.as_tensor(self.dropped).gather(-1, places) if is_dropped else None
         return Shrunk(places, total if len(sizes) > 1 else None)
 
     def can_crop(self, removed: int) -> bool:
@@ -151,19 +158,27 @@ class KeptKeys:
         self.seen -= removed
         self.held -= removed
         self.columns = self.columns[..., :left]
-        dropped = self.dropped[..., :left]
-        self.dropped = dropped.masked_fill(dropped > self.seen, _NEVER)
+        if self.dropped is not None:
+            dropped = self.dropped[..., :left]
+            self.dropped = dropped.masked_fill(dropped > self.seen, _NEVER)
         self.decisions = [decision for decision in self.decisions if decision.holds_from <= self.seen]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order."""
         indices = indices.to(self.columns.device)
-        self.columns, self.dropped = self.columns[indices], self.dropped[indices]
+        self._change(lambda tensor: tensor[indices])
 
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self.columns = self.columns.repeat_interleave(repeats, dim=0)
-        self.dropped = self.dropped.repeat_interleave(repeats, dim=0)
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.columns = change(self.columns)
+        self.dropped = None if self.dropped is None else change(self.dropped)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that are there."""
+        return [self.columns, *([] if self.dropped is None else [self.dropped])]
 
     def fork(self) -> Self:
         """One that goes on by itself; tensors are shared, for none is written to."""

@@ -320,7 +320,7 @@ class TrackedLayer(StoredLayer):
         """All tensors that are there for this layer."""
         tensors = [tensor for tensor in vars(self).values() if isinstance(tensor, torch.Tensor)]
         tensors += [tensor for state in self.sequence_states.values() for tensor in state.held()]
-        tensors += [] if self.kept is None else [self.kept.columns, self.kept.dropped]
+        tensors += [] if self.kept is None else self.kept.tensors()
         tensors += [] if self.room is None else [self.room.keys, self.room.values]
         tensors += [] if self.first is None else self.first.held()
         return tensors + ([] if self.apart is None else self.apart[1].held())

@@ -78,7 +78,9 @@ class Columns:
     keeps: tuple[Keep, ...] = ()
     fault: str | None = None
     changed: bool = False
-    _memo: dict[str, torch.Tensor] = field(default_factory=dict, init=False)  # cached_property does not compile
+    # What was found, by name, as cached_property does not compile; and what masks over the same columns have in common.
+    _memo: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    _of_columns: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
     def _check(self) -> None:
         if self.fault is not None:
@@ -104,6 +106,12 @@ class Columns:
     def _places(self, index: torch.Tensor) -> torch.Tensor:
         """`index` on the axis of a dense mask, 0 of empty slots."""
         return (index - self.dropped).clamp(min=0)
+
+    @property
+    def _is_one_text(self) -> bool:
+        """Whether every column is real and of one text, as structure alone says: column j then has rank j + 1."""
+        structure = (self.pairs, self.real_columns, self.sequence)
+        return not self.dropped and all(part is None for part in structure)
 
     @property
     def _has_past(self) -> bool:

@@ -57,9 +57,8 @@ def as_mask(keep: Keep, mask: Columns) -> torch.Tensor:
         row, key = (torch.arange(size, device=blocks.device) for size in (mask.queries, mask.keys))
         return blocks[:, :, row // keep.block_q][..., key // keep.block_k]
     check_counted(keep, uncounted=mask.uncounted)
-    by_column = ranks.order(mask), ranks.places(mask)
-    order, place = (of_query_heads(ranks.by_key(mask, each), mask.heads) for each in by_column)
-    return kept(keep.sinks, keep.recent, order, place, ranks.by_row(mask, ranks.order(mask)))
+    order, place = (of_query_heads(each, mask.heads) for each in (ranks.key_order(mask), ranks.key_places(mask)))
+    return kept(keep.sinks, keep.recent, order, place, ranks.row_order(mask))
 
 
 def seen(mask: Columns) -> torch.Tensor:
@@ -74,7 +73,7 @@ def added(mask: Columns) -> torch.Tensor | None:
     """As `Mask.added`."""
     if not isinstance(mask.pairs, torch.Tensor) or not mask.pairs.is_floating_point():
         return None
-    return F.pad(_at_keys(mask, mask.pairs), (mask.extra, 0))
+    return ranks.behind_extra(mask, _at_keys(mask, mask.pairs))
 
 
 def _before_keeps(mask: Columns) -> torch.Tensor:
@@ -83,7 +82,7 @@ def _before_keeps(mask: Columns) -> torch.Tensor:
         seen = _at_keys(mask, seen_by(mask._pairs()))
         if mask.index is not None and mask.has_empty:
             seen = seen & of_query_heads(mask.index >= 0, mask.heads)[:, :, None]
-        return F.pad(seen, (mask.extra, 0), value=True)
+        return ranks.behind_extra(mask, seen, value=True)
     seen = ranks.real_keys(mask)[:, :, None].expand(-1, -1, mask.queries, -1)
     if mask.causal or mask.sequence is not None:
         size = mask.columns - mask.dropped
@@ -94,10 +93,9 @@ def _before_keeps(mask: Columns) -> torch.Tensor:
         if mask.sequence is not None:
             seen = seen & (mask.sequence[own][:, None, :, None] == mask.sequence[key][:, :, None])
     if mask.window is not None:
-        order = ranks.order(mask)
-        away = ranks.by_row(mask, order)[:, None, :, None] - ranks.by_key(mask, order)[:, :, None, mask.extra :]
+        away = ranks.row_order(mask)[:, None, :, None] - ranks.key_order(mask)[:, :, None, mask.extra :]
         seen = seen & (away.abs() < mask.window)
-    return F.pad(of_query_heads(seen, mask.heads), (mask.extra, 0), value=True)
+    return ranks.behind_extra(mask, of_query_heads(seen, mask.heads), value=True)
 
 
 def _at_keys(mask: Columns, pairs: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from patchattn_kernels import AttentionRule, SinkAndRecent
@@ -70,7 +69,8 @@ class Mask(Columns):
         else:
             real = ranks.real(self).long()
             total = real.sum(-1, keepdim=True)
-            order = ranks.by_row(self, real.cumsum(-1)) if self.causal or self.window is not None else total
+            counted = self.causal or self.window is not None
+            order = ranks.by_row(self, real.cumsum(-1)) if counted else total
             order = order.expand(-1, self.queries)
         counts = order if self.causal else total.expand_as(order)
         if self.window is not None:
@@ -98,7 +98,7 @@ class Mask(Columns):
             NotImplementedError: of keys that a window hides from all queries it is not known.
         """
         ranks.refuse_uncounted(self, keys=True)
-        return F.pad(ranks.real_keys(self), (self.extra, 0), value=True)
+        return ranks.behind_extra(self, ranks.real_keys(self), value=True)
 
     def key_order(self) -> torch.Tensor:
         """`(B or 1, 1 or Hkv, Tk)` int: rank of each key among all real ones there ever were, the first is 1.
@@ -110,12 +110,12 @@ class Mask(Columns):
             NotImplementedError: it is not known how many there were (`uncounted`).
         """
         ranks.refuse_uncounted(self)
-        return ranks.by_key(self, ranks.order(self))
+        return ranks.key_order(self)
 
     def key_places(self) -> torch.Tensor:
         """The same from the start of each key's own text, where a row holds several: for sinks, numbers of tokens."""
         ranks.refuse_uncounted(self)
-        return ranks.by_key(self, ranks.places(self))
+        return ranks.key_places(self)
 
     def row_order(self) -> torch.Tensor:
         """`(B or 1, Tq)` int: rank of each query's own key among all real ones there ever were.
@@ -124,12 +124,12 @@ class Mask(Columns):
             NotImplementedError: a query has no key of its own, or it is not known which; or as `key_order`.
         """
         ranks.refuse_uncounted(self)
-        return ranks.by_row(self, ranks.order(self))
+        return ranks.row_order(self)
 
     def row_places(self) -> torch.Tensor:
         """The same from the start of each query's own text; raises as `row_order`."""
         ranks.refuse_uncounted(self)
-        return ranks.by_row(self, ranks.places(self))
+        return ranks.row_places(self)
 
     # --- other masks --------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Mask(Columns):
         if isinstance(keep, SinkAndRecent) and keep.window is not None and self.pairs is None and self.index is None:
             window = keep.window if self.window is None else min(self.window, keep.window)
             return replace(self, window=window, changed=True)
-        return replace(self, keeps=(*self.keeps, keep), changed=True)
+        return self._over_same_columns(keeps=(*self.keeps, keep))
 
     def at(self, index: torch.Tensor, *, has_empty: bool) -> "Mask":
         """The mask of some of its keys.
@@ -172,19 +172,14 @@ class Mask(Columns):
             raise NotImplementedError("Keys cannot be gathered behind extra ones: gather first, then prepend.")
         keeps = tuple(keeping.gathered(keep, index, self) for keep in self.keeps)
         if self.index is None:
-            columns = torch.where(index < 0, -1, index + self.dropped)
+            columns = torch.where(index < 0, -1, index + self.dropped) if self.dropped else index
         else:
             held, groups = self.index, max(self.index.shape[1], index.shape[1])
             batch = max(len(held), len(index))
             held, index = (t.expand(batch, groups, -1) for t in (held, index))
             columns = held.gather(-1, index.clamp(min=0)).masked_fill(index < 0, -1)
-        return replace(
-            self,
-            index=columns,
-            keys=columns.shape[-1],
-            has_empty=has_empty or self.has_empty,
-            keeps=keeps,
-            changed=True,
+        return self._over_same_columns(
+            index=columns, keys=columns.shape[-1], has_empty=has_empty or self.has_empty, keeps=keeps
         )
 
     def of_rows(self, rows: torch.Tensor) -> "Mask":
@@ -230,7 +225,13 @@ class Mask(Columns):
         if count == 0:
             return self
         keeps = tuple(keeping.prepended(keep, count, self) for keep in self.keeps)
-        return replace(self, extra=self.extra + count, keys=self.keys + count, keeps=keeps, changed=True)
+        return self._over_same_columns(extra=self.extra + count, keys=self.keys + count, keeps=keeps)
+
+    def _over_same_columns(self, **changes: Any) -> "Mask":
+        """Another mask over the same columns and queries; what was found of them, or will be, holds in both."""
+        other = replace(self, **changes, changed=True)
+        object.__setattr__(other, "_of_columns", self._of_columns)
+        return other
 
     # --- for whoever computes -----------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def real(mask: Columns) -> torch.Tensor:
     if mask.real_columns is not None:
         found: torch.Tensor = mask.real_columns
         return found
-    return remembered(mask, "real", _found_real)
+    return remembered(mask, "real", _found_real, of_columns=True)
 
 
 def _found_real(mask: Columns) -> torch.Tensor:
@@ -113,6 +113,10 @@ def order(mask: Columns) -> torch.Tensor:
 
     Where the mask is `uncounted` they are right but for a number that they have in common.
     """
+    return remembered(mask, "order", _found_order, of_columns=True)
+
+
+def _found_order(mask: Columns) -> torch.Tensor:
     found = real(mask).long().cumsum(-1)
     if not mask.dropped:
         return found
@@ -122,6 +126,10 @@ def order(mask: Columns) -> torch.Tensor:
 
 def places(mask: Columns) -> torch.Tensor:
     """`(B or 1, columns)` int: the ranks, each counted from the start of the column's own text."""
+    return remembered(mask, "places", _found_places, of_columns=True)
+
+
+def _found_places(mask: Columns) -> torch.Tensor:
     ranks = order(mask)
     if mask.sequence is not None:  # all columns of a packed row are real
         return ranks - torch.searchsorted(mask.sequence, mask.sequence)[None]
@@ -140,7 +148,7 @@ def starts(mask: Columns) -> torch.Tensor | None:
         return found if mask.sequence is None else F.pad(mask.sequence.diff() != 0, (1, 0))[None]
     if mask.pairs is None or mask.restarts is False or 1 in (mask.window, mask.queries) or not mask._knows_own:
         return None
-    return remembered(mask, "starts", _found_starts)
+    return remembered(mask, "starts", _found_starts, of_columns=True)
 
 
 def _found_starts(mask: Columns) -> torch.Tensor:
@@ -163,20 +171,49 @@ def _found_starts(mask: Columns) -> torch.Tensor:
 
 def real_keys(mask: Columns) -> torch.Tensor:
     """`(B or 1, 1 or Hkv, Tk)` bool: which keys are text, as far as is known; without the extra ones."""
-    found = real(mask)
-    return found[:, None] if mask.index is None else mask._of_keys(found, mask.index) & (mask.index >= 0)
+    if mask.index is None:
+        return real(mask)[:, None]
+    is_key = mask.index >= 0
+    return is_key if mask._is_one_text else mask._of_keys(real(mask), mask.index) & is_key
+
+
+def key_order(mask: Columns) -> torch.Tensor:
+    """`(B or 1, 1 or Hkv, Tk)` rank of each key; 0 of empty slots and of extra keys."""
+    if mask.index is None or not mask._is_one_text:
+        return by_key(mask, order(mask))
+    return behind_extra(mask, mask.index + 1)
+
+
+def key_places(mask: Columns) -> torch.Tensor:
+    """The same, counted from the start of each key's own text."""
+    return key_order(mask) if mask._is_one_text else by_key(mask, places(mask))
+
+
+def row_order(mask: Columns) -> torch.Tensor:
+    """`(B or 1, Tq)` rank of each query's own key."""
+    return own(mask) + 1 if mask._is_one_text else by_row(mask, order(mask))
+
+
+def row_places(mask: Columns) -> torch.Tensor:
+    """The same, counted from the start of its own text."""
+    return row_order(mask) if mask._is_one_text else by_row(mask, places(mask))
 
 
 def by_key(mask: Columns, columns: torch.Tensor) -> torch.Tensor:
     """`(B or 1, 1 or Hkv, Tk)` numbers by column `(B or 1, columns)` by key: 0 of empty slots and of extra keys."""
     index = mask.index
     found = columns[:, None] if index is None else mask._of_keys(columns, index).masked_fill(index < 0, 0)
-    return F.pad(found, (mask.extra, 0))
+    return behind_extra(mask, found)
 
 
 def by_row(mask: Columns, columns: torch.Tensor) -> torch.Tensor:
     """`(B or 1, Tq)` of what is said by column, `(B or 1, columns)`: that of each query's own."""
     return taken(columns, own(mask))
+
+
+def behind_extra(mask: Columns, of_keys: torch.Tensor, value: float = 0) -> torch.Tensor:
+    """What is said by key `(..., Tk)`, with the extra keys in front."""
+    return F.pad(of_keys, (mask.extra, 0), value=value) if mask.extra else of_keys
 
 
 def taken(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -191,8 +228,12 @@ def refuse_uncounted(mask: Columns, *, keys: bool = False) -> None:
         raise NotImplementedError(UNCOUNTED)
 
 
-def remembered(mask: Columns, name: str, find: Callable[[Columns], torch.Tensor]) -> torch.Tensor:
-    if name not in mask._memo:
-        mask._memo[name] = find(mask)
-    kept: torch.Tensor = mask._memo[name]
+def remembered(
+    mask: Columns, name: str, find: Callable[[Columns], torch.Tensor], *, of_columns: bool = False
+) -> torch.Tensor:
+    """What is found once of a mask, or of all masks over its columns."""
+    memo = mask._of_columns if of_columns else mask._memo
+    if name not in memo:
+        memo[name] = find(mask)
+    kept: torch.Tensor = memo[name]
     return kept

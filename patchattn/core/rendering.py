@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from patchattn_kernels import SinkAndRecent
@@ -76,10 +75,9 @@ def _blocks(mask: Columns) -> BlockMask:
     order = own = place = None
     if window is not None or any(isinstance(keep, SinkAndRecent) for keep in mask.keeps):
         order, place = (
-            _whole(ranks.by_key(mask, by_column)[:, 0], mask.batch, -1)
-            for by_column in (ranks.order(mask), ranks.places(mask))
+            _whole(by_key[:, 0], mask.batch, -1) for by_key in (ranks.key_order(mask), ranks.key_places(mask))
         )
-        own = _whole(ranks.by_row(mask, ranks.order(mask)), mask.batch, -1)
+        own = _whole(ranks.row_order(mask), mask.batch, -1)
     for keep in mask.keeps:
         if isinstance(keep, SinkAndRecent):
             check_counted(keep, uncounted=mask.uncounted)
@@ -103,7 +101,7 @@ def _blocks(mask: Columns) -> BlockMask:
         conditions.append(among)
     real = None
     if mask.has_empty:
-        real = _whole(F.pad(ranks.real_keys(mask), (mask.extra, 0), value=True)[:, 0], mask.batch, -1)
+        real = _whole(ranks.behind_extra(mask, ranks.real_keys(mask), value=True)[:, 0], mask.batch, -1)
     column = None if mask.index is None else _whole((mask.index[:, 0] - mask.dropped).clamp(min=0), mask.batch, -1)
     inner, extra = (None if mask.pairs is None else mask.pairs.mask_mod), mask.extra
 
@@ -157,15 +155,14 @@ def structure(mask: Columns) -> dict[str, Any]:
     if mask.dropped or not by_mask or hides:
         found |= _ranks(mask)
     elif mask.pairs is not None and ranks.starts(mask) is not None:
-        found["place"] = ranks.by_key(mask, ranks.places(mask))
+        found["place"] = ranks.key_places(mask)
     return {**found, "uncounted": mask.uncounted}
 
 
 def _ranks(mask: Columns) -> dict[str, Any]:
     """Of keys and of the queries' own, among all there ever were, those that were dropped included."""
-    order = ranks.order(mask)
-    found = {"order": ranks.by_key(mask, order), "own": ranks.by_row(mask, order)}
-    return found if ranks.starts(mask) is None else {**found, "place": ranks.by_key(mask, ranks.places(mask))}
+    found = {"order": ranks.key_order(mask), "own": ranks.row_order(mask)}
+    return found if ranks.starts(mask) is None else {**found, "place": ranks.key_places(mask)}
 
 
 def _gathered(mask: Columns) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from patchattn_kernels import SinkAndRecent
 
+from ..cache.kept import is_worth_moving
 from ..cache.state import SequenceState
 from ..core.call import AttentionCall
 from ..core.mask import Keep
@@ -104,6 +105,8 @@ def keep_first_and_last(
 ) -> None:
     """Tell the kv cache to keep the first real keys and the last ones, also were `slack` tokens taken back.
 
+    Nobody but a rule that hides the others may see them: the cache is told only where enough of them leave it at once.
+
     Args:
         call: the call.
         context: around it.
@@ -114,6 +117,8 @@ def keep_first_and_last(
         since: so many tokens ago it was right already; as many as can be taken back, by default.
     """
     since = slack if since is None else since
+    if since >= slack and not is_worth_moving(call.mask.keys, sinks + recent + since):
+        return
     order = call.mask.key_order()
     newest = order[..., : call.mask.keys - since].amax(-1, keepdim=True)
     kept = call.mask.real_keys() & ((order <= sinks) | (newest - order < recent))

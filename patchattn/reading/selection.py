@@ -230,7 +230,8 @@ def density(call: AttentionCall, narrow: AttentionCall) -> torch.Tensor:
 
 def skips(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> bool:
     """Whether an operation computes the call that reads no more than what is kept, and is the faster for it."""
-    if not call.stands_alone:
+    is_large = call.query.is_cuda or call.key.shape[2] >= _PAYS_FROM
+    if not call.stands_alone or not is_large or (isinstance(keep, SinkAndRecent) and call.mask.index is not None):
         return False
     rule = call.rule()
     has_rows = rule.mask is not None and rule.mask.dim() == 4
@@ -239,8 +240,7 @@ def skips(call: AttentionCall, keep: SinkAndRecent | BlockLists) -> bool:
     if call.query.is_cuda:  # its kernels take whole tiles of queries and of keys
         is_tiled = isinstance(keep, SinkAndRecent) or (_is_tile(keep.block_q) and _is_tile(keep.block_k))
         return is_tiled and call.value.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    is_shared = isinstance(keep, SinkAndRecent) or keep.indices.shape[1] == 1
-    return is_shared and call.key.shape[2] >= _PAYS_FROM
+    return isinstance(keep, SinkAndRecent) or keep.indices.shape[1] == 1
 
 
 def _is_tile(size: int) -> bool:
