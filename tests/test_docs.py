@@ -24,8 +24,11 @@ from patchattn.reading.grid_masks import GridVariant
 
 from . import vlms
 from .families import FAMILIES
+from .long_context import BYTES_CHAT
+from .long_context import tiny_llama as tiny_chat_llama
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 MODULES = [
     found.name
     for package in (patchattn, patchattn_kernels)
@@ -58,11 +61,21 @@ def test_docstring_examples(name: str) -> None:
     assert result.failed == 0
 
 
-def test_readme() -> None:
+@pytest.fixture
+def readme(tmp_path: Path) -> list[str]:
+    """The README's blocks, with a tiny chat model in a folder in the place of one of the Hub."""
+    tiny_chat_llama().save_pretrained(tmp_path / "chat")
+    BYTES_CHAT.save_pretrained(tmp_path / "chat")
+    found = [block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "chat")) for block in blocks(README)]
+    assert found[0] != blocks(README)[0]
+    return found
+
+
+def test_readme(readme: list[str]) -> None:
     namespace: dict[str, Any] = {"__name__": "readme"}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for block in blocks(ROOT / "README.md"):
+        for block in readme:
             exec(compile(block, "README.md", "exec"), namespace)
     old = [str(one.message) for one in warned if issubclass(one.category, FutureWarning)]
     assert not [message for message in old if "is_gradient_checkpointing" not in message]  # that is PEFT's
@@ -73,11 +86,11 @@ def test_readme() -> None:
     torch.testing.assert_close(tuned, reloaded, rtol=0, atol=0)
 
 
-def test_the_first_block_of_the_readme_runs_alone() -> None:
-    first, *_ = blocks(ROOT / "README.md")
+def test_the_first_block_of_the_readme_runs_alone(readme: list[str]) -> None:
+    first, *_ = readme
     namespace: dict[str, Any] = {"__name__": "readme"}
     exec(compile(first, "README.md", "exec"), namespace)
-    assert not patchattn.patch_info(namespace["model"])["patches"]
+    assert not patchattn.patch_info(namespace["chat"].model)["patches"]
 
 
 def test_the_readme_says_which_releases_it_runs_on() -> None:
