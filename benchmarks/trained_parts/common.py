@@ -123,7 +123,8 @@ def claim(said: str, found: Sequence[float], other: Sequence[float], unit: str, 
 
     Args:
         said: what is claimed.
-        found, other: the pairs.
+        found: of each pair what the claim is about.
+        other: what it is compared to.
         unit: of both.
         wants: 1 if the first is to be the larger one, -1 if the smaller.
         of: what the pairs are, as `seeds`.
