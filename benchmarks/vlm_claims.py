@@ -42,7 +42,9 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where rows are kept.")],
     output: Annotated[Path, typer.Option(help="Markdown file to write.")],
     seconds: Annotated[float, typer.Option(help="Begin nothing after so many seconds of this process.")] = 1800.0,
-    looking: Annotated[float, typer.Option(help="Of these, for where the model looks, at most.")] = 300.0,
+    looking: Annotated[
+        float, typer.Option(help="Seconds, of those of this process, for where the model looks, at most.")
+    ] = 300.0,
     batch: Annotated[int, typer.Option(help="Pictures of a batch; the rows of a folder are of one size.", min=1)] = 8,
     pictures: Annotated[int, typer.Option(help="Pictures at most; the last batch is whole.", min=1)] = 400,
     only: Annotated[list[str] | None, typer.Option(help="A setting to measure; all without.")] = None,

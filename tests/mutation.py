@@ -42,8 +42,13 @@ def stages(variant: type[patchattn.Variant]) -> list[str]:
     ]
 
 
+TESTED_TOGETHER = dict.fromkeys(("bibert", "sigmoid", "softpick"), "test_normalisers.py")
+
+
 def own_tests(name: str) -> list[str]:
-    """The files with a variant's own tests: `test_<name>.py` and `test_<name>_*.py`."""
+    """The files with a variant's own tests: `test_<name>.py` and `test_<name>_*.py`, or one that some share."""
+    if name in TESTED_TOGETHER:
+        return [str(TESTS / TESTED_TOGETHER[name])]
     return sorted(str(path) for pattern in (f"test_{name}.py", f"test_{name}_*.py") for path in TESTS.glob(pattern))
 
 

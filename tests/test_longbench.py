@@ -255,5 +255,5 @@ def test_what_the_kv_cache_takes_up_is_told(model: LlamaForCausalLM) -> None:
     assert plain["cache_bytes"] == plain["cache_dense_bytes"]
     assert plain["cache_bytes"] == (plain["prompt_tokens"] + plain["new_tokens"] - 1) * size
     assert forgetful["cache_dense_bytes"] == (forgetful["prompt_tokens"] + forgetful["new_tokens"] - 1) * size
-    index = 2 * 4 * config.num_hidden_layers
+    index = 4 * config.num_hidden_layers
     assert forgetful["cache_bytes"] == 8 * (size + index)

@@ -96,7 +96,7 @@ def test_heads_with_shorter_windows_store_fewer_keys() -> None:
         assert layer.first.keys.shape[1] + 2 * behind <= 17 / 16 * sum(wanted) + 2
         assert layer.first.keys.shape[1] + 2 * behind >= sum(wanted)
         spare = layer.keys.untyped_storage().nbytes() // (token // 2)
-        columns, counts = 2 * 4 * 2 * layer.stored, 8 * 2
+        columns, counts = 4 * 2 * layer.stored * len(layer.kept.tensors()), 8 * 2
         assert memory.stored_bytes == (layer.first.keys.shape[1] + spare) * token + columns + counts
     equal = forgetful(by_head=False, slack=0)
     cache = DynamicCache()

@@ -100,7 +100,7 @@ def cache_report(cache: Cache) -> CacheReport:
         >>> cache = DynamicCache()
         >>> _ = model(torch.arange(640)[None] % 64, past_key_values=cache)
         >>> cache_report(cache)
-        CacheReport(2 layers: 31680 bytes stored, 327680 without forgetting, 0.097 of it)
+        CacheReport(2 layers: 31200 bytes stored, 327680 without forgetting, 0.095 of it)
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"cache_report expects a kv cache, got {type(cache).__name__}.")

@@ -1,7 +1,7 @@
 """What a mask is: which columns there are, what hides them from queries, and which of them the keys of a call are."""
 
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
@@ -78,9 +78,8 @@ class Columns:
     keeps: tuple[Keep, ...] = ()
     fault: str | None = None
     changed: bool = False
-    # What was found, by name, as cached_property does not compile; and what masks over the same columns have in common.
-    _memo: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
-    _of_columns: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    # What was found, by name, as cached_property does not compile; "columns": what all masks over these have in common.
+    _memo: dict[str, Any] = field(default_factory=dict, init=False)
 
     def _check(self) -> None:
         if self.fault is not None:

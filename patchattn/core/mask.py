@@ -230,7 +230,7 @@ class Mask(Columns):
     def _over_same_columns(self, **changes: Any) -> "Mask":
         """Another mask over the same columns and queries; what was found of them, or will be, holds in both."""
         other = replace(self, **changes, changed=True)
-        object.__setattr__(other, "_of_columns", self._of_columns)
+        other._memo["columns"] = self._memo.setdefault("columns", {})
         return other
 
     # --- for whoever computes -----------------------------------------------------------------------------------------

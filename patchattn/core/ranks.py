@@ -1,7 +1,7 @@
 """Which columns of a mask are text, and their ranks among it: what sinks, recent keys and numbers of tokens count."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +232,7 @@ def remembered(
     mask: Columns, name: str, find: Callable[[Columns], torch.Tensor], *, of_columns: bool = False
 ) -> torch.Tensor:
     """What is found once of a mask, or of all masks over its columns."""
-    memo = mask._of_columns if of_columns else mask._memo
+    memo: dict[str, Any] = mask._memo.setdefault("columns", {}) if of_columns else mask._memo
     if name not in memo:
         memo[name] = find(mask)
     kept: torch.Tensor = memo[name]

@@ -21,6 +21,8 @@ def page_facts(
     name: str,
     page: int,
     make: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    by_keys: bool = True,
 ) -> torch.Tensor:
     """`(B, Hkv, P, ...)` what is known of the P = Tk // page complete pages, made once where a kv cache remembers it.
 
@@ -31,12 +33,13 @@ def page_facts(
         state: what is remembered of its sequences.
         name: of these facts.
         page: keys of a page.
-        make: of `(B, Hkv, p * page, D)`, the keys of p whole pages, their facts `(B, Hkv, p, ...)`.
+        make: of `(B, Hkv, p * page, D)`, the keys of the last p whole pages, their facts `(B, Hkv, p, ...)`.
+        by_keys: whether keys alone say them, wherever the pages are; a static cache has others made anew in every call.
     """
     keys, facts = call.key, None
     if state is not None and state.grows:
         facts = state.blocks(name, page, keys, make)
-    elif state is not None and state.in_slots:
+    elif state is not None and state.in_slots and by_keys:
         return state.blocks_in_slots(name, page, keys, make, first=call.mask.own, rows=call.query.shape[2])
     return make(keys[:, :, : keys.shape[2] // page * page]) if facts is None else facts
 

@@ -74,10 +74,16 @@ class PagedSelection(WholeSelection):
         super().check(call)
 
     def facts(
-        self, call: AttentionCall, name: str, page: int, make: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        call: AttentionCall,
+        name: str,
+        page: int,
+        make: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        by_keys: bool = True,
     ) -> torch.Tensor:
         """`(B, Hkv, P, ...)` what is known of the complete pages of a call, as `index.page_facts` has it."""
-        return page_facts(call, call.context.sequence_state(self.owner), name, page, make)
+        return page_facts(call, call.context.sequence_state(self.owner), name, page, make, by_keys=by_keys)
 
     def chosen(
         self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str

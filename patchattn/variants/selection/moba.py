@@ -69,7 +69,8 @@ class MoBA(PagedSelection):
         def means(keys: torch.Tensor) -> torch.Tensor:
             return block_means(keys, block, real[:, complete - keys.shape[2] : complete])
 
-        scores = products(call.query, self.facts(call, "means", block, means)).detach()
+        known = self.facts(call, "means", block, means, by_keys=False)  # padding tells, too
+        scores = products(call.query, known).detach()
         return self.chosen(call, scores, page=block, count=top_k, heads=self.config.heads)
 
 
