@@ -6,7 +6,8 @@ with the kv cache of `generate`, or goes by which tokens a call brings, is not.
 
 import copy
 import inspect
-from functools import partial
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,13 +21,33 @@ from .paged import refuse_chain
 _BEGIN, _GENERATE = "init_continuous_batching", "generate_batch"  # what everything begins with, and a loop over it
 
 
+class _Entry:
+    """A method of one model, without a cycle that would keep it in memory; copied and pickled together with it."""
+
+    def __init__(self, method: Callable[..., Any], model: Any) -> None:
+        self._method, self._model = method, weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(self._of(), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._method, self._of())
+
+    def _of(self) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError(
+                "This is a shallow copy of a patched model that is gone: use copy.deepcopy, or patch the copy anew."
+            )
+        return model
+
+
 def watch_batching(model: nn.Module) -> None:
     """Have continuous batching of a patched model begin with `refuse_batching`, and with no keys from before the patch
     in a cache that was kept."""
     if isinstance(model, ContinuousMixin):
         model.destroy_cached_continuous_batching_manager()
-        vars(model)[_BEGIN] = partial(_begin, model)  # a partial is copied and pickled together with the model
-        vars(model)[_GENERATE] = partial(_generate, model)
+        vars(model)[_BEGIN], vars(model)[_GENERATE] = _Entry(_begin, model), _Entry(_generate, model)
 
 
 def forget_batching(module: nn.Module) -> None:
