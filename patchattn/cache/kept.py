@@ -120,12 +120,12 @@ class KeptKeys:
         Raises:
             ValueError: more keys are left than a bound said.
         """
-        due = [decision for decision in self.decisions if decision.holds_from <= self.seen - slack]
-        if not due:
+        due, dropped = [one for one in self.decisions if one.holds_from <= self.seen - slack], self.dropped
+        if not due or dropped is None:
             return None
         latest = max(due, key=lambda decision: decision[:2])
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
-        remains = (torch.as_tensor(self.dropped) > when) & (self.columns >= 0)
+        remains = (dropped > when) & (self.columns >= 0)
         sizes, total = None if latest.bounds is None else [min(stored, bound + since) for bound in latest.bounds], None
         if sizes is None or not waiting.waits(self.columns):
             counts = remains.sum(-1)
@@ -145,7 +145,7 @@ class KeptKeys:
         places = remains.to(torch.uint8).argsort(dim=-1, stable=True)[..., stored - size :]
         self.columns = self.columns.masked_fill(~remains, -1).gather(-1, places)
         is_dropped = any(decision.holds_from > when for decision in self.decisions)
-        self.dropped = torch.as_tensor(self.dropped).gather(-1, places) if is_dropped else None
+        self.dropped = dropped.gather(-1, places) if is_dropped else None
         return Shrunk(places, total if len(sizes) > 1 else None)
 
     def can_crop(self, removed: int) -> bool:

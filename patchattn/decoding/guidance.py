@@ -18,6 +18,7 @@ from ..core.variant import Attend, AttentionOutput, VariantConfig
 from ..softmax.rows import attend_rows
 from ..vision.images import image_layout, needed_layout
 from ..vision.marks import image_tokens, with_true_image_tokens
+from ..vision.variant import language_model_sites
 from .answering import answering_rows, note_asked
 from .text import TextDecodingVariant
 from .variant import BranchStep, Step, only_plausible
@@ -77,9 +78,7 @@ class GuidedVariant(TextDecodingVariant):
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
         layout = needed_layout(model, cls.name)
-        inside = [site for site in sites if site.name.startswith(f"{layout.language_model}.")]
-        if not inside:
-            raise ValueError(f"{cls.__name__} acts in {layout.language_model}, which has no attention to patch.")
+        inside = language_model_sites(sites, layout, by=cls.__name__)
         if not cls.raises(config):
             return config, inside[-1:]
         last = math.inf if config.last_layer is None else config.last_layer

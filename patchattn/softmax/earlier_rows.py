@@ -156,9 +156,8 @@ class _Text:
         """Output `(B, Tq, H, D)` and weights `(B, H, Tq, Tk)` of the text's last rows, put where they came from."""
         if self.rows is None or self.keys is None:
             return output, weights
-        place = (self.rows.argsort(dim=-1)[:, self.reach :] - self.reach).clamp(
-            min=0
-        )  # padding may be further in front
+        place = self.rows.argsort(dim=-1)[:, self.reach :] - self.reach
+        place = place.clamp(min=0)  # padding may be further in front
         output = torch.take_along_dim(output, place[:, :, None, None], dim=1)
         if weights is None:
             return output, None
