@@ -1,7 +1,7 @@
 """Positions and spans in real models: parts of a results page, each resumable, compared in pairs with the plain model.
 
     python benchmarks/positions.py --model DIR --stories DIR --text FILE --training FILE --longbench DIR \\
-        --folder docs/results/positions --minutes 60 --output docs/results/positions.md
+        --glue DIR --folder docs/results/positions --minutes 60 --output docs/results/positions.md
 
 `--model` is a folder of SmolLM2-135M-Instruct, `--stories` one of stories260K, the texts are WikiText-2's: its
 validation set to measure on, a part of its training set to train a small Llama on. What is not given is not measured. A
@@ -24,10 +24,10 @@ import patchattn
 sys.path.insert(0, str(Path(__file__).parent))
 from heads import measure
 from heads_parts.common import Part
-from positions_parts import documents, far, first_token, length
+from positions_parts import demonstrations, documents, far, first_token, length
 from positions_parts.common import Setup
 
-PARTS: tuple[Part, ...] = (length, documents, far)
+PARTS: tuple[Part, ...] = (length, documents, demonstrations, far)
 
 app = typer.Typer(add_completion=False)
 Model = Annotated[Path | None, typer.Option(help="Folder of SmolLM2-135M-Instruct.")]
@@ -57,6 +57,7 @@ def run(
     longbench: Annotated[
         Path | None, typer.Option(help="Folder with LongBench's hotpotqa.json, as MiniLongBench.")
     ] = None,
+    glue: Annotated[Path | None, typer.Option(help="Folder with GLUE's SST-2.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Folder for the small Llama; that of the rows by default.")
     ] = None,
@@ -74,7 +75,7 @@ def run(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    given = (model, stories, text, training, longbench, folder, models or folder, samples, tuple(range(seeds)))
+    given = (model, stories, text, training, longbench, folder, models or folder, samples, tuple(range(seeds)), glue)
     setup = Setup(*given)
     measure(setup, tuple(each for each in PARTS if part is None or each.NAME in part), minutes)
     about = (
@@ -82,8 +83,9 @@ def run(
         f"torch {torch.__version__}, transformers {transformers.__version__}, patchattn {patchattn.__version__}, "
         "float32 unless it is said otherwise. SmolLM2-135M-Instruct was unpacked from a Q4_1 file, so figures are of "
         "that file.\n\n`python benchmarks/positions.py run --model DIR --stories DIR --text FILE --training FILE "
-        f"--longbench DIR --folder ROWS --samples {samples} --seeds {seeds}`, from the rows that are there, which are "
-        "in `docs/results/positions`. A difference is called shown if it is more than two standard errors from zero."
+        f"--longbench DIR --glue DIR --folder ROWS --samples {samples} --seeds {seeds}`, from the rows that are there, "
+        "which are in `docs/results/positions`. A difference is called shown if it is more than two standard errors "
+        "from zero."
     )
     found = page(setup, about, None if output is None else output.parent)
     print(found)

@@ -18,9 +18,9 @@ from .long_context import BYTES, tiny_llama
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 positions: Any = importlib.import_module("positions")
 sys.path.pop(0)
-common, documents, first_token, length, prompts, small = (
+common, demonstrations, documents, first_token, length, prompts, small = (
     sys.modules[f"positions_parts.{name}"]
-    for name in ("common", "documents", "first_token", "length", "prompts", "small")
+    for name in ("common", "demonstrations", "documents", "first_token", "length", "prompts", "small")
 )
 TEXT = np.random.default_rng(0).integers(32, 127, 4000)
 
@@ -123,6 +123,33 @@ def test_documents_by_formulas(setup: Any, monkeypatch: pytest.MonkeyPatch) -> N
     each = config.hidden_size * (2 * width + 2 * kv + 3 * config.intermediate_size)
     by_loops = sum(each + 2 * width * (token + 1) for token in range(5, 9)) * config.num_hidden_layers
     assert documents.operations(config, 9, 5) == by_loops
+
+
+def test_demonstrations_by_formulas(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(num_hidden_layers=2, max_position_embeddings=4096)
+    monkeypatch.setattr(common.Setup, "smol", (model, BYTES))
+    monkeypatch.setattr(demonstrations, "COUNT", 10)
+    assert demonstrations.jobs(setup) == []  # no model, no reviews
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    for name, count in (("train", 12), ("dev", 1)):
+        lines = [f"{name} {number} is a film\t{number % 2}" for number in range(count)]
+        (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
+    setup.glue = tmp_path
+    row = demonstrations._row(setup, 0)
+    shown, (text, label) = demonstrations._reviews(setup, 0)
+    assert (len(shown), sum(each for _, each in shown), text, label) == (10, 5, "dev 0 is a film", 0)
+    said = [f"Review: {each}\nSentiment: {('negative', 'positive')[of_it]}\n\n" for each, of_it in shown]
+    prompt = demonstrations.BEFORE + "".join(said) + f"Review: {text}\nSentiment:"
+    ids, answers = (BYTES(each, add_special_tokens=False)["input_ids"] for each in (prompt, " "))
+    assert row["found"]["plain"][1] == pytest.approx(nats(model, [*ids, answers[0]])[-1], abs=1e-4)
+    assert row["tokens"] == len(ids)
+    assert len({loss for _, loss in row["found"].values()}) == len(demonstrations.SETTINGS)
+    for number in range(3):
+        setup.write("demonstrations", str(number), row)
+    page = "\n".join(demonstrations.section(setup, None))
+    assert "3 reviews of SST-2's validation set" in page
+    assert "FocusICL, B = 8, is better than plain demonstrations, by right answers: **not shown**" in page
 
 
 def test_time_to_the_first_token_and_texts_beyond(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:

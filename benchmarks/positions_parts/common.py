@@ -31,6 +31,7 @@ class Setup:
         models: folder for the small model.
         samples: rows and prompts of each kind.
         seeds: of the small model.
+        glue: folder with GLUE's SST-2; without it, no demonstrations.
     """
 
     model: Path | None
@@ -42,6 +43,7 @@ class Setup:
     models: Path
     samples: int
     seeds: tuple[int, ...] = (0, 1)
+    glue: Path | None = None
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, part: str) -> dict[str, Row]:
