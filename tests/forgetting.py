@@ -89,7 +89,9 @@ class Select(patchattn.Variant):
                 page = range(key // BLOCK * BLOCK, min(keys, key // BLOCK * BLOCK + BLOCK))
                 chosen[batch, head, key] = any(call.key[batch, head, other, 0] > 0 for other in page)
         else:
-            pages = state.blocks("best", BLOCK, call.key, lambda part: part[..., 0].unflatten(2, (-1, BLOCK)).amax(-1))
+            pages = state.blocks(
+                "best", BLOCK, call.key, lambda part, _: part[..., 0].unflatten(2, (-1, BLOCK)).amax(-1)
+            )
             pages = call.key.new_zeros(*call.key.shape[:2], 0) if pages is None else pages
             chosen = (pages > 0).repeat_interleave(BLOCK, dim=2)
             chosen = torch.nn.functional.pad(chosen, (0, keys - chosen.shape[2]))

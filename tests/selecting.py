@@ -92,8 +92,13 @@ def bound(query: np.ndarray, keys: np.ndarray) -> float:
     return sum(max(x * column.min(), x * column.max()) for x, column in zip(query, keys.T, strict=True))
 
 
-def pages_by_bounds(query: np.ndarray, key: np.ndarray, budget: int, page: int, heads: str) -> list[list[set[int]]]:
-    """Pages that each head of each token reads by Quest's rule, of queries `(T, H, D)` and keys `(T, Hkv, D)`."""
+def pages_by_bounds(
+    query: np.ndarray, key: np.ndarray, budget: int, page: int, heads: str, first: int = 0
+) -> list[list[set[int]]]:
+    """Pages that each head of each token reads by Quest's rule, of queries `(T, H, D)` and keys `(T, Hkv, D)`.
+
+    Tokens before `first` are padding.
+    """
     group = query.shape[1] // key.shape[1]
     found = []
     for i in range(len(query)):
@@ -101,11 +106,13 @@ def pages_by_bounds(query: np.ndarray, key: np.ndarray, budget: int, page: int, 
         for head in range(query.shape[1]):
             kv = head // group
             asking = range(kv * group, (kv + 1) * group) if heads == "kv" else [head]
+            some = range(first // page, own)
             bounds = [
-                max(bound(query[i, one], key[p * page : (p + 1) * page, kv]) for one in asking) for p in range(own)
+                max(bound(query[i, one], key[max(p * page, first) : (p + 1) * page, kv]) for one in asking)
+                for p in some
             ]
-            others = np.argsort(-np.array(bounds), kind="stable")[: -(-budget // page) - 1] if own else []
-            rows.append({own, *(int(p) for p in others)})
+            others = np.argsort(-np.array(bounds), kind="stable")[: -(-budget // page) - 1] if some else []
+            rows.append({own, *(some[n] for n in others)})
         found.append(rows)
     return found
 

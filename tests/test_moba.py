@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache, StaticCache
 
 import patchattn
+from patchattn.core.kv_caches import cache_argument
 from patchattn.reading import scores
 from patchattn.variants.selection import moba
 
@@ -124,6 +126,28 @@ def test_means_are_made_once_and_follow_what_is_taken_back(monkeypatch: pytest.M
     model = patchattn.patch_model(tiny_llama(), "moba", block=3, top_k=2, decode="selected")
     decoded(model, TOKENS, [13, *[1] * 10])
     assert made == [12, 3, 3, 3]  # at 13 keys, 15, 18 and 21
+
+
+def test_means_in_slots_are_made_anew_of_the_block_that_a_token_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of text alone, be padding before it."""
+    made, original = [], moba.block_means
+
+    def watched(keys: torch.Tensor, block: int, real: torch.Tensor) -> torch.Tensor:
+        made.append(keys.shape[2])
+        return original(keys, block, real)
+
+    monkeypatch.setattr(moba, "block_means", watched)
+    model = patchattn.patch_model(tiny_llama(), "moba", block=3, top_k=2, decode="selected")
+    mask, found = torch.ones_like(TOKENS), []
+    mask[:, :4] = 0
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=25)):
+        made.clear()
+        for first, last in ((0, 13), *((n, n + 1) for n in range(13, 23))):
+            given = {"attention_mask": mask[:, :last], "position_ids": positions(mask)[:, first:last]}
+            step = outputs(model, input_ids=TOKENS[:, first:last], **given, **cache_argument(model, cache))[0]
+            found.append(step[:, -1])
+    assert made == [24, *[3] * 10]
+    close(torch.cat(found[:11]), torch.cat(found[11:]))
 
 
 def test_queries_and_keys_learn_through_attention_alone() -> None:

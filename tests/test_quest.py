@@ -11,7 +11,7 @@ import patchattn
 from patchattn.core.kv_caches import cache_argument
 from patchattn.reading import choose, index, pages, scores, selection
 
-from .behaviour import close, decoded, text
+from .behaviour import close, decoded, positions, text
 from .families import FAMILIES, outputs
 from .reference import layer_in_and_out, tiny_llama
 from .selecting import assert_reads, pages_by_bounds, projected, recorded
@@ -43,6 +43,32 @@ def test_a_prompt_is_dense_and_each_token_behind_it_chooses(heads: str, monkeypa
     for i, (_, seen, _) in enumerate(calls[1:], 20):
         for head, read in enumerate(pages_by_bounds(query[: i + 1], key[: i + 1], 6, 3, heads)[i]):
             assert set(seen[0, head, 0].nonzero().flatten().tolist()) == {j for j in range(i + 1) if j // 3 in read}
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_padding_inside_a_page_is_in_no_bound(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tokens of padding before the text, in pages of three: they count from the first column on."""
+    model, calls = tiny_llama(), recorded(monkeypatch)
+    patchattn.patch_model(model, "quest", budget=6, page=3, heads=heads, **ALL)
+    mask = torch.ones_like(TOKENS)
+    mask[:, :5] = 0
+    outputs(model, input_ids=TOKENS, attention_mask=mask, position_ids=positions(mask))
+    call, seen, _ = calls[0]
+    query, key = (tensor[0].transpose(0, 1).numpy() for tensor in (call.query, call.key))
+    read = pages_by_bounds(query, key, 6, 3, heads, first=5)
+    for head, i in np.ndindex(4, 30):
+        if i >= 5:
+            want = {j for j in range(5, i + 1) if j // 3 in read[i][head]}
+            assert set(seen[0, head, i].nonzero().flatten().tolist()) == want
+
+
+def test_a_page_of_no_text_is_below_all_others() -> None:
+    keys, real = torch.randn(2, 1, 4, 8).bfloat16(), torch.tensor([[False, False, True, False], [True] * 4])
+    ends = index.ends_of_pages(keys, 2, real)
+    assert torch.equal(ends[0, 0, 1], keys[0, 0, 2].repeat(2))
+    assert torch.equal(ends[1], index.ends_of_pages(keys, 2)[1])
+    bounds = scores.upper_bounds(torch.randn(2, 1, 5, 8), ends)
+    assert bool((bounds[0, 0, :, 0] < -1e30).all())
 
 
 def test_a_bound_is_no_estimate() -> None:
@@ -102,9 +128,9 @@ def test_pages_that_are_read_are_copied_and_no_others(monkeypatch: pytest.Monkey
 def test_facts_of_a_page_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made, original = [], pages.ends_of_pages
 
-    def watched(keys: torch.Tensor, page: int) -> torch.Tensor:
+    def watched(keys: torch.Tensor, page: int, real: torch.Tensor | None) -> torch.Tensor:
         made.append(keys.shape[2])
-        return original(keys, page)
+        return original(keys, page, real)
 
     monkeypatch.setattr(pages, "ends_of_pages", watched)
     model = patchattn.patch_model(tiny_llama(), "quest", budget=6, page=3, dense_layers=0)
@@ -127,9 +153,9 @@ def test_first_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_facts_in_slots_are_made_anew_of_the_page_that_a_token_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
     made, original = [], pages.ends_of_pages
 
-    def watched(keys: torch.Tensor, page: int) -> torch.Tensor:
+    def watched(keys: torch.Tensor, page: int, real: torch.Tensor | None) -> torch.Tensor:
         made.append(keys.shape[2])
-        return original(keys, page)
+        return original(keys, page, real)
 
     model = FAMILIES["llama"].make_exact()
     patchattn.patch_model(model, "quest", budget=4, page=2, layers=0, **ALL)

@@ -189,7 +189,7 @@ def test_only_a_dynamic_layer_forgets() -> None:
         state = sequence_state(layer, OWNER, rows=3, rewinds=True)
         assert state is not None
         with pytest.raises(NotImplementedError, match="reads keys by pages"):
-            state.blocks("mean", 2, layer.keys, lambda keys: keys)
+            state.blocks("mean", 2, layer.keys, lambda keys, _: keys)
 
 
 def test_one_owner_drops_keys_and_nobody_counts_them() -> None:
@@ -232,8 +232,9 @@ def test_per_key_state_has_a_dimension_of_heads() -> None:
 def test_pages_are_made_once() -> None:
     layer, made = filled(7), []
 
-    def mean(keys: torch.Tensor) -> torch.Tensor:
+    def mean(keys: torch.Tensor, part: slice) -> torch.Tensor:
         made.append(keys.shape[2] // 2)
+        assert torch.equal(keys, layer.keys[:, :, part])
         return keys.unflatten(2, (-1, 2)).mean(dim=3)
 
     state = sequence_state(layer, OWNER, rows=7, rewinds=True)

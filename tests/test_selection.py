@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+import torch.nn.functional as F
+from transformers import DynamicCache, StaticCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
 from patchattn.reading.selection import SelectionVariant
 
-from .behaviour import ONLY_WHILE_DECODING, Case, close, decoded, text
+from .behaviour import ONLY_WHILE_DECODING, Case, close, decoded, positions, text
 from .families import FAMILIES, outputs
 from .selecting import Recorded, attended, recorded
 
@@ -32,6 +33,14 @@ CASES += [
     if "page" in example
     for page, budget in ((2, 4), (3, 5))
 ]
+LARGER = {
+    "moba": [{"block": 2, "top_k": 2, "decode": "selected"}, {"block": 2, "top_k": 2, "heads": "kv"}],
+    "nsa": [{"block": 2, "top_k": 2, "local": 1, "length": 2, "stride": 1, "window": 3}],
+    "nosa": [{"block": 2, "aware": 2, "top_k": 3, "local": 1, "length": 2, "stride": 1}],
+    "power": [{"block": 2, "local": 1}],
+    "xattention": [{"threshold": 0.4, "stride": 1, "block": 2}],
+}
+CASES += [Case(name, tuple(settings.items())) for name in LARGER for settings in LARGER[name]]
 each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -111,7 +120,49 @@ def test_padding_of_whole_pages_moves_the_choice(case: Case, calls: Recorded) ->
 
 
 @each
-def test_tokens_that_are_taken_back_leave_nothing_behind(case: Case) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_what_is_hidden_has_no_say(case: Case, kind: str, calls: Recorded) -> None:
+    """Padding that ends within a page, whatever it is, and what slots hold before they are filled."""
+    if kind == "static" and "static_cache" not in case.info.capabilities:
+        pytest.skip("refuses static caches")
+    model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(9, rows=1)
+    both = torch.cat([torch.cat([tokens[:, 4:], tokens[:, :5].flip(-1)]), tokens.repeat(2, 1)], dim=1)
+    mask = torch.ones_like(both)
+    mask[:, :5] = 0
+    cache: Any = DynamicCache(config=model.config)
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=18)
+        cache.early_initialization(2, 2, model.config.head_dim, torch.float64, torch.device("cpu"))
+        for layer in cache.layers:
+            layer.keys[0], layer.keys[1] = 100.0, -100.0
+            layer.values[0], layer.values[1] = 100.0, -100.0
+    chunks = ((0, 11), (11, 12), (12, 14))
+    for first, last in chunks:
+        given = {"attention_mask": mask[:, :last], "position_ids": positions(mask)[:, first:last]}
+        found = outputs(model, input_ids=both[:, first:last], **given, **cache_argument(model, cache))[0]
+        close(*found[:, max(0, 5 - first) :].split(1))
+    for (first, _), of_layers in zip(chunks, (calls[:2], calls[2:4], calls[4:]), strict=True):
+        for _, seen, _ in of_layers:
+            assert torch.equal(*seen[:, :, max(0, 5 - first) :])
+
+
+@each
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_calls_of_any_size_choose_as_one_forward(case: Case, kind: str, calls: Recorded) -> None:
+    if not by_row(case) or (kind == "static" and "static_cache" not in case.info.capabilities):
+        pytest.skip("what a token reads depends on its whole call, or static caches are refused")
+    model, tokens, sizes = case.patch(FAMILIES["llama"].make_exact()), text(14), [5, 1, 1, 4, 1, 2]
+    whole = outputs(model, input_ids=tokens)[0]
+    one = [seen for _, seen, _ in calls]
+    calls.clear()
+    close(decoded(model, tokens, sizes, kind), whole)
+    for layer, seen in enumerate(one):
+        parts = [F.pad(part[..., :14], (0, 14 - part[..., :14].shape[-1])) for _, part, _ in calls[layer::2]]
+        assert torch.equal(torch.cat(parts, dim=2), seen)
+
+
+@each
+def test_tokens_that_are_taken_back_leave_nothing_behind_and_beams_go_on(case: Case) -> None:
     if case.variant in ONLY_WHILE_DECODING:
         pytest.skip("a token whose choice was taken back reads all keys, as its own tests show")
     model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(12)
@@ -119,7 +170,8 @@ def test_tokens_that_are_taken_back_leave_nothing_behind(case: Case) -> None:
     outputs(model, input_ids=tokens[:, :6], **cache_argument(model, cache))
     outputs(model, input_ids=other[:, :4], **cache_argument(model, cache))
     cache.crop(-4)
-    copied = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    copied, tokens = copy.deepcopy(cache), tokens.flip(0)
     expected = decoded(model, tokens, [6, 1, 2, 3])[:, 6:]
     for one in (cache, copied):
         parts = [

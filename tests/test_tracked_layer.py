@@ -100,7 +100,7 @@ class Layers(RuleBasedStateMachine):
                 old, now = old[filled], now[filled]
             assert torch.equal(old, now)
         state.write("stamp", stamp, per_key=True)
-        highest = state.blocks("highest", 3, held[0], lambda pages: pages.unflatten(2, (-1, 3)).amax(dim=3))
+        highest = state.blocks("highest", 3, held[0], lambda pages, _: pages.unflatten(2, (-1, 3)).amax(dim=3))
         pages = [held[0][:, :, i : i + 3].amax(dim=2) for i in range(0, held[0].shape[2] - 2, 3)]
         assert (highest is None) == (not pages)
         if highest is not None:

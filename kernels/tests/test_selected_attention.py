@@ -77,7 +77,7 @@ def by_loops(
 
 
 def close(got: Any, wanted: Tensors, dtype: torch.dtype = torch.float32) -> None:
-    tolerance = {torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     for some, exact in zip(got, wanted, strict=True):
         torch.testing.assert_close(some.double(), exact, rtol=tolerance, atol=tolerance)
 
@@ -177,6 +177,45 @@ def test_strides_of_a_buffer_with_spare_room(backend: str) -> None:
     views = [state.transpose(1, 2).contiguous().transpose(1, 2) for state in states[1:]]
     found = selected_attention(query, *views, pages, counts, 8, AttentionRule(0.3))
     close(found, [some.double() for some in wanted])
+
+
+def buffered(keys: int, room: int) -> Tensors:
+    """A query, and keys and values in one buffer each with spare places, which hold anything."""
+    query, *states = operands(heads=4, keys=keys)
+    buffers = [torch.full((2, 2, room, 8), torch.nan) for _ in states]
+    for buffer, state in zip(buffers, states, strict=True):
+        buffer[:, :, :keys] = state
+    return [query, *(buffer[:, :, :keys] for buffer in buffers)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "room", "wanted", "at_once"),
+    [
+        (61, 64, [[0, 3, 7], [2, 5, 7]], True),  # the last page is cut off by the end of the text
+        (61, 64, [[0, 3, 5], [2, 4, 6]], True),  # and is not among them
+        (64, 64, [[0, 3, 7], [2, 5, 6]], True),
+        (61, 64, [[0, 3, 7], [2, 5, 6]], False),  # is read in one head alone
+        (61, 64, [[7, 0, 3], [7, 2, 5]], False),  # is not the last one
+        (61, 64, [[0, 3, -1], [2, 5, 6]], False),
+        (61, 64, [[0, 3, 9], [2, 5, 6]], False),
+        (61, 65, [[0, 3, 7], [2, 5, 7]], False),  # heads do not begin at a page
+    ],
+)
+def test_pages_of_all_heads_are_copied_at_once_where_they_lie_in_a_row(
+    keys: int, room: int, wanted: list[list[int]], at_once: bool
+) -> None:
+    states = buffered(keys, room)
+    pages, counts = torch.tensor([wanted, wanted[::-1]]), torch.full((2, 2), 3)
+    copied = selected_attention_cpu._copied_at_once(*states[1:], pages, counts, 8)
+    assert (copied is not None) == at_once
+    expected = by_loops(states, pages, counts, 8, 0.3, torch.ones(1, 1, keys))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        some = [state.to(dtype) for state in states]
+        close(selected_attention(*some, pages, counts, 8, AttentionRule(0.3)), expected, dtype)
+    if copied is not None:
+        uneven = torch.tensor([[3, 2], [3, 3]])
+        assert selected_attention_cpu._copied_at_once(*states[1:], pages, uneven, 8) is None
+        assert selected_attention_cpu._copied_at_once(states[1], states[2][..., :4], pages, counts, 8) is None
 
 
 @pytest.mark.parametrize("extra", ["softcap", "bias", "sinks", "added mask"])

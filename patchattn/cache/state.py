@@ -10,6 +10,10 @@ from typing import Any, Self
 
 import torch
 
+# Of `(B, Hkv, p * block, D)`, keys of p whole pages, and of the places that they have among all keys of the call, their
+# facts `(B, Hkv, p, ...)`.
+Make = Callable[[torch.Tensor, slice | torch.Tensor], torch.Tensor]
+
 
 class SequenceState:
     """What one variant on one attention module remembers of the sequences in one cache layer.
@@ -59,16 +63,15 @@ class SequenceState:
         place = self.per_key if per_key else self.tensors
         place[name] = tensor.detach()
 
-    def blocks(
-        self, name: str, block: int, keys: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor | None:
+    def blocks(self, name: str, block: int, keys: torch.Tensor, make: Make) -> torch.Tensor | None:
         """Facts of complete pages of keys, each made once: `(B, Hkv, P, ...)` of the P = Tk // block pages of a call.
 
         Args:
             name: of these facts.
             block: length of a page, in keys.
             keys: `(B, Hkv, Tk, D)` all keys of the call.
-            make: of `(B, Hkv, p * block, D)`, keys of p whole pages, their facts `(B, Hkv, p, ...)`.
+            make: of `(B, Hkv, p * block, D)`, keys of p whole pages, their facts `(B, Hkv, p, ...)`; it is also told by
+                a slice, or by numbers, where they are among all keys.
 
         Returns:
             `None` as long as no page is complete.
@@ -90,7 +93,8 @@ class SequenceState:
                 f"{self.owner} knows {name!r} of {have} pages of {length} keys, got {complete} pages of {block}."
             )
         if have < complete:
-            new = make(keys[:, :, have * block : complete * block]).detach()
+            part = slice(have * block, complete * block)
+            new = make(keys[:, :, part], part).detach()
             if new.shape[2] != complete - have:
                 raise ValueError(f"{name!r} of {complete - have} pages were expected, got {new.shape[2]}.")
             known = torch.cat([known, new], dim=2) if have else new
@@ -102,7 +106,7 @@ class SequenceState:
         name: str,
         block: int,
         keys: torch.Tensor,
-        make: Callable[[torch.Tensor], torch.Tensor],
+        make: Make,
         *,
         first: int | torch.Tensor | None,
         rows: int,
@@ -126,9 +130,10 @@ class SequenceState:
             number = torch.as_tensor(first, device=keys.device).flatten()[:1] // block
             number = number.clamp(max=complete - 1)
             slots = number * block + torch.arange(block, device=keys.device)
-            known = known.index_copy(2, number, make(keys.index_select(2, slots)).detach())
+            known = known.index_copy(2, number, make(keys.index_select(2, slots), slots).detach())
         else:
-            known = make(keys[:, :, : complete * block]).detach()
+            part = slice(0, complete * block)
+            known = make(keys[:, :, part], part).detach()
         self.pages[name] = block, known
         self._asked = (*self._asked, name)
         return known

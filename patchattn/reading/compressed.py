@@ -1,8 +1,6 @@
 """Choices of blocks by windows of keys that overlap: each window is compressed into the mean of its keys."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,11 +102,10 @@ class CompressedSelection(PagedSelection):
             states: `(B, Hkv, Tk, D)`.
         """
         length, stride = self.config.length, self.config.stride
-        make: Callable[[torch.Tensor], torch.Tensor] = partial(sums_of_pages, page=stride)
         if states.requires_grad and torch.is_grad_enabled():  # what a kv cache remembers has no gradient
-            parts = make(states[:, :, : states.shape[2] // stride * stride])
+            parts = sums_of_pages(states[:, :, : states.shape[2] // stride * stride], stride)
         else:
-            parts = self.facts(call.replace(key=states), name, stride, make)
+            parts = self.facts(call.replace(key=states), name, stride, lambda some, _: sums_of_pages(some, stride))
         ratio = length // stride
         count = max(0, parts.shape[2] - ratio + 1)
         return torch.stack([parts[:, :, n : n + count] for n in range(ratio)]).sum(dim=0) / length

@@ -3,14 +3,14 @@
 Page p is the keys from `p * page` on, by their columns, so that a page stays what it is as a kv cache grows.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from patchattn_kernels.rows import full_precision
 
-from ..cache.state import SequenceState
+from ..cache.state import Make, SequenceState
 from ..core.call import AttentionCall
+from ..core.mask import Mask
+from .selection import plain_own
 
 _STEPS = 15  # between the least and the greatest number of four bits
 
@@ -20,9 +20,7 @@ def page_facts(
     state: SequenceState | None,
     name: str,
     page: int,
-    make: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    by_keys: bool = True,
+    make: Make,
 ) -> torch.Tensor:
     """`(B, Hkv, P, ...)` what is known of the P = Tk // page complete pages, made once where a kv cache remembers it.
 
@@ -33,21 +31,37 @@ def page_facts(
         state: what is remembered of its sequences.
         name: of these facts.
         page: keys of a page.
-        make: of `(B, Hkv, p * page, D)`, the keys of the last p whole pages, their facts `(B, Hkv, p, ...)`.
-        by_keys: whether keys alone say them, wherever the pages are; a static cache has others made anew in every call.
+        make: of `(B, Hkv, p * page, D)`, keys of p whole pages, their facts `(B, Hkv, p, ...)`; it is also told where
+            they are among the keys of the call, which `real_among` takes.
     """
     keys, facts = call.key, None
     if state is not None and state.grows:
         facts = state.blocks(name, page, keys, make)
-    elif state is not None and state.in_slots and by_keys:
+    elif state is not None and state.in_slots:
         return state.blocks_in_slots(name, page, keys, make, first=call.mask.own, rows=call.query.shape[2])
-    return make(keys[:, :, : keys.shape[2] // page * page]) if facts is None else facts
+    part = slice(0, keys.shape[2] // page * page)
+    return make(keys[:, :, part], part) if facts is None else facts
 
 
-def ends_of_pages(keys: torch.Tensor, page: int) -> torch.Tensor:
-    """`(B, Hkv, P, 2D)` the greatest and the least entries among each page's keys, of keys `(B, Hkv, P * page, D)`."""
-    batch, groups, _, dim = keys.shape
-    least, greatest = keys.view(batch, groups, -1, page, dim).aminmax(dim=3)
+def real_among(mask: Mask, part: slice | torch.Tensor) -> torch.Tensor | None:
+    """`(B or 1, n)` bool: which of some keys are text, no padding and no slot that is not filled yet; None: all are."""
+    return None if plain_own(mask) is not None else mask.real_keys()[:, 0, part]
+
+
+def ends_of_pages(keys: torch.Tensor, page: int, real: torch.Tensor | None = None) -> torch.Tensor:
+    """`(B, Hkv, P, 2D)` the greatest and the least entries among each page's keys.
+
+    Args:
+        keys: `(B, Hkv, P * page, D)`.
+        page: how many a page has.
+        real: as of `real_among`. A page of no text is below every other one for all queries.
+    """
+    pages = keys.unflatten(2, (-1, page))
+    if real is None:
+        least, greatest = pages.aminmax(dim=3)
+    else:
+        hidden, most = ~real.unflatten(1, (-1, page))[:, None, :, :, None], torch.finfo(keys.dtype).max
+        least, greatest = (pages.masked_fill(hidden, most).amin(dim=3), pages.masked_fill(hidden, -most).amax(dim=3))
     return torch.cat([greatest, least], dim=-1)
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
+from ..cache.state import Make
 from ..core.call import AttentionCall
 from ..core.keeping import of_query_heads
 from ..core.places import Places
@@ -16,7 +16,7 @@ from ..core.variant import VariantConfig
 from .choose import highest, highest_and_last
 from .forced import visible_pages
 from .groups import any_of_group, heads_option, read_by_one, reduced
-from .index import ends_of_pages, page_facts
+from .index import ends_of_pages, page_facts, real_among
 from .refresh import forget_choice, is_due, last_choice, remember_choice
 from .scores import upper_bounds
 from .selection import plain_own
@@ -73,17 +73,13 @@ class PagedSelection(WholeSelection):
             forget_choice(state)
         super().check(call)
 
-    def facts(
-        self,
-        call: AttentionCall,
-        name: str,
-        page: int,
-        make: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        by_keys: bool = True,
-    ) -> torch.Tensor:
+    def facts(self, call: AttentionCall, name: str, page: int, make: Make) -> torch.Tensor:
         """`(B, Hkv, P, ...)` what is known of the complete pages of a call, as `index.page_facts` has it."""
-        return page_facts(call, call.context.sequence_state(self.owner), name, page, make, by_keys=by_keys)
+        return page_facts(call, call.context.sequence_state(self.owner), name, page, make)
+
+    def ends(self, call: AttentionCall, name: str, page: int) -> torch.Tensor:
+        """`(B, Hkv, P, 2D)` the greatest and the least entries of the text among the keys of each complete page."""
+        return self.facts(call, name, page, lambda keys, part: ends_of_pages(keys, page, real_among(call.mask, part)))
 
     def chosen(
         self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str
@@ -187,8 +183,7 @@ class BoundedSelection(PagedSelection):
         if budget is None or call.mask.columns <= budget:
             return None
         page = self.config.page
-        facts = self.facts(call, "pages", page, partial(ends_of_pages, page=page))
-        bounds = upper_bounds(call.query, facts)
+        bounds = upper_bounds(call.query, self.ends(call, "pages", page))
         return self.chosen(call, bounds, page=page, count=-(-budget // page), heads=self.config.heads)
 
 

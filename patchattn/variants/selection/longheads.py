@@ -149,7 +149,7 @@ class LongHeads(RotaryVariant):
                 f"slack={self.config.slack} tokens were taken back. Patch with a larger slack."
             )
         made = state.blocks(
-            _CHUNKS, size, call.key, lambda keys: _stand_ins(call, rotary, query, keys.shape[2] // size, size)
+            _CHUNKS, size, call.key, lambda keys, _: _stand_ins(call, rotary, query, keys.shape[2] // size, size)
         )
         first = max(0, columns - self.config.slack) // size * size  # of what a chunk may have to be made of again
         state.write(_QUERIES, query[:, :, max(0, query.shape[2] - (columns - first)) :].clone())

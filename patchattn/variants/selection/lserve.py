@@ -1,7 +1,6 @@
 """LServe's choice of pages: they are scored by smaller ones, and it lasts some tokens. arXiv 2502.14866."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +12,6 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
 from ...reading.groups import heads_option
-from ...reading.index import ends_of_pages
 from ...reading.pages import BoundedSelection, PagedConfig
 from ...reading.refresh import refresh_option
 from ...reading.scores import upper_bounds
@@ -70,8 +68,7 @@ class LServe(BoundedSelection):
     def _scores(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq, P)` the highest bound among the smaller pages of each."""
         logical = self.config.logical
-        facts = self.facts(call, "logical", logical, partial(ends_of_pages, page=logical))
-        bounds = upper_bounds(call.query, facts)
+        bounds = upper_bounds(call.query, self.ends(call, "logical", logical))
         ratio = self.config.page // logical
         return (
             F.pad(bounds, (0, -bounds.shape[-1] % ratio), value=float("-inf")).unflatten(-1, (-1, ratio)).amax(dim=-1)

@@ -13,6 +13,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.groups import heads_option
+from ...reading.index import real_among
 from ...reading.pages import PagedSelection
 from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
@@ -63,14 +64,10 @@ class MoBA(PagedSelection):
         block, top_k = self.config.block, self.config.top_k
         if top_k is None or (self.config.decode == "dense" and call.decodes) or call.mask.columns <= top_k * block:
             return None
-        complete = call.key.shape[2] // block * block
-        real = call.mask.real_keys()[:, 0]
-
-        def means(keys: torch.Tensor) -> torch.Tensor:
-            return block_means(keys, block, real[:, complete - keys.shape[2] : complete])
-
-        known = self.facts(call, "means", block, means, by_keys=False)  # padding tells, too
-        scores = products(call.query, known).detach()
+        means = self.facts(
+            call, "means", block, lambda keys, part: block_means(keys, block, real_among(call.mask, part))
+        )
+        scores = products(call.query, means).detach()
         return self.chosen(call, scores, page=block, count=top_k, heads=self.config.heads)
 
 

@@ -137,7 +137,7 @@ class NSA(CompressedSelection):
         if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
             parts = hidden(states[:, :, : states.shape[2] // stride * stride])  # a kv cache remembers no gradient
         else:
-            parts = self.facts(call.replace(key=states), f"{name} compressed", stride, hidden)
+            parts = self.facts(call.replace(key=states), f"{name} compressed", stride, lambda some, _: hidden(some))
         parts = parts.unflatten(-1, (ratio, -1))
         windows = torch.stack([parts[:, :, n : n + means.shape[2], n] for n in range(ratio)]).sum(dim=0)
         return means + F.gelu(windows) @ out.mT
