@@ -92,6 +92,8 @@ def run_board(
                 continue
             say(about)
             where = {"date": str(datetime.date.today()), "commit": commit(), "seed": plan.seed, **surroundings(model)}
+            if Path(where["model"]["name"]).is_dir():  # a board is for others to read: not where a folder lies here
+                where["model"]["name"] = Path(where["model"]["name"]).resolve().name
             found = measure(row, name)
             if state.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
