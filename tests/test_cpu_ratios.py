@@ -36,7 +36,9 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script
 
 
-@pytest.mark.parametrize(("op", "ratio"), [("act", "0.67"), ("block_sparse", "1.50"), ("routed", "1.50")])
+@pytest.mark.parametrize(
+    ("op", "ratio"), [("act", "0.67"), ("block_sparse", "1.50"), ("long_windows", "1.50"), ("routed", "1.50")]
+)
 def test_ratios_of_the_shortest_times(op: str, ratio: str, ratios: ModuleType) -> None:
     row = ratios.measured(op, 48, 3)
     assert row[1:4] == ["48", "3000.0", "2000.0"]

@@ -98,6 +98,27 @@ def test_decoding_reads_the_window_alone(pairs: Any) -> None:
     assert pairs == [(1, 64 + 256, False)]
 
 
+@pytest.mark.parametrize(("sinks", "rows", "copied"), [(0, 700, False), (64, 600, False), (64, 700, True)])
+def test_keys_are_copied_only_where_sinks_lie_far_before_the_window(
+    sinks: int, rows: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block's window begins 47 or 147 keys behind the sinks: more than GAP are not computed in vain."""
+    monkeypatch.setattr(sink_and_recent_cpu, "MORE_ROWS", 190)
+    monkeypatch.setattr(sink_and_recent_cpu, "GAP", 100)
+    read, flash = set(), dense_attention_cpu._flash
+
+    def called(query: torch.Tensor, key: torch.Tensor, *rest: Any, **how: Any) -> Any:
+        read.add(key.untyped_storage().data_ptr())
+        return flash(query, key, *rest, **how)
+
+    monkeypatch.setattr(dense_attention_cpu, "_flash", called)
+    query, key = torch.randn(1, 2, rows, 8), torch.randn(1, 2, rows, 8)
+    before = key.clone()
+    block_sparse_attention(query, key, key, sink_and_recent(sinks, 300, heads=2), AttentionRule(1.0, causal=True))
+    assert (read == {key.untyped_storage().data_ptr()}) is not copied
+    assert torch.equal(key, before)
+
+
 @pytest.mark.parametrize("how", [{"mask": torch.ones(1, 30, dtype=torch.bool)}, {"window": 8}, {"causal": False}])
 def test_other_rules_are_left_to_gathering(how: dict[str, Any]) -> None:
     rule = AttentionRule(**{"scaling": 1.0, "causal": True, **how})

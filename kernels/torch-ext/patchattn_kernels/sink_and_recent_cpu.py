@@ -2,7 +2,8 @@
 
 The first rows, which see every key up to their own, are one call of causal attention; so there is nothing to lose where
 windows are as long as the sequence. Each block of the others is one call too, under a small mask that is the same for
-all blocks: its sinks are copied to just before its recent keys, over keys that neither it nor later rows see.
+all blocks: its sinks are copied to just before its recent keys, over keys that neither it nor later rows see. Keys are
+copied for that, but for those of blocks that begin so early that little lies between.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .rows import AttentionRule
 # Queries that share their recent keys: of those of a block, as many more than each sees are computed. Products of more
 # queries are faster, by more than that once there are more recent keys than that.
 ROWS, MORE_ROWS = 64, 256
+GAP = 64  # keys between the sinks and a long window that are computed and hidden, rather than the others copied
 
 
 def in_slices(rule: AttentionRule, device: torch.device) -> bool:
@@ -75,26 +77,30 @@ def _parts(
     starts = [max(0, stop - step) for stop in range(rows, same, -step)][::-1]  # the first block is what is left
     same = starts[0] if starts else rows
     lows = [offset + start - recent + 1 for start in starts]  # first recent keys of the blocks' first rows
-    begin = 0
-    if same or lows[-1] >= sinks:  # torch's kernel gains more by the copies than they cost
-        begin = 0 if same else max(0, lows[0] - sinks)
-        query = query.contiguous()
-        key, value = (
-            tensor[:, :, begin : offset + rows].clone(memory_format=torch.contiguous_format) for tensor in states[1:]
-        )
+    gap = GAP if recent > MORE_ROWS else 0
+    far = [low for low in lows if low - sinks > gap]
+    begin = far[0] - sinks if far and sinks else 0
+    copies = [
+        tensor[:, :, begin : offset + rows].clone(memory_format=torch.contiguous_format) if begin else tensor
+        for tensor in (key, value)
+    ]
     if same:
         yield slice(same), *flash(query[:, :, :same], key[:, :, :same], value[:, :, :same], scaling, causal=True)
     usual = None
     for start, stop, low in zip(starts, [*starts, rows][1:], lows, strict=True):
-        if low < sinks:
-            first, hidden = 0, _hidden(stop - start, sinks, recent, offset + start, dtype)
-        else:
-            usual = _hidden(step, sinks, recent, sinks + recent - 1, dtype) if usual is None else usual
-            first, hidden = low - sinks - begin, usual[: stop - start, : sinks + recent + stop - start - 1]
-            for own, given in ((key, states[1]), (value, states[2])):
-                own[:, :, first : first + sinks] = given[:, :, :sinks]
-        part, of_keys = slice(start, stop), slice(first, offset + stop - begin)
-        yield part, *flash(query[:, :, part], key[:, :, of_keys], value[:, :, of_keys], scaling, hidden=hidden)
+        part = slice(start, stop)
+        if low - sinks <= gap:
+            of_keys, hidden = slice(offset + stop), _hidden(stop - start, sinks, recent, offset + start, dtype)
+            yield part, *flash(query[:, :, part], key[:, :, of_keys], value[:, :, of_keys], scaling, hidden=hidden)
+            continue
+        usual = _hidden(step, sinks, recent, sinks + recent - 1, dtype) if usual is None else usual
+        hidden = usual[: stop - start, : sinks + recent + stop - start - 1]
+        first = low - sinks - begin
+        if sinks:
+            for copy, given in zip(copies, (key, value), strict=True):
+                copy[:, :, first : first + sinks] = given[:, :, :sinks]
+        own_keys, own_values = (copy[:, :, first : offset + stop - begin] for copy in copies)
+        yield part, *flash(query[:, :, part], own_keys, own_values, scaling, hidden=hidden)
 
 
 def _hidden(rows: int, sinks: int, recent: int, own: int, dtype: torch.dtype) -> torch.Tensor:
