@@ -122,7 +122,7 @@ class Rotary(nn.Module):
         Args:
             x: `(B, h, T, D)`, rotated by the model.
             old: `(B or 1, T)`, or by head `(B or 1, 1 or h, T)`: the positions they were rotated by.
-            new: those they are wanted at, likewise.
+            new: those they are wanted at, likewise, or `(B or 1, 1)` the same of all.
             frequencies: `(r / 2,)` other ones, in radians per position, by which the new rotation is.
 
         Raises:
@@ -150,6 +150,8 @@ class Rotary(nn.Module):
             one, other = part[..., ::2], part[..., 1::2]
         turned = one * cos - other * sin, other * cos + one * sin
         part = torch.cat(turned, -1) if self.rotation.layout == "half" else torch.stack(turned, -1).flatten(-2)
+        if part.shape == x.shape:
+            return part.to(x.dtype)
         return torch.cat([x[..., :start], part.to(x.dtype), x[..., start + 2 * count :]], -1)
 
     def rotated_by(self, call: AttentionCall) -> torch.Tensor:

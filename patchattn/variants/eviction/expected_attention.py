@@ -65,7 +65,7 @@ class ExpectedAttention(RotaryVariant, ScoredEviction):
         real = call.mask.real().expand(batch, -1)
         counted = real & (call.mask.row_order() > self.config.sinks)
         places = self._rotary.rotated_by(call).expand(batch, -1) if self._rotary.is_rotated else real.long() - 1
-        query = self._rotary.turned(call.query.to(dtype), places, torch.zeros_like(places))
+        query = self._rotary.turned(call.query.to(dtype), places, torch.zeros_like(places[:, :1]))
         query = torch.where(counted[:, None, :, None], query, 0)
         found = {
             _COUNT: counted.sum(-1),
@@ -96,7 +96,8 @@ class ExpectedAttention(RotaryVariant, ScoredEviction):
         key = call.key.to(dtype)
         mean, covariance = mean.unflatten(1, (groups, -1)), covariance.unflatten(1, (groups, -1))
         logits = scaling * torch.einsum("bgrd,bgtd->bgrt", mean, key)
-        logits = logits + scaling**2 / 2 * torch.einsum("bgtd,bgrde,bgte->bgrt", key, covariance, key)
+        of_heads = key[:, :, None]
+        logits = logits + scaling**2 / 2 * ((of_heads @ covariance) * of_heads).sum(-1)
         order, real = call.mask.key_order(), call.mask.real_keys()
         rest = real & (order > self.config.sinks)
         weights = logits.masked_fill(~rest[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)
