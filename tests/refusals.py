@@ -78,9 +78,11 @@ _CAPPED = [_of(["gemma2"], "does not support softcap", "what it adds to the logi
 
 def _of_encoder_masks(*names: str) -> dict[str, list[Refusal]]:
     """Those in which a token stands for what comes after it."""
-    without = of_kind("decoder")
-    because = "a decoder's token does not see what comes after it"
-    return {name: [_of(without, "does not support causal or cross", because)] for name in names}
+    decoders = _of(
+        of_kind("decoder"), "does not support causal or cross", "a decoder's token does not see what comes after it"
+    )
+    tower = _of(["clip"], "does not support causal, which", "its text tower says only in a call that it is causal")
+    return {name: [decoders, tower] for name in names}
 
 
 def _of_placed_pieces(*names: str) -> dict[str, list[Refusal]]:
