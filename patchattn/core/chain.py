@@ -273,7 +273,7 @@ class VariantChain(nn.Module):
         if site.query_heads is not None and call.query.shape[1] != site.query_heads and not are_some:
             raise NotImplementedError(
                 f"{site.module_class} ({site.name}) was patched as {site.query_heads} query heads but is called with "
-                f"{call.query.shape[1]}. Tensor parallel shards are not supported."
+                f"{call.query.shape[1]}: this process holds a part of them that cannot be told from its projections."
             )
         for name, lacking in self.lacking.items():
             if needed := needed_capabilities(call, lacking):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..files.documents import naming, quoted, read_json_object, write_json
 from .heads import BaseFacts, HeadList, parse_facts
+from .sites import AttentionSite
 
 # As settings take them: a file, vectors by layer and head, or what `HeadVectors.to_dict` gives.
 Vectors = (
@@ -35,6 +36,11 @@ class HeadVectors:
     def heads(self) -> HeadList:
         """The heads that have one."""
         return HeadList({layer: tuple(of_layer) for layer, of_layer in self.vectors.items()}, self.base)
+
+    def of_site(self, site: AttentionSite) -> dict[int, tuple[float, ...]]:
+        """The vectors of one attention module by head, of a part of it by their numbers there; see `HeadList.of_site`."""
+        given = self.vectors.get(site.layer_index, {})
+        return {own: given[head] for head in given for own in site.own_heads([head])}
 
     @classmethod
     def parse(cls, given: Any) -> "HeadVectors":

@@ -43,7 +43,7 @@ class BaseFacts:
         """Those of a transformers model and the tower of one of its attention modules."""
         config: Any = model.config
         name = Path(str(getattr(config, "name_or_path", "") or "")).name
-        return cls(config.get_text_config().model_type, site.layer_count, site.query_heads or 0, name or None)
+        return cls(config.get_text_config().model_type, site.layer_count, site.heads_in_all[0] or 0, name or None)
 
     def check(self, model: nn.Module, site: AttentionSite, what: str) -> None:
         """ValueError if an attention module belongs to another model than what these facts were written for."""
@@ -118,15 +118,18 @@ class HeadList:
             )
 
     def of_site(self, site: AttentionSite) -> tuple[int, ...]:
-        """The heads of one attention module; ValueError if the list names layers or heads that are not there."""
-        count = site.query_heads or 0
+        """The heads of one attention module, of a part of it those that are there, by their numbers there.
+
+        ValueError if the list names layers or heads that are not there.
+        """
+        count = site.heads_in_all[0] or 0
         for layer, heads in self.heads.items():
             if layer >= site.layer_count or heads[-1] >= count:
                 raise ValueError(
                     f"The head list names head {heads[-1]} of layer {layer}, but {site.tower or 'the model'} has "
                     f"{site.layer_count} layers of {count} heads, counted from 0."
                 )
-        return self.heads.get(site.layer_index, ())
+        return site.own_heads(self.heads.get(site.layer_index, ()))
 
 
 def _by_layer(given: Any) -> dict[int, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from .report import Observation
+from .unfitting import refuse_parts
 from .variant import Observer, Variant
 
 
@@ -21,6 +22,7 @@ def observe(model: nn.Module, observer: Callable[[Observation], None]) -> Iterat
 
     Raises:
         ValueError: the model carries no variant.
+        NotImplementedError: several processes share its heads.
     """
 
     def detached(observation: Observation) -> None:
@@ -36,6 +38,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
     variants = [module for module in model.modules() if isinstance(module, Variant)]
     if not variants:
         raise ValueError(f"{type(model).__name__} is not patched; there is nothing to observe.")
+    refuse_parts([variant.site for variant in variants], "what variants report")
     for variant in variants:
         variant.observers.append(observer)
     try:

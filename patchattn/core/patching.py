@@ -18,7 +18,9 @@ from .probe import forget_probes, refuse_probed
 from .registry import variant_info
 from .selection import base_model, expect_model, select_sites
 from .settings import nearest
+from .shards import joined, refuse_uneven
 from .sites import AttentionSite
+from .unfitting import refuse_order, refuse_shared, refuse_site, refuse_two_on_logits
 from .variant import Variant, VariantConfig, VariantInfo
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -101,12 +103,14 @@ class Built(NamedTuple):
     Attributes:
         name: of the variant.
         site: name of the attention module.
-        variant: the module.
+        variant: the module, for all heads.
+        part: the same for the heads that this process holds, where several processes share them.
     """
 
     name: str
     site: str
     variant: Variant
+    part: Variant | None = None
 
 
 def apply_patches(
@@ -130,7 +134,7 @@ def apply_patches(
             raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
     refuse_probed(model)
     host().refuse_bases(model, names)
-    _refuse_two_on_logits([*applied_patches(model), *patches])
+    refuse_two_on_logits([*applied_patches(model), *patches])
     numbers = [variant.number for chain in active_chains(model).values() for variant in chain.variants().values()]
     # Build everything before touching the model, so that a failure leaves it as it was. What exchanges parts of it is
     # the exception: who comes after must find the new shapes.
@@ -162,15 +166,29 @@ def _build(
     """The variants of one patch, made for the model as it is now, which is not touched."""
     info, built = variant_info(patch.variant), []
     for name in patch.sites:
-        _refuse_order(patch.variant, name, _taken(model, name, before))
-        _refuse_site(info, known[name])
-        variant = _like(info.variant(patch.config, known[name]), model.get_submodule(name))
-        variant.number = number
-        variant.prepare(model)
+        refuse_order(patch.variant, name, _taken(model, name, before))
+        refuse_site(info, known[name])
+        variant = _made(info, patch.config, known[name], model, number)
+        if known[name].shard is None:
+            one = Built(info.name, name, variant)
+        else:
+            refuse_shared(info.name, variant, known[name])
+            with torch.random.fork_rng(devices=[]):  # numbers drawn from here on are those of one process
+                part = _made(info, patch.config, known[name].part(), model, number)
+            refuse_uneven(info.name, variant, part)
+            one = Built(info.name, name, variant, part)
+        (one.part or variant).prepare(model)
         if variant.needs_grid:
             patch_embedding(model, known[name], known)
-        built.append(Built(info.name, name, variant))
+        built.append(one)
     return built
+
+
+def _made(info: VariantInfo, config: VariantConfig, site: AttentionSite, model: nn.Module, number: int) -> Variant:
+    """A variant for an attention module, or for a part of its heads."""
+    variant = _like(info.variant(config, site), model.get_submodule(site.name))
+    variant.number = number
+    return variant
 
 
 def _values(model: nn.Module, built: Sequence[Built]) -> dict[str, torch.Tensor]:
@@ -210,6 +228,23 @@ def unpatch_model(model: ModelT) -> ModelT:
     host().release()
     note_unpatched(base)
     return model
+
+
+def share_out(model: nn.Module) -> None:
+    """Give each process the part of the variants that is for its heads, where heads were shared out under a patch."""
+    if not any(site.shard is not None for site in find_sites(model)):
+        return
+    chains, patches = active_chains(model), applied_patches(model)
+    known = {
+        f"{name}.{CHILD}.{key}": t.detach() for name, chain in chains.items() for key, t in chain.tensors().items()
+    }
+    unpatch_model(model)
+
+    def fill(wanted: dict[str, torch.Tensor]) -> None:
+        for name, tensor in wanted.items():
+            tensor.copy_(known[name])
+
+    apply_patches(model, patches, fill)
 
 
 @contextmanager
@@ -315,50 +350,6 @@ def _taken(model: nn.Module, name: str, built: Sequence[Built]) -> list[str]:
     return [*(chain.names() if chain else ()), *(one.name for one in built if one.site == name)]
 
 
-def _refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
-    """ValueError if a variant cannot come after those that an attention module has."""
-    info = variant_info(variant)
-    if variant in taken:
-        raise ValueError(
-            f"{name} already has the variant {variant!r}. Call patchattn.unpatch_model(model) first, or choose other "
-            "layers."
-        )
-    last = next((other for other in taken if variant_info(other).innermost), None)
-    if last is not None and info.variant.attends:
-        raise ValueError(
-            f"{last!r} computes attention weights itself, so that nothing can come after it: put {variant!r} before "
-            f"it, as in [{variant!r}, {last!r}]."
-        )
-    others = [other for other in taken if not variant_info(other).variant.exchanges()]
-    if others and info.variant.exchanges():
-        raise ValueError(
-            f"{variant!r} changes the shapes of {name}, which {others[0]!r} was made for: put it first, as in "
-            f"[{variant!r}, {others[0]!r}]."
-        )
-
-
-def _refuse_two_on_logits(patches: Sequence[Patch]) -> None:
-    """ValueError if more than one variant acts on logits."""
-    variants = [variant_info(patch.variant).variant for patch in patches]
-    decoding = [variant.__name__ for variant in variants if variant.acts_on_logits]
-    if len(decoding) > 1:
-        raise ValueError(
-            f"A model decodes with one decoding variant at a time, got {', '.join(decoding)}. Call "
-            "patchattn.unpatch_model(model) first."
-        )
-
-
-def _refuse_site(info: VariantInfo, site: AttentionSite) -> None:
-    needed = {"cross"} if site.is_cross else set()
-    if site.query_heads != site.kv_heads:
-        needed.add("gqa")
-    if lacking := sorted(needed - info.capabilities):
-        raise NotImplementedError(
-            f"The variant {info.name!r} does not support {', '.join(lacking)}, which {site.module_class} "
-            f"({site.name}) needs. Leave it out with modules=... or layers=..."
-        )
-
-
 def is_ours(hook: Any) -> bool:
     return host().owns(hook) or isinstance(getattr(hook, "__self__", None), Variant | GridReader)
 
@@ -377,10 +368,10 @@ def _like(variant: Variant, module: nn.Module) -> Variant:
 def _attach(module: nn.Module, site: AttentionSite, built: Built) -> None:
     if CHILD not in module._modules:
         forget_probes(module)  # what a copy of a probed model keeps of it
-        module.add_module(CHILD, VariantChain(site, host().base_of(module)).train(module.training))
+        module.add_module(CHILD, VariantChain(site.part(), host().base_of(module)).train(module.training))
     chain: Any = module._modules[CHILD]
-    chain.site = site  # as the last surgery leaves it
-    chain.attach(built.name, built.variant)
+    chain.site = site.part()  # as the last surgery leaves it
+    chain.attach(built.name, built.variant if built.part is None else joined(built.variant, built.part, module))
 
 
 def _install(model: nn.Module, modules: list[nn.Module]) -> None:

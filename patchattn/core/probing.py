@@ -19,6 +19,7 @@ from .probe import Place, Probe, See, chain_on, is_probed, place, probes_on, tak
 from .registry import variant_info
 from .selection import base_model, select_sites
 from .sites import AttentionSite
+from .unfitting import refuse_parts
 
 
 class PlacedProbe:
@@ -27,6 +28,7 @@ class PlacedProbe:
     def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], probe: Probe) -> None:
         self._model, self._probe = model, probe
         self._modules: list[nn.Module] = []
+        refuse_parts(sites, "calls of attention")
         active_chains(model)  # go by their names in this model
         modules = {site.name: model.get_submodule(site.name) for site in sites}
         host().refuse_bases(model, list(modules))
@@ -88,7 +90,8 @@ def probed(
     Raises:
         ValueError: no such layer, module or `at`.
         TypeError: `see` cannot be called, or an argument of the wrong type.
-        NotImplementedError: the model's attention does not go through transformers' registry; or, in a call, `"base"`
+        NotImplementedError: the model's attention does not go through transformers' registry; several processes share
+            its heads; or, in a call, `"base"`
             where a variant computed without the base implementation.
 
     Examples:

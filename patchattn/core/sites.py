@@ -1,7 +1,10 @@
 """Attention sites: where a model attends, and with what geometry. The host of the model finds them."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+ValueT = TypeVar("ValueT")
 
 _SIZES = {
     "query_heads": "number of query heads",
@@ -10,6 +13,28 @@ _SIZES = {
     "input_size": "input width",
     "memory_size": "width of what keys and values are made of",
 }
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """Which heads of an attention module this process holds, where several processes share them (tensor parallelism).
+
+    They are as many in each process, and follow each other in the order of the processes.
+
+    Attributes:
+        rank, ranks: the process, counted from 0, and how many there are.
+        query_heads, kv_heads: of the whole module.
+    """
+
+    rank: int
+    ranks: int
+    query_heads: int
+    kv_heads: int
+
+    def own(self, heads: Sequence[int], *, kv: bool = False) -> tuple[int, ...]:
+        """Those of some query heads, or kv heads, that this process holds, counted from the first that it does."""
+        count = (self.kv_heads if kv else self.query_heads) // self.ranks
+        return tuple(head - self.rank * count for head in heads if head // count == self.rank)
 
 
 @dataclass(frozen=True)
@@ -38,6 +63,8 @@ class AttentionSite:
             embedding, in tokens; `None` where it states none.
         inline: it computes attention in its own code, not by a function that is looked up by name.
         shares_keys: some modules of its class in its tower make no keys of their own, so that others lend them theirs.
+        shard: which of its heads this process holds; `None`: all. A site that is found, and that settings are fitted
+            to, tells the sizes of the whole module; the one that a variant is attached with those of this process.
     """
 
     name: str
@@ -61,6 +88,38 @@ class AttentionSite:
     max_positions: int | None
     shares_keys: bool = False
     inline: bool = False
+    shard: HeadShard | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the sizes are those of the heads that this process holds, which are not all."""
+        return self.shard is not None and self.query_heads != self.shard.query_heads
+
+    def part(self) -> "AttentionSite":
+        """The site as this process holds it; itself where that is all of it."""
+        if self.shard is None or self.is_part:
+            return self
+        ranks = self.shard.ranks
+        return replace(
+            self,
+            query_heads=self.shard.query_heads // ranks,
+            kv_heads=self.shard.kv_heads // ranks,
+            projection_sizes={role: size // ranks for role, size in self.projection_sizes.items()},
+        )
+
+    def own_heads(self, heads: Sequence[int], *, kv: bool = False) -> tuple[int, ...]:
+        """Of some heads of the whole module, those that this site is about, by their numbers here."""
+        return self.shard.own(heads, kv=kv) if self.shard is not None and self.is_part else tuple(heads)
+
+    def of_own_heads(self, values: Sequence[ValueT], *, kv: bool = False) -> list[ValueT]:
+        """Of a value for each head of the whole module, those of the heads that this site is about."""
+        return [value for head, value in enumerate(values) if self.own_heads([head], kv=kv)]
+
+    @property
+    def heads_in_all(self) -> tuple[int | None, int | None]:
+        """Query heads and kv heads of the whole module."""
+        shard = self.shard
+        return (self.query_heads, self.kv_heads) if shard is None else (shard.query_heads, shard.kv_heads)
 
     def require(self, fact: str, *, by: str, instead: str | None = None) -> int:
         """A size that a variant cannot do without, such as `query_heads`.
@@ -81,5 +140,6 @@ class AttentionSite:
 
     def geometry(self) -> dict[str, Any]:
         """What must agree for a patch made on another copy of the model to fit this one."""
-        keep = ("query_heads", "kv_heads", "head_dim", "input_size", "is_cross")
-        return {key: getattr(self, key) for key in keep}
+        keep = ("head_dim", "input_size", "is_cross")
+        heads = dict(zip(("query_heads", "kv_heads"), self.heads_in_all, strict=True))
+        return {**heads, **{key: getattr(self, key) for key in keep}}

@@ -15,6 +15,7 @@ from .mask import Keep
 from .renaming import Renaming
 from .report import Observation
 from .settings import Settings, nearest
+from .shards import own_parts
 from .sites import AttentionSite
 from .surroundings import LayerContext
 
@@ -121,7 +122,10 @@ class Variant(nn.Module):
     def forward(self, stage: str, *arguments: Any) -> Any:
         """Run one stage, a method by its name. What gathers parameters before a forward (FSDP, accelerate's offloading)
         relies on it, so that whatever reads parameters of a variant while the model runs is called so."""
-        return getattr(self, stage)(*arguments)
+        if self.site.shard is None:
+            return getattr(self, stage)(*arguments)
+        with own_parts(self):
+            return getattr(self, stage)(*arguments)
 
     @classmethod
     def fit(cls, config: Any, model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, Sequence[AttentionSite]]:
@@ -208,6 +212,13 @@ class Variant(nn.Module):
         kv cache."""
         tells = type(self).key_facts is not Variant.key_facts
         return not (tells or self.changes_cache or self.keeps_state or self.acts_on_logits)
+
+    @property
+    def splits_by_head(self) -> bool:
+        """Whether processes may hold some heads each (tensor parallelism), as many kv heads as query heads in
+        proportion: what it does of a head then depends on no other head of another kv head, and on its number only
+        through parameters of a size by head, which are split, and through `AttentionSite.own_heads`."""
+        return False
 
     @property
     def routes(self) -> bool:

@@ -63,9 +63,10 @@ class Budget:
         if isinstance(given, tuple) and len(given) <= site.layer_index:
             raise ValueError(f"budget is given for {len(given)} layers, and {site.name} is number {site.layer_index}.")
         own = given[site.layer_index] if isinstance(given, tuple) else given
-        if isinstance(own, list) and len(own) != site.kv_heads:
-            raise ValueError(f"{site.name} has {site.kv_heads} kv heads, but budgets for {len(own)}: {own}.")
-        self.keys = own if isinstance(own, list) else [own]
+        kv_heads = site.heads_in_all[1]
+        if isinstance(own, list) and len(own) != kv_heads:
+            raise ValueError(f"{site.name} has {kv_heads} kv heads, but budgets for {len(own)}: {own}.")
+        self.keys = site.of_own_heads(own, kv=True) if isinstance(own, list) else [own]
 
     def least(self, columns: int) -> int:
         """So many stored keys are surely all kept, of a sequence of so many columns, padding included."""

@@ -25,6 +25,7 @@ from ..core.plan import Patch, plan_dict, renamed_config
 from ..core.renaming import Renaming
 from ..core.selection import base_model, expect_model
 from ..core.settings import nearest
+from ..core.shards import first_process, gathered, in_step
 from ..core.variant import Variant
 from ..files.documents import concerning, naming, quoted, read_json_object
 from ..files.folders import replacing, settled
@@ -43,7 +44,8 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Write a model's patch, without the base model: `patchattn_config.json` and `patchattn_model.safetensors`.
 
     Of a PeftModel whose variants are in `modules_to_save`, the active adapter's copy is written. Both files take the
-    place of older ones together: a process that is killed while it saves leaves the older save or the new one.
+    place of older ones together: a process that is killed while it saves leaves the older save or the new one. Of a
+    model that several processes share, each must call it; the first one writes.
 
     Args:
         model: a patched model, or a PeftModel around one.
@@ -55,8 +57,10 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
         OSError: the folder cannot be written; what it held is then as it was.
     """
     content, tensors = patch_content(model)
-    with replacing(directory) as folder:
-        write_patch(folder, content, tensors)
+    if first_process(model):
+        with replacing(directory) as folder:
+            write_patch(folder, content, tensors)
+    in_step(model)
 
 
 def patch_content(
@@ -75,7 +79,7 @@ def patch_content(
         raise ValueError(f"{type(base).__name__} is not patched; there is nothing to save. Call patch_model first.")
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if whole else {}
     tensors = {
-        name: (whole or {}).get(names.get(id(own), ""), own).detach().cpu().contiguous()
+        name: gathered((whole or {}).get(names.get(id(own), ""), own)).cpu().contiguous()
         for name, own in learnt(base, adapter).items()
     }
     config: Any = base.config

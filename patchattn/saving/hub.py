@@ -15,6 +15,7 @@ from ..core.patching import applied_patches
 from ..core.plan import Patch
 from ..core.registry import variant_info
 from ..core.selection import base_model
+from ..core.shards import first_process, in_step, own_tensor
 from ..files.documents import read_json_object
 from ..files.folders import replacing
 from .adapters import guard_adapters
@@ -47,7 +48,7 @@ def save_pretrained(
     the patch alone as `save_patch` writes it, and a model card. Of a PeftModel, its adapters take the place of the
     model's weights, each with its patch; those not named `default` lie in folders of their own. All files take the
     place of older ones together, so that there must be room for both: a process that is killed while it saves leaves
-    the older save or the new one.
+    the older save or the new one. Of a model that several processes share, each must call it; the first one writes.
 
     Args:
         model: a patched model, or a PeftModel around one.
@@ -74,6 +75,11 @@ def save_pretrained(
     card = _card(base, report)
     content, tensors = patch_content(model)
     guard_adapters()  # PEFT then writes the patch beside each adapter
+    if not first_process(model):
+        with TemporaryDirectory() as elsewhere:
+            saved.save_pretrained(elsewhere)  # where all processes put their parts together
+        in_step(model)
+        return
     with replacing(directory, outdated=lambda name: not is_peft and _is_weights(name)) as folder:
         if not is_peft:
             write_patch(folder, content, tensors)
@@ -86,6 +92,7 @@ def save_pretrained(
             code = _CODE + (_SERVED if _SERVED_BY in auto_map else "")
             code = code.format(architecture=type(base).__name__)
             (folder / f"{CODE_MODULE}.py").write_text(code, encoding="utf-8")
+    in_step(model)
 
 
 def _is_weights(name: str) -> bool:
@@ -121,7 +128,12 @@ def push_to_hub(
 
     Raises:
         ValueError, TypeError: as `save_pretrained`; nothing is then sent.
+        NotImplementedError: several processes share the model.
     """
+    if own_tensor(model) is not None:
+        raise NotImplementedError(
+            "Several processes share this model: call save_pretrained in each of them, and upload the folder."
+        )
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, custom_code=custom_code, report=report)
         if tokenizer is not None:

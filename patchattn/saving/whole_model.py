@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import safe_open
 
 from ..core.packing import CHILD, SETTINGS, packed_plan
-from ..core.patching import active_chains, apply_patches
+from ..core.patching import active_chains, apply_patches, share_out
 from ..core.plan import Patch
+from ..core.shards import gathered
 from ..files.documents import quoted, read_json_object
 from ..files.untrusted import found_file, refuse_code
 from .patch_files import is_finite
@@ -133,11 +134,12 @@ def patched_class(architecture: str | type | None, *, serves: bool = False) -> A
                 raise
             finally:
                 _building.reset(token)
+            share_out(model)
             variants = [variant for chain in active_chains(model).values() for variant in chain.variants().values()]
             carried = [name for variant in variants for name in variant.carried()]
             _refuse_incomplete(source, info, may_mismatch, carried)
             for name, tensor in model.state_dict().items():
-                if f".{CHILD}." in name and not is_finite(tensor):
+                if f".{CHILD}." in name and not is_finite(gathered(tensor)):
                     raise ValueError(f"{str(source)!r}: {name} holds values that are not finite numbers.")
             model.__class__ = original
             # A copy saved from here has no code file beside it.

@@ -9,6 +9,7 @@ from transformers import Cache
 from ...core.context import begin_context
 from ...core.hooks import refuse_later_hooks
 from ...core.probe import chain_on
+from ...core.shards import added, own_tensor
 from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
@@ -33,10 +34,16 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if isinstance(value, Cache):
             cache_argument, cache = name, value
             break
+    layer_input = values[site.input_argument]
+    memory = values.get(site.memory_argument) if site.memory_argument else None
+    if site.is_part:  # of what each process makes of them for its heads
+        is_own, like = memory is layer_input, own_tensor(module)
+        layer_input = added(layer_input, like)
+        memory = layer_input if is_own else memory if memory is None else added(memory, like)
     context = LayerContext(
         module=module,
-        layer_input=values[site.input_argument],
-        memory=values.get(site.memory_argument) if site.memory_argument else None,
+        layer_input=layer_input,
+        memory=memory,
         attention_mask=values.get(site.mask_argument) if site.mask_argument else None,
         arguments=values,
         cache=cache,

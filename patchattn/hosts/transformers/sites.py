@@ -17,6 +17,7 @@ from torch import nn
 
 from ...core.linear import LinearView
 from ...core.sites import AttentionSite
+from .sharding import find_shards
 
 # The name of the registry that a dispatching `forward` refers to; unchanged since transformers 4.48.
 REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
@@ -124,7 +125,11 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     kinds: dict[tuple[str, str], set[bool]] = {}
     for site in sites:
         kinds.setdefault((site.tower, site.module_class), set()).add(_makes_keys(site))
-    return [replace(site, shares_keys=len(kinds[site.tower, site.module_class]) > 1) for site in sites]
+    shards = find_shards(model, sites)
+    return [
+        replace(site, shares_keys=len(kinds[site.tower, site.module_class]) > 1, shard=shards.get(site.name))
+        for site in sites
+    ]
 
 
 def _attending(model: nn.Module) -> list[tuple[str, nn.Module]]:

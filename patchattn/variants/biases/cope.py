@@ -47,6 +47,7 @@ class Cope(RowVariant):
 
     config_class = CopeConfig
     config: CopeConfig
+    splits_by_head = True
 
     def __init__(self, config: CopeConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

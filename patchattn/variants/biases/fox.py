@@ -53,6 +53,7 @@ class Fox(KeyBiasVariant):
 
     config_class = FoxConfig
     config: FoxConfig
+    splits_by_head = True
 
     def __init__(self, config: FoxConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

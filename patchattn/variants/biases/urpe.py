@@ -36,6 +36,7 @@ class Urpe(RowVariant):
 
     config_class = UrpeConfig
     config: UrpeConfig
+    splits_by_head = True
 
     def __init__(self, config: UrpeConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -42,6 +42,7 @@ class AttentionBuckets(TextDecodingVariant, RotaryVariant):
     config: AttentionBucketsConfig
     name = "attention_buckets"
     attends = True
+    splits_by_head = True
 
     @classmethod
     def fit(

@@ -39,6 +39,7 @@ class CAD(TextDecodingVariant):
 
     config_class = CADConfig
     config: CADConfig
+    splits_by_head = True
 
     @classmethod
     def fit(

@@ -73,6 +73,7 @@ class DeCoRe(TextDecodingVariant):
     config_class = DeCoReConfig
     config: DeCoReConfig
     attends = True
+    splits_by_head = True
 
     def __init__(self, config: DeCoReConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -25,6 +25,7 @@ class FunctionVectors(LayerVectorVariant):
     """The residual stream behind a layer with a function vector added at the last token."""
 
     config_class = FunctionVectorsConfig
+    splits_by_head = True
 
 
 register_variant(

@@ -72,12 +72,13 @@ class HeadEdit(Variant):
 
     config_class = HeadsConfig
     config: HeadsConfig
+    splits_by_head = True
 
     def __init__(self, config: HeadsConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         count = site.require("query_heads", by="heads")
         known = None if config.vectors is None else HeadVectors.parse(config.vectors)
-        self.vectors = {} if known is None else known.vectors.get(site.layer_index, {})
+        self.vectors = {} if known is None else known.of_site(site)
         self.heads = tuple(range(count))
         if config.heads is not None:
             self.heads = HeadList.parse(config.heads).of_site(site)

@@ -111,6 +111,7 @@ class Massive(LayerOutputVariant):
     config_class = MassiveConfig
     config: MassiveConfig
     attends = False
+    splits_by_head = True
 
     def __init__(self, config: MassiveConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

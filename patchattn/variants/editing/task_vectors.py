@@ -37,6 +37,7 @@ class TaskVectors(LayerVectorVariant):
     """The residual stream behind a layer with a task vector in its place at the prompt's last token."""
 
     config_class = TaskVectorsConfig
+    splits_by_head = True
 
 
 register_variant(

@@ -106,13 +106,15 @@ class Duo(EvictionVariant):
     config_class = DuoConfig
     config: DuoConfig
     name = "duo"
+    splits_by_head = True
 
     def __init__(self, config: DuoConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         heads, kv_heads = (site.require(count, by="duo") for count in ("query_heads", "kv_heads"))
         self.streaming: tuple[int, ...] = ()
         if config.gates is not None:
-            self.streaming = HeadGates.parse(config.gates).lowest(config.sparsity)[site.layer_index]
+            lowest = HeadGates.parse(config.gates).lowest(config.sparsity)
+            self.streaming = site.own_heads(lowest[site.layer_index], kv=True)
         self.is_split = 0 < len(self.streaming) < kv_heads
         limits = {
             "sinks": config.sinks,

@@ -55,6 +55,7 @@ class ExpectedAttention(RotaryVariant, ScoredEviction):
     config: ExpectedAttentionConfig
     name = "expected_attention"
     default_budget = 2048
+    splits_by_head = True
 
     def observe(self, call: AttentionCall, state: SequenceState) -> None:
         """Count the queries of a prompt as they are before rotation: how many, their sum and that of their products."""

@@ -48,6 +48,7 @@ class H2O(ScoredEviction):
     config: H2OConfig
     name = "h2o"
     default_budget = 2048
+    splits_by_head = True
 
     def last(self, counts: torch.Tensor) -> torch.Tensor:
         return (counts * self.config.recent_share).floor().long()

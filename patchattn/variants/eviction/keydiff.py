@@ -26,6 +26,7 @@ class KeyDiff(ScoredEviction):
     config_class = KeyDiffConfig
     name = "keydiff"
     default_budget = 2048
+    splits_by_head = True
 
     def window(self) -> int:
         return 0

@@ -22,6 +22,7 @@ class Knorm(ScoredEviction):
     config_class = KnormConfig
     name = "knorm"
     default_budget = 2048
+    splits_by_head = True
 
     def window(self) -> int:
         return 0

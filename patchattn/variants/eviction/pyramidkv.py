@@ -39,6 +39,7 @@ class PyramidKV(WindowEviction):
     config: PyramidKVConfig
     name = "pyramidkv"
     default_budget = 2048
+    splits_by_head = True
 
     def __init__(self, config: PyramidKVConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -19,6 +19,7 @@ class SnapKV(WindowEviction):
     config_class = SnapKVConfig
     name = "snapkv"
     default_budget = 2048
+    splits_by_head = True
 
 
 register_variant(

@@ -60,6 +60,7 @@ class StreamingLLM(RotaryVariant, EvictionVariant):
     config_class = StreamingLLMConfig
     config: StreamingLLMConfig
     name = "streaming_llm"
+    splits_by_head = True
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

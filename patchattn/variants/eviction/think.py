@@ -54,6 +54,7 @@ class ThinK(EvictionVariant):
     config_class = ThinKConfig
     config: ThinKConfig
     name = "think"
+    splits_by_head = True
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

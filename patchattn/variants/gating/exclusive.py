@@ -32,6 +32,7 @@ class Exclusive(Variant):
 
     config_class = ExclusiveConfig
     config: ExclusiveConfig
+    splits_by_head = True
 
     def __init__(self, config: ExclusiveConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -42,6 +42,7 @@ class Gated(GateVariant):
 
     config_class = GatedConfig
     config: GatedConfig
+    splits_by_head = True
 
     def __init__(self, config: GatedConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

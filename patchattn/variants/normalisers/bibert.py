@@ -27,6 +27,7 @@ class BiBERT(BlendedVariant):
     config_class = BiBERTConfig
     config: BiBERTConfig
     from_scratch = "blend=None"
+    splits_by_head = True
 
     @classmethod
     def fit(

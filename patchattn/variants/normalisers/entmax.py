@@ -42,6 +42,7 @@ class Entmax(BlendedVariant):
     config: EntmaxConfig
     sparsity: torch.Tensor
     scale: torch.Tensor
+    splits_by_head = True
 
     def __init__(self, config: EntmaxConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

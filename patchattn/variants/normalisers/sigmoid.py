@@ -30,6 +30,7 @@ class Sigmoid(BlendedVariant):
     config_class = SigmoidConfig
     config: SigmoidConfig
     from_scratch = "blend=None"
+    splits_by_head = True
 
     def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         if self.config.bias is not None:

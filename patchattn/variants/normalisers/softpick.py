@@ -29,6 +29,7 @@ class Softpick(BlendedVariant):
     config_class = SoftpickConfig
     config: SoftpickConfig
     from_scratch = "blend=None"
+    splits_by_head = True
 
     def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         return softpick(logits, visible, self.config.epsilon)

@@ -37,6 +37,7 @@ class APE(PlacedVariant):
     config_class = APEConfig
     config: APEConfig
     name = "ape"
+    splits_by_head = True
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         temperature, scale = self.config.temperature, self.config.scale

@@ -24,6 +24,7 @@ class BlockAttention(PieceVariant):
 
     config_class = BlockAttentionConfig
     config: BlockAttentionConfig
+    splits_by_head = True
 
     @classmethod
     def fit(

@@ -84,6 +84,7 @@ class FocusICL(PlacedVariant):
     config_class = FocusICLConfig
     config: FocusICLConfig
     name = "focus_icl"
+    splits_by_head = True
 
     def __init__(self, config: FocusICLConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -67,6 +67,7 @@ class GraphKV(PlacedVariant):
     config_class = GraphKVConfig
     config: GraphKVConfig
     name = "graph_kv"
+    splits_by_head = True
 
     @property
     def segments(self) -> Callable[[Text, int], Sequence[int]]:

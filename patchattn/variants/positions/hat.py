@@ -43,6 +43,7 @@ class HAT(Variant):
 
     config_class = HATConfig
     config: HATConfig
+    splits_by_head = True
 
     @classmethod
     def fit(

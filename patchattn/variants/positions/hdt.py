@@ -64,6 +64,7 @@ class HDT(SpanVariant):
 
     config_class = HDTConfig
     config: HDTConfig
+    splits_by_head = True
 
     @classmethod
     def fit(

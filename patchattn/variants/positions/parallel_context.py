@@ -36,6 +36,11 @@ class ParallelContext(PlacedVariant):
     config: ParallelContextConfig
     name = "parallel_context"
 
+    @property
+    def splits_by_head(self) -> bool:
+        """The choice of pieces is by the mean over heads."""
+        return self.config.top is None
+
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         call = self.placed(call).seeing(self.by_pair(call, reads))
         if self.config.top is None:

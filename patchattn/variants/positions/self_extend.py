@@ -47,6 +47,7 @@ class SelfExtend(RotaryVariant):
     config_class = SelfExtendConfig
     config: SelfExtendConfig
     name = "self_extend"
+    splits_by_head = True
 
     @classmethod
     def fit(

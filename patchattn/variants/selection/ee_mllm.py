@@ -34,6 +34,7 @@ class EEMLLM(ImageTokenVariant):
 
     config_class = EEMLLMConfig
     config: EEMLLMConfig
+    splits_by_head = True
 
     @classmethod
     def fit(

@@ -54,6 +54,7 @@ class FlexPrefill(WholeSelection):
 
     config_class = FlexPrefillConfig
     config: FlexPrefillConfig
+    splits_by_head = True
 
     @property
     def is_identity(self) -> bool:

@@ -63,6 +63,7 @@ class HiP(BoundedSelection):
 
     config_class = HiPConfig
     config: HiPConfig
+    splits_by_head = True
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         config = self.config

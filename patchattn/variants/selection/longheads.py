@@ -61,6 +61,7 @@ class LongHeads(RotaryVariant):
     config_class = LongHeadsConfig
     config: LongHeadsConfig
     name = "longheads"
+    splits_by_head = True
 
     def __init__(self, config: LongHeadsConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -53,6 +53,7 @@ class LServe(BoundedSelection):
 
     config_class = LServeConfig
     config: LServeConfig
+    splits_by_head = True
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         budget, page, heads = self.config.budget, self.config.page, self.config.heads

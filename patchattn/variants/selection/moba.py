@@ -50,6 +50,7 @@ class MoBA(PagedSelection):
 
     config_class = MoBAConfig
     config: MoBAConfig
+    splits_by_head = True
 
     @property
     def is_identity(self) -> bool:

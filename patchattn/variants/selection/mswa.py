@@ -56,13 +56,15 @@ class MSWA(SelectionVariant):
 
     config_class = MSWAConfig
     config: MSWAConfig
+    splits_by_head = True
 
     def __init__(self, config: MSWAConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        heads = site.require("query_heads", by="MSWA")
+        site.require("query_heads", by="MSWA")
+        heads = site.heads_in_all[0] or 0
         of_layer = _scale(site.layer_index, site.layer_count) if config.by_layer else 1.0
         of_heads = [_scale(head, heads) if config.by_head else 1.0 for head in range(heads)]
-        self.windows = [int((config.window or 0) * of_layer * of_head) for of_head in of_heads]
+        self.windows = site.of_own_heads([int((config.window or 0) * of_layer * of_head) for of_head in of_heads])
 
         self.owner = f"mswa(windows={self.windows}, slack={config.slack})"
 

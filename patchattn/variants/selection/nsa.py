@@ -59,6 +59,7 @@ class NSA(CompressedSelection):
 
     config_class = NSAConfig
     config: NSAConfig
+    splits_by_head = True
 
     def __init__(self, config: NSAConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

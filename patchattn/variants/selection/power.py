@@ -35,6 +35,7 @@ class Power(SelectionVariant):
     config_class = PowerConfig
     config: PowerConfig
     keeps_state = True  # a sliding cache then counts what it lets go of
+    splits_by_head = True
 
     @property
     def is_identity(self) -> bool:

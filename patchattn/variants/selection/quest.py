@@ -26,6 +26,7 @@ class Quest(BoundedSelection):
 
     config_class = QuestConfig
     config: QuestConfig
+    splits_by_head = True
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         return None if self.is_dense(call) else self.by_bounds(call, self.config.budget)

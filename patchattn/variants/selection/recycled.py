@@ -71,6 +71,11 @@ class Recycled(WholeSelection):
     def is_identity(self) -> bool:
         return self.config.reads_all
 
+    @property
+    def splits_by_head(self) -> bool:
+        """Queries of all heads are compared at once."""
+        return self.config.similarity is None
+
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"budget": None}

@@ -31,6 +31,7 @@ class Streaming(SelectionVariant):
 
     config_class = StreamingConfig
     config: StreamingConfig
+    splits_by_head = True
 
     @property
     def keeps_state(self) -> bool:

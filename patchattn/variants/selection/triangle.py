@@ -54,6 +54,7 @@ class Triangle(SelectionVariant):
 
     config_class = TriangleConfig
     config: TriangleConfig
+    splits_by_head = True
 
     @property
     def keeps_state(self) -> bool:

@@ -50,6 +50,7 @@ class Twilight(BoundedSelection):
 
     config_class = TwilightConfig
     config: TwilightConfig
+    splits_by_head = True
 
     @property
     def reads_all(self) -> bool:

@@ -70,6 +70,7 @@ class VerticalSlash(WholeSelection):
 
     config_class = VerticalSlashConfig
     config: VerticalSlashConfig
+    splits_by_head = True
 
     @property
     def is_identity(self) -> bool:

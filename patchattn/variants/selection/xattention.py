@@ -48,6 +48,7 @@ class XAttention(WholeSelection):
 
     config_class = XAttentionConfig
     config: XAttentionConfig
+    splits_by_head = True
 
     @property
     def is_identity(self) -> bool:

@@ -81,6 +81,7 @@ class ACT(Variant):
     config_class = ACTConfig
     config: ACTConfig
     keeps_state = True
+    splits_by_head = True
 
     def __init__(self, config: ACTConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

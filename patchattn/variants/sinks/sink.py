@@ -38,6 +38,7 @@ class Sink(SlotVariant):
 
     config_class = SinkConfig
     config: SinkConfig
+    splits_by_head = True
 
     def __init__(self, config: SinkConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -34,6 +34,7 @@ class LogN(Variant):
 
     config_class = LogNConfig
     config: LogNConfig
+    splits_by_head = True
 
     def __init__(self, config: LogNConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

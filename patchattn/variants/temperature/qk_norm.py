@@ -47,6 +47,7 @@ class QKNorm(Variant):
 
     config_class = QKNormConfig
     config: QKNormConfig
+    splits_by_head = True
 
     def __init__(self, config: QKNormConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -110,6 +110,11 @@ class SSA(Variant):
     def changes_cache(self) -> bool:
         return self.config.key or self.config.value
 
+    @property
+    def splits_by_head(self) -> bool:
+        """A whole projection is that of all heads."""
+        return self.config.features == "input" or not self.config.token_aware
+
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         # sigmoid is 0 in float32, and the token part starts at 0

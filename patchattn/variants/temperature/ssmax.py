@@ -39,6 +39,7 @@ class SSMax(Variant):
 
     config_class = SSMaxConfig
     config: SSMaxConfig
+    splits_by_head = True
 
     def __init__(self, config: SSMaxConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -1,0 +1,142 @@
+"""Tensor parallelism: several processes hold some heads of an attention module each, and what variants learn of them.
+
+What is learnt is kept as torch's DTensor, as the model's own weights are: whole in a state dict, with an optimizer and
+when it is saved. Variants compute with this process's part of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def own_tensor(module: nn.Module) -> Any:
+    """A parameter of a module that several processes share, `None` if there is none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return next((p for p in module.parameters() if isinstance(p, DTensor)), None)
+
+
+def refuse_uneven(name: str, whole: nn.Module, part: nn.Module) -> None:
+    """NotImplementedError if what a variant of all heads learns is not a row of what those of some heads learn.
+
+    Args:
+        name: of the variant.
+        whole: made for all heads.
+        part: the same, made for those of this process.
+    """
+    own = part.state_dict()
+    for key, tensor in whole.state_dict().items():
+        shape = own[key].shape if key in own else None
+        apart = [size for size in zip(tensor.shape, shape or (), strict=False) if size[0] != size[1]]
+        if shape is None or tensor.dim() != len(shape) or len(apart) > 1:
+            raise NotImplementedError(
+                f"The variant {name!r} has {key} {tuple(tensor.shape)} for all heads, and {shape and tuple(shape)} for "
+                "those of one process of tensor parallelism: it cannot be split by head."
+            )
+
+
+def joined(whole: nn.Module, part: nn.Module, module: nn.Module) -> Any:
+    """The variant of this process's heads, whose tensors are shares of those of all heads.
+
+    Every process must call it at the same time. Where processes drew other numbers, those of the first are taken.
+
+    Args:
+        whole: made for all heads, with the values.
+        part: the same, made for those of this process.
+        module: the attention module.
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = own_tensor(module).device_mesh
+    tensors = dict(whole.state_dict(keep_vars=True))
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        holder = part.get_submodule(path)
+        mine: torch.Tensor = getattr(holder, key)
+        split = next((dim for dim, size in enumerate(tensor.shape) if size != mine.shape[dim]), None)
+        placement = Replicate() if split is None else Shard(split)
+        shared: Any = distribute_tensor(tensor.detach(), mesh, [placement])
+        if isinstance(mine, nn.Parameter):
+            holder._parameters[key] = nn.Parameter(shared, requires_grad=tensor.requires_grad)
+        else:
+            holder._buffers[key] = shared
+    return part
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that processes hold parts of, all of which must call it at the same time; others as is."""
+    whole = getattr(tensor.detach(), "full_tensor", None)
+    return tensor.detach() if whole is None else whole()
+
+
+def first_process(model: nn.Module) -> bool:
+    """Whether this is the process that writes files: the first of those that share the model, or the only one."""
+    like = own_tensor(model)
+    return like is None or torch.distributed.get_rank() == 0
+
+
+def in_step(model: nn.Module) -> None:
+    """Wait for all processes that share the model, if several do."""
+    if own_tensor(model) is not None:
+        torch.distributed.barrier()
+
+
+@contextmanager
+def own_parts(variant: nn.Module) -> Iterator[None]:
+    """This process's part of a variant's tensors in their place, while one of its stages runs."""
+    from torch.distributed.tensor import DTensor
+
+    held = [
+        (tensors, name, tensor)
+        for module in variant.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, DTensor)
+    ]
+    for tensors, name, tensor in held:
+        tensors[name] = _local(tensor)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in held:
+            tensors[name] = tensor  # type: ignore[assignment]
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """A process's part. Of what all hold alike, each process finds the gradient of its own heads: they are added up."""
+    local: torch.Tensor = tensor.to_local()
+    (placement,) = tensor.placements
+    return added(local, tensor) if placement.is_replicate() else local
+
+
+def added(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """A tensor that all processes hold alike, and whose gradient is the sum of theirs.
+
+    Args:
+        tensor: it.
+        like: a parameter that the same processes share.
+    """
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    found: torch.Tensor = _Added.apply(tensor, like.device_mesh.get_group())
+    return found
+
+
+class _Added(torch.autograd.Function):
+    """The identity, whose gradient is summed over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        total = gradients[0].contiguous().clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None

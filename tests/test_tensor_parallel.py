@@ -1,0 +1,148 @@
+"""Tensor parallelism on two CPU processes: transformers shares out a model's heads, and variants follow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import patchattn
+from patchattn.core.sites import HeadShard
+from patchattn.training import balance_loss
+
+from .behaviour import Case
+from .families import FAMILIES
+from .tensor_parallel import MAKE, all_cases, compared, run_in_two, shared, written
+
+# What needs more of other heads than a process has; every other variant that a Llama takes must be equal.
+REFUSED = {
+    "adakv": "heads of a layer share a budget",
+    "attention_transition": "tokens are chosen by all heads",
+    "differential": "a head reads another kv head",
+    "dma": "scores are of the values of all heads",
+    "flap": "surgery",
+    "gqa_convert": "surgery",
+    "hyper": "numbers are drawn for each head",
+    "longlora": "which heads are shifted is told by their number",
+    "moh": "heads are chosen among all",
+    "mta": "heads are mixed",
+    "nosa": "scores are of the values of all heads",
+    "prune": "surgery",
+    "squeezed": "clusters are those of all kv heads",
+    "subsampled": "keys are drawn anew in every call",
+    "talking_heads": "heads are mixed",
+    "tova": "a score is the mean over heads",
+}
+# Of these some settings are.
+SOME = {"parallel_context": "top", "ssa": "features", "recycled": "similarity"}
+QUICK = ("logn", "ssmax", "fox", "act", "heads", "snapkv", "knorm", "duo", "quest", "mswa", "decore", "moh")
+OWN = [  # for four kv heads, of which each process has two
+    Case("knorm", (("budget", [5, [4, 7, 2, 3]]),)),
+    Case("duo", (("gates", [[0.9, 0.1, 0.8, 0.2], [0.3, 0.2, 0.1, 0.9]]), ("sinks", 1), ("recent", 3), ("slack", 3))),
+    Case("heads", (("gain", 0.5), ("heads", [[0, 5], [1, 2]]), ("vectors", None))),
+    Case("act", (("sink_rule", "fixed"), ("threshold", 0.03), ("heads", [[0, 6], [0, 7], [1, 1]]))),
+]
+
+
+def check(found: dict[str, str], case: Case) -> None:
+    """AssertionError unless a case is as one process computes it, or refused by name and said above to be."""
+    if case.variant in REFUSED or dict(case.settings).get(SOME.get(case.variant, "")) is not None:
+        assert "does not support tensor parallelism" in found[str(case)], (str(case), found[str(case)])
+        assert f"'{case.variant}'" in found[str(case)]
+    else:
+        assert found[str(case)] == "equal", (str(case), found[str(case)])
+
+
+def quick(folder: Path) -> dict[str, Any]:
+    chosen = [case for case in all_cases() if case.variant in QUICK and case.example == 0]
+    return {
+        "llama": compared(folder, "llama", chosen),
+        "wide": compared(folder, "wide", [*OWN, *(case for case in chosen if case.variant in ("ssmax", "fox"))]),
+        "trained": trained(folder),
+    }
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Three steps of training of everything, patched anew in each process, saved, and loaded again."""
+    tokens, path = FAMILIES["llama"].inputs()["input_ids"], written(folder, "llama")
+    model, alone = shared(path), MAKE["llama"]().double()
+    torch.manual_seed(5 + dist.get_rank())  # what processes draw differs
+    for each in (model, alone):
+        patchattn.patch_model(each, ["ssa", "ssmax", "fox"])
+    begun = {name: whole(tensor) for name, tensor in model.state_dict().items() if name.endswith(("weight", "bias"))}
+    alone.load_state_dict(begun, strict=False)
+    for each in (model, alone):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.5)
+        for _ in range(3):
+            each(tokens).logits.pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = dict(alone.named_parameters())
+    steps = {name: float((expected[name] - begun[name]).abs().max()) for name in begun if name in expected}
+    apart = {name: float((whole(p) - expected[name]).abs().max()) for name, p in model.named_parameters()}
+    patchattn.save_patch(model, folder / "patch")
+    patchattn.save_pretrained(model, folder / "whole")
+    again = patchattn.from_pretrained(folder / "whole", tp_plan="auto", dtype=torch.float64).eval()
+    asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    texts = [each.eval().generate(tokens, **asked).tolist() for each in (model, alone, again)]
+    refused = {}
+    for name, tried in {
+        "probed": lambda: patchattn.probed(model, print),
+        "observed": lambda: patchattn.observe(model, print).__enter__(),
+        "losses": lambda: balance_loss(model, 0.5).__enter__(),
+        "pushed": lambda: patchattn.push_to_hub(model, "nobody/nothing"),
+    }.items():
+        with pytest.raises((NotImplementedError, ValueError)) as error:
+            tried()
+        refused[name] = str(error.value)
+    patchattn.unpatch_model(again)
+    left = [name for name in again.state_dict() if "patchattn" in name]
+    return {"apart": apart, "steps": steps, "texts": texts, "refused": refused, "left": left}
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+
+
+def test_some_variants_compute_train_and_save_as_in_one_process(tmp_path: Path) -> None:
+    """One start of two processes for all."""
+    found = run_in_two(quick, tmp_path)
+    for case in [case for case in all_cases() if case.variant in QUICK and case.example == 0]:
+        check(found["llama"], case)
+    for case in OWN:
+        assert found["wide"][str(case)] == "equal"
+    assert all(part["unpatched"] == "equal" for part in (found["llama"], found["wide"]))
+    trained = found["trained"]
+    assert max(trained["apart"].values()) < 1e-9
+    assert min(trained["steps"].values()) > 1e-6  # which is to say something of the line before
+    assert trained["texts"][0] == trained["texts"][1] == trained["texts"][2]
+    assert not trained["left"]
+    assert "To look at calls of attention" in trained["refused"]["probed"]
+    assert "To look at what variants report" in trained["refused"]["observed"]
+    assert "upload the folder" in trained["refused"]["pushed"]
+    tokens = FAMILIES["llama"].inputs()["input_ids"]
+    loaded = [patchattn.from_pretrained(tmp_path / "whole", dtype=torch.float64).eval()]
+    loaded.append(patchattn.load_patch(patchattn.unpatch_model(loaded[0]), tmp_path / "patch"))
+    for model in loaded:
+        text = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert text.tolist() == trained["texts"][1]
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    return {name: compared(folder, name, all_cases()) for name in MAKE}
+
+
+@pytest.mark.slow
+def test_every_variant_is_as_in_one_process_or_refused_by_name(tmp_path: Path) -> None:
+    found = run_in_two(everything, tmp_path)
+    for case in all_cases():
+        check(found["llama"], case)
+        if "not for this model" not in found["wide"][str(case)]:
+            check(found["wide"], case)
+
+
+def test_heads_are_numbered_in_the_part_that_has_them() -> None:
+    shard = HeadShard(rank=1, ranks=3, query_heads=12, kv_heads=6)
+    assert shard.own([0, 4, 7, 8, 11]) == (0, 3)
+    assert shard.own([0, 2, 3, 5], kv=True) == (0, 1)
