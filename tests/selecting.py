@@ -77,6 +77,13 @@ def assert_reads(model: nn.Module, tokens: torch.Tensor, reads: Callable[[int, i
     np.testing.assert_allclose(got[0], np.array(want), rtol=1e-5, atol=1e-7)
 
 
+def scoring_alike(model: nn.Module) -> nn.Module:
+    """A `tiny_llama` whose first layer has queries of zeros, for which all keys score 0."""
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    return model
+
+
 def projected(module: nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries `(T, H, D)`, keys and values `(T, Hkv, D)` of the attention of a `tiny_llama`; the first two turned."""
     weights = {name: getattr(module, f"{name}_proj").weight.detach().numpy() for name in "qkv"}

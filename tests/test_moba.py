@@ -93,17 +93,6 @@ def test_padding_inside_a_block_is_in_no_mean(calls: Recorded) -> None:
             assert set(seen[0, head, i].nonzero().flatten().tolist()) == want
 
 
-def test_of_equal_means_the_first_block_is_read(monkeypatch: pytest.MonkeyPatch, calls: Recorded) -> None:
-    monkeypatch.setattr(moba, "products", lambda query, facts: query.new_zeros(*query.shape[:3], facts.shape[2]))
-    model = patchattn.patch_model(FAMILIES["llama"].make_exact(), "moba", block=2, top_k=3)
-    outputs(model, input_ids=text(12, rows=1))
-    for _, seen, _ in calls:
-        for i in range(12):
-            assert set(seen[0, 0, i].nonzero().flatten().tolist()) == {
-                j for j in range(i + 1) if j // 2 in {0, 1, i // 2}
-            }
-
-
 def test_blocks_that_hold_the_text_are_the_base_bit_for_bit() -> None:
     model, tokens = FAMILIES["llama"].make(), text(12)
     expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [9, 1, 2])

@@ -78,17 +78,6 @@ def test_a_bound_is_no_estimate() -> None:
     assert scores.upper_bounds(query, ends).flatten().tolist() == [2.0, 1.0]
 
 
-def test_of_equal_bounds_the_first_page_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = FAMILIES["llama"].make_exact(), recorded(monkeypatch)
-    patchattn.patch_model(model, "quest", budget=6, page=2, **ALL)
-    monkeypatch.setattr(pages, "upper_bounds", lambda query, ends: query.new_zeros(*query.shape[:3], ends.shape[2]))
-    outputs(model, input_ids=text(12, rows=1))
-    for _, seen, _ in calls:
-        for i in range(12):
-            read = {0, 1, i // 2}
-            assert set(seen[0, 0, i].nonzero().flatten().tolist()) == {j for j in range(i + 1) if j // 2 in read}
-
-
 def test_a_budget_that_holds_the_text_is_the_base_bit_for_bit() -> None:
     model, tokens = FAMILIES["llama"].make(), text(12)
     expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [9, 1, 1, 1])

@@ -67,6 +67,29 @@ def test_a_text_shorter_than_what_is_read_by_default_is_the_base_bit_for_bit(nam
     assert torch.equal(decoded(model, tokens, [5, 1, 3]), cached)
 
 
+HOLD_ALL: dict[str, list[dict[str, Any]]] = {
+    "streaming": [{"sinks": 4, "recent": 8}, {"recent": None}],
+    "mswa": [{"window": 48, "by_layer": False}, {"window": None}],
+    "power": [{"block": 3, "local": 1}, {"block": 2, "local": 5}, {"block": 1, "local": None}],
+    "triangle": [
+        {"dense_layers": 0, "last": 12},
+        {"dense_layers": 0, "last": 1, "sinks": 4, "recent": 8},
+        {"dense_layers": 2, "last": 1, "sinks": 1, "recent": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", HOLD_ALL)
+def test_what_holds_the_text_is_the_base_bit_for_bit(name: str) -> None:
+    """The same of other selectors is among their own tests."""
+    model, tokens = FAMILIES["llama"].make(), text(12)
+    expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [9, 1, 2])
+    for settings in HOLD_ALL[name]:
+        with patchattn.patched(model, name, settings):
+            assert torch.equal(outputs(model, input_ids=tokens)[0], expected)
+            assert torch.equal(decoded(model, tokens, [9, 1, 2]), cached)
+
+
 @each
 @pytest.mark.parametrize("sizes", [[9], [6, 1, 1, 1], [4, 3, 2]])
 def test_output_is_dense_attention_to_what_was_chosen(case: Case, sizes: list[int], calls: Recorded) -> None:
@@ -106,16 +129,18 @@ def test_density_is_keys_read_over_keys_seen(case: Case, calls: Recorded) -> Non
 
 
 @each
-def test_padding_of_whole_pages_moves_the_choice(case: Case, calls: Recorded) -> None:
+def test_whole_pages_of_padding_or_of_another_text_move_the_choice(case: Case, calls: Recorded) -> None:
     model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(rows=1)
     outputs(model, input_ids=tokens)
     padded = torch.cat([tokens[:, :6], tokens], dim=1)
     mask = torch.ones_like(padded)
     mask[:, :6] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs(model, input_ids=padded, attention_mask=mask, position_ids=positions)
-    for (_, alone, _), (_, behind, _) in zip(calls[:2], calls[2:], strict=True):
-        assert torch.equal(behind[:, :, 6:, 6:], alone)
+    outputs(model, input_ids=padded, attention_mask=mask, position_ids=positions(mask))
+    if case.variant != "squeezed":  # whose prefix the other text must begin with, too
+        numbers = torch.cat([torch.arange(6), torch.arange(9)])[None]
+        outputs(model, input_ids=padded, position_ids=numbers, use_cache=False)
+    for n, (_, behind, _) in enumerate(calls[2:]):
+        assert torch.equal(behind[:, :, 6:, 6:], calls[n % 2][1])
         assert not bool(behind[:, :, 6:, :6].any())
 
 
