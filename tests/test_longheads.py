@@ -144,6 +144,16 @@ def test_padding_of_whole_chunks_changes_nothing(model: Any, given: bool) -> Non
         torch.testing.assert_close(found[row : row + 1, start:], alone, rtol=1e-5, atol=1e-5)  # angles are float32
 
 
+def test_padding_inside_a_chunk_has_no_say(model: Any) -> None:
+    """Five tokens of it, which differ between two rows of one text, in chunks of three."""
+    ids, mask, cache = texts(), torch.ones(2, 30, dtype=torch.long), DynamicCache(config=model.config)
+    ids[:, 5:], mask[:, :5] = ids[0, 5:].clone(), 0
+    for first, last in ((0, 20), (20, 21), (21, 30)):
+        given = {"attention_mask": mask[:, :last], "position_ids": positions(mask)[:, first:last]}
+        found = outputs(model, input_ids=ids[:, first:last], **given, **cache_argument(model, cache))[0]
+        close(*found[:, max(0, 5 - first) :].split(1))
+
+
 def test_tokens_that_are_taken_back_leave_nothing_behind_within_the_slack(model: Any) -> None:
     ids = texts()[:1]
     for size, taken in ((10, 2), (7, 1), (9, 2)):  # within a chunk, up to its border, and across it

@@ -1,6 +1,7 @@
 """Squeezed Attention: Accelerating Long Context Length LLM Inference."""
 
 from .clusters import PrefixClusters, prefix_clusters
-from .variant import Squeezed, SqueezedConfig
+from .settings import SqueezedConfig
+from .variant import Squeezed
 
 __all__ = ["PrefixClusters", "Squeezed", "SqueezedConfig", "prefix_clusters"]

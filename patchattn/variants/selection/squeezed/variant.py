@@ -1,9 +1,8 @@
 """Squeezed Attention: what follows a fixed prefix reads the clusters of its keys that matter. arXiv 2411.09688."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,67 +12,23 @@ from patchattn_kernels.rows import full_precision
 from ....cache.state import SequenceState
 from ....core import ranks
 from ....core.call import AttentionCall
-from ....core.hooks import Hook, note_token_ids
 from ....core.keeping import of_query_heads
 from ....core.mask import Mask
 from ....core.places import Places, taken
 from ....core.registry import register_variant
-from ....core.run import current_run, end_run
-from ....core.selection import base_model
-from ....core.settings import option
 from ....core.sites import AttentionSite
-from ....core.token_ids import text_model, token_ids, with_token_ids
-from ....core.variant import VariantConfig, VariantInfo
+from ....core.variant import VariantInfo
 from ....files.documents import concerning
-from ....reading.groups import any_of_group, heads_option, read_by_one
+from ....reading.groups import any_of_group, read_by_one
 from ....reading.selection import CAPABILITIES, plain_own
-from ....reading.whole import WholeSelection
 from .clusters import PrefixClusters, counted, means_of, scores_of
+from .prompts import ComparedPrompts
+from .settings import SqueezedConfig
 
 _MEANS, _WHEN = "means", "when"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SqueezedConfig(VariantConfig):
-    """Settings of Squeezed Attention."""
-
-    clusters: str | Path | PrefixClusters | None = option(
-        None,
-        help="A file that `patchattn calibrate squeezed` wrote, or what prefix_clusters returned. A saved patch holds "
-        "what is in it.",
-    )
-    sparsity: float = option(
-        0.7,
-        help="Share of the clustered keys, over all layers and heads, that the last tokens of the prefix would leave "
-        "out. 0: nothing is left out.",
-        source="paper: 0.7 and 0.9",
-        unit="ratio",
-        minimum=0.0,
-        maximum=1.0,
-    )
-    heads: Literal["kv", "query"] = heads_option(
-        "kv", source="ours; the paper's models have one query head per kv head"
-    )
-    length: int = option(0, help="Tokens of the prefix, found when patching.", unit="tokens", minimum=0)
-    window: int = option(
-        1, help="Last tokens of the prefix, which are in no cluster; found when patching.", unit="tokens", minimum=1
-    )
-    sizes: tuple[int, ...] = option((), help="Clusters of each level, found when patching.", minimum=1)
-    thresholds: tuple[float, ...] = option(
-        (), help="Scores that clusters of each level must exceed, found when patching."
-    )
-    compares: bool = option(False, help="Whether prompts are compared with the prefix, found when patching.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() if self.clusters is None else replace(self, clusters=None).to_dict()
-
-    @property
-    def looks_ahead(self) -> bool:
-        """What is read is chosen for all tokens of a call together."""
-        return self.sparsity > 0.0
-
-
-class Squeezed(WholeSelection):
+class Squeezed(ComparedPrompts):
     """Attention of what follows a prefix to those of its keys whose clusters would get more than a threshold.
 
     Tokens of the prefix, its last ones as keys, and the keys behind it are as without it.
@@ -81,7 +36,6 @@ class Squeezed(WholeSelection):
 
     config_class = SqueezedConfig
     config: SqueezedConfig
-    prefix: torch.Tensor
     fine: torch.Tensor
     coarse: torch.Tensor
 
@@ -138,42 +92,13 @@ class Squeezed(WholeSelection):
     def keeps_state(self) -> bool:
         return True
 
-    def hooks(self, model: nn.Module) -> list[Hook]:
-        if not self.config.compares:
-            return super().hooks(model)
-        base: Any = base_model(model)
-        text = text_model(base, self.site.name)
-        return [
-            *super().hooks(model),
-            Hook(base, "before", self.before_model),
-            Hook(text.get_input_embeddings(), "before", self.before_embedding),  # type: ignore[operator]
-            Hook(text, "before", self.before_text_model),
-            Hook(text, "finally", self.after_text_model),
-            Hook(base, "finally", self.after_model),
-        ]
-
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current_run().token_ids = None  # of what was embedded outside of a forward
-
-    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note_token_ids(args, kwargs)
-
-    def before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_token_ids("squeezed", module, self.before_embedding, args, kwargs)
-
-    def after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        current_run().token_ids = None
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        end_run()
-
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         self.check(call)
         length, state = self.config.length, call.context.sequence_state(self.owner)
         row, own = call.query_positions(), plain_own(call.mask)
         known = self._known(call, state)
         if known is None:
-            self._compare(call, row)
+            self.compare(call)
         if call.mask.columns <= length:
             return None
         with torch.no_grad():
@@ -255,25 +180,6 @@ class Squeezed(WholeSelection):
         clustered = labels.shape[2]
         index = torch.where((place >= 0) & (place < clustered), place, clustered)
         return chosen.gather(2, index[:, None].expand(batch, heads, -1))
-
-    def _compare(self, call: AttentionCall, row: torch.Tensor) -> None:
-        """ValueError unless the tokens of a call are those of the prefix, as far as it goes."""
-        own = plain_own(call.mask)
-        if not self.config.compares or (own is not None and own >= self.config.length):
-            return
-        if torch.compiler.is_compiling():
-            raise NotImplementedError("squeezed compares prompts with its prefix, for which compiled code cannot wait.")
-        ids, place = token_ids(call), row.clamp(0, self.config.length - 1)
-        wrong = (ids != self.prefix[place]) & (row >= 0) & (row < self.config.length) & call.mask.real()
-        if bool(wrong.any()):
-            text, number = (int(index) for index in wrong.nonzero()[0])
-            where = int(row.expand(len(wrong), -1)[text, number])
-            raise ValueError(
-                f"The prompt does not begin with the prefix of {self.config.length} tokens that squeezed was "
-                f"calibrated for: token {where} of sequence {text} is {int(ids[text, number])}, expected "
-                f"{int(self.prefix[where])}. Begin every prompt with the very tokens of the prefix, whose end a "
-                "tokenizer may join with what follows, or calibrate for another one."
-            )
 
 
 def _example(coarse: bool) -> PrefixClusters:
