@@ -159,7 +159,7 @@ def test_large_biases_keep_small_differences_in_half_precision(dtype: torch.dtyp
     bias = -torch.arange(400, 0, -1) * 12.5 - torch.rand(1, 4, 400, generator=generator)
     bias[..., 100:110] = bias[..., 100:101] + 0.3 * torch.arange(10)
     query, key, value = (
-        torch.randn(1, h, n, 16, generator=generator).to(dtype) for h, n in ((4, 1), (2, 400), (2, 400))
+        torch.randn(1, h, n, 16, generator=generator).to(dtype) for h, n in ((4, 2), (2, 400), (2, 400))
     )
     seen: list[Any] = []
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..core.call import AttentionCall
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
-from .rows import attend_rows, reads_keys_once
+from .rows import attend_half_row, attend_rows, reads_keys_once
 
 _STEP = 64.0  # of queries: keys hold that much less, so that float16 has room
 
@@ -17,7 +17,8 @@ class KeyBiasVariant(Variant):
     """A variant that adds a number to the logit of each key, by query head.
 
     It is made by extra channels, of which every query head has its own, so that every base implementation computes it,
-    without an `(N, N)` mask. Decoding in float32 adds it to the logits of its one row, so that keys are not copied.
+    without an `(N, N)` mask. Decoding in float32, or in half precision on a CPU, adds it to the logits of its one row,
+    so that keys are not copied.
     Register it as `innermost`: what came after would take the channels for those of the model; and without `softcap`,
     which would bend it.
 
@@ -46,6 +47,9 @@ def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> Att
     if reads_keys_once(call):
         output, _ = attend_rows(call, lambda logits, _: (logits + bias[:, :, None]).softmax(-1))
         return output, None
+    row = attend_half_row(call, bias)
+    if row is not None:
+        return row[0], None
     bias = bias / (_STEP * call.scaling)
     heads, groups = call.query.shape[1], call.key.shape[1]
     of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)

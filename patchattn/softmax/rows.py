@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from patchattn_kernels.dense_attention_cpu import flash
+
 from ..core.call import AttentionCall
 from ..core.host import host
 from ..core.variant import Attend, AttentionOutput, Variant
@@ -98,10 +100,45 @@ def weighted_values(call: AttentionCall, weights: torch.Tensor) -> tuple[torch.T
 def reads_keys_once(call: AttentionCall) -> bool:
     """Whether a call is one row that `attend_rows` computes as well as the base implementation, without copying keys.
 
-    So decoding needs no wider keys for a term of the logits. Of keys in half precision it would need a copy.
+    So decoding needs no wider keys for a term of the logits. Of keys in half precision it would need a copy; see
+    `attend_half_row`.
     """
     one_row = call.query.shape[2] == 1 and torch.finfo(call.key.dtype).bits >= 32
     return one_row and call.stands_alone and call.kwargs.get("s_aux") is None
+
+
+def attend_half_row(call: AttentionCall, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Output `(B, 1, H, Dv)` of a call of one row in half precision and its log-sum-exp `(B, H, 1)`, in float32.
+
+    torch's kernel for CPUs reads keys of half precision as they are, without copying them, and sums in float32. `None`
+    where it does not compute the call: elsewhere, with gradients, while compiling.
+
+    Args:
+        call: of attention.
+        bias: `(B or 1, H, Tk)`, added to the logits in float32.
+    """
+    query, key, value, kwargs = call.query, call.key, call.value, call.kwargs
+    on_cpu = query.shape[2] == 1 and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    alike = query.dtype == key.dtype == value.dtype and torch.finfo(key.dtype).bits == 16
+    if not (on_cpu and alike and call.stands_alone and kwargs.get("s_aux") is None and kwargs.get("softcap") is None):
+        return None
+    given = kwargs.get("position_bias")
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias, given)
+    ):
+        return None
+    visible = call.mask.seen()
+    terms = (
+        None if bias is None else bias[:, :, None],
+        None if given is None else given[..., : key.shape[2]],
+        call.mask.added(),
+    )
+    added = torch.zeros(())
+    for term in terms:
+        added = added if term is None else added + term.to(added.dtype)
+    hidden = torch.where(visible, added, float("-inf"))
+    output, lse = flash(query, key, value, call.scaling, hidden=hidden)
+    return output.transpose(1, 2), lse.masked_fill(~visible.any(-1), float("-inf"))
 
 
 def _of_groups(rows: torch.Tensor, of_kv: torch.Tensor) -> torch.Tensor:

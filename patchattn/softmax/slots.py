@@ -10,7 +10,7 @@ from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
-from .rows import attend_rows, reads_keys_once
+from .rows import attend_half_row, attend_rows, reads_keys_once
 
 
 class SlotVariant(Variant):
@@ -18,7 +18,8 @@ class SlotVariant(Variant):
 
     The slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
     implementation computes it, and a sink that the model has itself (`s_aux`) stands beside it in the same softmax.
-    Decoding in float32 puts it beside the logits of its one row, so that keys are not copied.
+    Decoding in float32, or in half precision on a CPU, puts it beside the logits of its one row, so that keys are not
+    copied.
     Rows that see no key give the slot's value. Register it as `innermost`: what came after would take the slot for a
     token.
     """
@@ -47,6 +48,9 @@ class SlotVariant(Variant):
         logit = logit.to(dtype).reshape(1, -1, 1) if logit.dim() == 1 else logit.to(dtype)
         if reads_keys_once(call):
             return _in_rows(call, logit, self.slot_key(), self.slot_value()), None
+        row = attend_half_row(call)
+        if row is not None:
+            return _beside_row(call, *row, logit, self.slot_key(), self.slot_value()), None
         # A product, both in as many parts as the dtype needs: large logits do not overflow, small ones are kept.
         inverse = torch.full((), 1 / call.scaling, dtype=dtype, device=logit.device)
         pairs = [(b, s) for b in parts(logit, call.query.dtype) for s in parts(inverse, call.key.dtype)]
@@ -67,10 +71,7 @@ def _in_rows(
     call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
 ) -> torch.Tensor:
     """Output `(B, R, H, Dv)` of a call whose rows see a slot with a logit `(B or 1, H, R or 1)` beside the keys."""
-    group = call.query.shape[1] // call.key.shape[1]
-    if key is not None:
-        own = key.to(call.query).repeat_interleave(group, dim=0)
-        logit = logit + (call.query * own[:, None]).sum(-1) * call.scaling
+    logit = _with_product(call, logit, key)
     of_slot = []
 
     def weigh(logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -80,9 +81,39 @@ def _in_rows(
         return weights[..., 1:]
 
     output, _ = attend_rows(call, weigh)
+    return _and_slot(call, output, of_slot[0], value)
+
+
+def _beside_row(
+    call: AttentionCall,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    logit: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same, of what the keys give `(B, R, H, Dv)` without the slot and the log-sum-exp `(B, H, R)` of the rows."""
+    share = (_with_product(call, logit, key) - lse).sigmoid()[..., None]
+    output = output.to(share.dtype) * (1 - share).transpose(1, 2)
+    return _and_slot(call, output, share, value).to(call.value.dtype)
+
+
+def _with_product(call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+    """The logit `(B, H, R)` of a slot with a key `(Hkv, D)`, which is multiplied as far as the logit is exact."""
+    if key is None:
+        return logit
+    own = key.to(logit).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=0)
+    return logit + (call.query.to(logit.dtype) * own[:, None]).sum(-1) * call.scaling
+
+
+def _and_slot(
+    call: AttentionCall, output: torch.Tensor, share: torch.Tensor, value: torch.Tensor | None
+) -> torch.Tensor:
+    """Output `(B, R, H, Dv)` and a share `(B, H, R, 1)` of a slot's value `(Hkv, Dv)`."""
     if value is None:
         return output
-    return output + of_slot[0].transpose(1, 2).to(output.dtype) * value.to(output).repeat_interleave(group, dim=0)
+    group = call.query.shape[1] // call.key.shape[1]
+    return output + share.transpose(1, 2).to(output.dtype) * value.to(output).repeat_interleave(group, dim=0)
 
 
 def _is_plain(call: AttentionCall) -> bool:
