@@ -97,12 +97,8 @@ def _gathered(
         real = seen[min(sequence, len(seen) - 1)]
         if not real.all():
             own_keys, own_values = own_keys[:, real], own_values[:, real]
-        sizes = [len(pack) for pack in packs[sequence]]
-        order = torch.tensor([i for pack in packs[sequence] for i in pack], dtype=torch.long)
-        # SDPA is faster on keys and values without gaps, as index_select makes them, by more than the copies cost
-        for pack_keys, pack_values in zip(
-            own_keys.index_select(0, order).split(sizes), own_values.index_select(0, order).split(sizes), strict=True
-        ):
+        for pack in packs[sequence]:
+            pack_keys, pack_values = _heads(own_keys, pack), _heads(own_values, pack)
             chosen = gathered[len(outputs)].view(1, len(pack_keys), -1, flat.shape[-1])
             if rule.causal:
                 tokens = targets[len(outputs)].clamp(max=len(flat) - 1) // heads % rows
@@ -136,9 +132,12 @@ def _causal(
         output = scaled_dot_product_attention(whole, key, value, is_causal=True, scale=scaling)
         return output.unflatten(1, (-1, heads)).transpose(2, 3).flatten(2, 3)
     outputs, step = [], CAUSAL_ROWS if learns else PREFIX_ROWS
+    memory = key.new_empty(
+        0 if learns else len(tokens) * CAUSAL_ROWS * keys, dtype=torch.promote_types(key.dtype, torch.float32)
+    )
     for part, own in zip(query.split(step, dim=2), tokens.split(step, dim=1), strict=True):
         if not learns:
-            outputs.append(_in_two_parts(part, key, value, own, scaling))
+            outputs.append(_in_two_parts(part, key, value, own, scaling, memory))
             continue
         first, last = int(own.min()), int(own.max())
         mask = query.new_zeros(*part.shape[:3], last + 1)
@@ -151,21 +150,27 @@ def _causal(
 
 
 def _in_two_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own: torch.Tensor,
+    scaling: float,
+    memory: torch.Tensor,
 ) -> torch.Tensor:
     """The keys up to the first row's, which all rows see, without a mask; those after it with one; both merged."""
     first = int(own.min())
     output, lse = flash(query, key[:, :, : first + 1], value[:, :, : first + 1], scaling)
     for start in range(0, own.shape[1], CAUSAL_ROWS):
         some = slice(start, start + CAUSAL_ROWS)
-        last = int(own[:, some].max())
+        rows = own[:, some]
+        low, last = int(rows.min()), int(rows.max())
         if first == last:
             continue
-        later = torch.arange(first + 1, last + 1) > own[:, some, None]
-        hidden = torch.where(later, float("-inf"), lse.new_zeros(()))[None]
+        hidden = memory[: rows.numel() * (last - first)].view(1, *rows.shape, last - first).zero_()
+        hidden[..., low - first :].masked_fill_(torch.arange(low + 1, last + 1) > rows[..., None], float("-inf"))
         rest = slice(first + 1, last + 1)
         other, other_lse = flash(query[:, :, some], key[:, :, rest], value[:, :, rest], scaling, hidden=hidden)
-        other_lse = other_lse.masked_fill((own[:, some] == first)[None], float("-inf"))  # such rows see none of these
+        other_lse = other_lse.masked_fill((rows == first)[None], float("-inf"))  # such rows see none of these
         both = merged(output[:, :, some], lse[:, :, some], other, other_lse)[0]
         output[:, :, some] = both.to(output.dtype)
     return output.to(value.dtype)
@@ -209,4 +214,11 @@ def _packs(counts: list[int]) -> list[list[int]]:
             packs[-1].append(member)
         else:
             packs.append([member])
-    return packs
+    return [sorted(pack) for pack in packs]
+
+
+def _heads(tensor: torch.Tensor, pack: list[int]) -> torch.Tensor:
+    """Those of a pack, without gaps: torch's kernel is faster on them by more than the copies cost."""
+    if pack[-1] - pack[0] == len(pack) - 1:
+        return tensor[pack[0] : pack[-1] + 1].contiguous()
+    return tensor.index_select(0, torch.tensor(pack))
