@@ -22,11 +22,8 @@ from patchattn_kernels import (
     split_attention,
     split_attention_backward_triton,
     split_attention_keys_triton,
-    split_attention_ops,
     split_attention_triton,
 )
-from patchattn_kernels.column_mass_ops import column_mass_op, key_counts_op
-from patchattn_kernels.key_mask import key_mask
 from patchattn_kernels.tuning import Launch
 
 Tensors = list[torch.Tensor]
@@ -335,29 +332,6 @@ def test_compile_checkpoint_and_export() -> None:
 
     exported = torch.export.export(Work(), tuple(tensor.detach() for tensor in states))
     torch.testing.assert_close(exported.module()(*states), wanted, rtol=0, atol=0)
-
-
-def test_operators_are_registered_as_torch_wants_them() -> None:
-    states, key_set = operands(queries=3, keys=4, heads=2)
-    for tensor in states:
-        tensor.requires_grad_()
-    mask = tuple(key_mask(AttentionRule(scaling=0.4, causal=True, mask=torch.ones(1, 4)), 3, 4, key_set.device))
-    output, lse = (tensor.detach().requires_grad_() for tensor in split_attention_ops.attention(*states, 0.4, *mask))
-    lists = split_attention_ops.compact(key_set)
-    backward = (output, lse, lse, None, None, None)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for operator, arguments in [
-        (split_attention_ops.attention, (*states, 0.4, *mask)),
-        (split_attention_ops.log_sum_exp, (*states[:2], 0.4, *mask)),
-        (split_attention_ops.key_set_part, (*states, lse, key_set, *lists, 0.4, *mask)),
-        (column_mass_op, (*states[:2], lse, None, 0.4, *mask)),
-        (key_counts_op, (lse.detach(), 3, 4, None, *mask)),
-    ]:
-        torch.library.opcheck(operator, arguments, test_utils=checks)
-    detached = [tensor.detach() for tensor in (*states, *backward[:3])]
-    torch.library.opcheck(
-        split_attention_ops.attention_backward, (*detached, None, None, None, 0.4, *mask), test_utils=checks
-    )
 
 
 @pytest.mark.parametrize(
