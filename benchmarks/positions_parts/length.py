@@ -201,7 +201,7 @@ def _claims(title: str, found: dict[int, list[Row]]) -> list[str]:
 def _draw(rows: dict[str, Row], groups: dict[str, list[str]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from patchattn.plotting.style import SERIES
+    from patchattn.plotting.style import GREY, SERIES
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, len(groups))
@@ -212,7 +212,7 @@ def _draw(rows: dict[str, Row], groups: dict[str, list[str]], path: Path) -> Non
             bins = [row[setting][3] for row in found if setting in row]
             if bins:
                 axis.plot(middle, np.mean(bins, axis=0), color=colour, marker=marker, label=setting)
-        axis.axvline(TRAINED, color="#595959", linestyle=":")
+        axis.axvline(TRAINED, color=GREY, linestyle=":")
         axis.set(title=title, xlabel="position", xscale="log")
         axis.set_xticks(BINS[1:], [str(each) for each in BINS[1:]])
         axis.minorticks_off()

@@ -234,7 +234,7 @@ def _movements(rows: dict[str, dict[int, Row]]) -> list[str]:
 def draw(rows: dict[str, dict[int, Row]], steps: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from patchattn.plotting.style import BLUE, ORANGE
+    from patchattn.plotting.style import BLUE, GREY, ORANGE
 
     names = [name for name in ADDED if name in rows]
     pairs = [paired(*_pairs(rows, name)[:2]) for name in names]
@@ -247,7 +247,7 @@ def draw(rows: dict[str, dict[int, Row]], steps: int, path: Path) -> None:
     shares = [100 * sum(row["first"] for row in rows[name].values()) / len(rows[name]) for name in both]
     axes[1].barh(range(-1, len(names)), shares, color=ORANGE)
     axes[1].set(title="Attention on the first token", xlabel="%")
-    axes[0].axvline(0, color="#595959", linestyle=":")
+    axes[0].axvline(0, color=GREY, linestyle=":")
     for axis in axes:
         axis.set_yticks(range(-1, len(names)), both)
         axis.invert_yaxis()

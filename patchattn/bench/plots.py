@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..plotting.style import GREY, SERIES
 from .report import OPERATIONS
 from .result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Colours of Okabe and Ito, told apart with colour vision deficiencies; markers tell them apart in grey.
-STYLES = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#56B4E9", "v"), ("#CC79A7", "D"), ("#000000", "x")]
 
 
 def plot_operation(results: Sequence[Result], op: str) -> "Figure | None":
@@ -30,7 +28,7 @@ def plot_operation(results: Sequence[Result], op: str) -> "Figure | None":
     for row in rows:
         panels.setdefault(_panel(row), []).append(row)
     names = list(dict.fromkeys(row.implementation for row in rows))
-    styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(names)}
+    styles = {name: SERIES[place % len(SERIES)] for place, name in enumerate(names)}
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.5, 4.6 * columns), 0.6 + 3.1 * lines), layout="constrained")
@@ -74,12 +72,12 @@ def _bars(axes: "Axes", rows: Sequence[Result], styles: dict[str, tuple[str, str
         [1e3 * (row.high or 0.0) - time for time, row in zip(times, rows, strict=True)],
     ]
     colours = [styles[row.implementation][0] for row in rows]
-    axes.barh(range(len(rows)), times, xerr=spread, color=colours, height=0.65, ecolor="#555555", capsize=2)
+    axes.barh(range(len(rows)), times, xerr=spread, color=colours, height=0.65, ecolor=GREY, capsize=2)
     for place, (time, row) in enumerate(zip(times, rows, strict=True)):
         axes.annotate(f"{time:.3g}", (1e3 * (row.high or 0.0), place), (4, 0), textcoords="offset points",
                       va="center", fontsize=7)  # fmt: skip
     if rows[0].floor is not None:
-        axes.axvline(1e3 * rows[0].floor, color="#555555", linestyle=":", linewidth=1.2, label="floor")
+        axes.axvline(1e3 * rows[0].floor, color=GREY, linestyle=":", linewidth=1.2, label="floor")
         axes.legend(fontsize=7, loc="upper right")
     axes.set_yticks(range(len(rows)), [row.implementation for row in rows], fontsize=8)
     axes.set_xlim(0, 1.2 * max(1e3 * (row.high or 0.0) for row in rows))
