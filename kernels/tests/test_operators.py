@@ -1,4 +1,4 @@
-"""Every operator is registered as torch wants it: schema, gradient, and shapes without data (`torch.library.opcheck`)."""
+"""Every operator is registered as torch wants it: schema, gradient, shapes without data (`torch.library.opcheck`)."""
 
 import re
 from pathlib import Path

@@ -38,7 +38,7 @@ class HeadVectors:
         return HeadList({layer: tuple(of_layer) for layer, of_layer in self.vectors.items()}, self.base)
 
     def of_site(self, site: AttentionSite) -> dict[int, tuple[float, ...]]:
-        """The vectors of one attention module by head; of a part of it by their numbers there, as `HeadList.of_site`."""
+        """The vectors of one attention module by head; see `HeadList.of_site` for the numbers of a part of it."""
         given = self.vectors.get(site.layer_index, {})
         return {own: given[head] for head in given for own in site.own_heads([head])}
 
