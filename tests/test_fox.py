@@ -175,10 +175,10 @@ def test_large_biases_keep_small_differences_in_half_precision(dtype: torch.dtyp
         keys = call.key.double().repeat_interleave(2, dim=1)
         return call.value, call.query.double() @ keys.mT * call.scaling
 
-    call: Any = Call(query=query, key=key, value=value, scaling=0.25)
+    call: Any = Call(query=query, key=key, value=value, scaling=0.25, kwargs={})
     _, logits = Given(bias).attend(call, inner)
     plain = query.double() @ key.double().repeat_interleave(2, dim=1).mT * 0.25
-    torch.testing.assert_close(logits - plain, bias[:, :, None].double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits - plain, bias[:, :, None].expand(-1, -1, 2, -1).double(), rtol=1e-6, atol=1e-6)
     assert seen[0].value.shape[-1] == seen[0].key.shape[-1] == 24
 
 
