@@ -145,13 +145,15 @@ def test_padding_of_whole_chunks_changes_nothing(model: Any, given: bool) -> Non
 
 
 def test_padding_inside_a_chunk_has_no_say(model: Any) -> None:
-    """Five tokens of it, which differ between two rows of one text, in chunks of three."""
+    """Five tokens of it, or of another text, which differ between two rows of one text, in chunks of three."""
     ids, mask, cache = texts(), torch.ones(2, 30, dtype=torch.long), DynamicCache(config=model.config)
     ids[:, 5:], mask[:, :5] = ids[0, 5:].clone(), 0
     for first, last in ((0, 20), (20, 21), (21, 30)):
         given = {"attention_mask": mask[:, :last], "position_ids": positions(mask)[:, first:last]}
         found = outputs(model, input_ids=ids[:, first:last], **given, **cache_argument(model, cache))[0]
         close(*found[:, max(0, 5 - first) :].split(1))
+    numbers = torch.cat([torch.arange(5), torch.arange(25)])[None]
+    close(*outputs(model, input_ids=ids, position_ids=numbers, use_cache=False)[0][:, 5:].split(1))
 
 
 def test_tokens_that_are_taken_back_leave_nothing_behind_within_the_slack(model: Any) -> None:

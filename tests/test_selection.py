@@ -147,7 +147,7 @@ def test_whole_pages_of_padding_or_of_another_text_move_the_choice(case: Case, c
 @each
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_what_is_hidden_has_no_say(case: Case, kind: str, calls: Recorded) -> None:
-    """Padding that ends within a page, whatever it is, and what slots hold before they are filled."""
+    """Padding, or another text, that ends within a page, whatever it is; what slots hold before they are filled."""
     if kind == "static" and "static_cache" not in case.info.capabilities:
         pytest.skip("refuses static caches")
     model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(9, rows=1)
@@ -169,6 +169,12 @@ def test_what_is_hidden_has_no_say(case: Case, kind: str, calls: Recorded) -> No
     for (first, _), of_layers in zip(chunks, (calls[:2], calls[2:4], calls[4:]), strict=True):
         for _, seen, _ in of_layers:
             assert torch.equal(*seen[:, :, max(0, 5 - first) :])
+    if kind == "dynamic" and case.variant != "squeezed":  # whose prefix the other text must begin with, too
+        calls.clear()
+        numbers = torch.cat([torch.arange(5), torch.arange(9)])[None]
+        found = outputs(model, input_ids=both, position_ids=numbers, use_cache=False)[0]
+        close(*found[:, 5:].split(1))
+        assert all(torch.equal(*seen[:, :, 5:]) for _, seen, _ in calls)
 
 
 @each

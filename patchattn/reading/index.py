@@ -4,10 +4,12 @@ Page p is the keys from `p * page` on, by their columns, so that a page stays wh
 """
 
 import torch
+import torch.nn.functional as F
 
 from patchattn_kernels.rows import full_precision
 
 from ..cache.state import Make, SequenceState
+from ..core import ranks
 from ..core.call import AttentionCall
 from ..core.mask import Mask
 from .selection import plain_own
@@ -32,7 +34,7 @@ def page_facts(
         name: of these facts.
         page: keys of a page.
         make: of `(B, Hkv, p * page, D)`, keys of p whole pages, their facts `(B, Hkv, p, ...)`; it is also told where
-            they are among the keys of the call, which `real_among` takes.
+            they are among the keys of the call, which `counted_keys` takes.
     """
     keys, facts = call.key, None
     if state is not None and state.grows:
@@ -43,9 +45,25 @@ def page_facts(
     return make(keys[:, :, part], part) if facts is None else facts
 
 
-def real_among(mask: Mask, part: slice | torch.Tensor) -> torch.Tensor | None:
-    """`(B or 1, n)` bool: which of some keys are text, no padding and no slot that is not filled yet; None: all are."""
-    return None if plain_own(mask) is not None else mask.real_keys()[:, 0, part]
+def counted_keys(mask: Mask, page: int, part: slice | torch.Tensor) -> torch.Tensor | None:
+    """`(B or 1, n)` bool: which of some keys count in their pages; None: all do.
+
+    They are text, no padding and no slot that is not filled yet, and of the last text that their page has keys of:
+    queries of the earlier ones are in that page themselves, or see nothing of it.
+
+    Args:
+        mask: of the call.
+        page: keys of a page.
+        part: of the keys that are meant, as `state.blocks` tells it.
+    """
+    if plain_own(mask) is not None:
+        return None
+    real, begins = mask.real_keys()[:, 0], ranks.starts(mask)
+    if begins is None:
+        return real[:, part]
+    begins = F.pad(begins, (0, -begins.shape[1] % page)).unflatten(1, (-1, page))
+    behind = begins.flip(-1).cumsum(dim=-1).flip(-1) - begins.long()
+    return (real & (behind == 0).flatten(1)[:, : real.shape[1]])[:, part]
 
 
 def ends_of_pages(keys: torch.Tensor, page: int, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,7 +72,7 @@ def ends_of_pages(keys: torch.Tensor, page: int, real: torch.Tensor | None = Non
     Args:
         keys: `(B, Hkv, P * page, D)`.
         page: how many a page has.
-        real: as of `real_among`. A page of no text is below every other one for all queries.
+        real: as `counted_keys` gives them. A page of none is below every other one for all queries.
     """
     pages = keys.unflatten(2, (-1, page))
     if real is None:

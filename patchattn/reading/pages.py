@@ -16,7 +16,7 @@ from ..core.variant import VariantConfig
 from .choose import highest, highest_and_last
 from .forced import visible_pages
 from .groups import any_of_group, heads_option, read_by_one, reduced
-from .index import ends_of_pages, page_facts, real_among
+from .index import counted_keys, ends_of_pages, page_facts
 from .refresh import forget_choice, is_due, last_choice, remember_choice
 from .scores import upper_bounds
 from .selection import plain_own
@@ -77,9 +77,20 @@ class PagedSelection(WholeSelection):
         """`(B, Hkv, P, ...)` what is known of the complete pages of a call, as `index.page_facts` has it."""
         return page_facts(call, call.context.sequence_state(self.owner), name, page, make)
 
-    def ends(self, call: AttentionCall, name: str, page: int) -> torch.Tensor:
-        """`(B, Hkv, P, 2D)` the greatest and the least entries of the text among the keys of each complete page."""
-        return self.facts(call, name, page, lambda keys, part: ends_of_pages(keys, page, real_among(call.mask, part)))
+    def ends(self, call: AttentionCall, name: str, page: int, *, within: int) -> torch.Tensor:
+        """`(B, Hkv, P, 2D)` the greatest and the least entries of those keys of each complete page that count.
+
+        Args:
+            call: the call.
+            name: of these facts.
+            page: keys of a page.
+            within: keys of the pages that are read, a multiple of `page`.
+        """
+
+        def make(keys: torch.Tensor, part: slice | torch.Tensor) -> torch.Tensor:
+            return ends_of_pages(keys, page, counted_keys(call.mask, within, part))
+
+        return self.facts(call, name, page, make)
 
     def chosen(
         self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str
@@ -183,7 +194,7 @@ class BoundedSelection(PagedSelection):
         if budget is None or call.mask.columns <= budget:
             return None
         page = self.config.page
-        bounds = upper_bounds(call.query, self.ends(call, "pages", page))
+        bounds = upper_bounds(call.query, self.ends(call, "pages", page, within=page))
         return self.chosen(call, bounds, page=page, count=-(-budget // page), heads=self.config.heads)
 
 

@@ -69,7 +69,7 @@ class LServe(BoundedSelection):
     def _scores(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq, P)` the highest bound among the smaller pages of each."""
         logical = self.config.logical
-        bounds = upper_bounds(call.query, self.ends(call, "logical", logical))
+        bounds = upper_bounds(call.query, self.ends(call, "logical", logical, within=self.config.page))
         ratio = self.config.page // logical
         return (
             F.pad(bounds, (0, -bounds.shape[-1] % ratio), value=float("-inf")).unflatten(-1, (-1, ratio)).amax(dim=-1)

@@ -13,7 +13,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.groups import heads_option
-from ...reading.index import real_among
+from ...reading.index import counted_keys
 from ...reading.pages import PagedSelection
 from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
@@ -66,7 +66,7 @@ class MoBA(PagedSelection):
         if top_k is None or (self.config.decode == "dense" and call.decodes) or call.mask.columns <= top_k * block:
             return None
         means = self.facts(
-            call, "means", block, lambda keys, part: block_means(keys, block, real_among(call.mask, part))
+            call, "means", block, lambda keys, part: block_means(keys, block, counted_keys(call.mask, block, part))
         )
         scores = products(call.query, means).detach()
         return self.chosen(call, scores, page=block, count=top_k, heads=self.config.heads)
