@@ -25,18 +25,32 @@ REFUSED = {
     "gqa_convert": "surgery",
     "hyper": "numbers are drawn for each head",
     "longlora": "which heads are shifted is told by their number",
-    "moh": "heads are chosen among all",
     "mta": "heads are mixed",
     "nosa": "scores are of the values of all heads",
     "prune": "surgery",
     "squeezed": "clusters are those of all kv heads",
     "subsampled": "keys are drawn anew in every call",
     "talking_heads": "heads are mixed",
-    "tova": "a score is the mean over heads",
 }
 # Of these some settings are.
-SOME = {"parallel_context": "top", "ssa": "features", "recycled": "similarity"}
-QUICK = ("logn", "ssmax", "fox", "act", "heads", "snapkv", "knorm", "duo", "quest", "mswa", "decore", "moh")
+SOME = {"ssa": "features", "recycled": "similarity"}
+QUICK = (
+    "logn",
+    "ssmax",
+    "fox",
+    "act",
+    "heads",
+    "snapkv",
+    "knorm",
+    "duo",
+    "quest",
+    "mswa",
+    "decore",
+    "moh",
+    "tova",
+    "mta",
+)
+PATCHES = ["ssa", "ssmax", "moh", "fox"]
 OWN = [  # for four kv heads, of which each process has two
     Case("knorm", (("budget", [5, [4, 7, 2, 3]]),)),
     Case("duo", (("gates", [[0.9, 0.1, 0.8, 0.2], [0.3, 0.2, 0.1, 0.9]]), ("sinks", 1), ("recent", 3), ("slack", 3))),
@@ -59,23 +73,26 @@ def quick(folder: Path) -> dict[str, Any]:
     return {
         "llama": compared(folder, "llama", chosen),
         "wide": compared(folder, "wide", [*OWN, *(case for case in chosen if case.variant in ("ssmax", "fox"))]),
-        "trained": trained(folder),
+        "norms": trained(folder, ["moh"], {}),
+        "trained": trained(folder, PATCHES, {"moh": {"router": "learned", "shared_ratio": 0.25}}),
     }
 
 
-def trained(folder: Path) -> dict[str, Any]:
+def trained(folder: Path, patches: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Three steps of training of everything, patched anew in each process, saved, and loaded again."""
     tokens, path = FAMILIES["llama"].inputs()["input_ids"], written(folder, "llama")
     model, alone = shared(path), MAKE["llama"]().double()
     torch.manual_seed(5 + dist.get_rank())  # what processes draw differs
     for each in (model, alone):
-        patchattn.patch_model(each, ["ssa", "ssmax", "fox"])
+        patchattn.patch_model(each, patches, settings if len(patches) > 1 else None).train()
     begun = {name: whole(tensor) for name, tensor in model.state_dict().items() if name.endswith(("weight", "bias"))}
     alone.load_state_dict(begun, strict=False)
     for each in (model, alone):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.5)
         for _ in range(3):
-            each(tokens).logits.pow(2).mean().backward()
+            with balance_loss(each, 0.5) as balance:
+                loss = each(tokens).logits.pow(2).mean()
+            (loss + balance()).backward()
             optimizer.step()
             optimizer.zero_grad()
     expected = dict(alone.named_parameters())
@@ -90,7 +107,6 @@ def trained(folder: Path) -> dict[str, Any]:
     for name, tried in {
         "probed": lambda: patchattn.probed(model, print),
         "observed": lambda: patchattn.observe(model, print).__enter__(),
-        "losses": lambda: balance_loss(model, 0.5).__enter__(),
         "pushed": lambda: patchattn.push_to_hub(model, "nobody/nothing"),
     }.items():
         with pytest.raises((NotImplementedError, ValueError)) as error:
@@ -102,7 +118,7 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+    return (tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()).clone()
 
 
 def test_some_variants_compute_train_and_save_as_in_one_process(tmp_path: Path) -> None:
@@ -113,11 +129,11 @@ def test_some_variants_compute_train_and_save_as_in_one_process(tmp_path: Path) 
     for case in OWN:
         assert found["wide"][str(case)] == "equal"
     assert all(part["unpatched"] == "equal" for part in (found["llama"], found["wide"]))
-    trained = found["trained"]
-    assert max(trained["apart"].values()) < 1e-9
-    assert min(trained["steps"].values()) > 1e-6  # which is to say something of the line before
-    assert trained["texts"][0] == trained["texts"][1] == trained["texts"][2]
-    assert not trained["left"]
+    for trained in (found["norms"], found["trained"]):
+        assert max(trained["apart"].values()) < 1e-9
+        assert min(trained["steps"].values()) > 1e-6  # which is to say something of the line before
+        assert trained["texts"][0] == trained["texts"][1] == trained["texts"][2]
+        assert not trained["left"]
     assert "To look at calls of attention" in trained["refused"]["probed"]
     assert "To look at what variants report" in trained["refused"]["observed"]
     assert "upload the folder" in trained["refused"]["pushed"]

@@ -15,6 +15,7 @@ from .host import host
 from .mask import Keep, Mask
 from .places import Places
 from .run import RUN, ModelRun, run_of
+from .shards import alike, of_all_heads
 from .sites import AttentionSite
 from .surroundings import Surroundings
 
@@ -174,6 +175,26 @@ class AttentionCall:
         if name not in self.facts:
             raise ValueError(f"No variant says {name!r} of keys; there is {sorted(self.facts)}.")
         return self.facts[name]
+
+    def of_all_heads(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Of all query heads, or kv heads, of the module what a tensor is of those of this call, along a dimension.
+
+        It is the tensor itself unless processes hold some heads each: these then put their parts together, and each
+        process must ask for it in the same calls.
+        """
+        return of_all_heads(tensor, dim % tensor.dim(), self.module) if self.site.is_part else tensor
+
+    def of_own_heads(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The inverse of `of_all_heads`."""
+        shard = self.site.shard
+        if shard is None or not self.site.is_part:
+            return tensor
+        size = tensor.shape[dim] // shard.ranks
+        return tensor.narrow(dim, shard.rank * size, size)
+
+    def alike(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What is of all heads, and is reported for losses: so that it counts once where processes share the heads."""
+        return alike(tensor, self.module) if self.site.is_part else tensor
 
     def rule(self, heads: torch.Tensor | None = None) -> AttentionRule:
         """How weights come from query and key, in the terms of `patchattn_kernels`.

@@ -1,6 +1,6 @@
 """Watching a patched model at work: gates, temperatures and whatever else a variant reports."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -28,17 +28,23 @@ def observe(model: nn.Module, observer: Callable[[Observation], None]) -> Iterat
     def detached(observation: Observation) -> None:
         observer(replace(observation, values={name: v.detach() for name, v in observation.values.items()}))
 
-    with observed(model, detached):
+    variants = [module for module in model.modules() if isinstance(module, Variant)]
+    if not variants:
+        raise ValueError(f"{type(model).__name__} is not patched; there is nothing to observe.")
+    refuse_parts([variant.site for variant in variants], "what variants report")
+    with _watched(variants, detached):
         yield
 
 
 @contextmanager
 def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """`observe` for losses: the values keep their gradients."""
-    variants = [module for module in model.modules() if isinstance(module, Variant)]
-    if not variants:
-        raise ValueError(f"{type(model).__name__} is not patched; there is nothing to observe.")
-    refuse_parts([variant.site for variant in variants], "what variants report")
+    """`observe` of what chooses heads per token, for losses: the values keep their gradients."""
+    with _watched([module for module in model.modules() if isinstance(module, Variant) and module.routes], observer):
+        yield
+
+
+@contextmanager
+def _watched(variants: Sequence[Variant], observer: Observer) -> Iterator[None]:
     for variant in variants:
         variant.observers.append(observer)
     try:

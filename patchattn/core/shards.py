@@ -74,6 +74,26 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if whole is None else whole()
 
 
+def of_all_heads(tensor: torch.Tensor, dim: int, module: nn.Module) -> torch.Tensor:
+    """What processes have of their heads, put together along a dimension; every one of them must call it.
+
+    Args:
+        tensor: of this process's heads.
+        dim: the dimension that is of heads.
+        module: the attention module.
+    """
+    found: torch.Tensor = _OfAll.apply(tensor, dim, own_tensor(module).device_mesh)
+    return found
+
+
+def alike(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """What each process computes alike of all heads, for a loss that each of them has: its gradient is shared out."""
+    if not tensor.requires_grad:
+        return tensor
+    found: torch.Tensor = _Alike.apply(tensor, own_tensor(module).device_mesh.size())
+    return found
+
+
 def first_process(model: nn.Module) -> bool:
     """Whether this is the process that writes files: the first of those that share the model, or the only one."""
     like = own_tensor(model)
@@ -140,3 +160,33 @@ class _Added(torch.autograd.Function):
         total = gradients[0].contiguous().clone()
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None
+
+
+class _OfAll(torch.autograd.Function):
+    """Parts put together, whose gradients are summed over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dim: int, mesh: Any) -> torch.Tensor:
+        ctx.dim, ctx.mesh, ctx.size = dim, mesh, tensor.shape[dim]
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=mesh.get_group())
+        return torch.cat(parts, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        total = gradients[0].contiguous().clone()
+        torch.distributed.all_reduce(total, group=ctx.mesh.get_group())
+        return total.narrow(ctx.dim, ctx.mesh.get_local_rank() * ctx.size, ctx.size), None, None
+
+
+class _Alike(torch.autograd.Function):
+    """The identity, whose gradient is divided by the number of processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, processes: int) -> torch.Tensor:
+        ctx.processes = processes
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0] / ctx.processes, None

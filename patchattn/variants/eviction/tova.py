@@ -27,6 +27,7 @@ class TOVA(ScoredEviction):
     config_class = TOVAConfig
     name = "tova"
     default_budget = 512
+    splits_by_head = True
 
     def window(self) -> int:
         return 1
@@ -34,7 +35,7 @@ class TOVA(ScoredEviction):
     def scores(self, call: AttentionCall, state: SequenceState) -> torch.Tensor:
         row = call.row(call.query.shape[2] - 1)
         mass, _ = column_mass(row.query, row.key, row.rule())
-        return mass.mean(dim=1, keepdim=True)
+        return call.of_all_heads(mass, 1).mean(dim=1, keepdim=True)
 
 
 register_variant(

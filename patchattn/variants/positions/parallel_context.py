@@ -35,11 +35,7 @@ class ParallelContext(PlacedVariant):
     config_class = ParallelContextConfig
     config: ParallelContextConfig
     name = "parallel_context"
-
-    @property
-    def splits_by_head(self) -> bool:
-        """The choice of pieces is by the mean over heads."""
-        return self.config.top is None
+    splits_by_head = True
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         call = self.placed(call).seeing(self.by_pair(call, reads))
@@ -59,7 +55,8 @@ class ParallelContext(PlacedVariant):
             weights = weights_of(logits, log_sum_exp(logits, rule))
             index = piece.expand(*weights.shape[:1], -1, weights.shape[2], -1)
             mass = weights.new_zeros(*weights.shape[:3], key.shape[2] + 1)  # no more pieces than keys
-            mass = mass.scatter_add(-1, index.expand_as(weights), weights).mean(1, keepdim=True)
+            mass = mass.scatter_add(-1, index.expand_as(weights), weights)
+            mass = call.of_all_heads(mass, 1).mean(1, keepdim=True)
             mass[..., QUERY] = -1.0
             rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             found.append((rank < top).expand(-1, index.shape[1], -1, -1).gather(-1, index))

@@ -98,10 +98,12 @@ class MoH(Variant):
 
     config_class = MoHConfig
     config: MoHConfig
+    splits_by_head = True
 
     def __init__(self, config: MoHConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
-        self.heads = heads = site.require("query_heads", by="MoH")
+        site.require("query_heads", by="MoH")
+        self.heads = heads = site.heads_in_all[0] or 0
         active = self._count("active", config.active_ratio, config.active_heads)
         active = max(1, int(0.75 * heads + 0.5)) if active is None else active
         shared = self._count("shared", config.shared_ratio, config.shared_heads)
@@ -172,7 +174,8 @@ class MoH(Variant):
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         gate, routing = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
-        self.report(call, gate=gate, **routing)
+        self.report(call, gate=gate, **{name: call.alike(value) for name, value in routing.items()})
+        gate = call.of_own_heads(gate, -1)
         through_closed = self._passes_all(gate)
         if not through_closed and may_be_routed(call.query, call.key) and call.stands_alone:
             active = (self.shared + self.routed) / self.heads
@@ -191,7 +194,7 @@ class MoH(Variant):
 
     def norm_gate(self, call: AttentionCall) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(B, Tq, H)` of 0 and 1; while training with the straight-through gradient of scores."""
-        norms = head_norms(call.context.raw_query()[:, self.shared :])
+        norms = call.of_all_heads(head_norms(call.context.raw_query()), -1)[..., self.shared :]
         choice = mask = select_top_k(norms, self.routed)
         routing = {}
         if self.budget and (self.training or self.observers):
