@@ -1,11 +1,14 @@
 """Tensor parallelism on two CPU processes: transformers shares out a model's heads, and variants follow."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import patchattn
 from patchattn.core.sites import HeadShard
@@ -13,7 +16,7 @@ from patchattn.training import balance_loss
 
 from .behaviour import Case
 from .families import FAMILIES
-from .tensor_parallel import MAKE, all_cases, compared, run_in_two, shared, written
+from .tensor_parallel import EXACT, MAKE, all_cases, compared, run_in_two, shared, written
 
 # What needs more of other heads than a process has; every other variant that a Llama takes must be equal.
 REFUSED = {
@@ -73,6 +76,7 @@ def quick(folder: Path) -> dict[str, Any]:
     return {
         "llama": compared(folder, "llama", chosen),
         "wide": compared(folder, "wide", [*OWN, *(case for case in chosen if case.variant in ("ssmax", "fox"))]),
+        "lora": with_lora(folder),
         "norms": trained(folder, ["moh"], {}),
         "trained": trained(folder, PATCHES, {"moh": {"router": "learned", "shared_ratio": 0.25}}),
     }
@@ -88,13 +92,7 @@ def trained(folder: Path, patches: list[str], settings: dict[str, Any]) -> dict[
     begun = {name: whole(tensor) for name, tensor in model.state_dict().items() if name.endswith(("weight", "bias"))}
     alone.load_state_dict(begun, strict=False)
     for each in (model, alone):
-        optimizer = torch.optim.SGD(each.parameters(), lr=0.5)
-        for _ in range(3):
-            with balance_loss(each, 0.5) as balance:
-                loss = each(tokens).logits.pow(2).mean()
-            (loss + balance()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(each, tokens, 0.5)
     expected = dict(alone.named_parameters())
     steps = {name: float((expected[name] - begun[name]).abs().max()) for name in begun if name in expected}
     apart = {name: float((whole(p) - expected[name]).abs().max()) for name, p in model.named_parameters()}
@@ -117,6 +115,36 @@ def trained(folder: Path, patches: list[str], settings: dict[str, Any]) -> dict[
     return {"apart": apart, "steps": steps, "texts": texts, "refused": refused, "left": left}
 
 
+def with_lora(folder: Path) -> dict[str, Any]:
+    """Three steps of LoRA and of the variant's own parameters, saved for one process."""
+    tokens, path = FAMILIES["llama"].inputs()["input_ids"], written(folder, "llama")
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["patchattn"]}
+    models: list[Any] = [shared(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)]
+    models = [get_peft_model(patchattn.patch_model(model, "ssmax"), LoraConfig(**lora)) for model in models]
+    begun = {name: whole(p) for name, p in models[0].named_parameters()}
+    models[1].load_state_dict(begun, strict=False)
+    for model in models:
+        train(model, tokens)
+    expected = dict(models[1].named_parameters())
+    patchattn.save_pretrained(models[0], folder / "lora")
+    return {
+        "apart": {name: float((whole(p) - expected[name]).abs().max()) for name, p in models[0].named_parameters()},
+        "steps": {name: float((p - begun[name]).abs().max()) for name, p in expected.items() if p.requires_grad},
+        "logits": models[1](tokens).logits.tolist(),
+    }
+
+
+def train(model: Any, tokens: torch.Tensor, router_weight: float | None = None) -> None:
+    """Three steps on everything that is to be trained."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        with nullcontext() if router_weight is None else balance_loss(model, router_weight) as balance:
+            loss = model(tokens).logits.pow(2).mean()
+        (loss if balance is None else loss + balance()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def whole(tensor: Any) -> torch.Tensor:
     return (tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()).clone()
 
@@ -130,14 +158,20 @@ def test_some_variants_compute_train_and_save_as_in_one_process(tmp_path: Path) 
         assert found["wide"][str(case)] == "equal"
     assert all(part["unpatched"] == "equal" for part in (found["llama"], found["wide"]))
     for trained in (found["norms"], found["trained"]):
-        assert max(trained["apart"].values()) < 1e-9
+        assert max(trained["apart"].values()) < EXACT
         assert min(trained["steps"].values()) > 1e-6  # which is to say something of the line before
         assert trained["texts"][0] == trained["texts"][1] == trained["texts"][2]
         assert not trained["left"]
     assert "To look at calls of attention" in trained["refused"]["probed"]
     assert "To look at what variants report" in trained["refused"]["observed"]
     assert "upload the folder" in trained["refused"]["pushed"]
+    assert max(found["lora"]["apart"].values()) < EXACT
+    assert min(found["lora"]["steps"].values()) > 1e-7
     tokens = FAMILIES["llama"].inputs()["input_ids"]
+    adapted = patchattn.from_pretrained(tmp_path / "lora", dtype=torch.float64)
+    torch.testing.assert_close(
+        adapted(tokens).logits, torch.tensor(found["lora"]["logits"]).double(), rtol=0, atol=1e-6
+    )
     loaded = [patchattn.from_pretrained(tmp_path / "whole", dtype=torch.float64).eval()]
     loaded.append(patchattn.load_patch(patchattn.unpatch_model(loaded[0]), tmp_path / "patch"))
     for model in loaded:
