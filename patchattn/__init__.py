@@ -134,6 +134,7 @@ offer(
             "lserve": "selection.lserve",
             "massive": "editing.massive",
             "maxvit": "grids.maxvit",
+            "meta_tokens": "sinks.meta_tokens",
             "moba": "selection.moba",
             "moh": "routing.moh",
             "mswa": "selection.mswa",

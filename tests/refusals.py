@@ -153,7 +153,7 @@ REFUSALS: dict[str, list[Refusal]] = {
         ),
         _of(["t5"], "does not support position_bias", "means of keys stand at no position"),
     ],
-    "sink": _CAPPED,
+    **dict.fromkeys(("attention_bias", "meta_tokens", "sink"), _CAPPED),
     **dict.fromkeys(("entmax", "sigmoid", "softpick", "talking_heads", "urpe"), _WITHOUT_SLOTS),
     "mta": [
         *_of_causal_selection("mta")["mta"],

@@ -27,6 +27,7 @@ BATCHED = {
         "gated",
         "logn",
         "massive",
+        "meta_tokens",
         "moh",
         "mswa",
         "prune",

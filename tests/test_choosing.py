@@ -63,6 +63,7 @@ SHIPPED = [
     "lserve",
     "massive",
     "maxvit",
+    "meta_tokens",
     "moba",
     "moh",
     "mswa",

@@ -15,6 +15,7 @@ TEXT = 40
 VARIANTS = {
     "sink": {"initial_logit": 0.5},
     "attention_bias": {},
+    "meta_tokens": {"tokens": 3, "initial_logit": 0.0},
     "fox": {"scaled": False, "initial_bias": 2.0},
     "entmax": {},
 }

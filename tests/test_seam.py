@@ -21,6 +21,7 @@ NOT_ON_FLASH = {
     "toy_mask": "",
     "sink": "Flash attention has no place for the slot of Sink",
     "attention_bias": "Flash attention has no place for the slot of AttentionBias",
+    "meta_tokens": "Flash attention has no place for the slot of MetaTokens",
     **dict.fromkeys(
         (
             "block_attention",

@@ -94,7 +94,7 @@ def weighted_values(call: AttentionCall, weights: torch.Tensor) -> tuple[torch.T
     weights = weights.to(call.value.dtype)
     rate = call.kwargs.get("dropout") or 0.0
     dropped = F.dropout(weights, rate, call.module.training) if rate else weights
-    return _of_groups(dropped, call.value).transpose(1, 2), weights
+    return of_groups(dropped, call.value).transpose(1, 2), weights
 
 
 def reads_keys_once(call: AttentionCall) -> bool:
@@ -141,7 +141,7 @@ def attend_half_row(call: AttentionCall, bias: torch.Tensor | None = None) -> tu
     return output.transpose(1, 2), lse.masked_fill(~visible.any(-1), float("-inf"))
 
 
-def _of_groups(rows: torch.Tensor, of_kv: torch.Tensor) -> torch.Tensor:
+def of_groups(rows: torch.Tensor, of_kv: torch.Tensor) -> torch.Tensor:
     """`(B, H, R, n)`: rows `(B, H, R, m)` times the matrix `(B, Hkv, m, n)` of their kv head, which is not repeated."""
     groups, heads = of_kv.shape[1], rows.shape[1]
     stacked = rows.unflatten(1, (groups, -1)).flatten(2, 3)
@@ -151,7 +151,7 @@ def _of_groups(rows: torch.Tensor, of_kv: torch.Tensor) -> torch.Tensor:
 def capped_logits(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
     """`(B, H, R, Tk)` in float32 at least, of queries `(B, H, R, D)`: scaled and capped, without biases and mask."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = _of_groups(query.to(dtype), call.key.to(dtype).mT) * call.scaling
+    logits = of_groups(query.to(dtype), call.key.to(dtype).mT) * call.scaling
     cap = call.kwargs.get("softcap")
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

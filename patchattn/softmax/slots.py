@@ -10,30 +10,33 @@ from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
-from .rows import attend_half_row, attend_rows, reads_keys_once
+from .rows import attend_half_row, attend_rows, of_groups, reads_keys_once
 
 
 class SlotVariant(Variant):
-    """A variant with one more logit per head in the softmax, which no token belongs to.
+    """A variant with one more logit per head in the softmax, or some, which no token belongs to.
 
-    The slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
+    A slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
     implementation computes it, and a sink that the model has itself (`s_aux`) stands beside it in the same softmax.
     Decoding in float32, or in half precision on a CPU, puts it beside the logits of its one row, so that keys are not
     copied.
-    Rows that see no key give the slot's value. Register it as `innermost`: what came after would take the slot for a
-    token.
+    Rows that see no key give what the slots give. Register it as `innermost`: what came after would take them for
+    tokens.
     """
 
     def slots(self, call: AttentionCall) -> torch.Tensor:
-        """The slot's logit, beside what its key gives: `(H,)`, or by row `(B, H, Tq)`; not scaled any more."""
+        """Each slot's logit, beside what its key gives: `(H,)`, or by row `(B, H, Tq)`; not scaled any more."""
         raise NotImplementedError(f"{type(self).__name__} must define slots(call).")
 
     def slot_key(self) -> torch.Tensor | None:
-        """`(Hkv, D)` the slot's key, whose scaled product with a query is added to the logit; `None`: zeros."""
+        """`(Hkv, m, D)` keys of m slots, whose scaled products with queries are added to the logit.
+
+        `None`: of one slot, and zeros.
+        """
         return None
 
     def slot_value(self) -> torch.Tensor | None:
-        """`(Hkv, Dv)` what the slot gives; `None`: zeros."""
+        """`(Hkv, m, Dv)` what the slots give; `None`: zeros."""
         return None
 
     @final
@@ -43,45 +46,46 @@ class SlotVariant(Variant):
                 f"Flash attention has no place for the slot of {type(self).__name__}, which each row of "
                 f"{self.site.name} is to see. Load the model with attn_implementation='sdpa' or 'eager'."
             )
-        logit = self.slots(call)
-        dtype = torch.promote_types(logit.dtype, torch.float32)
+        logit, key, value = self.slots(call), self.slot_key(), self.slot_value()
+        dtype = torch.promote_types(torch.promote_types(logit.dtype, call.query.dtype), torch.float32)
         logit = logit.to(dtype).reshape(1, -1, 1) if logit.dim() == 1 else logit.to(dtype)
         if reads_keys_once(call):
-            return _in_rows(call, logit, self.slot_key(), self.slot_value()), None
+            return _in_rows(call, logit, key, value), None
         row = attend_half_row(call)
         if row is not None:
-            return _beside_row(call, *row, logit, self.slot_key(), self.slot_value()), None
+            return _beside_row(call, *row, logit, key, value), None
         # A product, both in as many parts as the dtype needs: large logits do not overflow, small ones are kept.
         inverse = torch.full((), 1 / call.scaling, dtype=dtype, device=logit.device)
         pairs = [(b, s) for b in parts(logit, call.query.dtype) for s in parts(inverse, call.key.dtype)]
         of_query = torch.stack([b for b, _ in pairs], dim=-1)
-        of_slot = torch.stack([s for _, s in pairs]).expand(1, 1, 1, -1)
-        rows = 1 if _is_plain(call) else 0
+        count = 1 if key is None else key.shape[1]
+        of_slot = torch.stack([s for _, s in pairs]).expand(1, 1, count, -1)
+        rows = count if _is_plain(call) else 0
         of_query = F.pad(of_query, (0, 0, rows, 0)) if of_query.shape[2] > 1 else of_query
         output, weights = attend_wider(
-            _with_slot(call, rows, self.slot_key(), self.slot_value()),
+            _with_slots(call, count, rows, key, value),
             of_query,
             F.pad(of_slot, (0, 0, 0, call.key.shape[2])),
             inner,
         )
-        return output[:, rows:], None if weights is None else weights[:, :, rows:, 1:]
+        return output[:, rows:], None if weights is None else weights[:, :, rows:, count:]
 
 
 def _in_rows(
     call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
 ) -> torch.Tensor:
-    """Output `(B, R, H, Dv)` of a call whose rows see a slot with a logit `(B or 1, H, R or 1)` beside the keys."""
-    logit = _with_product(call, logit, key)
-    of_slot = []
+    """Output `(B, R, H, Dv)` of a call whose rows see slots with a logit `(B or 1, H, R or 1)` beside the keys."""
+    own = _with_products(call, logit, key)
+    of_slots = []
 
     def weigh(logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        slot = logit.to(logits.dtype).expand(logits.shape[:3])[..., None]
-        weights = torch.cat([slot, logits], dim=-1).softmax(-1)
-        of_slot.append(weights[..., :1])
-        return weights[..., 1:]
+        slots = own.to(logits.dtype).expand(*logits.shape[:3], -1)
+        weights = torch.cat([slots, logits], dim=-1).softmax(-1)
+        of_slots.append(weights[..., : slots.shape[-1]])
+        return weights[..., slots.shape[-1] :]
 
     output, _ = attend_rows(call, weigh)
-    return _and_slot(call, output, of_slot[0], value)
+    return _and_slots(output, of_slots[0], value)
 
 
 def _beside_row(
@@ -92,28 +96,25 @@ def _beside_row(
     key: torch.Tensor | None,
     value: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same, of what the keys give `(B, R, H, Dv)` without the slot and the log-sum-exp `(B, H, R)` of the rows."""
-    share = (_with_product(call, logit, key) - lse).sigmoid()[..., None]
-    output = output.to(share.dtype) * (1 - share).transpose(1, 2)
-    return _and_slot(call, output, share, value).to(call.value.dtype)
+    """The same, of what the keys give `(B, R, H, Dv)` without slots and the log-sum-exp `(B, H, R)` of the rows."""
+    own = _with_products(call, logit, key)
+    whole = torch.logaddexp(own.logsumexp(-1), lse)[..., None]
+    output = output.to(own.dtype) * (lse[..., None] - whole).exp().transpose(1, 2)
+    return _and_slots(output, (own - whole).exp(), value).to(call.value.dtype)
 
 
-def _with_product(call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
-    """The logit `(B, H, R)` of a slot with a key `(Hkv, D)`, which is multiplied as far as the logit is exact."""
+def _with_products(call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+    """Logits `(B or 1, H, R or 1, m)` of slots with keys `(Hkv, m, D)`, multiplied in the dtype of `logit`."""
     if key is None:
-        return logit
-    own = key.to(logit).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=0)
-    return logit + (call.query.to(logit.dtype) * own[:, None]).sum(-1) * call.scaling
+        return logit[..., None]
+    return logit[..., None] + of_groups(call.query.to(logit.dtype), key.to(logit)[None].mT) * call.scaling
 
 
-def _and_slot(
-    call: AttentionCall, output: torch.Tensor, share: torch.Tensor, value: torch.Tensor | None
-) -> torch.Tensor:
-    """Output `(B, R, H, Dv)` and a share `(B, H, R, 1)` of a slot's value `(Hkv, Dv)`."""
+def _and_slots(output: torch.Tensor, shares: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
+    """Output `(B, R, H, Dv)`, and shares `(B, H, R, m)` of what slots give `(Hkv, m, Dv)`."""
     if value is None:
         return output
-    group = call.query.shape[1] // call.key.shape[1]
-    return output + share.transpose(1, 2).to(output.dtype) * value.to(output).repeat_interleave(group, dim=0)
+    return output + of_groups(shares.to(output.dtype), value.to(output)[None]).transpose(1, 2)
 
 
 def _is_plain(call: AttentionCall) -> bool:
@@ -123,28 +124,30 @@ def _is_plain(call: AttentionCall) -> bool:
     return plain and mask.fault is None and mask.queries == mask.keys > 1 and call.kwargs.get("position_bias") is None
 
 
-def _with_slot(call: AttentionCall, rows: int, key: torch.Tensor | None, value: torch.Tensor | None) -> AttentionCall:
-    """The call with one more key in front, and so many rows of zeros."""
+def _with_slots(
+    call: AttentionCall, count: int, rows: int, key: torch.Tensor | None, value: torch.Tensor | None
+) -> AttentionCall:
+    """The call with so many more keys in front, and so many rows of zeros."""
     mask: Mask = call.mask
     if rows:
-        more = {"queries": mask.queries + rows, "keys": mask.keys + 1, "columns": mask.columns + 1}
+        more = {"queries": mask.queries + rows, "keys": mask.keys + count, "columns": mask.columns + count}
         mask = replace(mask, **more)  # type: ignore[arg-type]
     else:
-        mask = mask.prepended(1)
+        mask = mask.prepended(count)
     kwargs, bias = call.kwargs, call.kwargs.get("position_bias")
     if bias is not None:
-        kwargs = {**kwargs, "position_bias": F.pad(bias, (1, 0))}
+        kwargs = {**kwargs, "position_bias": F.pad(bias, (count, 0))}
     return call.replace(
         query=F.pad(call.query, (0, 0, rows, 0)),
-        key=_in_front(call.key, key),
-        value=_in_front(call.value, value),
+        key=_in_front(call.key, key, count),
+        value=_in_front(call.value, value, count),
         mask=mask,
         kwargs=kwargs,
     )
 
 
-def _in_front(states: torch.Tensor, one: torch.Tensor | None) -> torch.Tensor:
-    """`(B, Hkv, Tk + 1, D)`, the first of them `(Hkv, D)` or zeros."""
-    if one is None:
-        return F.pad(states, (0, 0, 1, 0))
-    return torch.cat([one.to(states)[None, :, None].expand(len(states), -1, -1, -1), states], dim=2)
+def _in_front(states: torch.Tensor, some: torch.Tensor | None, count: int) -> torch.Tensor:
+    """`(B, Hkv, m + Tk, D)`, the first m of them `(Hkv, m, D)` or zeros."""
+    if some is None:
+        return F.pad(states, (0, 0, count, 0))
+    return torch.cat([some.to(states).expand(len(states), -1, -1, -1), states], dim=2)

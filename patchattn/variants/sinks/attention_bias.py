@@ -67,10 +67,10 @@ class AttentionBias(SlotVariant):
         return torch.full((self.query_heads,), self.config.logit, dtype=dtype, device=call.query.device)
 
     def slot_key(self) -> torch.Tensor:
-        return self.key
+        return self.key[:, None]
 
     def slot_value(self) -> torch.Tensor:
-        return self.value
+        return self.value[:, None]
 
 
 register_variant(
