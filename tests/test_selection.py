@@ -41,17 +41,14 @@ LARGER = {
     "xattention": [{"threshold": 0.4, "stride": 1, "block": 2}],
 }
 CASES += [Case(name, tuple(settings.items())) for name in LARGER for settings in LARGER[name]]
+# What a token reads depends on nothing behind it, so that calls may be cut anyhow.
+BY_ROW = [case for case in CASES if not case.looks_ahead]
 each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return recorded(monkeypatch)
-
-
-def by_row(case: Case) -> bool:
-    """Whether what a token reads depends on nothing behind it, so that calls may be cut anyhow."""
-    return not case.looks_ahead
 
 
 def test_there_are_selectors() -> None:
@@ -177,11 +174,9 @@ def test_what_is_hidden_has_no_say(case: Case, kind: str, calls: Recorded) -> No
         assert all(torch.equal(*seen[:, :, 5:]) for _, seen, _ in calls)
 
 
-@each
+@pytest.mark.parametrize("case", BY_ROW, ids=str)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_calls_of_any_size_choose_as_one_forward(case: Case, kind: str, calls: Recorded) -> None:
-    if not by_row(case) or (kind == "static" and "static_cache" not in case.info.capabilities):
-        pytest.skip("what a token reads depends on its whole call, or static caches are refused")
     model, tokens, sizes = case.patch(FAMILIES["llama"].make_exact()), text(14), [5, 1, 1, 4, 1, 2]
     whole = outputs(model, input_ids=tokens)[0]
     one = [seen for _, seen, _ in calls]
@@ -211,10 +206,8 @@ def test_tokens_that_are_taken_back_leave_nothing_behind_and_beams_go_on(case: C
         close(torch.cat(parts, dim=1), expected)
 
 
-@each
+@pytest.mark.parametrize("case", [case for case in BY_ROW if not case.example], ids=str)
 def test_a_second_turn_and_assisted_decoding_give_the_same_tokens(case: Case) -> None:
-    if not by_row(case):
-        pytest.skip("what a token reads depends on its whole call")
     model, tokens = case.patch(FAMILIES["llama"].make_exact()), text(6, rows=1)
     settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     first = model.generate(tokens, **settings, return_dict_in_generate=True)
