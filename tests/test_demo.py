@@ -20,7 +20,7 @@ def check_report(report, folder, seeds):
     """What must hold of every report, whatever was learnt."""
     written = json.loads((folder / "results.json").read_text())
     assert written["seeds"] == seeds
-    assert written["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(written["versions"]["torch"])  # which has no "+cu132" of some builds
     rows = {row["name"]: row for row in written["rows"]}
     assert list(rows)[-3:] == NAMES
     for name in NAMES:
