@@ -25,8 +25,6 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "moh": {"active_ratio": 0.5},
     "ssa": {"value": False},
-    "ssmax": {"initial_scale": 0.5},
-    "sink": {},
 }
 
 
