@@ -162,7 +162,7 @@ def claims_table(values: dict[str, dict[str, list[float]]]) -> list[str]:
         mean, error = paired(values[name][key], values[other][key])
         f1, f1_error = paired(values[name]["f1"], values[other]["f1"])
         is_shown = sign * mean + may_lose > 2 * error
-        verdict = "shown" if is_shown else "not shown"
+        verdict = "shown" if is_shown else "not shown, all pairs alike" if mean == error == 0 else "not shown"
         if key == "invented" and is_shown and f1 < -2 * f1_error:
             verdict = "shown, at a loss of F1"
         beside = signed(values[name]["f1"], values[other]["f1"], 1, 100.0) if key == "invented" else ""

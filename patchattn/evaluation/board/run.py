@@ -91,9 +91,10 @@ def run_board(
                 say(f"{about}: is there, of {before.get('date')}")
                 continue
             say(about)
-            where = {"date": str(datetime.date.today()), "commit": commit(), "seed": plan.seed, **surroundings(model)}
-            if Path(where["model"]["name"]).is_dir():  # a board is for others to read: not where a folder lies here
-                where["model"]["name"] = Path(where["model"]["name"]).resolve().name
+            about_it = surroundings(model)
+            if Path(about_it["model"]["name"]).is_dir():  # a board is for others to read: not where a folder lies here
+                about_it["model"]["name"] = Path(about_it["model"]["name"]).resolve().name
+            where = {"date": str(datetime.date.today()), "commit": commit(), "seed": plan.seed, **about_it}
             found = measure(row, name)
             if state.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
