@@ -97,6 +97,7 @@ offer(
             "cope": "biases.cope",
             "damro": "decoding.damro",
             "decore": "decoding.decore",
+            "dex": "gating.dex",
             "differential": "mixing.differential",
             "dma": "selection.dma",
             "duo": "eviction.duo",

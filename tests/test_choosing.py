@@ -28,6 +28,7 @@ SHIPPED = [
     "cope",
     "damro",
     "decore",
+    "dex",
     "differential",
     "dma",
     "duo",
