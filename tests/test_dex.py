@@ -82,5 +82,5 @@ def test_what_it_refuses() -> None:
         patchattn.patch_model(tiny_llama(), "dex", heads=[[0, 7]])
     model = live()
     model.model.layers[0].self_attn.patchattn.dex.projection = torch.nn.Parameter(torch.eye(3))
-    with pytest.raises(NotImplementedError, match="DEX projects 3 channels of a head of model.layers.0.self_attn"):
+    with pytest.raises(NotImplementedError, match="DEX projects 3 channels of a head of"):
         model(TOKENS)

@@ -43,14 +43,15 @@ class Dex(Variant):
 
     config_class = DexConfig
     config: DexConfig
+    index: torch.Tensor  # the chosen heads
 
     def __init__(self, config: DexConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
         heads, width = (site.require(fact, by="DEX") for fact in ("query_heads", "head_dim"))
         chosen = range(heads) if config.heads is None else HeadList.parse(config.heads).of_site(site)
-        self.heads = tuple(chosen)
+        self.register_buffer("index", torch.tensor(list(chosen), dtype=torch.long), persistent=False)
         self.projection = nn.Parameter(torch.eye(width))
-        self.share = nn.Parameter(torch.full((len(self.heads),), float(config.initial_lambda)))
+        self.share = nn.Parameter(torch.full((len(chosen),), float(config.initial_lambda)))
 
     @classmethod
     def fit(cls, config: DexConfig, model: nn.Module, sites: Any) -> tuple[DexConfig, Any]:
@@ -81,10 +82,9 @@ class Dex(Variant):
 
     def _shares(self, heads: int) -> torch.Tensor:
         """`(H,)`, 0 of heads that were not chosen."""
-        if len(self.heads) == heads:
+        if len(self.share) == heads:
             return self.share
-        index = torch.tensor(self.heads, device=self.share.device)
-        return self.share.new_zeros(heads).index_copy(0, index, self.share)
+        return self.share.new_zeros(heads).index_copy(0, self.index, self.share)
 
     @torch.no_grad()
     def fold(self, plain: nn.Module) -> None:
