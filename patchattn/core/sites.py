@@ -1,7 +1,7 @@
 """Attention sites: where a model attends, and with what geometry. The host of the model finds them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 ValueT = TypeVar("ValueT")
@@ -65,6 +65,8 @@ class AttentionSite:
         shares_keys: some modules of its class in its tower make no keys of their own, so that others lend them theirs.
         shard: which of its heads this process holds; `None`: all. A site that is found, and that settings are fitted
             to, tells the sizes of the whole module; the one that a variant is attached with those of this process.
+        is_part: whether the sizes are those of the heads that this process holds, which are not all. It is asked in
+            every call.
     """
 
     name: str
@@ -89,11 +91,10 @@ class AttentionSite:
     shares_keys: bool = False
     inline: bool = False
     shard: HeadShard | None = None
+    is_part: bool = field(init=False)
 
-    @property
-    def is_part(self) -> bool:
-        """Whether the sizes are those of the heads that this process holds, which are not all."""
-        return self.shard is not None and self.query_heads != self.shard.query_heads
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_part", self.shard is not None and self.query_heads != self.shard.query_heads)
 
     def part(self) -> "AttentionSite":
         """The site as this process holds it; itself where that is all of it."""

@@ -174,7 +174,8 @@ class MoH(Variant):
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         gate, routing = self.norm_gate(call) if self.config.router == "query_norm" else self.learned_gate(call)
-        self.report(call, gate=gate, **{name: call.alike(value) for name, value in routing.items()})
+        if self.observers:
+            self.report(call, gate=gate, **{name: call.alike(value) for name, value in routing.items()})
         gate = call.of_own_heads(gate, -1)
         through_closed = self._passes_all(gate)
         if not through_closed and may_be_routed(call.query, call.key) and call.stands_alone:
