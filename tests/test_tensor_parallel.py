@@ -36,7 +36,7 @@ REFUSED = {
     "talking_heads": "heads are mixed",
 }
 # Of these some settings are.
-SOME = {"ssa": "features", "recycled": "similarity"}
+SOME = {"dex": "heads", "ssa": "features", "recycled": "similarity"}
 QUICK = (
     "logn",
     "ssmax",

@@ -169,13 +169,13 @@ def _build(
         refuse_order(patch.variant, name, _taken(model, name, before))
         refuse_site(info, known[name])
         variant = _made(info, patch.config, known[name], model, number)
-        if known[name].shard is None:
+        if (shard := known[name].shard) is None:
             one = Built(info.name, name, variant)
         else:
             refuse_shared(info.name, variant, known[name])
             with torch.random.fork_rng(devices=[]):  # numbers drawn from here on are those of one process
                 part = _made(info, patch.config, known[name].part(), model, number)
-            refuse_uneven(info.name, variant, part)
+            refuse_uneven(info.name, variant, part, shard.ranks)
             one = Built(info.name, name, variant, part)
         (one.part or variant).prepare(model)
         if variant.needs_grid:

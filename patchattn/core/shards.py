@@ -21,19 +21,21 @@ def own_tensor(module: nn.Module) -> Any:
     return next((p for p in module.parameters() if isinstance(p, DTensor)), None)
 
 
-def refuse_uneven(name: str, whole: nn.Module, part: nn.Module) -> None:
+def refuse_uneven(name: str, whole: nn.Module, part: nn.Module, ranks: int) -> None:
     """NotImplementedError if what a variant of all heads learns is not a row of what those of some heads learn.
 
     Args:
         name: of the variant.
         whole: made for all heads.
         part: the same, made for those of this process.
+        ranks: how many processes there are.
     """
     own = part.state_dict()
     for key, tensor in whole.state_dict().items():
         shape = own[key].shape if key in own else None
         apart = [size for size in zip(tensor.shape, shape or (), strict=False) if size[0] != size[1]]
-        if shape is None or tensor.dim() != len(shape) or len(apart) > 1:
+        is_share = len(apart) < 2 and all(every == ranks * mine for every, mine in apart)
+        if shape is None or tensor.dim() != len(shape) or not is_share:
             raise NotImplementedError(
                 f"The variant {name!r} has {key} {tuple(tensor.shape)} for all heads, and {shape and tuple(shape)} for "
                 "those of one process of tensor parallelism: it cannot be split by head."

@@ -62,6 +62,11 @@ class Dex(Variant):
         heads.check(model, sites)
         return config, [site for site in sites if heads.of_site(site)]
 
+    @property
+    def splits_by_head(self) -> bool:
+        """What is learned for chosen heads alone is not split as the heads are."""
+        return self.config.heads is None
+
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
         return {"initial_lambda": 0.0}
