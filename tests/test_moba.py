@@ -24,6 +24,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return recorded(monkeypatch)
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many keys means are made, call by call."""
+    found, original = [], moba.block_means
+
+    def watched(keys: torch.Tensor, block: int, real: torch.Tensor) -> torch.Tensor:
+        found.append(keys.shape[2])
+        return original(keys, block, real)
+
+    monkeypatch.setattr(moba, "block_means", watched)
+    return found
+
+
 def by_means(query: np.ndarray, key: np.ndarray, block: int, top_k: int, heads: str, first: int = 0) -> list[list[set]]:
     """Blocks that each head of each token reads, of queries `(T, H, D)` and keys `(T, Hkv, D)`.
 
@@ -104,28 +117,14 @@ def test_blocks_that_hold_the_text_are_the_base_bit_for_bit() -> None:
         assert not torch.equal(outputs(model, input_ids=tokens)[0][:, -1], expected[:, -1])
 
 
-def test_means_are_made_once_and_follow_what_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, original = [], moba.block_means
-
-    def watched(keys: torch.Tensor, block: int, real: torch.Tensor) -> torch.Tensor:
-        made.append(keys.shape[2])
-        return original(keys, block, real)
-
-    monkeypatch.setattr(moba, "block_means", watched)
+def test_means_are_made_once_and_follow_what_is_taken_back(made: list[int]) -> None:
     model = patchattn.patch_model(tiny_llama(), "moba", block=3, top_k=2, decode="selected")
     decoded(model, TOKENS, [13, *[1] * 10])
     assert made == [12, 3, 3, 3]  # at 13 keys, 15, 18 and 21
 
 
-def test_means_in_slots_are_made_anew_of_the_block_that_a_token_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_means_in_slots_are_made_anew_of_the_block_that_a_token_is_in(made: list[int]) -> None:
     """Of text alone, be padding before it."""
-    made, original = [], moba.block_means
-
-    def watched(keys: torch.Tensor, block: int, real: torch.Tensor) -> torch.Tensor:
-        made.append(keys.shape[2])
-        return original(keys, block, real)
-
-    monkeypatch.setattr(moba, "block_means", watched)
     model = patchattn.patch_model(tiny_llama(), "moba", block=3, top_k=2, decode="selected")
     mask, found = torch.ones_like(TOKENS), []
     mask[:, :4] = 0

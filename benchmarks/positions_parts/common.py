@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,3 +111,21 @@ def signed(found: Sequence[float], other: Sequence[float], digits: int) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> list[str]:
     """Lines of a table in Markdown, and an empty one."""
     return [*markdown_table(list(head), [list(row) for row in rows], texts=texts), ""]
+
+
+def answers_table(settings: Iterable[str], found: Sequence[Row]) -> list[str]:
+    """What settings answered, in pairs with `plain`: of each prompt, by setting, whether it was right, and the loss.
+
+    Settings that the prompts were not asked under are left out.
+    """
+    cells = []
+    for setting in settings:
+        if setting not in found[0]:
+            continue
+        right, loss = (
+            ([factor * row[setting][n] for row in found], [factor * row["plain"][n] for row in found])
+            for n, factor in ((0, 100.0), (1, 1.0))
+        )
+        changed = ["", ""] if setting == "plain" else [signed(*right, 1), signed(*loss, 2)]
+        cells.append([setting, f"{mean(right[0]):.0f}", changed[0], f"{mean(loss[0]):.2f}", changed[1]])
+    return table(["", "right, %", "difference", "loss, nats", "difference"], cells)

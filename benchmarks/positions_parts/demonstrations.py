@@ -11,7 +11,7 @@ from paired_rows import Row, paired
 from patchattn.evaluation.tasks.glue import load_glue
 from patchattn.positions.marking import mark_segments
 
-from .common import Setup, mean, patched, scored, signed, table
+from .common import Setup, answers_table, mean, patched, scored
 from .documents import found_once
 
 NAME, STAGE = "demonstrations", 1
@@ -73,6 +73,10 @@ def _row(setup: Setup, number: int) -> Row:
     return {"found": found, "tokens": len(marked.input_ids)}
 
 
+# measure, its place in a row, factor and unit, and the sign that it is to have
+_CLAIMED = (("right answers", 0, 100.0, "points", 1), ("the loss", 1, 1.0, "nats", -1))
+
+
 def section(setup: Setup, pictures: object) -> list[str]:
     rows = list(setup.rows(NAME).values())
     lines = ["## Many demonstrations", ""]
@@ -88,18 +92,10 @@ def section(setup: Setup, pictures: object) -> list[str]:
         "many demonstrations are read together. Differences are of pairs, to plain.",
         "",
     ]
-    cells, claims = [], []
-    for setting in SETTINGS:
-        right, loss = ([f * row[setting][n] for row in found] for n, f in ((0, 100.0), (1, 1.0)))
-        plain_right, plain_loss = ([f * row["plain"][n] for row in found] for n, f in ((0, 100.0), (1, 1.0)))
-        changed = ["", ""]
-        if setting != "plain":
-            changed = [signed(right, plain_right, 1), signed(loss, plain_loss, 2)]
-            for how, pair, unit, wants in (
-                ("right answers", paired(right, plain_right), "points", 1),
-                ("the loss", paired(loss, plain_loss), "nats", -1),
-            ):
-                claim = f"FocusICL, {setting}, is better than plain demonstrations, by {how}"
-                claims.append(verdict(claim, *pair, unit, wants=wants))
-        cells.append([setting, f"{mean(right):.0f}", changed[0], f"{mean(loss):.2f}", changed[1]])
-    return [*lines, *table(["", "right, %", "difference", "loss, nats", "difference"], cells), *claims, ""]
+    claims = []
+    for setting in [name for name in SETTINGS if name != "plain"]:
+        for how, place, factor, unit, wants in _CLAIMED:
+            own, plain = ([factor * row[name][place] for row in found] for name in (setting, "plain"))
+            claim = f"FocusICL, {setting}, is better than plain demonstrations, by {how}"
+            claims.append(verdict(claim, *paired(own, plain), unit, wants=wants))
+    return [*lines, *answers_table(SETTINGS, found), *claims, ""]

@@ -17,7 +17,7 @@ from patchattn.inspection.attention_sorting import attention_sorting
 from patchattn.positions.looking import find_rotations
 from patchattn.positions.marking import mark_segments
 
-from .common import Setup, mean, patched, scored, signed, table
+from .common import Setup, answers_table, mean, patched, scored
 from .prompts import AFTER, BEFORE, Prompt, natural, one_hop, two_hops
 
 NAME, STAGE = "documents", 1
@@ -138,23 +138,11 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
             f"{len(own)} prompts of {tokens[0]:.0f} tokens in the mean, {tokens[1]:.0f} of them behind the documents."
             f"{spared}",
             "",
-            *_table([row["found"] for row in own]),
+            *answers_table(SETTINGS, [row["found"] for row in own]),
         ]
     return [*lines, *_claims(rows)]
 
 
-def _table(found: list[Row]) -> list[str]:
-    cells = []
-    for setting in SETTINGS:
-        if setting not in found[0]:
-            continue
-        right, loss = (([f * row[setting][n] for row in found], [f * row["plain"][n] for row in found]) for n, f in _OF)
-        changed = ["", ""] if setting == "plain" else [signed(*right, 1), signed(*loss, 2)]
-        cells.append([setting, f"{mean(right[0]):.0f}", changed[0], f"{mean(loss[0]):.2f}", changed[1]])
-    return table(["", "right, %", "difference", "loss, nats", "difference"], cells)
-
-
-_OF = ((0, 100.0), (1, 1.0))  # place in a row, and factor
 # claim, setting, what it is compared to, whether of two hops alone, the sign that the loss is to have
 _CLAIMED = (
     ("Attention Sorting: answers are likelier than in plain order", "sorted", "plain", False, -1),

@@ -132,6 +132,14 @@ class HeadList:
         return site.own_heads(self.heads.get(site.layer_index, ()))
 
 
+def plain_heads(given: Any) -> dict[str, Any]:
+    """A head list as settings hold it: the list itself, so that a saved patch does not need the file it came from.
+
+    Takes and raises what `HeadList.parse` does.
+    """
+    return HeadList.parse(given).to_dict()
+
+
 def _by_layer(given: Any) -> dict[int, tuple[int, ...]]:
     """Layers to heads from a mapping or from pairs."""
     pairs: list[tuple[Any, Any]] = []

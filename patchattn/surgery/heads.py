@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..core.call import AttentionCall
-from ..core.heads import HeadList, Heads
+from ..core.heads import HeadList, Heads, plain_heads
 from ..core.hooks import Hook
 from ..core.kv_caches import find_cache, stored_heads
 from ..core.linear import LinearView, selected
@@ -30,7 +30,7 @@ def parse_heads(given: Any) -> dict[str, Any]:
     """A head list by layer, in the form of `HeadList.to_dict`; or a dictionary from names of modules to heads."""
     by_name = isinstance(given, Mapping) and any(isinstance(key, str) and not key.isdecimal() for key in given)
     if not by_name or "heads" in given:
-        return HeadList.parse(given).to_dict()
+        return plain_heads(given)
     # The same checks as for layers, module by module.
     return {name: list(HeadList.parse({0: heads}).heads[0]) for name, heads in given.items()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...core.call import AttentionCall
-from ...core.heads import HeadList, Heads
+from ...core.heads import HeadList, Heads, plain_heads
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -25,7 +25,7 @@ class DeCoReConfig(VariantConfig):
 
     heads: Heads | None = option(
         None,
-        parse=lambda given: HeadList.parse(given).to_dict(),  # a saved patch holds the list, not the name of a file
+        parse=plain_heads,
         help="The query heads that the second branch masks: a file, such as `patchattn calibrate retrieval` writes, a "
         "mapping from layers to heads, or pairs of (layer, head). It must be given.",
         source="paper: retrieval heads; released code: the first 50 of a list per model",

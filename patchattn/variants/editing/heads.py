@@ -13,7 +13,7 @@ from torch import nn
 from ...core.call import AttentionCall
 from ...core.chosen_rows import RowConfig
 from ...core.head_vectors import HeadVectors, Vectors
-from ...core.heads import HeadList, Heads
+from ...core.heads import HeadList, Heads, plain_heads
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -48,7 +48,7 @@ class HeadsConfig(RowConfig):
     strength: float = option(1.0, help="Factor of the vectors.", minimum=-1e6, maximum=1e6)
     heads: Heads | None = option(
         None,
-        parse=lambda given: HeadList.parse(given).to_dict(),
+        parse=plain_heads,
         help="Which query heads: a file, a mapping from layers to heads, or pairs of (layer, head). None: those that "
         "have a vector; without vectors, all.",
     )

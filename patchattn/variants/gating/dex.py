@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...core.call import AttentionCall
-from ...core.heads import HeadList, Heads
+from ...core.heads import HeadList, Heads, plain_heads
 from ...core.linear import LinearView
 from ...core.registry import register_variant
 from ...core.settings import option
@@ -29,7 +29,7 @@ class DexConfig(VariantConfig):
     )
     heads: Heads | None = option(
         None,
-        parse=lambda given: HeadList.parse(given).to_dict(),  # a saved patch holds the list, not the name of a file
+        parse=plain_heads,
         help="Which query heads: a file, a mapping from layers to heads, or pairs of (layer, head). None: all.",
         source="ours; the paper chooses some of every layer",
     )

@@ -13,7 +13,7 @@ from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_o
 
 from ...cache import waiting
 from ...core.call import AttentionCall
-from ...core.heads import HeadList, Heads
+from ...core.heads import HeadList, Heads, plain_heads
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -61,7 +61,7 @@ class ACTConfig(VariantConfig):
     )
     heads: Heads | None = option(
         None,
-        parse=lambda given: HeadList.parse(given).to_dict(),  # a saved patch holds the list, not the name of a file
+        parse=plain_heads,
         help="Which query heads: a file that `patchattn calibrate act` wrote, a mapping from layers to heads, or pairs "
         "of (layer, head). None: all heads of all layers but the first two and the last, or of all layers where there "
         "are fewer than four.",
