@@ -1,7 +1,7 @@
 """Attention sites: where a model attends, and with what geometry. The host of the model finds them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 ValueT = TypeVar("ValueT")
@@ -91,10 +91,7 @@ class AttentionSite:
     shares_keys: bool = False
     inline: bool = False
     shard: HeadShard | None = None
-    is_part: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "is_part", self.shard is not None and self.query_heads != self.shard.query_heads)
+    is_part: bool = False
 
     def part(self) -> "AttentionSite":
         """The site as this process holds it; itself where that is all of it."""
@@ -106,6 +103,7 @@ class AttentionSite:
             query_heads=self.shard.query_heads // ranks,
             kv_heads=self.shard.kv_heads // ranks,
             projection_sizes={role: size // ranks for role, size in self.projection_sizes.items()},
+            is_part=ranks > 1,
         )
 
     def own_heads(self, heads: Sequence[int], *, kv: bool = False) -> tuple[int, ...]:
