@@ -241,8 +241,8 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
 def test_the_shipped_configurations_are_right(
     module: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = sorted((RECIPES / "configs").glob("vit_*.yaml"))
-    assert len(paths) == 3
+    paths = sorted((RECIPES / "configs").glob("*_cifar10_*.yaml"))
+    assert len(paths) == 5
     monkeypatch.setattr(module, "list_images", lambda data, split: {"class": []})
     for path in paths:
         module.ImageSettings.from_yaml(path)

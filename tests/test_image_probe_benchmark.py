@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
+
+import patchattn
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("sklearn")
@@ -73,6 +75,21 @@ def test_it_goes_on_and_tells_what_is_shown(
     assert claim.endswith(("| 2 | shown |", "| 2 | not shown |"))
     script.main(**how, speed=True)
     assert "not measured" not in work["output"].read_text()
+
+
+def test_what_was_trained_is_a_form_too(script: ModuleType, work: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("dinov2_cifar10_dense", "dinov2_cifar10_moh75"):
+        model = Dinov2ForImageClassification.from_pretrained(work["model"], num_labels=3)
+        if "moh" in name:
+            patchattn.patch_model(model, "moh", active_ratio=0.75)
+        model.save_pretrained(tmp_path / name)
+    script.main(**work, pixels=16, steps=3, tuned=tmp_path)
+    rows = [line.split(" | ")[0] for line in work["output"].read_text().splitlines()]
+    assert [each for each in rows if each.endswith(", tuned")] == ["| dense, tuned", "| moh 75 %, tuned"]
+    forms = script.Forms(Dinov2Model.from_pretrained(work["model"]), None, tmp_path)
+    for form, patches in (("dense, tuned", 0), ("moh 75 %, tuned", 1)):
+        with forms(form) as tower:
+            assert len(patchattn.patch_info(tower)["patches"]) == patches
 
 
 @pytest.mark.parametrize(("right", "verdict"), [([1] * 40, "shown"), ([1] * 20 + [0] * 20, "not shown")])

@@ -39,6 +39,7 @@ CLAIMS = (
     ("FastV: its half is better than any half", "fastv 50 %", "random half from layer 2", "accuracy", 1, 0.0),
     ("HiPrune: a third of the image tokens is enough", "hiprune 1/3", "dense", "accuracy", 1, 0.02),
     ("HiPrune: its third is better than any third", "hiprune 1/3", "random third", "accuracy", 1, 0.0),
+    ("A-VL: captions need half of the keys", "a_vl", "dense", "f1", 1, 0.02),
     ("EE-MLLM, untrained: image tokens need not read each other", "ee_mllm", "dense", "accuracy", 1, 0.02),
 )
 
@@ -158,7 +159,7 @@ def claims_table(values: dict[str, dict[str, list[float]]]) -> list[str]:
         if not {name, other} <= values.keys():
             lines.append(f"| {said} | {name} | {other} | | | | not measured |")
             continue
-        unit, digits, of = (100.0, 1, "points") if key == "accuracy" else (1.0, 2, "a caption")
+        unit, digits, of = (100.0, 1, "points") if key in ("accuracy", "f1") else (1.0, 2, "a caption")
         mean, error = paired(values[name][key], values[other][key])
         f1, f1_error = paired(values[name]["f1"], values[other]["f1"])
         is_shown = sign * mean + may_lose > 2 * error

@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "random half from layer 2": ("random_tokens", {"layer": 2, "share": 0.5}),
     "hiprune 1/3": ("hiprune", {}),
     "random third": ("random_tokens", {"layer": 0, "share": 1 / 3}),
+    "a_vl": ("a_vl", {}),
     "ee_mllm": ("ee_mllm", {}),
 }
 
