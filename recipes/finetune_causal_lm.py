@@ -8,7 +8,7 @@ The configuration is checked whole before a model is loaded. Paths in it are rel
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from recipe_common import PatchedTrainer, TrainingSettings, begin, command, finished, prepare, train
@@ -28,6 +28,9 @@ class CausalLMSettings(TrainingSettings):
     eval_file: str = option(help="Plain text to measure perplexity on.")
     eval_rows: int | None = option(None, help="Rows of eval_file to use, from its start; None: all.", minimum=1)
     block: int = option(256, help="Tokens of a packed row.", minimum=2)
+    dtype: Literal["checkpoint", "float32", "bfloat16"] = option(
+        "float32", help="Type of the weights; in bfloat16, small steps of what is trained are rounded away."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +66,9 @@ def run(settings: CausalLMSettings) -> dict[str, Any]:
         return done
     arguments = begin(settings, label_names=["labels"])
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = prepare(AutoModelForCausalLM.from_pretrained(settings.model), settings, task_type="CAUSAL_LM")
+    dtype = "auto" if settings.dtype == "checkpoint" else settings.dtype
+    loaded = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    model = prepare(loaded, settings, task_type="CAUSAL_LM")
     trainer = PatchedTrainer.of(
         model,
         settings,

@@ -173,6 +173,7 @@ def test_what_is_shown_is_more_than_twice_its_error() -> None:
     dense = {"parameters": 100, "tasks": {"a": {"unit": "%"}, "p": {"unit": "", "higher_is_better": False}}}
     row = {
         "parameters": 75,
+        "measured": {"row": {}},
         "density": {},
         "tasks": {
             "a": {"difference": -10.0, "difference_error": 6.0},

@@ -54,9 +54,17 @@ def read_rows(output: Path) -> dict[str, Measured]:
     return {DENSE: found.pop(DENSE), **found}
 
 
-def difference(row: Measured, task: str) -> Difference | None:
-    """Of one task; zero where a row gives what dense does by construction, None where it was not scored."""
+def difference(row: Measured, task: str, *, beside: bool = False) -> Difference | None:
+    """Of one task; zero where a row gives what dense does by construction, None where it was not scored.
+
+    Args:
+        row: of `read_rows`.
+        task: its name.
+        beside: to the row that this one is beside, instead of to dense.
+    """
     found = row["tasks"][task]
+    if beside:
+        found = found.get("beside", {})
     if found.get("as_dense"):
         return Difference(0.0, 0.0)
     if found.get("difference") is None:
@@ -64,9 +72,9 @@ def difference(row: Measured, task: str) -> Difference | None:
     return Difference(found["difference"], found["difference_error"])
 
 
-def pooled(row: Measured, tasks: Sequence[str]) -> Difference | None:
+def pooled(row: Measured, tasks: Sequence[str], *, beside: bool = False) -> Difference | None:
     """Mean of the differences over those of these tasks that were scored; None for none."""
-    given = [found for task in tasks if (found := difference(row, task)) is not None]
+    given = [found for task in tasks if (found := difference(row, task, beside=beside)) is not None]
     if not given:
         return None
     mean = sum(found.mean for found in given) / len(given)
@@ -84,6 +92,12 @@ def family(row: Measured) -> str:
     return "" if about is None else str(about["family"])
 
 
+def partner(row: Measured) -> str | None:
+    """Name of the row that one is beside, if any."""
+    name: str | None = (row["measured"]["row"] or {}).get("beside")
+    return name
+
+
 def cost(row: Measured, name: str, dense: Measured) -> float | None:
     """What a row costs: a key of `COSTS`; None where that was not measured, or the row does not say it."""
     if "refused" in row:
@@ -97,4 +111,6 @@ def cost(row: Measured, name: str, dense: Measured) -> float | None:
     if name == "parameters":
         return float(row["parameters"] / dense["parameters"])
     speed = row["speed"]
-    return None if speed is None or "refused" in speed else float(speed["ratio"][name]["median"])
+    if speed is None or "refused" in speed:
+        return None
+    return 1.0 if speed.get("as_dense") else float(speed["ratio"][name]["median"])

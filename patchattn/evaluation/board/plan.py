@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ...core.registry import variant_info
 from ...core.settings import Settings, nearest, option
 from ...files.documents import quoted
+from ...saving.adapted import folder_digest
 from ..tasks.registry import make_tasks, task_names
 from ..tasks.speed import SpeedTask
 from ..tasks.task import EvalTask
@@ -99,7 +100,7 @@ class BoardPlan(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BoardRow(Settings):
-    """One row: variants with their settings, or a saved patch.
+    """One row: variants with their settings, or what was trained and saved.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or an unknown variant or setting.
@@ -108,7 +109,14 @@ class BoardRow(Settings):
     about: str = option(help="What the row is, in a few words.")
     family: str = option(help="What it is to be compared with: caches, selection, heads, temperature, trained, ...")
     variants: dict[str, Any] = option({}, help="Names of variants to their settings, outermost first.")
-    patch: str | None = option(None, help="Folder of a saved patch, instead.")
+    patch: str | None = option(
+        None,
+        help="Instead, folder of a saved patch, of a LoRA adapter, or of an adapter with the patch beside it that it "
+        "was trained on, as a recipe leaves it.",
+    )
+    beside: str | None = option(
+        None, help="Another row that it is compared with, besides dense, such as the model tuned alike without a patch."
+    )
     behind_prompt: bool = option(
         False,
         help="Whether nothing changes before the first new token, but for what a prompt's last tokens tell: what the "
@@ -122,6 +130,17 @@ class BoardRow(Settings):
         for name, settings in self.variants.items():
             variant_info(name).configure(settings or {})
 
+    def identity(self) -> dict[str, Any]:
+        """What must not change once it was measured, the files of a folder here among it.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        values = self.to_dict()
+        if self.beside is None:
+            del values["beside"]  # as of rows that were measured before there was this setting
+        return values if self.patch is None else {**values, "sha256": folder_digest(self.patch)}
+
     @property
     def run(self) -> dict[str, Any] | str:
         """As `patchattn.evaluation.run.compare.compare` takes a run."""
@@ -129,14 +148,15 @@ class BoardRow(Settings):
 
 
 def read_board(folder: Path, names: Sequence[str] = ()) -> tuple[BoardPlan, dict[str, BoardRow]]:
-    """The plan of a folder, and its rows by name, in the order of their names.
+    """The plan of a folder, and its rows by name, in the order of their names; rows that others are beside come first.
 
     Args:
         folder: with `board.yaml` and `rows/<name>.yaml`.
-        names: the rows to take; all without.
+        names: the rows to take, with those that they are beside; all without.
 
     Raises:
-        TypeError, ValueError: a missing or wrong file, the message names it; or a row that is not there.
+        TypeError, ValueError: a missing or wrong file, the message names it; or a row that is not there, or cannot be
+            one to be compared with.
     """
     plan = BoardPlan.from_yaml(folder / "board.yaml")
     files = {path.stem: path for path in sorted((folder / "rows").glob("*.yaml"))}
@@ -147,5 +167,16 @@ def read_board(folder: Path, names: Sequence[str] = ()) -> tuple[BoardPlan, dict
             raise ValueError(f"{folder} has no row {name!r}{nearest(name, [*files, DENSE])}")
     if odd := [name for name in files if name == DENSE or not re.fullmatch(r"[\w.+=-]+", name)]:
         raise ValueError(f"{files[odd[0]]}: a row has a name of letters, digits and _ . + = -, and is not {DENSE!r}.")
-    wanted = [name for name in files if not names or name in names]
-    return plan, {name: BoardRow.from_yaml(files[name]) for name in wanted}
+    rows = {name: BoardRow.from_yaml(path) for name, path in files.items() if not names or name in names}
+    partners = {}
+    for name, row in rows.items():
+        if row.beside is None:
+            continue
+        if row.beside == name or row.beside not in files:
+            raise ValueError(
+                f"{files[name]}: beside must name another row, got {row.beside!r}{nearest(row.beside, list(files))}"
+            )
+        partners[row.beside] = BoardRow.from_yaml(files[row.beside])
+        if partners[row.beside].beside is not None:
+            raise ValueError(f"{files[name]}: {row.beside} is itself measured beside {partners[row.beside].beside}.")
+    return plan, {**partners, **rows}

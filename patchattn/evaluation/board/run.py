@@ -13,6 +13,7 @@ from ...core.observation import observe
 from ...core.patching import is_patched
 from ...core.report import Observation
 from ...files.documents import as_json, read_json_object, write_json
+from ...saving.adapted import adapter_tensors, holds_adapter, holds_patch, own_parameters
 from ..report.errors import standard_error
 from ..report.report import surroundings
 from ..run.compare import answers, evaluate, patched_run, processes
@@ -84,11 +85,14 @@ def run_board(
             if row is None and kind == SPEED:
                 continue
             path, about = output / kind / f"{name}.json", f"{number}/{len(rows)} {name}, {kind}"
-            what = as_json({"plan": work, "row": None if row is None else row.to_dict()})
+            what = as_json({"plan": work, "row": None if row is None else row.identity()})
             if path.is_file():
-                if (before := read_json_object(path)).get("measured") != what:
+                if not _same((before := read_json_object(path)).get("measured"), what):
                     raise ValueError(f"{path} was measured by another plan or as another row. Choose another output.")
                 say(f"{about}: is there, of {before.get('date')}")
+                continue
+            if row is not None and (why := _not_ready(row, output, kind)):
+                say(f"{about}: left out, {why}")
                 continue
             say(about)
             about_it = surroundings(model)
@@ -117,11 +121,13 @@ def _quality(
     try:
         with way():
             info = patch_info(model)
-            parameters = sum(weight.numel() for weight in model.parameters())
+            parameters = own_parameters(model)
     except (NotImplementedError, ValueError) as error:
         return {"refused": str(error)}
     found: dict[str, Any] = {"parameters": parameters, "extra_parameters": info["extra_parameters"]}
     with way():
+        if row is not None and row.behind_prompt and adapter_tensors(model):
+            raise ValueError(f"{name}: is said to act behind a prompt, and has an adapter, which acts on all of it.")
         found["density"] = {} if row is None else _density(model, tokenizer, tasks)
         found["tasks"] = {}
         for task in tasks:
@@ -135,11 +141,14 @@ def _quality(
                     raise
                 found["tasks"][task.name] = {"refused": str(error)}
                 continue
-            found["tasks"][task.name] = _scores(model, tokenizer, plan, task, name, output)
+            beside = None if row is None else row.beside
+            found["tasks"][task.name] = _scores(model, tokenizer, plan, task, name, beside, output)
     return found
 
 
-def _scores(model: Any, tokenizer: Any, plan: BoardPlan, task: EvalTask, name: str, output: Path) -> dict[str, Any]:
+def _scores(
+    model: Any, tokenizer: Any, plan: BoardPlan, task: EvalTask, name: str, beside: str | None, output: Path
+) -> dict[str, Any]:
     batch = plan.batch(task.name)
     settings = {"batch": batch, "seed": plan.seed, "limit": plan.limit(task.name)}
     found = evaluate(model, tokenizer, [task], output / ANSWERS / name, warm=True, **settings)[task.name]
@@ -158,11 +167,44 @@ def _scores(model: Any, tokenizer: Any, plan: BoardPlan, task: EvalTask, name: s
         "scores": found["scores"],
         "cache_ratio": found["costs"].get("cache_ratio"),
     }
+
+    def to(other: list[Row]) -> dict[str, Any]:
+        return {
+            "difference": None if score is None else score - task.score(other)[task.main_score],
+            "difference_error": standard_error(task, rows, other),
+        }
+
     if name != DENSE:
-        dense = given(DENSE)
-        content["difference"] = None if score is None else score - task.score(dense)[task.main_score]
-        content["difference_error"] = standard_error(task, rows, dense)
+        content |= to(given(DENSE))
+    if beside is not None and "score" in read_json_object(output / ROWS / f"{beside}.json")["tasks"].get(task.name, {}):
+        content["beside"] = to(given(beside))
     return content
+
+
+def _not_ready(row: BoardRow, output: Path, part: str) -> str | None:
+    """Why a row cannot be measured yet; None where it can."""
+    if row.patch is not None:
+        try:
+            if not (holds_patch(row.patch) or holds_adapter(row.patch)):
+                return f"{row.patch} holds neither a patch nor an adapter"
+        except ValueError as error:
+            return str(error)
+    if part == ROWS and row.beside is not None:
+        path = output / ROWS / f"{row.beside}.json"
+        if not path.is_file() or "refused" in read_json_object(path):
+            return f"{row.beside}, which it is compared with, was not measured"
+    return None
+
+
+def _same(before: Any, now: dict[str, Any]) -> bool:
+    """Whether a row was measured as it is now; of a folder that is not here only its name is known."""
+    if (
+        isinstance(before, dict)
+        and isinstance(before.get("row"), dict)
+        and (now["row"] or {}).get("sha256", "") is None
+    ):
+        before = before | {"row": before["row"] | {"sha256": None}}
+    return bool(before == now)
 
 
 def _density(model: Any, tokenizer: Any, tasks: Sequence[EvalTask]) -> dict[str, float]:

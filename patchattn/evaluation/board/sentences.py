@@ -1,7 +1,7 @@
 """What a row of a board has shown, in a sentence."""
 
 from ..report.report import number
-from .measured import Difference, Measured, cost, difference, in_percent, pooled
+from .measured import Difference, Measured, cost, difference, in_percent, partner, pooled
 from .plan import DENSE
 
 
@@ -17,26 +17,33 @@ def shown(name: str, row: Measured, dense: Measured) -> str:
         return "What all others are compared with."
     if "refused" in row:
         return f"Refused: {row['refused']}"
-    percent = in_percent(dense)
-    mean = pooled(row, percent)
-    parts = ["No task in percent was scored" if mean is None else _said("mean of tasks", mean, "points", lower=False)]
-    apart = {task: found for task in percent if (found := difference(row, task)) is not None and found.is_shown}
-    if apart:
-        listed = sorted(apart.items(), key=lambda item: item[1].mean)
-        parts.append("apart: " + ", ".join(f"{task} {change(found)}" for task, found in listed))
-    for task in dense["tasks"]:
-        found = None if task in percent else difference(row, task)
-        if found is not None and not row["tasks"][task].get("as_dense"):
-            parts.append(
-                _said(task, found, dense["tasks"][task]["unit"], lower=not dense["tasks"][task]["higher_is_better"])
-            )
-    return "; ".join([*parts, *_saved(row, dense)]) + "."
+    parts = [*_differences(row, dense), *_saved(row, dense)]
+    if (other := partner(row)) is not None:
+        parts.append(f"**beside {other}**: " + "; ".join(_differences(row, dense, beside=True)))
+    return "; ".join(parts) + "."
 
 
 def change(found: Difference) -> str:
     """A difference with its error, for tables."""
     text = number(found.mean, sign=True)
     return text if found.error is None else f"{text} ± {number(found.error)}"
+
+
+def _differences(row: Measured, dense: Measured, *, beside: bool = False) -> list[str]:
+    """To dense, or to the row that this one is beside."""
+    percent = in_percent(dense)
+    mean = pooled(row, percent, beside=beside)
+    parts = ["No task in percent was scored" if mean is None else _said("mean of tasks", mean, "points", lower=False)]
+    found = {task: difference(row, task, beside=beside) for task in dense["tasks"]}
+    apart = [(task, one) for task, one in found.items() if one is not None and task in percent and one.is_shown]
+    if apart:
+        listed = sorted(apart, key=lambda item: item[1].mean)
+        parts.append("apart: " + ", ".join(f"{task} {change(one)}" for task, one in listed))
+    for task, one in found.items():
+        if one is not None and task not in percent and not row["tasks"][task].get("as_dense"):
+            about = dense["tasks"][task]
+            parts.append(_said(task, one, about["unit"], lower=not about["higher_is_better"]))
+    return parts
 
 
 def _said(what: str, found: Difference, unit: str, *, lower: bool) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 from ...files.documents import laid_out
 from ..report.report import markdown_table, number
-from .measured import Measured, cost, difference, family, in_percent, pooled
+from .measured import Measured, cost, difference, family, in_percent, partner, pooled
 from .plan import DENSE
 from .sentences import change, shown
 
+BESIDE = "minus the row beside, points"
 COLUMNS = ("prefill", "decode", "kv cache", "prompt density", "decode density", "parameters")
 
 
@@ -23,12 +24,17 @@ def board_table(rows: Mapping[str, Measured]) -> tuple[list[str], list[list[str]
         tasks = in_percent(dense)
         others = [name for name in dense["tasks"] if name not in tasks]
         head = ["row", "family", "minus dense, points", *tasks]
+        if any(map(partner, rows.values())):
+            head.insert(3, BESIDE)
         head += [f"{name}, minus dense" for name in others] + list(COLUMNS)
         kept = [(name, row) for name, row in rows.items() if "refused" not in row]
-        lines = [
-            _line(name, row, tasks, others, dense)
-            for name, row in sorted(kept, key=lambda item: _order(item[0], item[1], tasks))
-        ]
+        lines = []
+        for name, row in sorted(kept, key=lambda item: _order(item[0], item[1], tasks)):
+            line = _line(name, row, tasks, others, dense)
+            if BESIDE in head:
+                other, mean = partner(row), pooled(row, tasks, beside=True)
+                line.insert(3, "" if other is None or mean is None else f"{change(mean)} ({other})")
+            lines.append(line)
         return head, lines
 
 
@@ -60,6 +66,7 @@ def board_page(
         "what dense gives by construction. *prefill* and *decode* are how many times as fast as the unpatched model it "
         "is, in turn with it in one run, with the least and the greatest of the turns; - is not timed yet. *kv cache* "
         "is what caches hold for each byte of all keys and values, *density* the share of keys read.",
+        *_beside(rows),
         "",
         *(line for title, name in pictures for line in (f"![{title}]({name})", "")),
         '<div class="sortable" markdown="1">',
@@ -90,6 +97,17 @@ def _conditions(dense: Measured) -> str:
         f"{model['name']} ({model['class']}), {model['dtype']}, {model['attention']} attention, on {device['name']} "
         f"({device['type']}), {device['threads']} thread{'s' if device['threads'] != 1 else ''}; {versions}."
     )
+
+
+def _beside(rows: Mapping[str, Measured]) -> list[str]:
+    if not any(map(partner, rows.values())):
+        return []
+    return [
+        "",
+        f"*{BESIDE.removesuffix(', points')}* is the same mean against the row in brackets, on the same samples: for "
+        "what was tuned under a variant, the unpatched model that was tuned alike. LoRA adapters merge into the "
+        "weights: they are not counted as parameters, and times are without them.",
+    ]
 
 
 def _when(row: Measured) -> str:
@@ -147,5 +165,7 @@ def _speed(row: Measured, key: str) -> str:
         return "-"
     if "refused" in row["speed"]:
         return "refused"
+    if row["speed"].get("as_dense"):
+        return "= dense"
     ratio = row["speed"]["ratio"][key]
     return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...core.patching import unpatched
+from ...saving.adapted import holds_adapter, holds_patch
 from ..run.compare import patched_run
 from ..tasks.speed import SpeedTask
 from ..tasks.task import Row
@@ -26,12 +27,16 @@ def row_speed(model: Any, tokenizer: Any, plan: BoardPlan, row: BoardRow) -> dic
         `dense` and `patched`, each `first_token_seconds` and `tokens_per_second` with the values of `runs` and their
         `median`; and `ratio`, how many times as fast as dense the row is in `prefill` and `decode`, of the medians,
         with the least and the greatest of the ratios turn by turn. Or `refused`, why the model cannot have the row.
+        A LoRA adapter merges into weights, so what comes with one is timed without it; `as_dense` says that there is
+        nothing else.
     """
+    if row.patch is not None and holds_adapter(row.patch) and not holds_patch(row.patch):
+        return {"as_dense": True}
     task, rounds = plan.speed_task(), plan.repeats + 1
     everything = range(len(task))
     dense, patched = [], []
     try:
-        with patched_run(model, row.run, plan.seed):
+        with patched_run(model, row.run, plan.seed, adapter=False):
             for _ in range(rounds):
                 with unpatched(model):
                     dense.append(task.answer(model, tokenizer, everything))

@@ -83,16 +83,18 @@ def make_report(
         model: that was evaluated, on its device.
         tasks: in order.
         found: name of each run, the unpatched one first, to what `evaluate` returned.
-        patches: name of each run to `patch_info` of its model, with the number of all its `parameters`.
+        patches: name of each run to `patch_info` of its model, with the number of all its `parameters` and, besides,
+            of those that an adapter holds.
         settings: of the runner.
         rows: name of each task to that of each run to its answers to all samples.
 
     Returns:
         `schema_version`, `model`, `versions`, `device`, `settings`, `runs` (per run its patches, the number of
-        parameters they add, and that of all), `tasks` (per task how it is scored and asked, and under `runs` per run
-        `scores`, `costs`, `error` (standard error of the main score), `difference`, the scores minus those of the
-        unpatched model, and `difference_error`, of the main score's in pairs; None where they cannot be stated), and
-        `averages` (per benchmark with several tasks scored in percent, the mean of the main scores per run).
+        parameters they add, that of all, and that of an adapter), `tasks` (per task how it is scored and asked, and
+        under `runs` per run `scores`, `costs`, `error` (standard error of the main score), `difference`, the scores
+        minus those of the unpatched model, and `difference_error`, of the main score's in pairs; None where they cannot
+        be stated), and `averages` (per benchmark with several tasks scored in percent, the mean of the main scores per
+        run).
     """
     content = {}
     for task in tasks:
@@ -119,7 +121,11 @@ def make_report(
         **surroundings(model),
         "settings": dict(settings),
         "runs": {
-            name: {key: info[key] for key in ("patches", "extra_parameters", "parameters")}
+            name: {
+                key: info[key]
+                for key in ("patches", "extra_parameters", "parameters", "adapter_parameters")
+                if key in info
+            }
             for name, info in patches.items()
         },
         "tasks": content,
@@ -239,6 +245,8 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
         for patch in run["patches"]:
             given = ", ".join(f"{key}={value}" for key, value in patch["config"].items() if value is not None)
             variants.append(f"{patch['variant']} ({given})")
+        if held := run.get("adapter_parameters"):
+            variants.append(f"a LoRA adapter ({held:,} values trained)")
         runs[f"Run {name}"] = f"{'; '.join(variants) or 'no patch'}; {run['parameters']:,} parameters"
     samples = ", ".join(f"{name} {task['samples']}" for name, task in report["tasks"].items())
     shared = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -25,7 +25,7 @@ from ...core.selection import base_model, evaluating
 from ...core.settings import Settings, option
 from ...files.documents import decoded, json_lines
 from ...plotting.style import MOST_RUNS
-from ...saving.checkpoint import load_patch
+from ...saving.adapted import adapter_tensors, loaded, own_parameters
 from ..report.report import UNPATCHED, make_report, summary, write_report
 from ..tasks.cost import cuda_devices
 from ..tasks.results import claim, model_identity
@@ -117,7 +117,8 @@ def compare(
         tasks: with different names.
         output: folder; the answers of each run go into a folder of its name.
         runs: name of a run to its variants with their settings, the outermost first, such as
-            `{"half": {"moh": {"active_ratio": 0.5}}}`, or to the folder of a saved patch.
+            `{"half": {"moh": {"active_ratio": 0.5}}}`, or to the folder of a saved patch, of a LoRA adapter, or of an
+            adapter with the patch beside it that it was trained on.
         settings: fields of `RunSettings`: batch, seed and limit.
 
     Returns:
@@ -140,7 +141,8 @@ def compare(
     folder, ways, found, patches = Path(output), _ways(model, runs, given.seed), {}, {}
     for name, way in ways.items():  # what is refused is so before the first run takes its time
         with way():
-            patches[name] = {**patch_info(model), "parameters": sum(p.numel() for p in model.parameters())}
+            held = sum(tensor.numel() for tensor in adapter_tensors(model).values())
+            patches[name] = {**patch_info(model), "parameters": own_parameters(model), "adapter_parameters": held}
             _begin(model, tokenizer, tasks, folder / folder_name(name), given, state)
     for name, way in ways.items():
         with way():
@@ -161,9 +163,15 @@ def compare(
 
 
 def answers(output: Path, task: str, samples: int, batch: int) -> list[Row]:
-    """Answers to all samples of a task, in their order, from the output folder of an `evaluate` that is done."""
+    """Answers to all samples of a task, in their order, from the output folder of an `evaluate` that is done.
+
+    Raises:
+        ValueError: some are not there.
+    """
     batches = _batches(samples, batch)
     done = _done(output / task, batches)
+    if len(done) < len(batches):
+        raise ValueError(f"{output / task} lacks answers to {len(batches) - len(done)} of {len(batches)} batches.")
     return [row for number in range(len(batches)) for row in done[number]]
 
 
@@ -232,29 +240,29 @@ def _ways(
 
 
 @contextmanager
-def patched_run(model: Any, run: Run, seed: int) -> Iterator[None]:
-    """A run's patches for the time of a block.
+def patched_run(model: Any, run: Run, seed: int, *, adapter: bool = True) -> Iterator[None]:
+    """A run's patches, and the adapter that was trained with them, for the time of a block.
 
     Parameters that start at random start the same in every process and after every kill.
 
     Args:
         model: unpatched.
-        run: its variants with their settings, outermost first, or the folder of a saved patch.
+        run: its variants with their settings, outermost first, or a folder as `compare` takes it.
         seed: of what parameters start from.
+        adapter: whether an adapter in the folder is put on.
     """
-    with torch.random.fork_rng(cuda_devices(model)):
-        torch.manual_seed(seed)
-        if isinstance(run, Mapping):
-            variants = list(run)
-            if not variants:
-                raise ValueError("A run needs at least one variant.")
-            patch_model(model, variants, run[variants[0]] if len(variants) == 1 else run)
-        else:
-            load_patch(model, run)
-    try:
+    with ExitStack() as stack:
+        with torch.random.fork_rng(cuda_devices(model)):
+            torch.manual_seed(seed)
+            if isinstance(run, Mapping):
+                variants = list(run)
+                if not variants:
+                    raise ValueError("A run needs at least one variant.")
+                patch_model(model, variants, run[variants[0]] if len(variants) == 1 else run)
+                stack.callback(unpatch_model, model)
+            else:
+                stack.enter_context(loaded(model, run, adapter=adapter))
         yield
-    finally:
-        unpatch_model(model)
 
 
 def _begin(
@@ -282,22 +290,28 @@ def _identity(model: Any, tokenizer: Any, settings: RunSettings) -> dict[str, An
     text: Any = getattr(tokenizer, "tokenizer", tokenizer)
     template = [text.chat_template, text.special_tokens_map, len(text)]
     values = {key: value for key, value in settings.to_dict().items() if key != "limit"}
+    adapters = adapter_tensors(model)
     return {
         **model_identity(model),
-        "patch_sha256": _digest(base_model(model)),
+        "patch_sha256": _digest(_patch_tensors(base_model(model))),
+        **({"adapter_sha256": _digest(adapters)} if adapters else {}),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "tokenizer_sha256": hashlib.sha256(json.dumps(template, default=str).encode()).hexdigest(),
         **values,
     }
 
 
-def _digest(base: nn.Module) -> str:
-    """Of what the patches added: two trained ones differ in nothing else."""
+def _patch_tensors(base: nn.Module) -> dict[str, torch.Tensor]:
+    """What the patches added: two trained ones differ in nothing else."""
+    chains = active_chains(base).items()
+    return {f"{site}.{name}": tensor for site, chain in chains for name, tensor in chain.tensors().items()}
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for site, chain in active_chains(base).items():
-        for name, tensor in chain.tensors().items():
-            digest.update(f"{site}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
