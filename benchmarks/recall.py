@@ -67,7 +67,7 @@ def trained(name: str, seed: int, steps: int) -> dict[str, Any]:
 def main(
     folder: Annotated[Path, typer.Option(help="Folder for rows; a run goes on from those there.")],
     seeds: Annotated[int, typer.Option(help="Models of each method.")] = 5,
-    steps: Annotated[int, typer.Option(help="Steps of each.")] = 450,
+    steps: Annotated[int, typer.Option(help="Steps of each.")] = 1200,
     minutes: Annotated[float, typer.Option(help="Begin no further model after so much processor time.")] = 1e9,
 ) -> None:
     """Train what is not there yet."""
