@@ -119,22 +119,25 @@ BLOCK_SPARSE = {
 
 def block_sparse(
     name: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90,
-    listed: bool = False, sinks: bool = False,
+    listed: bool = False, sinks: bool = False, pack: int = 1,
 ) -> Kernel:  # fmt: skip
-    """A kernel of `block_sparse_attention`; masks as of `routed`; of blocks of 128, or of windows."""
+    """A kernel of `block_sparse_attention`; masks as of `routed`; of blocks of 128, or of windows; heads of a tile."""
     block, width = 128 if listed else 0, tile_width(dim)
     constants: dict[str, Any] = {"DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width}
     constants |= {"CAUSAL": mask not in ("rows", "all"), "WINDOWED": mask == "window"}
     constants |= {"BLOCK_Q": block, "BLOCK_K": block, "LISTED": listed}
     constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows", "SINKS": sinks}
     constants |= {"PADDED": mask in ("keys", "rows") and not listed, "ADDED": not listed and not sinks}
+    rows = block_sparse_attention_triton.rows_of_tile(launch.blocks["BLOCK_M"], block, pack)
+    constants |= {"PACK": pack, "ROWS": rows}
     states = ["query", "key", "value", "gradient", "output", "result", "key_result", "value_result"]
     types = dict.fromkeys(states, dtype) | dict.fromkeys(["lse", "power", "delta", "key_part", "value_part"], "*fp32")
     types |= dict.fromkeys(["first", "second", "order", "places"], "*i32")
     types |= {"mask": "*i1", "scale": "fp32", "scaling": "fp32"}
     strides = [f"{name}_{axis}" for name in "qkvgor" for axis in ("batch", "head", "row")]
     few = " few rows" if launch.blocks["BLOCK_M"] == 16 and name == "attend" else ""
-    label = f"sparse, {name.replace('_', ' ')}{few}, {'lists' if listed else 'of sinks' if sinks else 'windows'}"
+    keep = "lists" if listed else "of sinks" if sinks else "windows"
+    label = f"sparse, {name.replace('_', ' ')}{few}, {keep}{', packed' if pack > 1 else ''}"
     module = BLOCK_SPARSE[name].__name__.split(".")[-1]
     return Kernel(f"{module}.{name}", launch, constants, types, strides, capability, label=(label, mask))
 

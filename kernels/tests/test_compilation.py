@@ -55,7 +55,8 @@ QUICK = {
     "block_sparse_attention": [
         block_sparse(name, 32, SMALL, listed=listed)
         for name, listed in [("attend", False), ("attend", True), ("query_gradients", True), ("key_gradients", False)]
-    ],
+    ]
+    + [block_sparse("attend", 32, Launch({"BLOCK_M": 16, "BLOCK_N": 32}), pack=4)],
 }
 
 

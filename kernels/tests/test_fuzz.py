@@ -146,12 +146,14 @@ def run(operation: str, call: Call) -> None:
         inputs, exact_inputs = inputs[:2], exact_inputs[:2]
     elif operation == "block":
         if call.random.random() < 0.5:
-            sinks, recent = call.random.randint(0, 9), call.random.randint(1, 20)
+            sinks = [call.random.randint(0, 9) for _ in range(call.heads)]
+            recent = [call.random.randint(1, 20) for _ in range(call.heads)]
             keep: Any = sink_and_recent(sinks, recent, call.heads)
-            kept = (torch.arange(call.keys) < sinks) | (call.distance.abs() < recent)
+            first, last = (torch.tensor(sizes)[:, None, None] for sizes in (sinks, recent))
+            kept = (torch.arange(call.keys) < first) | (call.distance.abs() < last)
         else:
             tiles = -(-call.queries // 16), -(-call.keys // 16)
-            blocks = call.coins(0.5, call.batch, call.heads, *tiles)
+            blocks = call.coins(0.5, call.batch, call.random.choice([1, call.heads]), *tiles)
             keep = lists_from_mask(blocks, 16, 16)
             kept = blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, : call.queries, : call.keys]
         got = list(block_sparse_attention(*call.states, keep, call.rule, return_lse=True))

@@ -182,6 +182,36 @@ def test_tuning_passes_over_what_does_not_fit(device: Any, monkeypatch: pytest.M
     assert kernel.ran[-1] == candidates[2]
 
 
+# as much as the choice of any kernel depends on
+SHAPE = dict.fromkeys(("CAUSAL", "WINDOWED", "MASKED", "PER_ROW", "paged", "output"), False) | dict[str, Any](
+    rows=16, keys=8192, lines=64, dim=128, dim_v=128, dtype=torch.bfloat16
+)
+
+
+def test_a_known_launch_is_looked_up(device: Any) -> None:
+    """No file, no JSON, no question to the device: a look into a dictionary."""
+    device(9, 227 * KIB)
+    candidates = [Launch({"BLOCK": 64})]
+    tuning.run_chosen("kernel", SHAPE, candidates, DEVICE, lambda launch: None)
+    python, built_in, ran = list[str](), list[str](), list[Launch]()
+
+    def watch(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            python.append(frame.f_code.co_name)
+        elif event == "c_call":
+            built_in.append(argument.__name__)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        tuning.run_chosen("kernel", SHAPE, candidates, DEVICE, ran.append)
+    finally:
+        sys.setprofile(before)
+    assert ran == candidates
+    assert python == ["run_chosen"]
+    assert {*built_in} <= {"values", "get", "append", "setprofile"}, built_in
+
+
 PROGRAM = """
 import json, sys, torch, triton.testing
 from patchattn_kernels import tuning

@@ -17,11 +17,12 @@ from .block_lists import BlockLists, SinkAndRecent, key_order
 from .key_mask import key_mask, strides_but_of_one
 from .rows import AttentionRule
 from .tiles import VARYING, visible
-from .tuning import Launch, bucket, padded_splits, processors, run_chosen, settings, tile_width
+from .tuning import SMALLEST, Launch, bucket, padded_splits, processors, run_chosen, settings, tile_width
 
 MOST = tl.constexpr(2**29)  # sizes above it are all keys; the sum of two stays in 32 bits
 LOG2E = tl.constexpr(1.4426950408889634)
 SPLITS = 32  # at most, of the keys of one query tile
+FEW = 16  # queries, up to which it is decoding
 
 
 @triton.jit
@@ -127,42 +128,49 @@ def attend(
     o_split, o_batch, o_head, o_row, order_batch, mask_batch, mask_row, mask_column,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr,
     VPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr, PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a tile of queries of one head, over one of several parts of its sequence of key tiles.
+    """Output and log-sum-exp of a tile of queries, over one of several parts of its sequence of key tiles.
 
-    A tile of queries is `min(BLOCK_M, BLOCK_Q)` of them where keys are listed; `first` and `second` are then the
-    lists and their counts, else the sinks and the recent keys of every head.
+    A tile is ROWS queries of PACK heads, which share a kv head and, where keys are listed, their lists. `first` and
+    `second` are then the lists and their counts, else the sinks and the recent keys of every head.
     """
-    ROWS: tl.constexpr = BLOCK_M if BLOCK_Q == 0 or BLOCK_Q > BLOCK_M else BLOCK_Q
     tile, head_line, lines = place_of(tl.cdiv(queries, ROWS))
     tile = tl.cdiv(queries, ROWS) - 1 - tile  # with the most keys first, where it is causal
+    head_line, lines = head_line * PACK, lines * PACK
     batch, head = head_line // heads, head_line % heads
-    inner = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_M) // PACK
     rows = tl.where(inner < ROWS, tile * ROWS + inner, queries)
+    member = tl.arange(0, BLOCK_M) % PACK if PACK > 1 else 0  # which of the heads a row is of
+    own = (head + member)[:, None] if PACK > 1 else head
     low = tile * ROWS + offset
     high = tl.minimum(tile * ROWS + ROWS, queries) - 1 + offset
     order += batch.to(tl.int64) * order_batch
     places += batch.to(tl.int64) * (order_batch + (order_batch > 0))
     mask += batch.to(tl.int64) * mask_batch
-    query += batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+    query += batch.to(tl.int64) * q_batch + own.to(tl.int64) * q_head
     key += batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head
     value += batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head
-    sinks, recent, sink_first, sink_tiles, recent_first = 0, 0, 0, 0, 0
+    sinks, recent, fewest_sinks, least_recent, sink_first, sink_tiles, recent_first = 0, 0, 0, 0, 0, 0, 0
     if LISTED:
         line = list_row(batch, head, tile, list_batch, list_head, BLOCK_Q // ROWS)
         tiles = tl.load(second + line) * (BLOCK_K // BLOCK_N)
         first += line * width
     else:
-        sinks = tl.minimum(tl.load(first + head), MOST)
-        recent = tl.minimum(tl.load(second + head), MOST)
+        sinks = tl.minimum(tl.load(first + own), MOST)
+        recent = tl.minimum(tl.load(second + own), MOST)
+        most_sinks, most_recent, fewest_sinks, least_recent = sinks, recent, sinks, recent
+        if PACK > 1:
+            most_sinks, most_recent = tl.max(sinks), tl.max(recent)
+            fewest_sinks, least_recent = tl.min(sinks), tl.min(recent)
         sink_first, sink_tiles, recent_first, tiles = key_tiles(
-            low, high, order, places, sinks, recent, keys, BLOCK_N, CAUSAL, PADDED
+            low, high, order, places, most_sinks, most_recent, keys, BLOCK_N, CAUSAL, PADDED
         )
         tiles += sink_tiles
     split, splits = tl.program_id(1), tl.num_programs(1)
-    output += split.to(tl.int64) * o_split + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
-    lse += (split.to(tl.int64) * lines + head_line) * queries
+    output += split.to(tl.int64) * o_split + batch.to(tl.int64) * o_batch + own.to(tl.int64) * o_head
+    lse += (split.to(tl.int64) * lines + head_line + member) * queries
     first_step, end_step = tiles * split // splits, tiles * (split + 1) // splits
     if first_step >= end_step:
         store_rows(output, tl.zeros([BLOCK_M, VPAD], tl.float32), rows, o_row, queries, VDIM, VPAD)
@@ -184,7 +192,7 @@ def attend(
         logits = tl.dot(some, tl.trans(keys_of), input_precision="ieee") * scale
         partly = True
         if not MASKED and not WINDOWED:
-            partly = not is_whole(begin, low, high, sinks, recent, keys, BLOCK_N, LISTED, CAUSAL)
+            partly = not is_whole(begin, low, high, fewest_sinks, least_recent, keys, BLOCK_N, LISTED, CAUSAL)
         if partly:
             seen = seen_pairs(
                 rows, columns, order, mask, sinks, recent, queries, keys, offset, window, mask_row, mask_column,
@@ -233,7 +241,7 @@ def merge(
 def launches(dim: int, dtype: torch.dtype, few: bool, per_row: bool = False) -> tuple[Launch, ...]:
     """Candidates for the forward kernel, the default first.
 
-    `few`: up to 16 rows, as in decoding; `per_row`: with a mask row per query, whose places take registers.
+    `few`: up to FEW rows, as in decoding; `per_row`: with a mask row per query, whose places take registers.
     """
     if dtype == torch.float32:
         sizes = [(16 if few else 32, 32, warps, 2) for warps in (4, 8)]
@@ -310,6 +318,22 @@ def shares(device: torch.device, programs: int, tiles: int) -> int:
     return max(1, min(2 * processors(device, 8) // programs, tiles, SPLITS))
 
 
+def packed(numbers: dict[str, Any], constants: dict[str, Any], queries: int, group: int) -> int:
+    """How many query heads of a kv head share a tile: all while decoding, so that keys are read once for them.
+
+    Of a large group a part. Lists must be the same for these heads; of sinks and recent keys the most are read.
+    """
+    if queries > FEW or (constants["LISTED"] and numbers["list_head"]):
+        return 1
+    return max(size for size in range(1, SMALLEST + 1) if group % size == 0)
+
+
+def rows_of_tile(rows: int, block_q: int, pack: int) -> int:
+    """How many queries a tile of so many rows has, where it has as many heads: a power of two, as blocks of lists."""
+    most = bucket(rows // pack + 1) // 2
+    return min(most, block_q or most)
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -322,21 +346,24 @@ def forward(
     batch, heads, rows, dim = query.shape
     keys, width = key.shape[2], value.shape[-1]
     numbers, constants = visibility(keep, rule, rows, keys, query.device)
+    group = heads // key.shape[1]
+    constants["PACK"] = packed(numbers, constants, rows, group)
     output = value.new_empty(batch, rows, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
 
     def run(launch: Launch) -> Any:
         arguments = fitted(launch, constants)
-        step = min(arguments["BLOCK_M"], constants["BLOCK_Q"] or arguments["BLOCK_M"])
-        tiles, lines = triton.cdiv(rows, step), batch * heads
+        arguments["ROWS"] = rows_of_tile(arguments["BLOCK_M"], constants["BLOCK_Q"], constants["PACK"])
+        tiles, lines = triton.cdiv(rows, arguments["ROWS"]), batch * heads
+        programs = tiles * lines // constants["PACK"]
         most = numbers["width"] * constants["BLOCK_K"] if constants["LISTED"] else keys
-        splits = shares(query.device, tiles * lines, triton.cdiv(most, arguments["BLOCK_N"]))
+        splits = shares(query.device, programs, triton.cdiv(most, arguments["BLOCK_N"]))
         parts, sums = output, lse
         if splits > 1:
             parts = query.new_empty(splits, batch, heads, rows, width, dtype=torch.float32)
             sums = query.new_empty(splits, batch, heads, rows, dtype=torch.float32)
-        compiled = attend[(tiles * lines, splits)](
-            query, key, value, parts, sums, scale=rule.scaling * LOG2E.value, heads=heads, group=heads // key.shape[1],
+        compiled = attend[(programs, splits)](
+            query, key, value, parts, sums, scale=rule.scaling * LOG2E.value, heads=heads, group=group,
             queries=rows, keys=keys, **dict(zip(("q_batch", "q_head", "q_row"), query.stride(), strict=False)),
             **dict(zip(("k_batch", "k_head", "k_row"), key.stride(), strict=False)),
             **dict(zip(("v_batch", "v_head", "v_row"), value.stride(), strict=False)),
@@ -352,6 +379,6 @@ def forward(
         return compiled
 
     with on_device(query):
-        candidates = launches(max(dim, width), query.dtype, rows <= 16, constants["PER_ROW"])
+        candidates = launches(max(dim, width), query.dtype, rows <= FEW, constants["PER_ROW"])
         run_chosen("block_sparse_attention", shape_of(query, value, constants), candidates, query.device, run)
     return output, lse
