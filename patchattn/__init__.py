@@ -129,6 +129,7 @@ offer(
             "hyper": "selection.hyper",
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",
+            "layer_shortcuts": "branches.layer_shortcuts",
             "logn": "temperature.logn",
             "longheads": "selection.longheads",
             "longlora": "selection.longlora",

@@ -145,6 +145,7 @@ REFUSALS: dict[str, list[Refusal]] = {
         _of(["t5"], "does not support position_bias", "its gates would count what a bias says of positions already"),
     ],
     "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
+    **_of_causal_selection("layer_shortcuts"),
     "nosa": [*_of_pages("nosa")["nosa"], *_CAPPED],
     "nsa": [
         *_of_pages("nsa")["nsa"],

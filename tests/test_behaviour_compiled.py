@@ -33,8 +33,9 @@ def compiled(model: torch.nn.Module, backend: str = "aot_eager") -> Any:
 
 
 def small(family: str, case: Case) -> torch.nn.Module:
-    """The model of a family, with as many of its layers as the settings name if it is one of text."""
+    """The model of a family, with as many of its layers as the settings name, or read, if it is one of text."""
     named = [layer for _, value in case.settings if isinstance(value, dict) for layer in value if layer != "all"]
+    named += [depth + 1 for name, value in case.settings if name == "depths" for depth in value]
     model = FAMILIES[family].make()
     if FAMILIES[family].kind == "multimodal":  # which read the layer before the last of their vision tower
         return model

@@ -58,6 +58,7 @@ SHIPPED = [
     "hyper",
     "keydiff",
     "knorm",
+    "layer_shortcuts",
     "logn",
     "longheads",
     "longlora",

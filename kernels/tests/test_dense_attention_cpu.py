@@ -98,6 +98,14 @@ def test_attention(case: dict[str, Any]) -> None:
     torch.testing.assert_close(sums, lse, rtol=1e-10, atol=1e-10)
 
 
+def test_vectors_whose_channels_are_no_neighbours_in_memory() -> None:
+    states, rule, _, seen = made(CASES[0], torch.float64)
+    weights, lse = dense(states, rule, seen)
+    output, sums = attention_with_lse(*(each.mT.contiguous().mT for each in states), rule)
+    torch.testing.assert_close(output, weights @ states[2].repeat_interleave(3, dim=1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sums, lse, rtol=1e-10, atol=1e-10)
+
+
 def test_what_is_not_seen_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal column mass multiplies half of the pairs, and attention calls torch's kernel once."""
     states, rule, _, _ = made({"causal": True}, torch.float32)

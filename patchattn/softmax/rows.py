@@ -40,7 +40,7 @@ class RowVariant(Variant):
         count, size = call.query.shape[2], rows_at_once(call)
 
         def of(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-            part = call if end - start == count else _rows(call, start, end)
+            part = some_rows(call, start, end)
             return attend_rows(part, lambda logits, visible: self.weights(logits, visible, part))
 
         return in_chunks(call, count, size, of)
@@ -85,8 +85,13 @@ def attend_rows(
         call: of attention.
         weigh: weights of logits `(B, H, R, Tk)` and of what is visible, as `RowVariant.weights`.
     """
+    return weighted_values(call, row_weights(call, weigh))
+
+
+def row_weights(call: AttentionCall, weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Weights `(B, H, R, Tk)` of a call, of hidden keys 0; `weigh` as of `attend_rows`."""
     visible = call.mask.seen()
-    return weighted_values(call, weigh(_logits(call, visible), visible) * visible)
+    return weigh(_logits(call, visible), visible) * visible
 
 
 def weighted_values(call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +173,10 @@ def _logits(call: AttentionCall, visible: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(~visible, HIDDEN)
 
 
-def _rows(call: AttentionCall, start: int, end: int) -> AttentionCall:
-    """The call of some of its rows, one after the other."""
+def some_rows(call: AttentionCall, start: int, end: int) -> AttentionCall:
+    """The call of some of its rows, one after the other; itself, if of all."""
+    if end - start == call.query.shape[2]:
+        return call
     rows = torch.arange(start, end, device=call.query.device)
     kwargs, bias = call.kwargs, call.kwargs.get("position_bias")
     if bias is not None and bias.shape[2] > 1:

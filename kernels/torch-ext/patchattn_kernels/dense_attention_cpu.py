@@ -79,6 +79,8 @@ def flash(
         query, key = F.pad(query, (0, width - dim)), F.pad(key, (0, width - dim))
     elif dim > width:
         value = F.pad(value, (0, dim - width))
+    # It takes the channels of a vector for neighbours in memory, whatever their stride is.
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     output, lse = _flash(query, key, value, 0.0, causal, attn_mask=hidden, scale=scaling)
     return output[..., :width], lse
 

@@ -5,6 +5,7 @@ import threading
 
 import torch
 
+from .dense_attention_cpu import flash
 from .rows import AttentionRule, with_heads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -100,8 +101,7 @@ def _attended(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of few rows to all keys; in full precision two products take less time than torch's kernel."""
     if query.dtype not in (torch.float32, torch.float64):
-        output, sums = _flash(query, key, value, 0.0, False, attn_mask=None, scale=scaling)
-        return output, sums
+        return flash(query, key, value, scaling)
     logits = (query @ key.mT).mul_(scaling)
     sums = logits.logsumexp(dim=-1)
     return (logits - sums[..., None]).exp_() @ value, sums

@@ -1,0 +1,1 @@
+"""Attention beside attention: a second output, made of other features, is added."""
