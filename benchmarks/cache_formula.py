@@ -6,6 +6,7 @@ from typing import Any
 from patchattn.reading.gates import HeadGates
 
 FEWEST, MOST = 256, 1024  # spare places of a layer that appends in place, an eighth of what it holds between these
+WHOLE = 64  # a long one has a multiple of so many places in all
 INDEX = 4  # bytes of a stored key and head: its column, and as many for since when it is dropped, where some are
 
 
@@ -39,7 +40,8 @@ class Sizes:
 
 def places(held: int) -> int:
     """Those of a layer that held so many keys when a first token was appended in place."""
-    return held + 1 + min(max(held // 8, FEWEST), MOST)
+    found = held + 1 + min(max(held // 8, FEWEST), MOST)
+    return found + (-found % WHOLE if held > 16 * WHOLE else 0)
 
 
 def dense(sizes: Sizes, tokens: int) -> int:

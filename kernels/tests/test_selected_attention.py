@@ -179,15 +179,17 @@ def test_strides_of_a_buffer_with_spare_room(backend: str) -> None:
     close(found, [some.double() for some in wanted])
 
 
-def buffered(keys: int, room: int) -> Tensors:
-    """A query, and keys and values in one buffer each with spare places, which hold anything."""
-    query, *states = operands(heads=4, keys=keys)
-    buffers = [torch.full((2, 2, room, 8), torch.nan) for _ in states]
+def buffered(keys: int, room: int, dtype: torch.dtype, in_one: bool) -> Tensors:
+    """A query, and keys and values in buffers with spare places, which hold anything: in one for both, or one each."""
+    query, *states = (state.to(dtype) for state in operands(heads=4, keys=keys))
+    buffers = list(torch.full((2, 2, 2, room, 8), torch.nan, dtype=dtype))
+    buffers = buffers if in_one else [buffer.clone() for buffer in buffers]
     for buffer, state in zip(buffers, states, strict=True):
         buffer[:, :, :keys] = state
     return [query, *(buffer[:, :, :keys] for buffer in buffers)]
 
 
+@pytest.mark.parametrize("in_one", [True, False])
 @pytest.mark.parametrize(
     ("keys", "room", "wanted", "at_once"),
     [
@@ -202,15 +204,15 @@ def buffered(keys: int, room: int) -> Tensors:
     ],
 )
 def test_pages_of_all_heads_are_copied_at_once_where_they_lie_in_a_row(
-    keys: int, room: int, wanted: list[list[int]], at_once: bool
+    keys: int, room: int, wanted: list[list[int]], at_once: bool, in_one: bool
 ) -> None:
-    states = buffered(keys, room)
+    states = buffered(keys, room, torch.float32, in_one)
     pages, counts = torch.tensor([wanted, wanted[::-1]]), torch.full((2, 2), 3)
     copied = selected_attention_cpu._copied_at_once(*states[1:], pages, counts, 8)
     assert (copied is not None) == at_once
     expected = by_loops(states, pages, counts, 8, 0.3, torch.ones(1, 1, keys))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        some = [state.to(dtype) for state in states]
+        some = buffered(keys, room, dtype, in_one)
         close(selected_attention(*some, pages, counts, 8, AttentionRule(0.3)), expected, dtype)
     if copied is not None:
         uneven = torch.tensor([[3, 2], [3, 3]])

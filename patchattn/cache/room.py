@@ -3,7 +3,7 @@
 import torch
 
 _FEWEST, _MOST = 256, 1024  # spare places, in tokens
-_WHOLE = 256  # long heads begin at multiples of so many tokens: whole pages of keys are then lines of one matrix
+_WHOLE = 64  # long heads begin at multiples of so many tokens: whole pages of keys are then lines of one matrix
 
 
 class Room:
@@ -21,7 +21,7 @@ class Room:
         spare = rows + min(max(self._stored // 8, _FEWEST), _MOST)
         if self._stored > 16 * _WHOLE:  # else it would take up too much beside what is stored
             spare += -(self._stored + spare) % _WHOLE
-        self._keys, self._values = _extended(keys, spare), _extended(values, spare)
+        self._keys, self._values = _extended(keys, values, spare)
         self._hand_out()
 
     def holds(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> bool:
@@ -62,8 +62,17 @@ def _alike(stored: torch.Tensor, new: torch.Tensor) -> bool:
     return is_placed_alike and new.shape[:-2] == outer and new.shape[-1] == width
 
 
-def _extended(tensor: torch.Tensor, spare: int) -> torch.Tensor:
-    *outer, stored, width = tensor.shape
-    whole = tensor.new_empty(*outer, stored + spare, width)
-    whole.narrow(-2, 0, stored).copy_(tensor)
-    return whole
+def _extended(keys: torch.Tensor, values: torch.Tensor, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies with spare places; in one piece of memory where they are alike, so that both are read at once."""
+    *outer, stored, width = keys.shape
+    if _alike(keys, values):
+        whole = keys.new_empty(2, *outer, stored + spare, width)
+        longer = whole[0], whole[1]
+    else:
+        longer = (
+            keys.new_empty(*outer, stored + spare, width),
+            values.new_empty(*values.shape[:-2], stored + spare, values.shape[-1]),
+        )
+    for copy, tensor in zip(longer, (keys, values), strict=True):
+        copy.narrow(-2, 0, stored).copy_(tensor)
+    return longer

@@ -74,7 +74,7 @@ def _note_once(reason: str, is_cuda: bool) -> bool:
 
 @torch.compiler.assume_constant_result
 def _missing(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device.type == "cpu":
         interprets = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,3 +88,8 @@ def _missing(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

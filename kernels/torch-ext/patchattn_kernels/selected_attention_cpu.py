@@ -47,7 +47,7 @@ def by_whole_pages(
         at_once = _copied_at_once(key, value, pages, counts, page_size)
         if at_once is not None:
             grouped = query.reshape(batch, groups, -1, dim)
-            output, sums = _attended(grouped, *at_once, rule.scaling)
+            output, sums = flash(grouped, *at_once, rule.scaling)
             return output.reshape(batch, heads, rows, dim), sums.reshape(batch, heads, rows)
     whole, rest = divmod(keys, page_size)
     # whole pages first, the one that the end cuts off after them: then a kv head's keys lie without a gap
@@ -96,47 +96,49 @@ def by_whole_pages(
     return output.masked_fill(blind[..., None], 0.0), sums.masked_fill(blind, float("-inf"))
 
 
-def _attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of few rows to all keys; in full precision two products take less time than torch's kernel."""
-    if query.dtype not in (torch.float32, torch.float64):
-        return flash(query, key, value, scaling)
-    logits = (query @ key.mT).mul_(scaling)
-    sums = logits.logsumexp(dim=-1)
-    return (logits - sums[..., None]).exp_() @ value, sums
-
-
 def _copied_at_once(
     key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, counts: torch.Tensor, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys and values `(B, G, n, D)` of the pages, where one copy of whole pages is all there is to do; else `None`.
+    """Keys and values `(B, G, n, D)` of the pages, where a copy of whole pages is all there is to do; else `None`.
 
     So it is where all kv heads read as many, the page that the end cuts off is the last one of all or in none, and
-    pages lie in memory one after another: as in a cache with spare places, whose length in memory is whole pages.
+    pages lie in memory one after another: as in a cache with spare places, whose length in memory is whole pages. Keys
+    and values in one piece of memory, as that cache has them, are copied at once.
     """
     batch, groups, keys, dim = key.shape
     size, (whole, rest) = page_size * dim, divmod(keys, page_size)
-    order, count = pages.numpy(), pages.shape[-1]
-    is_even = count > 0 and int(counts.min()) >= count and order.min() >= 0 and order.max() * page_size < keys
-    cut = order == whole
-    if not is_even or value.shape[-1] != dim or cut[..., :-1].any() or cut[..., -1].any() != cut[..., -1].all():
+    numbers, count, steps = pages.numpy(), pages.shape[-1], key.stride()  # of few numbers numpy asks faster
+    if not count or counts.numpy().min() < count or numbers.min() < 0 or value.shape[-1] != dim:
         return None
-    last = whole + 1 if rest and cut[..., -1].any() else whole  # behind the last page that may be read
-    for tensor in (key, value):
-        steps, room = tensor.stride(), tensor.untyped_storage().nbytes() // tensor.element_size()
-        end = tensor.storage_offset() + (batch - 1) * steps[0] + (groups - 1) * steps[1] + last * size
-        if steps[2:] != (dim, 1) or steps[0] % size or steps[1] % size or end > room:
-            return None
-    length = (count - (last > whole)) * page_size + (rest if last > whole else 0)
+    last = int(numbers.max()) + 1  # behind the last page that is read
+    is_cut = last > whole
+    if last > whole + (rest > 0) or (
+        is_cut and (numbers[..., :-1].max(initial=0) == whole or numbers[..., -1].min() < whole)
+    ):
+        return None
+    every = ((batch - 1) * steps[0] + (groups - 1) * steps[1]) // size + last
+    if value.stride() != steps or not all(_has_lines(tensor, size, every) for tensor in (key, value)):
+        return None
     copies = _memory.take(key.dtype, 2, batch, groups, count * page_size, dim)
-    numbers = pages.long().expand(batch, groups, -1)
-    for copy, tensor in zip(copies, (key, value), strict=True):
-        batches, heads = (torch.arange(n) * (tensor.stride(i) // size) for i, n in enumerate((batch, groups)))
-        lines = (numbers + batches[:, None, None] + heads[:, None]).flatten()
-        every = (batch - 1) * tensor.stride(0) // size + (groups - 1) * tensor.stride(1) // size + last
-        torch.index_select(tensor.as_strided((every, size), (size, 1)), 0, lines, out=copy.view(-1, size))
+    heads = torch.arange(batch)[:, None] * (steps[0] // size) + torch.arange(groups) * (steps[1] // size)
+    lines = (pages + heads[..., None]).flatten()
+    apart, left = divmod(value.storage_offset() - key.storage_offset(), size)
+    if left == 0 <= apart and value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr():
+        parts = [(copies, key, torch.cat([lines, lines + apart]), every + apart)]
+    else:
+        parts = [(copies[0], key, lines, every), (copies[1], value, lines, every)]
+    for copy, tensor, some, count_of_lines in parts:
+        matrix = tensor.as_strided((count_of_lines, size), (size, 1))
+        torch.index_select(matrix, 0, some, out=copy.view(-1, size))
+    length = (count - is_cut) * page_size + rest * is_cut
     return copies[0, :, :, :length], copies[1, :, :, :length]
+
+
+def _has_lines(tensor: torch.Tensor, size: int, count: int) -> bool:
+    """Whether keys or values are in as many lines of so many numbers, each head's beginning with one."""
+    steps, room = tensor.stride(), tensor.untyped_storage().nbytes() // tensor.element_size()
+    is_whole = steps[2:] == (tensor.shape[-1], 1) and steps[0] % size == 0 and steps[1] % size == 0
+    return is_whole and tensor.storage_offset() + count * size <= room
 
 
 def _hides(rule: AttentionRule, rows: int, keys: int) -> bool:
