@@ -253,7 +253,7 @@ def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
         "and MoH alike, as `recipes/configs/dinov2_cifar10_*.yaml` say. This copy of the backbone is from a package",
         "that trained it on: its features tell far less of these classes than is published of DINOv2-small, so compare",
         "rows with each other and not with the literature."
-        + (f" Images per second: the median of {TIMED} batches of {classes}, threads: {threads}." if speeds else ""),
+        + (f" Images per second: the median of {TIMED} batches of {classes}, threads: {', '.join(map(str, sorted(threads)))}." if speeds else ""),
         "",
         "| form | accuracy, % | difference | images/s |",
         "|---|---|---|---|",
