@@ -230,7 +230,7 @@ def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
         rate = f"{speeds[form]['images_per_second']:.1f}" if form in speeds else "not measured"
         lines.append(f"| {form} | {100 * sum(own) / len(own):.1f} | {difference} | {rate} |")
     missing = [form for form in every if form not in answered]
-    threads = {row["threads"] for row in speeds.values()}
+    threads = ", ".join(map(str, sorted({row["threads"] for row in speeds.values()})))
     return [
         "# Vision",
         "",
@@ -253,7 +253,7 @@ def page(folder: Path, name: str, classes: int, pixels: int) -> list[str]:
         "and MoH alike, as `recipes/configs/dinov2_cifar10_*.yaml` say. This copy of the backbone is from a package",
         "that trained it on: its features tell far less of these classes than is published of DINOv2-small, so compare",
         "rows with each other and not with the literature."
-        + (f" Images per second: the median of {TIMED} batches of {classes}, threads: {', '.join(map(str, sorted(threads)))}." if speeds else ""),
+        + (f" Images per second: the median of {TIMED} batches of {classes}, threads: {threads}." if speeds else ""),
         "",
         "| form | accuracy, % | difference | images/s |",
         "|---|---|---|---|",
