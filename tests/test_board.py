@@ -42,14 +42,18 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tiny_model().save_pretrained(tmp_path / "model")
-    BYTES.save_pretrained(tmp_path / "model")
-    (tmp_path / "mini").mkdir()
-    mini = {str(index): {"origin_prompt": f"How many {'word ' * 30}{'?' * index}", "gold": ["3"]} for index in range(3)}
-    (tmp_path / "mini" / "passage_count.json").write_text(json.dumps(mini))
-    (tmp_path / "text.txt").write_text("Once upon a time there was a patch. " * 6)
+    write_model_and_data(tmp_path)
     write(tmp_path / "board", PLAN, ROWS)
     return tmp_path
+
+
+def write_model_and_data(folder: Path) -> None:
+    tiny_model().save_pretrained(folder / "model")
+    BYTES.save_pretrained(folder / "model")
+    (folder / "mini").mkdir()
+    mini = {str(index): {"origin_prompt": f"How many {'word ' * 30}{'?' * index}", "gold": ["3"]} for index in range(3)}
+    (folder / "mini" / "passage_count.json").write_text(json.dumps(mini))
+    (folder / "text.txt").write_text("Once upon a time there was a patch. " * 6)
 
 
 def write(folder: Path, plan: Any, rows: dict[str, Any]) -> None:

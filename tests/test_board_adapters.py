@@ -18,7 +18,7 @@ from patchattn.evaluation.run.compare import compare
 from patchattn.evaluation.tasks.perplexity import PerplexityTask
 from patchattn.saving.adapted import loaded
 
-from .test_board import PLAN, ROWS, run, write
+from .test_board import PLAN, ROWS, run, write, write_model_and_data
 from .test_longbench import BYTES, tiny_model
 
 TUNED: dict[str, dict[str, Any]] = {
@@ -27,7 +27,6 @@ TUNED: dict[str, dict[str, Any]] = {
     "later": {"about": "was never trained", "family": "trained", "patch": "nowhere", "beside": "alone"},
     "moh": ROWS["moh"],
 }
-TEXT = "Once upon a time there was a patch. " * 6
 WINDOWS = {"max_length": 32, "parts": 3}
 
 
@@ -59,14 +58,11 @@ def perplexity(adapter: str, text: Path, *, patched: bool = False) -> float:
 
 @pytest.fixture
 def board(tmp_path: Path) -> Path:
-    tiny_model().save_pretrained(tmp_path / "model")
-    BYTES.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
+    write_model_and_data(tmp_path)
     rows = {name: dict(row) for name, row in TUNED.items()}
     rows["alone"]["patch"] = saved(tmp_path / "alone", None)
     rows["ssa"]["patch"] = saved(tmp_path / "ssa", "ssa", seed=4)
-    plan = {"model": "model", "tasks": {"perplexity": {"data": "text.txt", **WINDOWS}}, "speed": PLAN["speed"]}
-    write(tmp_path / "board", plan, rows)
+    write(tmp_path / "board", PLAN, rows)
     return tmp_path
 
 
@@ -90,11 +86,12 @@ def test_rows_that_were_tuned_stand_beside_what_was_tuned_alike(
     assert found["beside"]["difference"] == pytest.approx(scores["ssa"] - scores["alone"])
     assert 0 < found["beside"]["difference_error"] != found["difference_error"]
     assert "beside" not in rows["alone"]["tasks"]["perplexity"]
+    assert rows["alone"]["density"] == {}
     assert rows["alone"]["speed"]["as_dense"]
     assert rows["ssa"]["speed"]["ratio"]["decode"]["median"] > 0
 
     said = shown("ssa", rows["ssa"], rows["dense"])
-    assert "**beside alone**: No task in percent was scored; perplexity: " in said
+    assert "**beside alone**: mean of tasks: " in said
     assert f"{found['beside']['difference']:+.2f} ± " in said.split("beside alone")[1]
     head, lines = board_table(rows)
     assert BESIDE in head

@@ -128,7 +128,7 @@ def _quality(
     with way():
         if row is not None and row.behind_prompt and adapter_tensors(model):
             raise ValueError(f"{name}: is said to act behind a prompt, and has an adapter, which acts on all of it.")
-        found["density"] = {} if row is None else _density(model, tokenizer, tasks)
+        found["density"] = _density(model, tokenizer, tasks) if is_patched(model) else {}
         found["tasks"] = {}
         for task in tasks:
             if row is not None and row.behind_prompt and not task.generates:
