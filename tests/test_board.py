@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from patchattn.evaluation.run import compare
 
 from .test_longbench import BYTES, tiny_model
 
-SHIPPED = Path(__file__).parents[1] / "benchmarks" / "board"
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "benchmarks" / "board"
 PLAN: dict[str, Any] = {
     "model": "model",
     "tasks": {
@@ -38,6 +42,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "streaming": {"about": "eight keys", "family": "selection", "variants": {"streaming": {"sinks": 2, "recent": 6}}},
     "too_deep": {"about": "no such layer", "family": "heads", "variants": {"heads": {"heads": [[9, 0]]}}},
 }
+KILLED = """
+import os, signal, sys
+from patchattn.cli.main import main
+from patchattn.evaluation.run import compare
+
+asked, ask = [], compare._ask
+
+def answered(*given):
+    asked.append(given)
+    if len(asked) == 6 and os.environ["RANK"] == sys.argv[-1]:  # behind dense, in a row
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ask(*given)
+
+compare._ask = answered
+main(sys.argv[1:-1])
+"""
 
 
 @pytest.fixture
@@ -138,6 +158,53 @@ def test_a_board_is_run_resumed_and_shown(
     capsys.readouterr()
     assert run(folder) == 2
     assert "measured by another plan" in capsys.readouterr().err
+
+
+def several(folder: Path, processes: int, *, killed: int | None) -> subprocess.CompletedProcess[str]:
+    """The board as `accelerate launch` starts it, one of whose processes may be killed."""
+    script = folder / "killed.py"
+    script.write_text(KILLED)
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", str(script)]
+    places = ["--model", str(folder / "model"), "--data", str(folder), "--output", str(folder / "several")]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
+    return subprocess.run(
+        [sys.executable, *launch, "board", "run", str(folder / "board"), *places, str(killed)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_was_killed_and_then_three_are_one(folder: Path) -> None:
+    tasks = {**PLAN["tasks"], "perplexity": {**PLAN["tasks"]["perplexity"], "parts": 7, "batch": 1}}
+    write(folder / "board", {**PLAN, "tasks": tasks}, ROWS)
+    assert run(folder) == 0
+    assert several(folder, 2, killed=1).returncode != 0
+    out = folder / "several"
+    there = {path.stem for path in (out / "rows").iterdir()}
+    assert "dense" in there
+    assert there < {"dense", *ROWS}
+    before = {path: path.read_bytes() for path in out.rglob("*.json*")}
+
+    done = several(folder, 3, killed=None)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("dense, rows: is there") == 1  # one process speaks
+    for path, content in before.items():  # all but a last line that was cut off
+        assert path.read_bytes().startswith(content[: content.rfind(b"\n") + 1]), path
+    for name in ("dense", *ROWS):
+        one, three = (json.loads((where / "rows" / f"{name}.json").read_text()) for where in (folder / "out", out))
+        assert (one["processes"], three["processes"] in (2, 3)) == (1, True)
+        for key in ("tasks", "refused", "density", "parameters"):
+            assert one.get(key) == three.get(key), (name, key)
+        if name != "dense":
+            assert (out / "speed" / f"{name}.json").is_file()
+    for task, samples in (("perplexity", 7), ("longbench/passage_count", 2)):
+        files = (out / "answers" / "moh" / task).glob("process_*.jsonl")
+        rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        assert sorted(row["index"] for row in rows) == list(range(samples))
 
 
 def test_times_are_measured_alone(folder: Path) -> None:

@@ -46,6 +46,9 @@ def run_board(
     there with the reason. What the unpatched model has read for rows that act behind a prompt is in `prefixes`, and may
     be removed at any time.
 
+    Several processes (of `accelerate launch`, say) share the samples of each task, and the first of them measures the
+    times while the others wait.
+
     Args:
         model: unpatched, in evaluation mode.
         tokenizer: of the model.
@@ -72,7 +75,7 @@ def run_board(
         return _quality(model, tokenizer, plan, tasks, row, name, output)
 
     def speed(row: BoardRow | None, name: str) -> dict[str, Any]:
-        return {} if row is None else row_speed(model, tokenizer, plan, row)
+        return row_speed(model, tokenizer, plan, row) if row is not None and state.is_main_process else {}
 
     parts: list[tuple[str, Any, dict[str, Any]]] = []
     if only != "speed":
@@ -86,7 +89,9 @@ def run_board(
                 continue
             path, about = output / kind / f"{name}.json", f"{number}/{len(rows)} {name}, {kind}"
             what = as_json({"plan": work, "row": None if row is None else row.identity()})
-            if path.is_file():
+            is_there = path.is_file()
+            state.wait_for_everyone()  # all have looked: a row that is refused at once is written at once
+            if is_there:
                 if not _same((before := read_json_object(path)).get("measured"), what):
                     raise ValueError(f"{path} was measured by another plan or as another row. Choose another output.")
                 say(f"{about}: is there, of {before.get('date')}")
@@ -99,6 +104,7 @@ def run_board(
             if Path(about_it["model"]["name"]).is_dir():  # a board is for others to read: not where a folder lies here
                 about_it["model"]["name"] = Path(about_it["model"]["name"]).resolve().name
             where = {"date": str(datetime.date.today()), "commit": commit(), "seed": plan.seed, **about_it}
+            where["processes"] = state.num_processes
             found = measure(row, name)
             if state.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +134,8 @@ def _quality(
     with way():
         if row is not None and row.behind_prompt and adapter_tensors(model):
             raise ValueError(f"{name}: is said to act behind a prompt, and has an adapter, which acts on all of it.")
-        found["density"] = _density(model, tokenizer, tasks) if is_patched(model) else {}
+        is_asked = is_patched(model) and processes().is_main_process  # several would write one prefix at once
+        found["density"] = _density(model, tokenizer, tasks) if is_asked else {}
         found["tasks"] = {}
         for task in tasks:
             if row is not None and row.behind_prompt and not task.generates:
