@@ -16,6 +16,7 @@ and defines `run(settings)`:
         command(MySettings, run)
 """
 
+import math
 import os
 import platform
 import time
@@ -168,7 +169,7 @@ def finished(settings: TrainingSettings) -> dict[str, Any] | None:
         return None  # whatever was begun here, nothing of it would be continued
     if not (folder / SETTINGS_FILE).is_file():
         raise ValueError(f"{folder} holds a run without {SETTINGS_FILE}; choose another output folder.")
-    before, now = _flat(read_json_object(folder / SETTINGS_FILE)), _flat(_identity(settings))
+    before, now = _compared(read_json_object(folder / SETTINGS_FILE)), _compared(_identity(settings))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
         changes = "; ".join(f"{key}: {quoted(before.get(key))} became {quoted(now.get(key))}" for key in keys)
@@ -203,11 +204,19 @@ def _processes() -> int:
 
 
 def _identity(settings: TrainingSettings) -> dict[str, Any]:
-    """What must not change between the starts of one run, as JSON gives it back; the folder may move."""
+    """What a run is made with, as JSON gives it back; the folder may move."""
     values = {**settings.to_dict(), "processes": _processes()}
     del values["output"]
     order = list(values["variants"])  # a comparison of dictionaries would not see it
     return as_json({**values, "order": order})
+
+
+def _compared(values: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between the starts of one run. Processes may, where each accumulates as many batches more or
+    fewer: a step then sees the rows that it would have seen."""
+    flat = _flat(values)
+    shares = [flat.pop(key, None) for key in ("processes", "accumulation")]
+    return {**flat, "processes x accumulation": math.prod(shares) if None not in shares else None}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_presets_and_defaults_are_written_out(settings: dict[str, Any], tmp_path
 def test_a_run_cannot_be_changed_only_continued(
     common: ModuleType, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**settings, "variants": {"ssa": {}, "moh": {}}}
+    settings = {**settings, "variants": {"ssa": {}, "moh": {}}, "accumulation": 2}
     common.begin(read({**settings, "steps": 9}, tmp_path))
     common.begin(read(settings, tmp_path))  # nothing had been trained
     (tmp_path / "out" / "checkpoint-1").mkdir()
@@ -113,8 +113,9 @@ def test_a_run_cannot_be_changed_only_continued(
             common.finished(read({**settings, **changes}, tmp_path))
     with monkeypatch.context() as environment:
         environment.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="processes: 1 became 2"):
+        with pytest.raises(ValueError, match="processes x accumulation: 2 became 4"):
             common.finished(read(settings, tmp_path))
+        assert common.finished(read({**settings, "accumulation": 1}, tmp_path)) is None  # steps of the same rows
     (tmp_path / "out").rename(tmp_path / "moved")
     assert common.finished(read({**settings, "output": str(tmp_path / "moved")}, tmp_path)) is None
     (tmp_path / "moved" / "settings.json").unlink()

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import patchattn
 from patchattn.core.sites import HeadShard
+from patchattn.core.variant import Variant
 from patchattn.training import balance_loss
 
 from .behaviour import Case
 from .families import FAMILIES
-from .tensor_parallel import EXACT, MAKE, all_cases, compared, run_in_two, shared, written
+from .tensor_parallel import EXACT, MAKE, all_cases, answers, compared, run_in_two, shared, written
 
 # What needs more of other heads than a process has; every other variant that a Llama takes must be equal.
 REFUSED = {
@@ -79,6 +80,8 @@ def quick(folder: Path) -> dict[str, Any]:
         "lora": with_lora(folder),
         "norms": trained(folder, ["moh"], {}),
         "trained": trained(folder, PATCHES, {"moh": {"router": "learned", "shared_ratio": 0.25}}),
+        "alone": in_one_alone(folder),
+        "closed": closed_in_one(folder),
     }
 
 
@@ -136,6 +139,69 @@ def with_lora(folder: Path) -> dict[str, Any] | None:
     }
 
 
+def in_one_alone(folder: Path) -> dict[str, Any]:
+    """What every process is told where one alone fails, or comes with something else; and what it leaves behind."""
+    rank, model = dist.get_rank(), shared(written(folder, "llama"))
+    before = answers(model)
+    patchattn.save_patch(patchattn.patch_model(model, "ssmax"), folder / "whole patch")
+    (folder / "file").touch()
+    tries = {
+        "on a file": lambda: patchattn.save_patch(model, folder / "file"),
+        "whole on a file": lambda: patchattn.save_pretrained(model, folder / "file"),
+        "another layer": lambda: patchattn.patch_model(model, "logn", layers=[0, 9][rank]),
+        "another setting": lambda: patchattn.patch_model(model, "logn", train_length=4 + rank),
+        "a wrong setting": lambda: patchattn.patch_model(model, "logn", train_length="long" if rank else 4),
+        "no folder": lambda: patchattn.load_patch(model, folder / ["whole patch", "nowhere"][rank]),
+        "not made": lambda: broken(patchattn.patch_model, model, "logn", in_process=1),
+    }
+    found = {}
+    for name, tried in tries.items():
+        if name == "no folder":
+            patchattn.unpatch_model(model)
+        with pytest.raises((ValueError, TypeError, RuntimeError, ZeroDivisionError)) as error:
+            tried()
+        told: list[Any] = [None, None]
+        dist.all_gather_object(told, f"{type(error.value).__name__}: {error.value}")
+        found[name] = told
+    assert not patchattn.patch_info(model)["patches"]
+    assert all(map(torch.equal, answers(model), before))
+    return found
+
+
+def broken(function: Any, *given: Any, in_process: int) -> Any:
+    """A call in which no variant can be made in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == in_process:
+            patch.setattr(Variant, "__init__", lambda *_: 1 / 0)
+        return function(*given)
+
+
+def closed_in_one(folder: Path) -> dict[str, float]:
+    """Gradients under nsa whose gates do not learn, and are zero for the heads of the first process alone."""
+    tokens, path = FAMILIES["llama"].inputs()["input_ids"], written(folder, "llama")
+    sizes = {"block": 1, "top_k": 3, "local": 1, "length": 1, "stride": 1, "window": 2, "compression": "mlp"}
+    alone = patchattn.patch_model(MAKE["llama"]().double(), "nsa", **sizes)
+    torch.manual_seed(0)
+    for name, parameter in alone.named_parameters():
+        if ".patchattn." in name:
+            torch.nn.init.normal_(parameter.data[2:] if name.endswith("_gate") else parameter, std=0.1)
+    if dist.get_rank() == 0:
+        patchattn.save_patch(alone, folder / "closed")
+    dist.barrier()
+    model = patchattn.load_patch(shared(path), folder / "closed")
+    for each in (model, alone):
+        each.train()
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_(not name.endswith("_gate"))
+        each(tokens).logits.pow(2).mean().backward()
+    expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    return {
+        name: float((whole(p.grad) - expected[name]).abs().max())
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
 def train(model: Any, tokens: torch.Tensor, router_weight: float | None = None) -> None:
     """Three steps on everything that is to be trained."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -167,6 +233,17 @@ def test_some_variants_compute_train_and_save_as_in_one_process(tmp_path: Path) 
     assert "To look at calls of attention" in trained["refused"]["probed"]
     assert "To look at what variants report" in trained["refused"]["observed"]
     assert "upload the folder" in trained["refused"]["pushed"]
+    for name, (first, second) in found["alone"].items():
+        kind = {"a wrong setting": "TypeError", "not made": ""}.get(name, "ValueError")
+        assert first.startswith(kind or "RuntimeError"), (name, first)
+        assert second.startswith(kind or "ZeroDivisionError"), (name, second)
+        if name == "another setting":
+            assert "must all do the same" in first
+            assert first == second
+        else:
+            assert "Process " in (second if name.endswith("file") else first)
+    assert max(found["closed"].values()) < EXACT
+    assert any(name.endswith("values_out") for name in found["closed"])
     tokens = FAMILIES["llama"].inputs()["input_ids"]
     if (lora := found["lora"]) is not None:
         assert max(lora["apart"].values()) < EXACT

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .chain import VariantChain, active_chain, recall, retire
+from .fitting import fitted, settings_per_variant
 from .hooks import install_hooks, remove_hooks
 from .host import find_sites, host
 from .notices import note_patched, note_releases, note_unpatched
@@ -16,9 +17,9 @@ from .patch_embedding import GridReader, install_grid, patch_embedding
 from .plan import Patch, gathered
 from .probe import forget_probes, refuse_probed
 from .registry import variant_info
-from .selection import base_model, expect_model, select_sites
+from .selection import base_model, expect_model
 from .settings import nearest
-from .shards import joined, refuse_uneven
+from .shards import in_step, joined, refuse_uneven
 from .sites import AttentionSite
 from .unfitting import refuse_order, refuse_shared, refuse_site, refuse_two_on_logits
 from .variant import Variant, VariantConfig, VariantInfo
@@ -79,19 +80,10 @@ def patch_model(
             raise ValueError("Give layers or layers_to_transform, not both: they are two names of one thing.")
         layers = layers_to_transform
     base = base_model(model)
-    chosen = _settings_per_variant(variant, config, settings)
-    sites: list[AttentionSite] = []
-    if not all(info.variant.acts_on_logits for info, _ in chosen):
-        sites = select_sites(base, layers=layers, modules=modules)
-    elif layers is not None or modules is not None:
-        raise ValueError(
-            f"{chosen[0][0].name!r} acts on logits and chooses its own attention modules: leave out layers and modules."
-        )
-    patches = []
-    for info, given in chosen:
-        offered = find_sites(base) if info.variant.acts_on_logits else sites
-        configured, own = info.fitted(given, base, offered)
-        patches.append(Patch(info.name, configured, tuple(site.name for site in own)))
+    with in_step(base):
+        chosen = settings_per_variant(variant, config, settings)
+    with in_step(base):
+        patches = fitted(base, chosen, layers, modules)
     apply_patches(base, patches)
     note_patched(base, patches)
     return model
@@ -129,15 +121,30 @@ def apply_patches(
     note_releases()
     known = {site.name: site for site in find_sites(model)}
     names = list(dict.fromkeys(name for patch in patches for name in patch.sites))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
-    refuse_probed(model)
-    host().refuse_bases(model, names)
-    refuse_two_on_logits([*applied_patches(model), *patches])
+    with in_step(model, [patch.to_dict() for patch in patches]):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{type(model).__name__} has no attention module {name!r}{nearest(name, list(known))}")
+        refuse_probed(model)
+        host().refuse_bases(model, names)
+        refuse_two_on_logits([*applied_patches(model), *patches])
+        now, built = _built(model, patches, known, initialise)
+    for one in built:
+        _attach(model.get_submodule(one.site), now[one.site], one)
+    _install(model, [model.get_submodule(name) for name in names])
+
+
+def _built(
+    model: nn.Module,
+    patches: Sequence[Patch],
+    known: Mapping[str, AttentionSite],
+    initialise: Callable[[dict[str, torch.Tensor]], None] | None,
+) -> tuple[Mapping[str, AttentionSite], list[Built]]:
+    """Everything that is put on a model, and its sites then. It is not touched, so that a failure leaves it as it was.
+
+    What exchanges parts of the model is the exception: who comes after must find the new shapes.
+    """
     numbers = [variant.number for chain in active_chains(model).values() for variant in chain.variants().values()]
-    # Build everything before touching the model, so that a failure leaves it as it was. What exchanges parts of it is
-    # the exception: who comes after must find the new shapes.
     built: list[Built] = []
     exchanged: list[Variant] = []
     try:
@@ -155,9 +162,7 @@ def apply_patches(
         for variant in reversed(exchanged):
             variant.exchange(model)
         raise
-    for one in built:
-        _attach(model.get_submodule(one.site), known[one.site], one)
-    _install(model, [model.get_submodule(name) for name in names])
+    return known, built
 
 
 def _build(
@@ -311,32 +316,6 @@ def applied_patches(model: nn.Module) -> list[Patch]:
         for name, chain in active_chains(model).items()
         for variant_name, variant in chain.variants().items()
     )
-
-
-def _settings_per_variant(
-    variant: str | Sequence[str], config: Any, settings: Mapping[str, Any]
-) -> list[tuple[VariantInfo, Any]]:
-    """Pair every variant with its settings."""
-    names = [variant] if isinstance(variant, str) else variant
-    if not isinstance(names, list | tuple) or not names:
-        raise TypeError(f"variant must be a name or a list of names, got {variant!r}.")
-    infos = [variant_info(name) for name in names]
-    if len(set(names)) != len(names):
-        raise ValueError(f"The same variant twice on one layer: {list(names)}.")
-    if config is not None and settings:
-        raise ValueError(f"Give settings either as config or by name, not both: {', '.join(settings)}.")
-    if len(infos) == 1:
-        return [(infos[0], dict(settings) if config is None else config)]
-    if settings:
-        raise ValueError(
-            f"With several variants, give settings per name: config={{{names[0]!r}: {dict(settings)!r}, ...}}."
-        )
-    if config is not None and not isinstance(config, Mapping):
-        raise TypeError(f"With several variants, config must map names to settings, got {type(config).__name__}.")
-    for name in config or {}:
-        if name not in names:
-            raise ValueError(f"config has settings for {name!r}{nearest(str(name), list(names))}")
-    return [(info, (config or {}).get(info.name, {})) for info in infos]
 
 
 def _taken(model: nn.Module, name: str, built: Sequence[Built]) -> list[str]:

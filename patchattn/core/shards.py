@@ -70,10 +70,16 @@ def joined(whole: nn.Module, part: nn.Module, module: nn.Module) -> Any:
     return part
 
 
+def is_part(tensor: torch.Tensor) -> bool:
+    """Whether processes hold parts of a tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that processes hold parts of, all of which must call it at the same time; others as is."""
-    whole = getattr(tensor.detach(), "full_tensor", None)
-    return tensor.detach() if whole is None else whole()
+    found: Any = tensor.detach()
+    whole: torch.Tensor = found.full_tensor() if is_part(found) else found
+    return whole
 
 
 def of_all_heads(tensor: torch.Tensor, dim: int, module: nn.Module) -> torch.Tensor:
@@ -102,10 +108,64 @@ def first_process(model: nn.Module) -> bool:
     return like is None or torch.distributed.get_rank() == 0
 
 
-def in_step(model: nn.Module) -> None:
-    """Wait for all processes that share the model, if several do."""
-    if own_tensor(model) is not None:
-        torch.distributed.barrier()
+@contextmanager
+def in_step(model: nn.Module, what: Any = None) -> Iterator[None]:
+    """A block that all processes which share a model leave together, and in which one error is the error of all.
+
+    Else those without it would wait for the others in the next exchange, for ever. Every process must come to it;
+    inside they exchange nothing but in further such blocks, so that who fails meets the others at the end of theirs.
+
+    Args:
+        model: it may be a model that no other process shares: nothing is done then.
+        what: what must be the same in all of them, to be compared when the block ends.
+
+    Raises:
+        ValueError: that differs.
+        ValueError, TypeError, NotImplementedError, RuntimeError: what another process raised, the last for all else.
+    """
+    like = own_tensor(model)
+    if like is None:
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, _TOLD, False):  # at the end of a block inside
+            raise
+        own = error
+    errors = _from_all(like, None if own is None else (type(own).__name__, str(own)), repr(what))
+    if own is not None:
+        setattr(own, _TOLD, True)
+        raise own
+    if errors:
+        setattr(errors[0], _TOLD, True)
+        raise errors[0]
+
+
+_TOLD = "_patchattn_told_to_all"
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
+
+
+def _from_all(like: Any, error: tuple[str, str] | None, what: str) -> list[Exception]:
+    """What other processes raised, or that they came with something else; empty if all is well everywhere."""
+    mesh = like.device_mesh
+    group = mesh.get_group() if mesh.ndim == 1 else None
+    told: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(told, (error, what), group=group)
+    failed = [(rank, *failure) for rank, (failure, _) in enumerate(told) if failure is not None]
+    if failed:
+        rank, kind, text = failed[0]
+        return [_KINDS.get(kind, RuntimeError)(f"Process {rank} of those that share the model raised {kind}: {text}")]
+    other = next((rank for rank, (_, said) in enumerate(told) if said != told[0][1]), None)
+    if other is None:
+        return []
+    return [
+        ValueError(
+            "The processes that share a model must all do the same with it. Process 0 came with "
+            f"{told[0][1][:500]}, process {other} with {told[other][1][:500]}."
+        )
+    ]
 
 
 @contextmanager

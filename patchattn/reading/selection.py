@@ -102,6 +102,15 @@ class SelectionVariant(Variant):
     def forget(self, call: AttentionCall) -> None:
         """After attention: tell the kv cache which keys no later call reads; nothing by default."""
 
+    def is_zero(self, parameter: torch.Tensor) -> bool:
+        """Whether a learned parameter, which need not learn now, is known to be zero, so that a call is the base's bit
+        for bit; false where the device would be waited for, and where processes hold some heads each: those of one may
+        be zero, and in backward the others would wait for what it left out."""
+        learns = parameter.requires_grad and torch.is_grad_enabled()
+        if learns or self.site.shard is not None or waiting.waits(parameter) or torch.compiler.is_compiling():
+            return False
+        return not bool(parameter.any())
+
     @final
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
         output = self._attend(call, inner)
@@ -146,15 +155,6 @@ def _attend_places(call: AttentionCall, places: Places, inner: Attend) -> Attent
         output, _ = selected_attention(*operands, call.rule())
         return output.transpose(1, 2).to(call.query.dtype), None
     return _under_mask(call, places, inner)
-
-
-def is_zero(parameter: torch.Tensor) -> bool:
-    """Whether a learned parameter, which need not learn now, is known to be zero, so that a call is the base's bit for
-    bit; false where the device would be waited for."""
-    learns = parameter.requires_grad and torch.is_grad_enabled()
-    if learns or waiting.waits(parameter) or torch.compiler.is_compiling():
-        return False
-    return not bool(parameter.any())
 
 
 def plain_own(mask: Mask) -> int | None:

@@ -20,6 +20,7 @@ from ..core.packing import CHILD
 from ..core.patching import applied_patches, is_patched
 from ..core.plan import Patch
 from ..core.selection import base_model
+from ..core.shards import gathered, is_part
 from ..files.documents import read_json_object
 from ..files.folders import replacing
 from ..files.untrusted import ADAPTER_CONFIG, found_file
@@ -39,6 +40,22 @@ def guard_adapters() -> None:
         _change(owner, "load_adapter", _loading)
     for owner in (PeftModel, PeftMixedModel):
         _change(owner, "from_pretrained", _checking)
+
+
+def whole_adapters(model: Any) -> dict[str, torch.Tensor] | None:
+    """The tensors of a PeftModel's adapters by their names in it, where each process holds a part of them, or `None`.
+
+    PEFT itself puts them together under tensor parallelism alone, not under FSDP2. Every process must call it.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = model.state_dict(keep_vars=True)
+    saved = [get_peft_model_state_dict(model, state_dict=own, adapter_name=name) for name in model.peft_config]
+    asked = {id(tensor) for adapter in saved for tensor in adapter.values()}
+    found = {name: tensor for name, tensor in own.items() if id(tensor) in asked}
+    if not any(is_part(tensor) for tensor in found.values()):
+        return None
+    return {name: gathered(tensor) for name, tensor in found.items()}
 
 
 def _change(owner: Any, name: str, around: Callable[[dict[str, Any]], AbstractContextManager[None]]) -> None:

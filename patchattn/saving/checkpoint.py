@@ -57,10 +57,10 @@ def save_patch(model: nn.Module, directory: str | PathLike[str]) -> None:
         OSError: the folder cannot be written; what it held is then as it was.
     """
     content, tensors = patch_content(model)
-    if first_process(model):
-        with replacing(directory) as folder:
-            write_patch(folder, content, tensors)
-    in_step(model)
+    with in_step(model):
+        if first_process(model):
+            with replacing(directory) as folder:
+                write_patch(folder, content, tensors)
 
 
 def patch_content(
@@ -139,9 +139,12 @@ def load_patch(
     base = base_model(model)
     if is_patched(base):
         raise ValueError("load_patch expects an unpatched model; this one is patched. Call unpatch_model first.")
-    folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
-    saved, tensors = as_named_in(base, *read_both(folder))
-    _refuse_other_base(base, saved)
+    with in_step(base):
+        folder = _small_files(source, revision=revision, token=token, cache_dir=cache_dir)
+        read = read_both(folder)
+    with in_step(base):
+        saved, tensors = as_named_in(base, *read)
+        _refuse_other_base(base, saved)
     try:
         initialise = functools.partial(_fill, tensors=tensors, path=folder / TENSORS_FILE)
         apply_patches(base, saved.patches, initialise=initialise)
@@ -315,6 +318,7 @@ def as_named_in(
 def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
     """Say which property of the base model differs from that of the model the patch was made on."""
     config: Any = base.config
+    sites = {site.name: site.geometry() for site in find_sites(base)}
     name = saved.base.get("name_or_path") or "unnamed"
     made_on = f"{saved.path}: this patch was made on {saved.base.get('architecture')} ({name})"
     if config.model_type != saved.base.get("model_type"):
@@ -322,7 +326,6 @@ def _refuse_other_base(base: nn.Module, saved: SavedPatch) -> None:
             f"{made_on}, of model type {saved.base.get('model_type')!r}; got {type(base).__name__}, of model type "
             f"{config.model_type!r}."
         )
-    sites = {site.name: site.geometry() for site in find_sites(base)}
     for name, geometry in saved.sites.items():
         if name not in sites:
             raise ValueError(

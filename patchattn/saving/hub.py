@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from ..core.selection import base_model
 from ..core.shards import first_process, in_step, own_tensor
 from ..files.documents import read_json_object
 from ..files.folders import replacing
-from .adapters import guard_adapters
+from .adapters import guard_adapters, whole_adapters
 from .card_report import card_report
 from .checkpoint import patch_content
 from .patch_files import write_patch
@@ -75,24 +76,26 @@ def save_pretrained(
     card = _card(base, report)
     content, tensors = patch_content(model)
     guard_adapters()  # PEFT then writes the patch beside each adapter
-    if not first_process(model):
-        with TemporaryDirectory() as elsewhere:
-            saved.save_pretrained(elsewhere)  # where all processes put their parts together
-        in_step(model)
-        return
-    with replacing(directory, outdated=lambda name: not is_peft and _is_weights(name)) as folder:
-        if not is_peft:
-            write_patch(folder, content, tensors)
-        saved.save_pretrained(folder)
-        card.save(folder / "README.md")
-        if custom_code:
+    whole, is_first = whole_adapters(model) if is_peft else None, first_process(model)
+    with in_step(model), ExitStack() as places:
+        with in_step(model):
+            if is_first:
+                place = replacing(directory, outdated=lambda name: not is_peft and _is_weights(name))
+                folder = places.enter_context(place)
+            else:
+                folder = Path(places.enter_context(TemporaryDirectory()))
+            if is_first and not is_peft:
+                write_patch(folder, content, tensors)
+        saved.save_pretrained(folder, state_dict=whole)  # where all processes put their parts together
+        if is_first:
+            card.save(folder / "README.md")
+        if is_first and custom_code:
             config = {**read_json_object(folder / "config.json"), "auto_map": auto_map}
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
             code = _CODE + (_SERVED if _SERVED_BY in auto_map else "")
             code = code.format(architecture=type(base).__name__)
             (folder / f"{CODE_MODULE}.py").write_text(code, encoding="utf-8")
-    in_step(model)
 
 
 def _is_weights(name: str) -> bool:

@@ -16,7 +16,7 @@ from ...core.sites import AttentionSite
 from ...core.variant import VariantConfig, VariantInfo
 from ...reading.forced import visible_pages
 from ...reading.groups import read_by_one
-from ...reading.selection import CAPABILITIES, SelectionVariant, is_zero
+from ...reading.selection import CAPABILITIES, SelectionVariant
 from ...reading.value_scores import value_scores
 
 _SCORE = "dma"
@@ -109,7 +109,7 @@ class DMA(SelectionVariant):
         return of_query_heads(kept, call.query.shape[1])
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
-        if is_zero(self.scale):
+        if self.is_zero(self.scale):
             return None
         score = call.key_fact(_SCORE)
         return score.expm1() if self.config.bias == "exp" else score

@@ -15,7 +15,7 @@ from ...core.variant import VariantInfo
 from ...reading.choose import highest
 from ...reading.compressed import CompressedConfig, CompressedSelection
 from ...reading.groups import any_of_group
-from ...reading.selection import CAPABILITIES, is_zero
+from ...reading.selection import CAPABILITIES
 from ...reading.value_scores import value_scores
 
 _SCORE, _LAST = "nosa", "last"
@@ -85,7 +85,7 @@ class NOSA(CompressedSelection):
         return {_SCORE: value_scores(call, self.weight, self.scale, by="NOSA")}
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor | None:
-        return None if is_zero(self.scale) else call.key_fact(_SCORE)
+        return None if self.is_zero(self.scale) else call.key_fact(_SCORE)
 
     def select(self, call: AttentionCall) -> torch.Tensor | Places | None:
         config, top_k = self.config, self.config.top_k

@@ -18,7 +18,7 @@ from ...core.sites import AttentionSite
 from ...core.variant import Attend, AttentionOutput, VariantInfo
 from ...reading.choose import highest
 from ...reading.compressed import CompressedConfig, CompressedSelection
-from ...reading.selection import CAPABILITIES, attend_to, is_zero
+from ...reading.selection import CAPABILITIES, attend_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class NSA(CompressedSelection):
                 ("compressed", self.compressed_gate, 1.0),
                 ("window", self.window_gate, 1.0),
             )
-            if not is_zero(weight)
+            if not self.is_zero(weight)
         }
         if gates:
             self.report(call, **{f"{name}_gate": gate for name, gate in gates.items()})
@@ -119,9 +119,9 @@ class NSA(CompressedSelection):
     def means(self, call: AttentionCall, name: str, states: torch.Tensor) -> torch.Tensor:
         """As `CompressedSelection.means`; with an MLP, `mean + out gelu(sum_m in_m (x_m + place_m))`, m in a window."""
         means = super().means(call, name, states)
-        if self.config.compression == "mean" or is_zero(self.get_parameter(f"{name}_out")):
+        if self.config.compression == "mean" or self.is_zero(getattr(self, f"{name}_out")):
             return means
-        place, weight, out = (self.get_parameter(f"{name}_{part}").to(means.dtype) for part in ("place", "in", "out"))
+        place, weight, out = (getattr(self, f"{name}_{part}").to(means.dtype) for part in ("place", "in", "out"))
         if states.shape[-1] != place.shape[-1]:
             raise NotImplementedError(
                 f"NSA compresses {name} of {place.shape[-1]} numbers, and those of {self.site.name} have "
