@@ -112,6 +112,7 @@ offer(
             "fox": "biases.fox",
             "function_vectors": "editing.function_vectors",
             "gated": "gating.gated",
+            "gin": "branches.gin",
             "gpsa": "grids.gpsa",
             "graph_kv": "positions.graph_kv",
             "gqa_convert": "grouping.gqa_convert",

@@ -146,6 +146,15 @@ REFUSALS: dict[str, list[Refusal]] = {
     ],
     "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
     **_of_causal_selection("layer_shortcuts"),
+    "gin": [
+        *_WITHOUT_SLOTS,
+        _of(
+            [*of_kind("encoder", "vision"), "clip", "siglip"],
+            "does not support bidirectional or cross",
+            "where tokens see what comes after them, no causal filter leaves self-loops",
+            1,
+        ),
+    ],
     "nosa": [*_of_pages("nosa")["nosa"], *_CAPPED],
     "nsa": [
         *_of_pages("nsa")["nsa"],

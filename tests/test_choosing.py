@@ -43,6 +43,7 @@ SHIPPED = [
     "fox",
     "function_vectors",
     "gated",
+    "gin",
     "gpsa",
     "gqa_convert",
     "graph_kv",
