@@ -132,6 +132,19 @@ def test_all_pages_are_dense_attention(backend: str) -> None:
     torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_without_counts_every_page_is_read(backend: str, with_graph: bool) -> None:
+    states, pages = operands(), lists(2, 2, 61, 8)[0][..., :3]
+    wanted = by_loops(states, pages, torch.tensor([[3]]), 8, 0.3, torch.ones(1, 1, 61))
+    with torch.set_grad_enabled(with_graph):
+        close(selected_attention(*states, pages, None, 8, AttentionRule(0.3)), wanted)
+        if backend == "reference":
+            capped = AttentionRule(0.3, softcap=1.5)
+            exact = selected_attention(*states, pages, torch.full((2, 2), 3), 8, capped)
+            for found, same in zip(selected_attention(*states, pages, None, 8, capped), exact, strict=True):
+                assert torch.equal(found, same)
+
+
 def test_parts_of_the_pages_merge_by_their_log_sum_exp(backend: str) -> None:
     states = operands()
     pages, _ = lists(2, 2, 61, 8)

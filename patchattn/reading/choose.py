@@ -30,16 +30,14 @@ def highest_and_last(scores: torch.Tensor, last: int, count: int) -> torch.Tenso
         last: its number.
         count: how many, no more than `last + 1`.
     """
-    return F.pad(_best(scores[..., :last], count - 1).sort(dim=-1).values, (0, 1), value=last)
-
-
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Numbers `(..., count)` of the highest scores `(..., n)`, in any order; of equal ones the first."""
-    if 0 < count < scores.shape[-1] and not waiting.waits(scores) and not torch.compiler.is_compiling():
-        values, best = scores.topk(count + 1, dim=-1)  # takes a third of the time, and does not say which of equal ones
-        if bool((values[..., -2] > values[..., -1]).all()):
-            return best[..., :-1]
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    scores, fits = scores[..., :last], 1 < count <= last
+    if fits and not waiting.waits(scores) and not torch.compiler.is_compiling():
+        values, best = scores.topk(count, dim=-1)  # takes a third of the time, and does not say which of equal ones
+        if all(worst > next_one for worst, next_one in values[..., -2:].reshape(-1, 2).tolist()):
+            best[..., -1] = last
+            return best.sort(dim=-1).values
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : count - 1].sort(dim=-1).values
+    return F.pad(best, (0, 1), value=last)
 
 
 def holding_share(weights: torch.Tensor, share: float) -> torch.Tensor:

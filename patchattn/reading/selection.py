@@ -149,8 +149,6 @@ def _attend_places(call: AttentionCall, places: Places, inner: Attend) -> Attent
     if call.stands_alone and (on_gpu or is_less):
         index, counts = places.index, places.counts
         call = call if places.of_heads is None else call.seeing(places.of_heads)
-        if counts is None:
-            counts = torch.full(index.shape[:2], index.shape[-1], device=index.device)
         operands = (call.query, call.key, call.value, index, counts, places.block)
         output, _ = selected_attention(*operands, call.rule())
         return output.transpose(1, 2).to(call.query.dtype), None

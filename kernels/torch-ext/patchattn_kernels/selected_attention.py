@@ -25,7 +25,7 @@ def selected_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def selected_attention(
         value: `(B, G, Tk, Dv)`.
         pages: `(B or 1, G or 1, N)` int: numbers of pages, in any order, each at most once; one that has no key gives
             none.
-        counts: `(B or 1, G or 1)` int: how many of the N are read, the first ones.
+        counts: `(B or 1, G or 1)` int: how many of the N are read, the first ones; `None`: all.
         page_size: keys of a page.
         rule: scaling and visibility.
 
@@ -54,24 +54,30 @@ def selected_attention(
         NotImplementedError: PATCHATTN_KERNELS is `triton`, and the kernel cannot compute the call.
     """
     _check(query, key, value, pages, counts, page_size)
+    on_cpu = query.device.type == "cpu" and type(query) is torch.Tensor and not torch.is_grad_enabled()
+    # a call of an operation, and what is around it, costs more than to choose the pages of a token
+    is_plain = on_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
     lacking = unsupported(rule)
+    if counts is None and (lacking is not None or not is_plain):
+        counts = _all_of(pages)
     if is_empty(query, key):
         with torch.autocast(query.device.type, enabled=False):
             output, _, lse = empty_attention(query, key, value, rule)
     elif lacking is not None:
         triton_runs(query, lacking=lacking)  # refuses where the kernel is insisted on
         with torch.autocast(query.device.type, enabled=False):
-            output, lse = _reference(query, key, value, pages, counts, page_size, rule)
+            output, lse = _reference(query, key, value, pages, cast(torch.Tensor, counts), page_size, rule)
     else:
-        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-        operands = (tensor.to(dtype) for tensor in (query, key, value))
+        operands = (query, key, value)
+        if not query.dtype == key.dtype == value.dtype:
+            dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+            operands = (query.to(dtype), key.to(dtype), value.to(dtype))
         given = (rule.mask, rule.sequence, float(rule.scaling), rule.causal, rule.offset, rule.window)
-        # a call of an operation costs more than to choose the pages of a token
-        plain = query.device.type == "cpu" and type(query) is torch.Tensor and not torch.is_grad_enabled()
-        compute: Any = _computed if plain and not torch.compiler.is_compiling() else _forward
+        arguments: tuple[Any, ...] = (*operands, pages, counts, page_size, *given)
+        if is_plain:
+            return _with_dtype(_computed(*arguments), value.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            found = compute(*operands, pages.int(), counts.int(), page_size, *given)
-        return _with_dtype(found, value.dtype)
+            return _with_dtype(_forward(*arguments), value.dtype)
     return _with_dtype((output.transpose(1, 2).contiguous().transpose(1, 2), lse), value.dtype)
 
 
@@ -84,7 +90,7 @@ def _check(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
 ) -> None:
     batch, heads, _, dim = query.shape
@@ -96,13 +102,23 @@ def _check(
         )
     if pages.dim() != 3 or pages.shape[0] not in (1, batch) or pages.shape[1] not in (1, groups):
         raise ValueError(f"Expected pages ({batch} or 1, {groups} or 1, N), got {tuple(pages.shape)}.")
-    if counts.dim() != 2 or counts.shape[0] not in (1, batch) or counts.shape[1] not in (1, groups):
-        raise ValueError(f"Expected counts ({batch} or 1, {groups} or 1), got {tuple(counts.shape)}.")
-    for name, tensor in {"pages": pages, "counts": counts}.items():
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise TypeError(f"Expected integers as {name}, got {tensor.dtype}.")
+    _check_integers("pages", pages)
+    if counts is not None:
+        if counts.dim() != 2 or counts.shape[0] not in (1, batch) or counts.shape[1] not in (1, groups):
+            raise ValueError(f"Expected counts ({batch} or 1, {groups} or 1), got {tuple(counts.shape)}.")
+        _check_integers("counts", counts)
     if page_size < 1:
         raise ValueError(f"Expected at least one key per page, got a page_size of {page_size}.")
+
+
+def _check_integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"Expected integers as {name}, got {tensor.dtype}.")
+
+
+def _all_of(pages: torch.Tensor) -> torch.Tensor:
+    """The counts that say that every page is read."""
+    return torch.full(pages.shape[:2], pages.shape[-1], dtype=torch.int32, device=pages.device)
 
 
 def _listed(
@@ -174,7 +190,7 @@ def _computed(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
     mask: torch.Tensor | None,
     sequence: torch.Tensor | None,
@@ -188,11 +204,15 @@ def _computed(
         from .decoding_triton import attend
 
         seen = key_mask(rule, query.shape[2], key.shape[2], query.device)
-        how: dict[str, Any] = {"pages": pages, "counts": counts, "page": page_size, "dtype": value.dtype}
+        numbers = (_all_of(pages) if counts is None else counts).int()
+        how: dict[str, Any] = {"pages": pages.int(), "counts": numbers, "page": page_size, "dtype": value.dtype}
         output, lse = attend(query, key, value, scaling, seen, **how)
         return cast(torch.Tensor, output), lse  # there are values
-    compute = by_whole_pages if query.device.type == "cpu" else _reference
-    output, lse = compute(query, key, value, pages, counts, page_size, rule)
+    if query.device.type == "cpu":
+        output, lse = by_whole_pages(query, key, value, pages, counts, page_size, rule)
+    else:
+        numbers = _all_of(pages) if counts is None else counts
+        output, lse = _reference(query, key, value, pages, numbers, page_size, rule)
     return output.to(value.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 
 

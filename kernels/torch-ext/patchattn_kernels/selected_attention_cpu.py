@@ -35,7 +35,7 @@ def by_whole_pages(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +52,8 @@ def by_whole_pages(
     whole, rest = divmod(keys, page_size)
     # whole pages first, the one that the end cuts off after them: then a kv head's keys lie without a gap
     pages = pages.expand(batch, groups, -1).long()
-    listed = torch.arange(pages.shape[-1]) < counts.expand(batch, groups)[..., None]
+    number = torch.tensor(pages.shape[-1]) if counts is None else counts.expand(batch, groups)
+    listed = torch.arange(pages.shape[-1]) < number[..., None]
     kind = torch.where(listed & (pages >= 0) & (pages * page_size < keys), (pages == whole).long(), 2)
     kind, order = kind.sort(dim=-1, stable=True)
     pages = pages.gather(-1, order)
@@ -97,7 +98,7 @@ def by_whole_pages(
 
 
 def _copied_at_once(
-    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, counts: torch.Tensor, page_size: int
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, counts: torch.Tensor | None, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys and values `(B, G, n, D)` of the pages, where a copy of whole pages is all there is to do; else `None`.
 
@@ -107,29 +108,30 @@ def _copied_at_once(
     """
     batch, groups, keys, dim = key.shape
     size, (whole, rest) = page_size * dim, divmod(keys, page_size)
-    numbers, count, steps = pages.numpy(), pages.shape[-1], key.stride()  # of few numbers numpy asks faster
-    if not count or counts.numpy().min() < count or numbers.min() < 0 or value.shape[-1] != dim:
+    count, steps = pages.shape[-1], key.stride()
+    if not count or value.shape[-1] != dim or (counts is not None and int(counts.min()) < count):
         return None
-    last = int(numbers.max()) + 1  # behind the last page that is read
+    of_heads = pages.expand(batch, groups, count).flatten(0, 1).tolist()  # they are few: lists take less than tensors
+    last = max(map(max, of_heads)) + 1  # behind the last page that is read
     is_cut = last > whole
-    if last > whole + (rest > 0) or (
-        is_cut and (numbers[..., :-1].max(initial=0) == whole or numbers[..., -1].min() < whole)
-    ):
+    if last > whole + (rest > 0) or min(map(min, of_heads)) < 0:
+        return None
+    if is_cut and any(numbers[-1] != whole or whole in numbers[:-1] for numbers in of_heads):
         return None
     every = ((batch - 1) * steps[0] + (groups - 1) * steps[1]) // size + last
-    if value.stride() != steps or not all(_has_lines(tensor, size, every) for tensor in (key, value)):
+    if value.stride() != steps or not (_has_lines(key, size, every) and _has_lines(value, size, every)):
         return None
     copies = _memory.take(key.dtype, 2, batch, groups, count * page_size, dim)
-    heads = torch.arange(batch)[:, None] * (steps[0] // size) + torch.arange(groups) * (steps[1] // size)
-    lines = (pages + heads[..., None]).flatten()
-    apart, left = divmod(value.storage_offset() - key.storage_offset(), size)
+    first = [(b * steps[0] + g * steps[1]) // size for b in range(batch) for g in range(groups)]
+    lines = [start + number for start, numbers in zip(first, of_heads, strict=True) for number in numbers]
+    apart, left = divmod(int(value.storage_offset()) - int(key.storage_offset()), size)
     if left == 0 <= apart and value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr():
-        parts = [(copies, key, torch.cat([lines, lines + apart]), every + apart)]
+        parts = [(copies, key, lines + [line + apart for line in lines], every + apart)]
     else:
         parts = [(copies[0], key, lines, every), (copies[1], value, lines, every)]
     for copy, tensor, some, count_of_lines in parts:
         matrix = tensor.as_strided((count_of_lines, size), (size, 1))
-        torch.index_select(matrix, 0, some, out=copy.view(-1, size))
+        torch.index_select(matrix, 0, torch.tensor(some), out=copy.view(-1, size))
     length = (count - is_cut) * page_size + rest * is_cut
     return copies[0, :, :, :length], copies[1, :, :, :length]
 
