@@ -2,6 +2,7 @@
 
     python benchmarks/stories260k.py train     # in a folder with the paths that stories260k/*.yaml name
     python benchmarks/stories260k.py tables
+    python benchmarks/stories260k.py usage runs/moh_50_0 text/wikitext_heldout.txt
 
 Every run leaves its figures in `runs/<configuration>_<seed>/metrics.json`; one that is there already is not run again.
 """
@@ -61,6 +62,25 @@ def tables() -> None:
         one = json.loads(path.read_text())
         _row([path.parent.name, *(f"{one[end]['perplexity']:.3f}" for end in ("before", "after")), one["seconds"]])
     print("\n", dense[0]["versions"])
+
+
+@app.command()
+def usage(run: Path, text: Path, length: int = 256) -> None:
+    """Print the share of tokens that keep each query head of a trained MoH model, layer by layer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import patchattn
+
+    model = AutoModelForCausalLM.from_pretrained(run).eval()
+    patchattn.load_patch(model, run)
+    tokens = AutoTokenizer.from_pretrained(run)(text.read_text(), return_tensors="pt").input_ids[0]
+    with patchattn.routing_statistics(model) as statistics_of, torch.no_grad():
+        for rows in tokens[: len(tokens) // length * length].view(-1, length).split(32):
+            model(rows)
+    _heading(["layer", *(f"head {head}" for head in range(model.config.num_attention_heads))])
+    for layer, shares in enumerate(statistics_of.usage()):
+        _row([layer, *(f"{share:.3f}" for share in shares)])
 
 
 def _heading(cells: list[str]) -> None:

@@ -14,13 +14,14 @@ from patchattn.bench.block_sparse import BlockSparseProblem
 from patchattn.bench.cases import Case, suite
 from patchattn.bench.ceilings import Ceilings, measure_ceilings
 from patchattn.bench.goals import GOALS
-from patchattn.bench.operands import make_operands
+from patchattn.bench.operands import TRAINED, make_operands
 from patchattn.bench.problem import Check, Implementation, UnavailableError, Work, worst
 from patchattn.bench.registry import PROBLEMS
 from patchattn.bench.report import OPERATIONS
 from patchattn.bench.result import Result
 from patchattn.bench.routed import RoutedProblem, ours
 from patchattn.bench.runner import run_case
+from patchattn.bench.selected import SelectedProblem
 from patchattn.bench.timing import LEAST, MOST, CPUStopwatch, Timing, measure
 
 CPU = torch.device("cpu")
@@ -154,6 +155,8 @@ WRONG = [
     (SMOKE["moh_layer tiny prefill 48 x2 50% moh float32"], "dense", lambda outcome: None),
     (SMOKE["act_layer tiny prefill 64 x2 float32"], "variant", spoil_last_row),
     (SMOKE["block_sparse tiny prefill 96 x2 float32"], "dense", lambda outcome: None),
+    (SMOKE["selected tiny decode 96 x2 50% float32"], "selected", scale("output", 1.001)),
+    (SMOKE["selected tiny decode 96 x2 50% float32"], "dense", lambda outcome: None),
 ]
 
 
@@ -321,6 +324,26 @@ def test_useful_work_of_windows() -> None:
     sinks, recent = problem.operands.window
     pairs = sum(j <= i and (j < sinks or i - j < recent) for i in range(50) for j in range(50))
     assert problem.work().flops == 4.0 * pairs * 16 * 4
+
+
+def test_useful_work_of_selected_pages() -> None:
+    problem = SelectedProblem(SMOKE["selected tiny decode 96 x2 50% float32"], CPU)
+    pages = problem.operands.given_pages
+    assert [len({*line}) for line in pages.flatten(0, 1).tolist()] == [
+        3
+    ] * 4  # of six pages, by two kv heads of two rows
+    assert problem.work() == Work(4.0 * 2 * 4 * 48 * 16, (2 * 2 * 2 * 48 + 2 * 2 * 4) * 16 * 4)
+
+
+def test_trained_pattern_keeps_heads_as_often_as_the_router_did() -> None:
+    o = make_operands(Case("routed", "mha", 4096, active=0.5, pattern="trained"), CPU)
+    assert o.gate is not None
+    kept = (o.gate != 0).double()
+    assert (kept.sum(-1) == 16).all()
+    wanted = torch.tensor(TRAINED, dtype=torch.float64).repeat_interleave(4)  # of 8 heads, and here are 32
+    assert (kept.mean((0, 1)) - wanted).abs().max() < 0.04
+    with pytest.raises(ValueError, match="keeps 50% of the heads, not 25%"):
+        make_operands(Case("routed", "mha", 16, active=0.25, pattern="trained"), CPU)
 
 
 def test_moh_pattern_shares_heads() -> None:

@@ -1,6 +1,7 @@
 """What `patchattn bench` would run, in which order, against which rivals, and how a run is gone on with."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from patchattn.bench.plan import plan
 from patchattn.bench.problem import Implementation
 from patchattn.bench.results import Report, conditions
 from patchattn.bench.routed import RoutedProblem
+from patchattn.bench.selected import SelectedProblem
 from patchattn.bench.timing import Timing, in_turn
 from patchattn.cli.main import main
 
@@ -223,6 +225,36 @@ def test_installed_rivals_by_stand_ins(mode: Any, factor: float, monkeypatch: py
     monkeypatch.setitem(sys.modules, "flashinfer", infer)
     results = results_of(dataclasses.replace(FORWARD, mode=mode), *INSTALLED, watch=Counting())
     assert [row.status for row in results] == ["measured" if factor == 1.0 else "wrong"] * 2, results
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_pages_by_a_stand_in_of_flashinfer(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapper:
+        def __init__(self, workspace: torch.Tensor, layout: str, *, use_tensor_cores: bool) -> None:
+            assert (workspace.dtype, layout) == (torch.uint8, "NHD")
+
+        def plan(
+            self, ends: torch.Tensor, pages: torch.Tensor, last: torch.Tensor, heads: int, kv_heads: int, dim: int,
+            size: int, *, sm_scale: float, q_data_type: torch.dtype, kv_data_type: torch.dtype,
+        ) -> None:  # fmt: skip
+            assert {tensor.dtype for tensor in (ends, pages, last)} == {torch.int32}
+            assert (heads, kv_heads, dim, size) == (2, 1, 16, 16)
+            self.given = [pages[a:b].long() for a, b in itertools.pairwise(ends.tolist())], last.tolist(), sm_scale
+
+        def run(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            lines, last, scale = self.given
+            found = []
+            for query, pages, cut in zip(q, lines, last, strict=True):
+                key, value = (each[pages].flatten(0, 1)[: len(pages) * 16 - 16 + cut] for each in cache)
+                found.append(attention(query[None], key, value, scale, False)[0])
+            return torch.stack(found) * factor
+
+    library = ModuleType("flashinfer")
+    monkeypatch.setattr(library, "BatchDecodeWithPagedKVCacheWrapper", Wrapper, raising=False)
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    (rival,) = (each for each in SelectedProblem.implementations if each.name == "FlashInfer over pages")
+    (result,) = results_of(SMOKE["selected tiny decode 96 x2 50% float32"], rival, watch=Counting())
+    assert result.status == ("measured" if factor == 1.0 else "wrong"), result
 
 
 def test_rivals_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

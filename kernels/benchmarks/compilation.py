@@ -63,11 +63,8 @@ def compile_kernel(launch: dict[str, Any], name: str, **kernel: Any) -> dict[str
         `registers` of a thread, `spills` in bytes a thread, `shared` memory in bytes, which `products` there are
         (`wgmma`, `mma` or none), whether they are `serialized`, and `narrow` strides.
     """
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.knobs.compilation.always_compile = True
-    triton.knobs.nvidia.dump_ptxas_log = True
     module, function = name.split(".")
     source = getattr(importlib.import_module(f"patchattn_kernels.{module}"), function)
     tiles = {size: value for size, value in launch["blocks"].items() if size in source.arg_names}
@@ -78,25 +75,42 @@ def compile_kernel(launch: dict[str, Any], name: str, **kernel: Any) -> dict[str
         signature[argument] = kind
         if kind.startswith("*") or (kind != "constexpr" and argument in kernel["multiples"]):
             attributes[(number,)] = [["tt.divisibility", 16]]
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        result = triton.compile(
-            ASTSource(fn=source, signature=signature, constexprs=constants, attrs=attributes),
-            target=GPUTarget("cuda", kernel["capability"], 32),
-            options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
-        )
-    registers = re.search(r"Used (\d+) registers", log.getvalue())
-    spills = re.search(r"(\d+) bytes spill stores", log.getvalue())
-    if registers is None or spills is None:
-        raise RuntimeError(f"Expected registers and spills in the log of ptxas, got {log.getvalue()!r}.")
+    options = {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}
+    result, log = assembled(
+        ASTSource(fn=source, signature=signature, constexprs=constants, attrs=attributes), kernel["capability"], options
+    )
     code = result.asm["ptx"]
     return {
-        "registers": int(registers[1]),
-        "spills": int(spills[1]),
-        "shared": result.metadata.shared,
+        **needs(result, log),
         "products": "wgmma" if "wgmma.mma_async" in code else "mma" if "mma.sync" in code else "",
-        "serialized": "serialized" in log.getvalue(),
+        "serialized": "serialized" in log,
         "narrow": narrow_strides(result.asm["ttir"]),
     }
+
+
+def assembled(source: Any, capability: int, options: dict[str, int]) -> tuple[Any, str]:
+    """What Triton makes of a function for a GPU, and what ptxas logs meanwhile.
+
+    Args:
+        source: an `ASTSource` of Triton.
+        capability: of the GPU.
+        options: warps and stages.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return result, log.getvalue()
+
+
+def needs(result: Any, log: str) -> dict[str, Any]:
+    """Registers of a thread, spills in bytes a thread, shared memory in bytes; arguments are what `assembled` gives."""
+    registers, spills = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
+    if registers is None or spills is None:
+        raise RuntimeError(f"Expected registers and spills in the log of ptxas, got {log!r}.")
+    return {"registers": int(registers[1]), "spills": int(spills[1]), "shared": result.metadata.shared}
 
 
 def faults(found: dict[str, Any], unmasked: dict[str, Any] | None, *, dtype: str, capability: int) -> list[str]:

@@ -19,7 +19,7 @@ from patchattn_kernels import (
     split_attention_keys_triton,
     split_attention_triton,
 )
-from patchattn_kernels.tuning import Launch, fitting, tile_width
+from patchattn_kernels.tuning import Launch, fitting, tile_width, tile_widths
 
 KIB = 1024
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB}  # that a program may have, by compute capability
@@ -64,11 +64,11 @@ def routed(
     part: str, dim: int, launch: Launch, *, dtype: str = "*bf16", mask: str = "none", capability: int = 90
 ) -> Kernel:
     """A kernel of `routed_attention`; masks: `none` or a `window` (causal), `all` seen, `keys`, `rows`."""
-    width = tile_width(dim)
+    width, rest = tile_widths(dim) if part == "prefill" else (tile_width(dim), 0)
     module = "routed_attention_backward_triton" if part in ("queries", "keys") else "routed_attention_triton"
     floats = ["gate", "lse", "delta", "gate_gradient", "parts", "sums"]
     states = ["query", "key", "value", "output", "upstream", "query_gradient", "key_gradient", "value_gradient"]
-    constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width}
+    constants = {"REPEATS": 4, "DIM": dim, "PAD": width, "VDIM": dim, "VPAD": width, "REST": rest, "VREST": rest}
     constants |= {"CAUSAL": mask not in ("rows", "all"), "WINDOWED": mask == "window"}
     constants |= {"MASKED": mask in ("keys", "rows"), "PER_ROW": mask == "rows"}
     if mask not in ("keys", "rows"):

@@ -178,6 +178,17 @@ def test_all_launch_settings_compile() -> None:
     check(all_settings())
 
 
+@pytest.mark.slow
+def test_descriptors_are_compiled_beside_pointers() -> None:
+    """As docs/performance.md has it."""
+    script = Path(compilation.__file__).with_name("descriptors_triton.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [(row[2], row[-1].split()[1]) for row in rows] == [("pointers", "cp.async"), ("descriptors", "TMA")] * 5
+    assert done.stdout.splitlines()[0] in (PAGE.parents[1] / "performance.md").read_text(encoding="utf-8")
+
+
 GOOD = {"registers": 255, "spills": 64, "shared": 99 * 1024, "products": "wgmma", "serialized": False, "narrow": []}
 
 

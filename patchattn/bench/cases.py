@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["prefill", "decode", "training"]
-Pattern = Literal["uniform", "moh"]
+Pattern = Literal["uniform", "moh", "trained"]
+PATTERNS: tuple[Pattern, ...] = ("moh", "trained")  # besides the uniform one
 MODES: tuple[Mode, ...] = ("prefill", "training", "decode")
 SHORT = 2048  # queries of all sequences: launches may be most of the time of a prefill with no more
 TOKENS_OF_A_BATCH = 16384  # short sequences are batched up to this many tokens, as FlashAttention's benchmarks do
@@ -57,8 +58,9 @@ class Case:
         shape: name of a shape.
         tokens: number of keys; of queries too, but in decoding, where there is one.
         mode: forward over all tokens, one decoding step, or forward and backward.
-        active: share of the query heads that a token keeps, of the operations that select.
-        pattern: which ones: any (`uniform`), or MoH's, where two thirds of them are the same for all tokens.
+        active: share of the query heads that a token keeps, or of the pages that are read, of operations that select.
+        pattern: which ones: any (`uniform`), or MoH's, where two thirds of them are the same for all tokens, or as
+            often as a `trained` router keeps each.
         dtype: of the operands.
         batch: sequences.
     """
@@ -96,7 +98,7 @@ class Case:
         return SHAPES[self.shape]
 
 
-SELECTING = ("routed", "moh_attention", "moh_layer")
+SELECTING = ("routed", "selected", "moh_attention", "moh_layer")
 
 ROUTED = Case("routed", "llama3_8b", 8192, active=0.5)
 ROUTED_TRAINING = Case("routed", "llama3_8b", 8192, "training", active=0.5)
@@ -105,6 +107,8 @@ ROUTED_DECODING = Case("routed", "mha", 16384, "decode", active=0.5, batch=8)
 ACT = Case("act", "llama3_8b", 8192)
 BLOCK_SPARSE = Case("block_sparse", "llama3_8b", 32768)
 ROUTED_SHORT = Case("routed", "llama3_8b", 1024, active=0.5)
+ROUTED_TRAINED = Case("routed", "llama3_8b", 8192, active=0.5, pattern="trained")
+SELECTED = Case("selected", "llama3_8b", 16384, "decode", active=0.125, batch=8)
 WINDOW_DECODING = Case("block_sparse", "llama3_8b", 16384, "decode", batch=8)
 GOALS = (
     ROUTED,
@@ -113,8 +117,10 @@ GOALS = (
     ROUTED_DECODING,
     ACT,
     BLOCK_SPARSE,
+    ROUTED_TRAINED,
     ROUTED_SHORT,
     WINDOW_DECODING,
+    SELECTED,
     Case("moh_attention", "llama3_8b", 8192, active=0.5, pattern="moh"),
     Case("moh_layer", "llama3_8b", 8192, active=0.5, pattern="moh"),
     Case("act_attention", "llama3_8b", 8192),
@@ -153,10 +159,13 @@ def _full() -> Iterator[Case]:
             for mode in MODES[:2]:
                 for active in (0.25, 0.5, 0.75, 1.0):
                     yield Case("routed", shape, tokens, mode, active, batch=batch)
-                yield Case("routed", shape, tokens, mode, 0.5, "moh", batch=batch)
+                for pattern in PATTERNS:
+                    yield Case("routed", shape, tokens, mode, 0.5, pattern, batch=batch)
             if causal:
                 for active in (0.25, 0.5, 0.75, 1.0):
                     yield Case("routed", shape, tokens, "decode", active, batch=8)
+                for active in (0.0625, 0.125, 0.25):
+                    yield Case("selected", shape, tokens, "decode", active, batch=8)
                 yield Case("act", shape, tokens, batch=batch)
                 for mode in MODES:
                     yield Case("block_sparse", shape, tokens, mode, batch=8 if mode == "decode" else batch)
@@ -175,7 +184,9 @@ def _smoke() -> Iterator[Case]:
     for mode in MODES:
         yield Case("routed", "tiny", 48, mode, 0.5, **how)  # type: ignore[arg-type]
         yield Case("block_sparse", "tiny", 96, mode, **how)  # type: ignore[arg-type]
-    yield Case("routed", "tiny_encoder", 40, active=0.5, pattern="moh", **how)  # type: ignore[arg-type]
+    for pattern in PATTERNS:
+        yield Case("routed", "tiny_encoder", 40, active=0.5, pattern=pattern, **how)  # type: ignore[arg-type]
+    yield Case("selected", "tiny", 96, "decode", 0.5, **how)  # type: ignore[arg-type]
     for op in ("act", "split", "column_mass", "temperature", "act_attention", "act_layer"):
         yield Case(op, "tiny", 64, **how)  # type: ignore[arg-type]
     for op in ("moh_attention", "moh_layer"):

@@ -28,10 +28,10 @@ def flash_attention(problem: AttentionProblem) -> Callable[[], Outcome]:
 
 def _flash_function() -> Callable[..., Any]:
     for name in ("flash_attn.cute", "flash_attn_interface"):
-        module = _module(name)
+        module = module_of(name)
         if module is not None:
             return module.flash_attn_func
-    get_kernel = getattr(_module("kernels"), "get_kernel", None)  # a checkout has a folder of that name
+    get_kernel = getattr(module_of("kernels"), "get_kernel", None)  # a checkout has a folder of that name
     if get_kernel is None:
         raise UnavailableError("neither flash_attn.cute, flash_attn_interface nor the library kernels is installed")
     try:
@@ -42,7 +42,7 @@ def _flash_function() -> Callable[..., Any]:
 
 def flashinfer(problem: AttentionProblem) -> Callable[[], Outcome]:
     """FlashInfer, of one sequence."""
-    o, module = problem.operands, _module("flashinfer")
+    o, module = problem.operands, module_of("flashinfer")
     if module is None:
         raise UnavailableError("flashinfer is not installed")
     if o.trains or o.query.shape[0] > 1:
@@ -60,7 +60,7 @@ def flashinfer(problem: AttentionProblem) -> Callable[[], Outcome]:
     return step(o, run)
 
 
-def _module(name: str) -> Any:
+def module_of(name: str) -> Any:
     """A module, or `None` where it is not installed or does not load here."""
     try:
         return importlib.import_module(name)

@@ -10,7 +10,11 @@ from patchattn_kernels import AttentionRule
 from .cases import Case
 
 SINKS, RECENT = 64, 256  # of the block-sparse heads
+PAGE = 16  # keys of a page that is selected or not
 CALIBRATED = 4  # planted attention sinks of ACT's operands; the first one is the first token
+# The share of tokens that keep each of 8 query heads: MoH trained on stories260K (moh_50, seed 0), the layer that is
+# least even; `benchmarks/stories260k.py usage` prints it.
+TRAINED = (1.0, 1.0, 1.0, 0.005, 0.053, 0.026, 0.915, 0.001)
 
 
 @dataclass(eq=False)
@@ -26,6 +30,7 @@ class Operands:
         gate: `(B, Tq, H)` zero where a head is not selected.
         sinks: positions of planted attention sinks.
         window: sizes of sink and recent window.
+        pages: `(B, G, N)` numbers of the pages that are read.
     """
 
     case: Case
@@ -37,6 +42,7 @@ class Operands:
     gate: torch.Tensor | None = None
     sinks: list[int] = field(default_factory=list)
     window: tuple[int, int] = (SINKS, RECENT)
+    pages: torch.Tensor | None = None
 
     @property
     def trains(self) -> bool:
@@ -48,6 +54,13 @@ class Operands:
         if self.gate is None:
             raise ValueError(f"The case {self.case.name!r} has no gate: expected an operation that selects heads.")
         return self.gate
+
+    @property
+    def given_pages(self) -> torch.Tensor:
+        """The pages; ValueError where the case has none."""
+        if self.pages is None:
+            raise ValueError(f"The case {self.case.name!r} has no pages: expected an operation that selects them.")
+        return self.pages
 
     @property
     def heads_per_group(self) -> int:
@@ -93,6 +106,8 @@ def make_operands(case: Case, device: torch.device) -> Operands:
     operands = Operands(case, query, key, value, rule, grad)
     if case.op == "routed":
         operands.gate = make_gate(case, rows, source)
+    if case.op == "selected":
+        operands.pages = make_pages(case, device, source)
     if case.op in ("act", "split", "column_mass"):
         plant_sinks(operands)
     if shape.name.startswith("tiny"):
@@ -104,16 +119,51 @@ def make_operands(case: Case, device: torch.device) -> Operands:
     return operands
 
 
+def make_pages(case: Case, device: torch.device, source: torch.Generator) -> torch.Tensor:
+    """`(B, G, N)`: for every kv head a share of the pages, in any order."""
+    if case.tokens % PAGE:
+        raise ValueError(f"Expected whole pages of {PAGE} keys, got a case of {case.tokens}.")
+    number = case.tokens // PAGE
+    order = torch.rand(case.batch, case.geometry.kv_heads, number, device=device, generator=source)
+    return order.topk(max(1, int(case.active * number + 0.5)), dim=-1).indices
+
+
 def make_gate(case: Case, rows: int, source: torch.Generator) -> torch.Tensor:
     """`(B, Tq, H)` in which every token keeps the same number of heads; weights from 0.5 to 1.5, as learned ones."""
     heads = case.geometry.query_heads
     kept = int(case.active * heads + 0.5)
+    if case.pattern == "trained":
+        return _as_trained(case, rows, kept, source)
     shared = int(kept * 2 / 3 + 0.5) if case.pattern == "moh" else 0
     order = torch.rand(case.batch, rows, heads, device=source.device, generator=source)
     order[..., :shared] += 2.0
     weights = torch.rand(case.batch, rows, heads, device=source.device, generator=source) + 0.5
     chosen = torch.zeros_like(order).scatter(-1, order.topk(kept, dim=-1).indices, 1.0)
     return chosen * weights
+
+
+def _as_trained(case: Case, rows: int, kept: int, source: torch.Generator) -> torch.Tensor:
+    """A gate whose heads are kept as often as those of `TRAINED`, neighbours of one another standing for one of them.
+
+    Heads lie one after another in any order, each as long as its share; those that marks at a distance of 1 fall on
+    are kept. So every token keeps as many, and every head is kept as often as its share says.
+    """
+    heads = case.geometry.query_heads
+    shares = torch.tensor(TRAINED, dtype=torch.float64).repeat_interleave(heads).view(heads, len(TRAINED)).mean(1)
+    if abs(float(shares.sum()) - kept) > 1e-6:
+        raise ValueError(
+            f"The trained router keeps {sum(TRAINED) / len(TRAINED):.0%} of the heads, not {case.active:.0%}."
+        )
+    shape, device = (case.batch, rows, heads), source.device
+    order = torch.rand(shape, device=device, generator=source).argsort(-1)
+    ends = shares.to(device)[order].cumsum(-1)
+    marks = torch.rand(*shape[:2], 1, dtype=torch.float64, device=device, generator=source)
+    passed = (ends + marks).floor()
+    passed[..., -1] = kept  # whatever the sum was rounded to
+    chosen = torch.zeros(shape, device=device).scatter(
+        -1, order, passed.diff(dim=-1, prepend=torch.zeros_like(marks)).float()
+    )
+    return chosen * (torch.rand(shape, device=device, generator=source) + 0.5)
 
 
 def plant_sinks(operands: Operands) -> None:

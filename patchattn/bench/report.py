@@ -10,6 +10,7 @@ OPERATIONS = {
     "routed": "Routed attention (MoH)",
     "act": "ACT on one call of attention",
     "block_sparse": "Heads with sinks and recent keys",
+    "selected": "Selected pages, decoding",
     "split": "Attention with a set of keys told apart",
     "column_mass": "Mass of columns",
     "temperature": "Inverse temperatures",

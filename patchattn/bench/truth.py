@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .operands import Operands, generator
+from .operands import PAGE, Operands, generator
 from .problem import Check, Outcome, difference, worst
 
 ROWS, PIECES, DECODING_PIECES = 48, 4, 64
@@ -60,6 +60,9 @@ def logit_bias(operands: Operands, computes: str, piece: Piece, sinks: torch.Ten
     Rescaled attention is a softmax too: a factor of some weights is its logarithm added to their logits.
     """
     seen = operands.visible(computes, piece.rows)
+    if computes == "selected":
+        pages = torch.arange(seen.shape[1], device=seen.device) // PAGE
+        seen = seen & torch.isin(pages, operands.given_pages[piece.batch, piece.group])
     bias = torch.zeros(1, *seen.shape, dtype=torch.float64, device=seen.device).masked_fill(~seen, float("-inf"))
     if computes != "act":
         return bias

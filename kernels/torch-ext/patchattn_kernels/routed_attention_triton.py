@@ -20,9 +20,10 @@ from .routed_pairs_triton import (
     pairs_of,
     selected_pairs,
     shape_of,
+    store_rows,
 )
 from .tiles import VARYING, key_range, visible
-from .tuning import Launch, padded_splits, processors, run_chosen
+from .tuning import Launch, padded_splits, processors, run_chosen, tile_widths
 
 FEW_PAIRS = 64  # up to so many pairs per kv head, selected or not, are one tile: decoding
 LONG = 2048  # keys, from which on several launches that share them out are taken for one that does not; not measured
@@ -30,16 +31,19 @@ LONG = 2048  # keys, from which on several launches that share them out are take
 
 @triton.jit
 def _tiles(
-    acc, top, total, query, key, value, low, high, rows, scale, keys, key_row, value_row, mask, mask_row, mask_column,
-    offset, window, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    acc, more, top, total, query, rest, key, value, low, high, rows, scale, keys, key_row, value_row, mask, mask_row,
+    mask_column, offset, window, DIM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr, VDIM: tl.constexpr,
+    VPAD: tl.constexpr, VREST: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the keys from `low` to `high`; logits are in base 2."""
     for begin in range(low, high, BLOCK_N):
         columns = begin + tl.arange(0, BLOCK_N)
         tile = load_rows(key, begin, key_row, keys, BLOCK_N, DIM, PAD, CHECKED)
         logits = tl.dot(query, tl.trans(tile), input_precision="ieee")
+        if REST:
+            tile = load_rows(key + PAD, begin, key_row, keys, BLOCK_N, DIM - PAD, REST, CHECKED)
+            logits = tl.dot(rest, tl.trans(tile), logits, input_precision="ieee")
         if CHECKED:
             seen = visible(
                 rows, columns, keys, mask, mask_row, mask_column, offset, window, CAUSAL, WINDOWED, MASKED, PER_ROW
@@ -56,22 +60,28 @@ def _tiles(
         acc = acc * shrink[:, None]
         tile = load_rows(value, begin, value_row, keys, BLOCK_N, VDIM, VPAD, CHECKED)
         acc = tl.dot(weights.to(tile.dtype), tile, acc, input_precision="ieee")
+        if VREST:
+            more = more * shrink[:, None]
+            tile = load_rows(value + VPAD, begin, value_row, keys, BLOCK_N, VDIM - VPAD, VREST, CHECKED)
+            more = tl.dot(weights.to(tile.dtype), tile, more, input_precision="ieee")
         top = peak
-    return acc, top, total
+    return acc, more, top, total
 
 
 @triton.jit
 def _attend(
-    query, key, value, rows, live, from_key, to_key, scale, keys, key_row, value_row, mask, mask_row, mask_column,
-    first, last, bound_row, offset, window, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr,
-    VPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    MASKED: tl.constexpr, PER_ROW: tl.constexpr,
+    query, rest, key, value, rows, live, from_key, to_key, scale, keys, key_row, value_row, mask, mask_row, mask_column,
+    first, last, bound_row, offset, window, DIM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr,
+    VDIM: tl.constexpr, VPAD: tl.constexpr, VREST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to the keys of a range: `(M, VPAD)`, and the log-sum-exp in base 2.
+    """Attention of a tile of queries to the keys of a range: `(M, VPAD)` and `(M, VREST)` (16 where that is 0), and the
+    log-sum-exp in base 2.
 
     A row that sees nothing has zeros, and inf: its weights exp2(logit - inf) are then zeros in the backward too.
     """
     acc = tl.zeros([BLOCK_M, VPAD], tl.float32)
+    more = tl.zeros([BLOCK_M, VREST if VREST else 16], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     low, high = key_range(rows, live, keys, first, last, bound_row, offset, window, CAUSAL, WINDOWED, MASKED)
@@ -86,24 +96,25 @@ def _attend(
         low = tl.minimum(tl.maximum(low, from_key), to_key) // BLOCK_N * BLOCK_N
         begin, end = interior(rows, live, keys, low, high, offset, window, CAUSAL, WINDOWED, BLOCK_N)
         if WINDOWED:
-            acc, top, total = _tiles(
-                acc, top, total, query, key, value, low, tl.minimum(begin, high), rows, scale, keys, key_row, value_row,
-                mask, mask_row, mask_column, offset, window, DIM, PAD, VDIM, VPAD, BLOCK_N,
-                True, CAUSAL, WINDOWED, MASKED, PER_ROW,
+            acc, more, top, total = _tiles(
+                acc, more, top, total, query, rest, key, value, low, tl.minimum(begin, high), rows, scale, keys,
+                key_row, value_row, mask, mask_row, mask_column, offset, window, DIM, PAD, REST, VDIM, VPAD, VREST,
+                BLOCK_N, True, CAUSAL, WINDOWED, MASKED, PER_ROW,
             )  # fmt: skip
-        acc, top, total = _tiles(
-            acc, top, total, query, key, value, begin, end, rows, scale, keys, key_row, value_row,
-            mask, mask_row, mask_column, offset, window, DIM, PAD, VDIM, VPAD, BLOCK_N,
+        acc, more, top, total = _tiles(
+            acc, more, top, total, query, rest, key, value, begin, end, rows, scale, keys, key_row, value_row,
+            mask, mask_row, mask_column, offset, window, DIM, PAD, REST, VDIM, VPAD, VREST, BLOCK_N,
             False, CAUSAL, WINDOWED, MASKED, PER_ROW,
         )  # fmt: skip
-    acc, top, total = _tiles(
-        acc, top, total, query, key, value, end, high, rows, scale, keys, key_row, value_row,
-        mask, mask_row, mask_column, offset, window, DIM, PAD, VDIM, VPAD, BLOCK_N,
+    acc, more, top, total = _tiles(
+        acc, more, top, total, query, rest, key, value, end, high, rows, scale, keys, key_row, value_row,
+        mask, mask_row, mask_column, offset, window, DIM, PAD, REST, VDIM, VPAD, VREST, BLOCK_N,
         True, CAUSAL, WINDOWED, MASKED, PER_ROW,
     )  # fmt: skip
     some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
-    return acc, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
+    divisor = tl.where(some, total, 1.0)[:, None]
+    acc, more = acc / divisor, more / divisor
+    return acc, more, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -111,32 +122,34 @@ def _prefill(
     query, key, value, gate, output, lse, pairs, starts, scale, queries, keys, groups,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     mask, mask_batch, mask_row, mask_column, first, last, bound_batch, bound_row, offset, window,
-    REPEATS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    REPEATS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr, VDIM: tl.constexpr,
+    VPAD: tl.constexpr, VREST: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of a list's pairs."""
     program, block, count = block_of_pairs(starts, queries, REPEATS, BLOCK_M)
     if block < 0:
         return
     batch, group, rows, heads, live = pairs_of(pairs, program, block, count, queries, groups, REPEATS, BLOCK_M)
-    query = gather_rows(query + batch * query_batch, rows, heads, live, query_row, query_head, DIM, PAD)
+    query += batch * query_batch
+    some = gather_rows(query, rows, heads, live, query_row, query_head, DIM, PAD)
+    rest = gather_rows(query + PAD, rows, heads, live, query_row, query_head, DIM - PAD, REST) if REST else some
     if MASKED:
         mask += batch * mask_batch
         first += batch * bound_batch
         last += batch * bound_batch
     own_keys = key + batch * key_batch + group.to(tl.int64) * key_head
     own_values = value + batch * value_batch + group.to(tl.int64) * value_head
-    acc, sums = _attend(
-        query, own_keys, own_values, rows, live,
+    acc, more, sums = _attend(
+        some, rest, own_keys, own_values, rows, live,
         0, keys, scale, keys, key_row, value_row, mask, mask_row, mask_column, first, last, bound_row, offset, window,
-        DIM, PAD, VDIM, VPAD, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
+        DIM, PAD, REST, VDIM, VPAD, VREST, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
     )  # fmt: skip
     place = (batch * queries + rows) * groups * REPEATS + heads
     factor = tl.load(gate + place, mask=live, other=0.0)
-    dims = tl.arange(0, VPAD)
-    acc = (acc * factor[:, None]).to(output.dtype.element_ty)
-    tl.store(output + place[:, None] * VDIM + dims[None, :], acc, mask=live[:, None] & (dims < VDIM)[None, :])
+    store_rows(output, place * VDIM, live, acc * factor[:, None], VDIM, VPAD)
+    if VREST:
+        store_rows(output + VPAD, place * VDIM, live, more * factor[:, None], VDIM - VPAD, VREST)
     tl.store(lse + place, sums, mask=live)
 
 
@@ -145,9 +158,9 @@ def _decode(
     query, key, value, gate, parts, sums, chunk, splits, scale, queries, keys, groups,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     mask, mask_batch, mask_row, mask_column, first, last, bound_batch, bound_row, offset, window,
-    REPEATS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, VDIM: tl.constexpr, VPAD: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, PER_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    REPEATS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, REST: tl.constexpr, VDIM: tl.constexpr,
+    VPAD: tl.constexpr, VREST: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All pairs of a kv head, and a part of its keys, which nobody reads where no pair is selected."""
     program = tl.program_id(0) // splits
@@ -160,22 +173,25 @@ def _decode(
     place = (batch * queries + index // REPEATS) * groups * REPEATS + heads
     live = live & (tl.load(gate + place, mask=live, other=0.0) != 0)
     rows = tl.where(live, index // REPEATS, -1)
-    query = gather_rows(query + batch * query_batch, rows, heads, live, query_row, query_head, DIM, PAD)
+    query += batch * query_batch
+    some = gather_rows(query, rows, heads, live, query_row, query_head, DIM, PAD)
+    rest = gather_rows(query + PAD, rows, heads, live, query_row, query_head, DIM - PAD, REST) if REST else some
     if MASKED:
         mask += batch * mask_batch
         first += batch * bound_batch
         last += batch * bound_batch
     own_keys = key + batch * key_batch + group.to(tl.int64) * key_head
     own_values = value + batch * value_batch + group.to(tl.int64) * value_head
-    acc, part = _attend(
-        query, own_keys, own_values, rows, live,
+    acc, more, part = _attend(
+        some, rest, own_keys, own_values, rows, live,
         split * chunk, (split + 1) * chunk, scale, keys, key_row, value_row, mask, mask_row, mask_column, first, last,
         bound_row, offset, window,
-        DIM, PAD, VDIM, VPAD, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
+        DIM, PAD, REST, VDIM, VPAD, VREST, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASKED, PER_ROW,
     )  # fmt: skip
-    dims = tl.arange(0, VPAD)
     place = place * splits + split
-    tl.store(parts + place[:, None] * VDIM + dims[None, :], acc, mask=live[:, None] & (dims < VDIM)[None, :])
+    store_rows(parts, place * VDIM, live, acc, VDIM, VPAD)
+    if VREST:
+        store_rows(parts + VPAD, place * VDIM, live, more, VDIM - VPAD, VREST)
     tl.store(sums + place, part, mask=live)
 
 
@@ -264,9 +280,13 @@ def _prefill_all(
     groups, dim = value.shape[1], value.shape[3]
     output, lse = value.new_zeros(batch, queries, heads, dim), torch.zeros_like(gate)
     pairs, starts = selected_pairs(gate, groups)
+    operands = arguments(query, key, value, mask, scaling)
+    # vectors in two tiles where that is less than one; decoding computes little, and takes more registers so
+    widths = (*tile_widths(query.shape[3]), *tile_widths(dim))
+    operands |= dict(zip(("PAD", "REST", "VPAD", "VREST"), widths, strict=True))
     launch(
         *(_prefill, "prefill", lambda sizes: batch * groups * triton.cdiv(pairs.shape[1], sizes["BLOCK_M"])),
-        *(arguments(query, key, value, mask, scaling),),
+        operands,
         gate=gate,
         output=output,
         lse=lse,
@@ -282,7 +302,7 @@ def _decode_all(
     """`forward` of so few queries that all pairs of a kv head are one tile, with several programs for its keys."""
     batch, queries, heads = gate.shape
     groups, keys, dim = value.shape[1:]
-    operands = arguments(query, key, value, mask, scaling)
+    operands = arguments(query, key, value, mask, scaling) | {"REST": 0, "VREST": 0}
     output, lse = value.new_empty(batch, queries, heads, dim), torch.empty_like(gate)
     few = max(16, triton.next_power_of_2(queries * heads // groups))
 

@@ -52,7 +52,7 @@ def load_rows(
     place = base + (begin + rows).to(tl.int64)[:, None] * stride + dims[None, :]
     if CHECKED:
         tile = tl.load(place, mask=(begin + rows < count)[:, None] & (dims < DIM)[None, :], other=0.0)
-    elif DIM != PAD:
+    elif DIM < PAD:
         tile = tl.load(place, mask=(dims < DIM)[None, :], other=0.0)
     else:
         tile = tl.load(place)
@@ -65,6 +65,14 @@ def gather_rows(base, rows, heads, live, row, head, DIM: tl.constexpr, PAD: tl.c
     dims = tl.arange(0, PAD)
     place = rows.to(tl.int64) * row + heads.to(tl.int64) * head
     return tl.load(base + place[:, None] + dims[None, :], mask=live[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, places, live, tile, DIM: tl.constexpr, PAD: tl.constexpr):
+    """Write the `live` ones of (M, PAD) vectors to some places."""
+    dims = tl.arange(0, PAD)
+    place = base + places[:, None] + dims[None, :]
+    tl.store(place, tile.to(base.dtype.element_ty), mask=live[:, None] & (dims < DIM)[None, :])
 
 
 @triton.jit
@@ -142,7 +150,7 @@ def launches(kernel: str, dim: int, dtype: torch.dtype) -> tuple[Launch, ...]:
     streamed, held = [("BLOCK_N", 2), ("BLOCK_M", 1 if kernel in ("prefill", "decode") else 2)]
     if kernel == "keys":
         streamed, held = ("BLOCK_M", 2), ("BLOCK_N", 2)
-    return settings(sizes, dim, dtype, streamed=streamed, held=held)
+    return settings(sizes, dim, dtype, streamed=streamed, held=held, in_two=kernel == "prefill")
 
 
 def arguments(

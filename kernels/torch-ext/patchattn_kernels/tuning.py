@@ -58,6 +58,7 @@ def settings(
     *,
     streamed: tuple[str, int],
     held: tuple[str, int],
+    in_two: bool = False,
 ) -> tuple[Launch, ...]:
     """Launch settings from BLOCK_M, BLOCK_N, warps and stages.
 
@@ -67,8 +68,9 @@ def settings(
         dtype: of the operands.
         streamed: which block's vectors a loop's step loads, and how many tensors of them.
         held: which block's vectors stay, and how many tensors of them.
+        in_two: whether vectors are held by tiles of `tile_widths`.
     """
-    width, launches = tile_width(dim) * dtype.itemsize, []
+    width, launches = (sum(tile_widths(dim)) if in_two else tile_width(dim)) * dtype.itemsize, []
     for rows, columns, warps, stages in sizes:
         blocks = {"BLOCK_M": rows, "BLOCK_N": columns}
         bytes_of = [blocks[name] * count * width for name, count in (streamed, held)]
@@ -101,6 +103,16 @@ def bucket(length: int) -> int:
 def tile_width(dim: int) -> int:
     """The width of a tile that holds vectors of a head dim: a power of two that tensor cores take."""
     return max(SMALLEST, bucket(dim))
+
+
+def tile_widths(dim: int) -> tuple[int, int]:
+    """Widths of the one or two tiles that hold vectors of a head dim with the least padding; the second may be 0.
+
+    Such as 64 and 16 for 80, in place of 128: the products, the registers and the shared memory are those of 80.
+    """
+    half = tile_width(dim) // 2
+    rest = tile_width(dim - half)
+    return (half, rest) if rest < half else (2 * half, 0)
 
 
 def padded_splits(splits: int) -> int:
