@@ -216,6 +216,7 @@ def table(records: list[dict[str, Any]], planned: int) -> str:
 Triton's kernels compiled ahead of time with the launch settings that a device settles on: the first that spill no more
 than {SPILLS} bytes, or of those that are compiled the ones that spill least. No GPU ran them: this says what they need,
 and not how fast they are. {len(records)} of {planned} are compiled; an empty cell is one that is not.
+{alike([{capability: figures(one) for capability, one in found.items()} for found in rows.values()])}
 
 A cell: registers of a thread, bytes that it spills where there are any, shared memory of a program, and BLOCK_M,
 BLOCK_N, warps and stages. Masks: `none` is causal without any, `all` sees all keys, `window` is causal, `keys` has one
@@ -235,6 +236,22 @@ where the kernel has it without a mask.
 |---|---|---|---|{"---|" * len(capabilities)}
 {chr(10).join(lines)}
 """
+
+
+def figures(one: Found) -> tuple[Any, ...]:
+    """Of a cell: registers, spills, shared memory, launch settings."""
+    return one["registers"], one["spills"], round(one["shared"] / KIB), one["launch"]
+
+
+def alike(rows: list[dict[int, tuple[Any, ...]]]) -> str:
+    """How far the devices of compute capability 8 need the same, so that one tells of another; of `figures`."""
+    both = [row for row in rows if {86, 89} <= row.keys()]
+    older = [row for row in rows if {80, 86} <= row.keys() and row[80][3] == row[86][3]]
+    same = sum(row[86] == row[89] for row in both), sum(row[80][2] == row[86][2] for row in older)
+    return (
+        f"sm_89 needs what sm_86 does in {same[0]} of the {len(both)} cells that are compiled for both; sm_80 needs as "
+        f"much\nshared memory as sm_86 in {same[1]} of the {len(older)} with the same settings."
+    )
 
 
 def summary(wrong: list[str]) -> str:

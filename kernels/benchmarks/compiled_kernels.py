@@ -196,12 +196,12 @@ def choices() -> Iterator[_Choice]:
             yield of(key_set, name, PADDED=True), launches
     forward, backward = block_sparse_attention_triton.launches, block_sparse_attention_backward_triton.launches
     for listed in (False, True):
-        for few in (False, True):
+        for few, pack in ((False, 1), (True, 1), (True, 4)):
 
             def sparse(dim: int, dtype: torch.dtype, per_row: bool = False, few: bool = few) -> Sequence[Launch]:
                 return forward(dim, dtype, few, per_row)
 
-            yield of(block_sparse, "attend", listed=listed), sparse
+            yield of(block_sparse, "attend", listed=listed, pack=pack), sparse
         yield of(block_sparse, "query_gradients", listed=listed), backward
         yield of(block_sparse, "key_gradients", listed=listed), backward
     yield of(block_sparse, "key_gradients", sinks=True), backward

@@ -146,6 +146,28 @@ def test_the_table_is_of_these_kernels_and_accepts_no_product_that_waits() -> No
     assert len(known) == page.count("\n- ")
 
 
+def test_devices_of_a_kind_need_the_same_shared_memory() -> None:
+    """So that fp32, which is compiled in part for sm_80 and sm_89, fits there where it fits sm_86."""
+    page = PAGE.read_text(encoding="utf-8")
+    counts = re.findall(r"in (\d+) of the (\d+) (?:cells|with)", page)
+    assert len(counts) == 2
+    assert all(same == of for same, of in counts), counts
+    for of_80, of_86, of_89 in zip(
+        *(compiled_kernels.candidates(dtypes=["*fp32"], capabilities=[each]) for each in (80, 86, 89)), strict=True
+    ):
+        first, *others = ([kernel.launch for kernel in options] for options in (of_86, of_89, of_80))
+        assert first == others[0]
+        assert first == others[1][: len(first)]  # more fits sm_80
+
+
+def test_alike_counts_pairs() -> None:
+    row = {80: (9, 0, 48, "a"), 86: (8, 4, 48, "a"), 89: (8, 4, 48, "a")}
+    text = compilation.alike(
+        [row, row | {80: (9, 0, 48, "b")}, row | {80: (9, 0, 49, "a"), 89: (8, 0, 48, "a")}, {90: ()}]
+    )
+    assert re.findall(r"in (\d+) of the (\d+)", text) == [("2", "3"), ("1", "2")]
+
+
 def test_products_that_wait_are_never_accepted() -> None:
     page = "\n- a, bf16: 70 bytes spilled\n- b, bf16: serialized, 70 bytes spilled\n- c: no wgmma\n## All\n- d: e\n"
     assert compilation.accepted(page) == {"a, bf16"}
