@@ -114,6 +114,8 @@ def test_the_wrong_state_of_a_model(llama) -> None:
         patchattn.unpatch_model(llama)
     with pytest.raises(TypeError, match="expects a model, got dict"):
         patchattn.patch_model({}, "moh")
+    with pytest.raises(TypeError, match="expects a model, got str: load it first, with from_pretrained"):
+        patchattn.patch_model("some/model", "moh")
     pipe = tf.TextGenerationPipeline(model=llama, tokenizer=BYTES)
     for call in (partial(patchattn.patch_model, variant="moh"), patchattn.unpatch_model, patchattn.patch_info):
         with pytest.raises(TypeError, match=r"got TextGenerationPipeline, whose model is its \.model: give that"):

@@ -20,7 +20,9 @@ def settings_per_variant(
     """Pair every variant with its settings."""
     names = [variant] if isinstance(variant, str) else variant
     if not isinstance(names, list | tuple) or not names:
-        raise TypeError(f"variant must be a name or a list of names, got {variant!r}.")
+        raise TypeError(
+            f"variant must be a name or a list of names, got {variant!r}. Settings are keywords, or config."
+        )
     infos = [variant_info(name) for name in names]
     if len(set(names)) != len(names):
         raise ValueError(f"The same variant twice on one layer: {list(names)}.")

@@ -16,11 +16,16 @@ from .sites import AttentionSite
 
 
 def expect_model(asker: str, given: Any) -> None:
-    """TypeError for what is no module; of what holds one, such as a pipeline or a trainer, it says where."""
+    """TypeError for what is no module; where one is meant, a pipeline's or that of a name, it says how to have it."""
     if isinstance(given, nn.Module):
         return
     held = next((name for name, value in getattr(given, "__dict__", {}).items() if isinstance(value, nn.Module)), None)
-    hint = "." if held is None else f", whose model is its .{held}: give that."
+    if held is not None:
+        hint = f", whose model is its .{held}: give that."
+    elif isinstance(given, str):
+        hint = ": load it first, with from_pretrained of a class such as transformers' AutoModelForCausalLM."
+    else:
+        hint = "."
     raise TypeError(f"{asker} expects a model, got {type(given).__name__}{hint}")
 
 

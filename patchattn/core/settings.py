@@ -98,8 +98,11 @@ class Settings:
 
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error message about an unknown name: the closest known one, and all of them."""
-    close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(sorted(known)) or 'none'}."
+    spelled = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name[:100].lower(), spelled, n=1, cutoff=0.5)
+    return (
+        f"; did you mean {spelled[close[0]]!r}?" if close else "."
+    ) + f" Known: {', '.join(sorted(known)) or 'none'}."
 
 
 def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
