@@ -254,7 +254,7 @@ def launches(dim: int, dtype: torch.dtype, few: bool, per_row: bool = False) -> 
     elif dim <= 128:
         sizes = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 2)]
     else:
-        sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)]
+        sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (64, 32, 8, 2)]
     return settings(sizes, dim, dtype, streamed=("BLOCK_N", 2), held=("BLOCK_M", 1))
 
 
