@@ -4,6 +4,7 @@ Both are timed in turn in one process, and the median of the ratios is reported,
 changes both alike. Run it on an idle machine:
 
     python benchmarks/overhead.py --encoder DIR --decoder DIR --output docs/results/overhead.md
+    python benchmarks/overhead.py --decoder DIR --prompt 1024 --pairs 10  # decoding behind a long prompt
 """
 
 import datetime
@@ -33,40 +34,46 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("moh", {"router": "learned"}),
     ("ssa", {}),
 ]
+DECODING = [*CASES, ("ssmax", {}), ("act", {})]
 BATCH, LENGTH = 32, 128
-PROMPT, TOKENS = 8, 64
+TOKENS = 64
 
 
-def encode(model: nn.Module) -> Callable[[], None]:
-    """One forward of an encoder on 32 x 128 tokens."""
+def encode(model: nn.Module) -> Callable[[], float]:
+    """Seconds of one forward of an encoder on 32 x 128 tokens."""
     tokens = torch.randint(1000, 2000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    return lambda: seconds(lambda: model(input_ids=tokens))
 
-    def run() -> None:
-        model(input_ids=tokens)
+
+def decode(model: nn.Module, prompt: int) -> Callable[[], float]:
+    """Seconds of 64 greedy steps of a decoder behind a prompt, which is not timed; batch 1, dynamic cache."""
+    tokens = torch.randint(3, 500, (1, prompt), generator=torch.Generator().manual_seed(0))
+
+    def run() -> float:
+        cache = DynamicCache(config=model.config)
+
+        def step(token: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = model(token, **cache_argument(model, cache), logits_to_keep=1).logits.argmax(-1)
+            return found
+
+        def steps(token: torch.Tensor) -> None:
+            for _ in range(TOKENS):
+                token = step(token)
+
+        first = step(tokens)
+        return seconds(lambda: steps(first))
 
     return run
 
 
-def decode(model: nn.Module) -> Callable[[], None]:
-    """64 greedy steps of a decoder, batch 1, dynamic cache."""
-    prompt = torch.randint(3, 500, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-
-    def run() -> None:
-        cache, tokens = DynamicCache(config=model.config), prompt
-        for _ in range(TOKENS):
-            tokens = model(tokens, **cache_argument(model, cache)).logits[:, -1:].argmax(-1)
-
-    return run
-
-
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def ratios(
-    model: nn.Module, run: Callable[[], None], variant: str, settings: dict[str, Any], pairs: int
+    model: nn.Module, run: Callable[[], float], variant: str, settings: dict[str, Any], pairs: int
 ) -> dict[str, float]:
     """Median ratio of patched to unpatched, its quartiles, and the median times in milliseconds."""
     found, patched_times, base_times = [], [], []
@@ -77,10 +84,10 @@ def ratios(
             times = {}
             for is_patched in order:
                 if is_patched:
-                    times[True] = seconds(run)
+                    times[True] = run()
                 else:
                     with patchattn.unpatched(model):
-                        times[False] = seconds(run)
+                        times[False] = run()
             if pair:  # the first is a warm-up
                 found.append(times[True] / times[False])
                 patched_times.append(times[True] * 1e3)
@@ -114,8 +121,9 @@ def graph_breaks(model: nn.Module, inputs: dict[str, torch.Tensor], variant: str
 
 
 def main(
-    encoder: Annotated[Path, typer.Option(help="Folder of an encoder, such as MiniLM.")],
-    decoder: Annotated[Path, typer.Option(help="Folder of a causal language model, such as stories260K.")],
+    encoder: Annotated[Path | None, typer.Option(help="Folder of an encoder, such as MiniLM.")] = None,
+    decoder: Annotated[Path | None, typer.Option(help="Folder of a causal language model: stories260K.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens in front of the steps of the decoder.")] = 8,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
     pairs: Annotated[int, typer.Option(help="Timed pairs per row.")] = 30,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
@@ -124,27 +132,32 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    first, second = AutoModel.from_pretrained(encoder).eval(), AutoModelForCausalLM.from_pretrained(decoder).eval()
-    models = {
-        f"{described(first)}, forward {BATCH} x {LENGTH} tokens": (first, encode),
-        f"{described(second)}, {TOKENS} decoding steps": (second, decode),
-    }
+    rows: list[tuple[str, nn.Module, Callable[[], float], list[tuple[str, dict[str, Any]]]]] = []
+    if encoder is not None:
+        model = AutoModel.from_pretrained(encoder).eval()
+        rows.append((f"{described(model)}, forward {BATCH} x {LENGTH} tokens", model, encode(model), CASES))
+    if decoder is not None:
+        model = AutoModelForCausalLM.from_pretrained(decoder).eval()
+        about = f"{described(model)}, {TOKENS} decoding steps behind {prompt} tokens"
+        rows.append((about, model, decode(model, prompt), DECODING))
+    if not rows:
+        raise typer.BadParameter("Give --encoder, --decoder or both.")
     lines = [
         "# Overhead of a patch",
         "",
         f"{datetime.date.today()}, {platform.machine()}, {threads} threads, Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, patchattn {patchattn.__version__}.",
         "",
-        f"`python benchmarks/{Path(__file__).name} --pairs {pairs}`: patched and unpatched timed in turn, "
-        f"{pairs} pairs; median of the ratios, quartiles in brackets.",
+        f"`python benchmarks/{Path(__file__).name} --prompt {prompt} --pairs {pairs}`: patched and unpatched timed in "
+        f"turn, {pairs} pairs; median of the ratios, quartiles in brackets.",
         "",
         "| model and work | variant | settings | unpatched ms | patched ms | ratio | graph breaks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, (model, work) in models.items():
+    for name, model, work, cases in rows:
         tokens = torch.randint(3, 500, (2, 16))
-        for variant, settings in CASES:
-            row = ratios(model, work(model), variant, settings, pairs)
+        for variant, settings in cases:
+            row = ratios(model, work, variant, settings, pairs)
             breaks = graph_breaks(model, {"input_ids": tokens}, variant, settings)
             spelled = ", ".join(f"{key}={value}" for key, value in settings.items()) or "default"
             lines.append(

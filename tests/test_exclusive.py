@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import NeoMMEConfig
+from transformers import NeoMMEConfig, SegformerConfig, SegformerModel
 from transformers.models.neomme import modeling_neomme
 
 import patchattn
@@ -104,3 +104,9 @@ def test_refusals() -> None:
     patchattn.patch_model(model, ["streaming_llm", "exclusive"], {"streaming_llm": {"sinks": 1, "recent": 4}})
     with pytest.raises(NotImplementedError, match="needs each token's own value"), torch.no_grad():
         model.generate(TOKENS.repeat(1, 8), max_new_tokens=2, pad_token_id=0, attention_mask=torch.ones(2, 56))
+
+    sizes = {"depths": [1], "hidden_sizes": [16], "num_attention_heads": [1], "sr_ratios": [4], "strides": [4]}
+    reducing = SegformerModel(SegformerConfig(num_encoder_blocks=1, patch_sizes=[7], mlp_ratios=[2], **sizes)).eval()
+    patchattn.patch_model(reducing, "exclusive")
+    with pytest.raises(NotImplementedError, match="64 queries meet 4 keys"), torch.no_grad():
+        reducing(torch.randn(1, 3, 32, 32))

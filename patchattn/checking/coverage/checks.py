@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...core.call import AttentionCall
-from ...core.patching import patch_model, unpatch_model
+from ...core.patching import is_patched, patch_model, unpatch_model
 from ...core.probing import probed
 from ...core.registry import list_variants, temporarily_registered, variant_info
 from ...core.sites import AttentionSite
@@ -158,6 +158,8 @@ def _check_neutral(model: PreTrainedModel, runs: list[Run], base: list[torch.Ten
         except NotImplementedError:
             pass  # a refusal is not a difference; it is recorded where the variant is run in earnest
         except Exception as error:  # what foreign model code raises is a finding, not the end of the sweep
+            if isinstance(error, ValueError) and not is_patched(model):
+                continue  # it asks for a choice, such as between stacks of layers
             findings.problems.append(f"neutral {name}: {_line(error)}")
         finally:
             _clean(model)
