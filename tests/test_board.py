@@ -288,6 +288,24 @@ def test_an_unknown_row_and_no_rows(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
+def test_full_is_another_plan_on_the_same_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--full") == 2
+    assert "no configuration" in capsys.readouterr().err
+    plan = PLAN | {"tasks": {"perplexity": {"data": "text.txt", "max_length": 16, "parts": 2}}}
+    (folder / "board" / "full.yaml").write_text(yaml.safe_dump(plan))
+    assert run(folder, "--full", "--row", "moh", "--only", "quality") == 0
+    assert set(read_rows(folder / "out")["moh"]["tasks"]) == {"perplexity"}
+    assert run(folder, "--row", "moh") == 2
+    assert "measured by another plan" in capsys.readouterr().err
+
+
+def test_the_shipped_full_plan_has_tasks_that_there_are() -> None:
+    plan, rows = read_board(SHIPPED, full=True)
+    assert rows.keys() == read_board(SHIPPED)[1].keys()
+    assert plan.limit("longbench/gov_report") == 20
+    assert plan.settings_of("ruler/vt")["lengths"] == [1024, 2048, 4096]
+
+
 def test_the_shipped_board_can_be_read(data_dir: Path) -> None:
     plan, rows = read_board(SHIPPED)
     assert {row.family for row in rows.values()} >= {"caches", "selection", "heads"}

@@ -15,7 +15,7 @@ board = typer.Typer(no_args_is_help=True, help="One model under many variants an
 
 @board.command("run")
 def run_(
-    plan: Annotated[Path, typer.Argument(help="Folder with board.yaml and rows/*.yaml.")],
+    plan: Annotated[Path, typer.Argument(help="Folder with board.yaml, full.yaml and rows/*.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for answers and rows.")],
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of a model; the plan's without.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder that the tasks' data lies in; the Hub without.")] = None,
@@ -24,6 +24,9 @@ def run_(
         str | None,
         typer.Option(help="One part: quality, without times, or speed, on a machine that does nothing else."),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The work of full.yaml, for a GPU, into an output folder of its own.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Device; a GPU by default where there is one.")] = None,
 ) -> None:
     """Measure the unpatched model and rows; those that are there are left alone, and a killed run goes on.
@@ -40,7 +43,7 @@ def run_(
 
     if only not in (None, *get_args(Part)):
         raise ValueError(f"--only must be quality or speed, got {only!r}.")
-    made, rows = read_board(plan, row or [])
+    made, rows = read_board(plan, row or [], full=full)
     source = find_source(model or made.model)
     if source.kind != "causal_lm" or source.is_patched:
         raise ValueError(f"{source.name}: a board needs a causal language model that is not patched.")

@@ -1,4 +1,4 @@
-"""What a board measures, as YAML files say it: `board.yaml` for the work, and a file per row in `rows/`."""
+"""What a board measures: `board.yaml`, or `full.yaml`, says the work, and a file in `rows/` each row."""
 
 import re
 from collections.abc import Sequence
@@ -147,18 +147,19 @@ class BoardRow(Settings):
         return self.patch or {name: settings or {} for name, settings in self.variants.items()}
 
 
-def read_board(folder: Path, names: Sequence[str] = ()) -> tuple[BoardPlan, dict[str, BoardRow]]:
+def read_board(folder: Path, names: Sequence[str] = (), *, full: bool = False) -> tuple[BoardPlan, dict[str, BoardRow]]:
     """The plan of a folder, and its rows by name, in the order of their names; rows that others are beside come first.
 
     Args:
-        folder: with `board.yaml` and `rows/<name>.yaml`.
+        folder: with `board.yaml`, maybe `full.yaml`, and `rows/<name>.yaml`.
         names: the rows to take, with those that they are beside; all without.
+        full: the plan is that of `full.yaml`, more work on the same rows.
 
     Raises:
         TypeError, ValueError: a missing or wrong file, the message names it; or a row that is not there, or cannot be
             one to be compared with.
     """
-    plan = BoardPlan.from_yaml(folder / "board.yaml")
+    plan = BoardPlan.from_yaml(folder / ("full.yaml" if full else "board.yaml"))
     files = {path.stem: path for path in sorted((folder / "rows").glob("*.yaml"))}
     if not files:
         raise ValueError(f"{folder} has no rows: expected files rows/<name>.yaml.")
