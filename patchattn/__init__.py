@@ -94,6 +94,7 @@ offer(
             "biformer": "grids.biformer",
             "block_attention": "positions.block_attention",
             "cad": "decoding.cad",
+            "cca": "branches.cca",
             "cope": "biases.cope",
             "damro": "decoding.damro",
             "decore": "decoding.decore",

@@ -146,6 +146,14 @@ REFUSALS: dict[str, list[Refusal]] = {
     ],
     "dma": [*_of_causal_selection("dma")["dma"], *_CAPPED],
     **_of_causal_selection("layer_shortcuts"),
+    "cca": [
+        *_of_pages("cca")["cca"],
+        _of(
+            ["gpt2", "opt", "t5", "bart", "whisper", "qwen2_5_vl"],
+            "cca must know how",
+            "learned positions, a bias of distances and several axes of positions cannot be turned",
+        ),
+    ],
     "gin": [
         *_WITHOUT_SLOTS,
         _of(

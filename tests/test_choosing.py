@@ -25,6 +25,7 @@ SHIPPED = [
     "biformer",
     "block_attention",
     "cad",
+    "cca",
     "cope",
     "damro",
     "decore",

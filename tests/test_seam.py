@@ -25,6 +25,7 @@ NOT_ON_FLASH = {
     **dict.fromkeys(
         (
             "block_attention",
+            "cca",
             "dma",
             "flex_prefill",
             "focus_icl",
@@ -54,6 +55,7 @@ NOT_ON_FLASH = {
 }
 NOT_ON_FLEX = (
     "block_attention",
+    "cca",
     "dma",
     "flex_prefill",
     "focus_icl",
