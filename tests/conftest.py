@@ -50,6 +50,15 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """Folder with plain checkpoints of published models, named as on the Hub; what needs it is skipped without."""
+    folder = os.environ.get("PATCHATTN_TEST_MODELS")
+    if folder is None or not Path(folder).is_dir():
+        pytest.skip(f"needs published models: PATCHATTN_TEST_MODELS names no folder, but {folder}")
+    return Path(folder)
+
+
 @pytest.fixture
 def toy(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a variant registered for one test; an indirect parameter says which capabilities it lacks."""
