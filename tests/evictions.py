@@ -48,6 +48,12 @@ class Told(patchattn.Variant):
         return inner(call.seeing(self.seen[self.site.layer_index]))
 
 
+def allocated(layer: Any) -> int:
+    """Bytes of the memory that a layer's keys and values lie in, together or apart, spare places included."""
+    storages = [tensor.untyped_storage() for tensor in (layer.keys, layer.values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 @contextmanager
 def registered() -> Iterator[None]:
     words = {"title": "", "summary": "", "extra_parameters": "", "arxiv_id": None, "year": 2026}

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import patchattn
 
-from .evictions import extended, fed, kept_by_loops, padded, registered, watched, window_scores
+from .evictions import allocated, extended, fed, kept_by_loops, padded, registered, watched, window_scores
 from .families import FAMILIES
 
 SETTINGS = [
@@ -84,7 +84,7 @@ def test_memory_is_that_of_the_keys_that_are_kept() -> None:
     for layer, memory in zip(cache.layers, report.layers, strict=True):
         largest = layer.kept.columns.shape[2]
         assert largest > 1.3 * 50  # so many one rectangle would have, in both heads
-        behind = layer.keys.untyped_storage().nbytes() // (token // 2)
+        behind = allocated(layer) // token
         columns, counts = 4 * 2 * largest, 8 * 2
         assert memory.stored_bytes == (2 * 50 + behind) * token + columns + counts
         assert memory.dense_bytes == 2 * 400 * token

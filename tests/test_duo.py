@@ -15,7 +15,7 @@ from patchattn.core.kv_caches import cache_argument
 from patchattn.reading import selection
 from patchattn.reading.gates import HeadGates
 
-from .evictions import HOW, LANGUAGE, dense, extended, fed, padded, registered
+from .evictions import HOW, LANGUAGE, allocated, dense, extended, fed, padded, registered
 from .families import FAMILIES, outputs
 
 GATES = [[0.9, 0.1], [0.2, 0.3]]
@@ -182,9 +182,7 @@ def test_heads_that_forget_are_stored_apart_and_take_up_what_they_keep() -> None
         assert kept <= other.keys.shape[2] <= kept + 2 * LIMITS["slack"] + 1
         token = 2 * layer.keys.shape[3] * layer.keys.element_size()  # of one head
         assert memory.dense_bytes == 2 * 400 * token
-        spare = sum(
-            part.keys.untyped_storage().nbytes() // (token // 2) - part.keys.shape[2] for part in (layer, other)
-        )
+        spare = sum(allocated(part) // token - part.keys.shape[2] for part in (layer, other))
         columns = sum(tensor.nbytes for tensor in other.kept.tensors())
         assert memory.stored_bytes == (400 + other.keys.shape[2] + spare) * token + columns
     assert cache.layers[0].apart[1].keys.untyped_storage().nbytes() < cache.layers[0].keys.untyped_storage().nbytes()

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 import patchattn
 from patchattn.core.kv_caches import cache_argument
 
-from .evictions import HOW, dense, extended, fed, padded, registered, stored
+from .evictions import HOW, allocated, dense, extended, fed, padded, registered, stored
 from .families import FAMILIES
 from .reference import tiny_llama
 from .selecting import assert_reads, recorded
@@ -95,7 +95,7 @@ def test_heads_with_shorter_windows_store_fewer_keys() -> None:
         behind = layer.keys.shape[2]
         assert layer.first.keys.shape[1] + 2 * behind <= 17 / 16 * sum(wanted) + 2
         assert layer.first.keys.shape[1] + 2 * behind >= sum(wanted)
-        spare = layer.keys.untyped_storage().nbytes() // (token // 2)
+        spare = allocated(layer) // token
         columns, counts = 4 * 2 * layer.stored * len(layer.kept.tensors()), 8 * 2
         assert memory.stored_bytes == (layer.first.keys.shape[1] + spare) * token + columns + counts
     equal = forgetful(by_head=False, slack=0)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import patchattn
 from patchattn.core.registry import temporarily_registered
 
-from .evictions import HOW, Watch, extended, fed, padded, registered
+from .evictions import HOW, Watch, allocated, extended, fed, padded, registered
 from .families import FAMILIES
 
 SETTINGS = {"ratio": 0.5, "recent": 3, "window": 4}
@@ -127,7 +127,7 @@ def test_channels_that_are_dropped_take_up_nothing() -> None:
     heads, width, size = 2, cache.layers[0].keys.shape[3], cache.layers[0].keys.element_size()
     report = patchattn.cache_report(cache)
     for layer, memory in zip(cache.layers, report.layers, strict=True):
-        behind = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+        behind = allocated(layer)
         narrow, channels = 2 * heads * 390 * (width // 4 + width) * size, 2 * heads * width // 4 * 8
         assert memory.stored_bytes == narrow + channels + behind + 2  # of two rows that it is done
         assert memory.dense_bytes == 2 * heads * 400 * 2 * width * size
