@@ -4,8 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
+import patchattn
+from patchattn.reading import eviction, groups
+
+from .behaviour import decoded
 from .evictions import extended, kept_by_loops, padded, registered, watched
+from .reference import tiny_llama
 
 PROMPT = [12]
 
@@ -49,3 +55,21 @@ def test_after_every_call_the_worst_goes() -> None:
                 held = [held[place] for place in kept_by_loops([norms[key] for key in held], [True] * len(held), 5)]
             assert layer.columns()[0, head].tolist()[-5:] == held
         assert layer.keys.shape[2] == 5
+
+
+def test_a_token_attends_to_what_is_left_by_kv_head_and_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+        given.append((query.shape, key.shape, how["attn_mask"]))
+        return scaled_dot_product_attention(query, key, value, **how)
+
+    model, tokens = tiny_llama(), torch.arange(16)[None] + 3
+    patchattn.patch_model(model, "knorm", budget=6)
+    monkeypatch.setattr(groups.F, "scaled_dot_product_attention", attended)
+    found = decoded(model, tokens, [12, 1, 1, 1, 1])
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    # the first token still hides what is dropped behind it
+    assert [key[2] for query, key, mask in given if query[2] == heads // kv_heads and mask is None] == [8, 9, 10]
+    monkeypatch.setattr(eviction, "attended_by_groups", lambda call: None)
+    torch.testing.assert_close(found, decoded(model, tokens, [12, 1, 1, 1, 1]), rtol=1e-5, atol=1e-5)

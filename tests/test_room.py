@@ -222,6 +222,19 @@ def test_one_owner_drops_keys_and_nobody_counts_them() -> None:
     assert layer.get_seq_length() == 6
 
 
+@pytest.mark.parametrize(
+    ("counts", "slack", "has_empty"), [([9, 9, 9, 9], 0, False), ([9, 9, 9, 9], 4, True), ([9, 8, 9, 9], 0, True)]
+)
+def test_it_knows_whether_slots_are_empty_or_keys_hidden(counts: list[int], slack: int, has_empty: bool) -> None:
+    layer, places = filled(40), torch.arange(40)
+    assert not layer.has_empty
+    layer.keep(places >= 40 - torch.tensor(counts).view(2, 2, 1), owner=OWNER, slack=slack)
+    layer.is_expected = True
+    with torch.no_grad():
+        layer.update(*some(2, 1))
+    assert layer.has_empty == has_empty == bool((layer.columns() < 0).any())
+
+
 def test_what_keep_is_told_is_checked() -> None:
     layer = filled(6)
     kept = torch.ones(2, 1, 6, dtype=torch.bool)

@@ -67,6 +67,7 @@ class KeptKeys:
         decisions: the drops whose keys are in storage still.
         carried_out: from how many tokens on the drops hold whose keys have left it.
         held: places that keys take up in each head, on average, as far as the host knows.
+        has_empty: whether slots are empty; true where that is not known on the host.
     """
 
     def __init__(self, stored: int, batch: int, device: torch.device) -> None:
@@ -76,6 +77,7 @@ class KeptKeys:
         self.decisions: list[Decision] = []
         self.carried_out = 0
         self.held: float = stored
+        self.has_empty = False
 
     @classmethod
     def of_columns(cls, columns: torch.Tensor, seen: int) -> Self:
@@ -87,6 +89,7 @@ class KeptKeys:
         """
         made = cls(columns.shape[-1], len(columns), columns.device)
         made.columns, made.seen, made.carried_out = columns[:, None].to(torch.int32), seen, seen
+        made.has_empty = True
         return made
 
     def seen_columns(self) -> torch.Tensor:
@@ -127,9 +130,10 @@ class KeptKeys:
         when, stored, since = latest.holds_from, self.columns.shape[-1], self.seen - latest.seen
         remains = (dropped > when) & (self.columns >= 0)
         sizes, total = None if latest.bounds is None else [min(stored, bound + since) for bound in latest.bounds], None
+        least = 0  # keys that are left in some head of some row
         if sizes is None or not waiting.waits(self.columns):
             counts = remains.sum(-1)
-            most = counts.amax(0).tolist()
+            least, most = int(counts.min()), counts.amax(0).tolist()
             latest.check(most, since)
             if sizes is None:
                 sizes, total = most, int(counts.sum(-1).max())
@@ -144,6 +148,7 @@ class KeptKeys:
         self.carried_out, self.held = max(self.carried_out, when), held
         places = remains.to(torch.uint8).argsort(dim=-1, stable=True)[..., stored - size :]
         self.columns = self.columns.masked_fill(~remains, -1).gather(-1, places)
+        self.has_empty = least < size
         is_dropped = any(decision.holds_from > when for decision in self.decisions)
         self.dropped = dropped.gather(-1, places) if is_dropped else None
         return Shrunk(places, total if len(sizes) > 1 else None)

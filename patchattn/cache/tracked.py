@@ -92,6 +92,11 @@ class TrackedLayer(StoredLayer):
         """
         return None if self.kept is None else self.kept.seen_columns()
 
+    @property
+    def has_empty(self) -> bool:
+        """Whether some of `columns` are -1; true where that is not known on the host."""
+        return self.kept is not None and (self.kept.has_empty or self.kept.dropped is not None)
+
     # What is forgotten
 
     def keep(

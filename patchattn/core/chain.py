@@ -319,7 +319,7 @@ def attention_call(
         dtype=query.dtype,
     )
     if columns is not None:
-        mask = mask.at(columns, has_empty=True)
+        mask = mask.at(columns, has_empty=context.has_empty())
     return AttentionCall(query, key, given.value, mask, kwargs, module, site, base, context)
 
 

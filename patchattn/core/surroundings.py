@@ -194,6 +194,11 @@ class Surroundings:
         """
         return self.axis_of_keys()[0]
 
+    def has_empty(self) -> bool:
+        """Whether some of `columns` are -1; true where that is not known on the host."""
+        layer = self._cache_layer()
+        return not isinstance(layer, TrackedLayer) or layer.has_empty
+
     def claim(self, owner: str) -> bool:
         """Be the only one who drops keys of the kv cache that this call writes to; false without a cache.
 

@@ -20,6 +20,7 @@ from ..core.sites import AttentionSite
 from ..core.surroundings import Surroundings
 from ..core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant
 from .budgets import Budget, BudgetConfig, best
+from .groups import attended_by_groups
 from .selection import skipping, skips
 
 # Encoders, other sequences and position biases of the stored length have no keys that could be dropped; static caches
@@ -86,7 +87,8 @@ class EvictionVariant(Variant):
             whole = call.replace(mask=replace(call.mask, keeps=()))
             if skips(whole, keeps[0]):
                 return skipping(whole, keeps[0]), None
-        return inner(call)
+        output = attended_by_groups(call)
+        return inner(call) if output is None else (output, None)
 
     def forget(self, call: AttentionCall) -> None:
         """After attention: tell the kv cache by `call.context.keep` what is left."""

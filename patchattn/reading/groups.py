@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from ..core.call import AttentionCall
 from ..core.keeping import of_query_heads
@@ -32,6 +33,29 @@ def reduced(scores: torch.Tensor, groups: int, how: Literal["max", "sum", "mean"
 def any_of_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """`(B, 1 or Hkv, ...)` whether it is so in any query head of a kv head, of bool `(B, 1 or H, ...)`."""
     return tensor if tensor.shape[1] == 1 else tensor.unflatten(1, (groups, -1)).any(dim=2)
+
+
+def attended_by_groups(call: AttentionCall) -> torch.Tensor | None:
+    """Attention `(B, 1, H, D)` of the only query, the query heads of each kv head as rows of one product; or `None`.
+
+    On a CPU that takes less time than heads one by one, which all read the keys. It is left to the base implementation
+    where that does more than a softmax under a mask, and where the call is of all heads and keys that the model has:
+    there a variant that drops nothing is the base bit for bit.
+    """
+    batch, heads, queries, dim = call.query.shape
+    groups, every = call.key.shape[1], call.site.query_heads
+    is_part = call.mask.index is not None or (every is not None and heads < every)
+    is_plain = all(call.kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    if call.query.device.type != "cpu" or queries > 1 or heads == groups or not (is_part and is_plain):
+        return None
+    mask = call.mask.rendered()[0] if call.stands_alone else "unknown"
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), groups, -1, mask.shape[-1])
+    elif mask is not None:
+        return None
+    query = call.query.reshape(batch, groups, -1, dim)
+    output = F.scaled_dot_product_attention(query, call.key, call.value, attn_mask=mask, scale=call.scaling)
+    return output.reshape(batch, 1, heads, -1)
 
 
 def read_by_one(call: AttentionCall, kept: torch.Tensor, *, most: int, block: int = 1) -> Places:
