@@ -41,7 +41,7 @@ class Pattern:
 
     def __init__(self, steps: Sequence[Step], products: Sequence[Product], values: Product) -> None:
         self._values = values
-        at = next(i for i, step in enumerate(steps) if step.name == SOFTMAX and _feeds(step, values.left, steps[i:]))
+        at = _place_of_softmax(steps, values.left)
         self._softmax, self._after = steps[at], _behind(steps[at].result, steps[at + 1 :])
         self._scores: torch.Tensor = next(tensors_in((self._softmax.args, self._softmax.kwargs)))
         _refuse_other_axis(self._softmax)
@@ -223,6 +223,13 @@ def _behind(start: torch.Tensor, steps: Sequence[Step]) -> list[Step]:
     return found
 
 
+def _place_of_softmax(steps: Sequence[Step], weights: torch.Tensor) -> int:
+    for place, step in enumerate(steps):
+        if step.name == SOFTMAX and _feeds(step, weights, steps[place:]):
+            return place
+    raise UnknownPatternError("no softmax gives the left side of the product with the values, where weights should be")
+
+
 def _feeds(softmax: Step, weights: torch.Tensor, steps: Sequence[Step]) -> bool:
     if softmax.result is weights:
         return True
@@ -241,7 +248,9 @@ def _affine(
 ) -> tuple[Product, list[Step], float, bool] | None:
     """A product, the steps from it to the scores, its factor there and whether something is added on the way; `None`
     if it gets there by other steps, or not at all."""
-    first = next(i for i, step in enumerate(steps) if step is product.step)
+    first = next((place for place, step in enumerate(steps) if step is product.step), None)
+    if first is None:
+        return None  # it comes behind the softmax
     scaling, has_bias = 1.0, product.step.name == "baddbmm"
     if has_bias:
         scaling = float(product.step.kwargs.get("alpha", 1.0))
