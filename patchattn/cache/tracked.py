@@ -123,8 +123,7 @@ class TrackedLayer(StoredLayer):
                 of rules on columns, not of scores. The keys of these tokens stay.
 
         Raises:
-            NotImplementedError: this layer cannot forget, another one drops its keys already, or a variant remembers
-                something of every key.
+            NotImplementedError: as `claim`.
             ValueError: a mask of another shape, a negative number, or more keys than `bound`.
         """
         self.claim(owner)
@@ -256,15 +255,12 @@ class TrackedLayer(StoredLayer):
         for state in self.sequence_states.values():
             if state.settled is not None:
                 raise NotImplementedError(f"{state.owner} {state.settled}")
-        if not removed:
-            return
-        for state in self.sequence_states.values():
-            if not state.rewinds:
+            if removed and not state.rewinds:
                 raise NotImplementedError(
                     f"{state.owner} keeps sums over all tokens so far and cannot take back the last {removed} of them: "
                     "no cropped cache, and so no assisted decoding, under this variant."
                 )
-            if getattr(self, "is_compileable", False) and not in_slots(self):
+            if removed and getattr(self, "is_compileable", False) and not in_slots(self):
                 raise NotImplementedError(
                     f"{state.owner} cannot take back the last {removed} tokens of a static sliding cache that is full: "
                     "what they have pushed out of its window is lost. Use a dynamic one."
@@ -338,9 +334,8 @@ def tracked(plain: Any) -> type[TrackedLayer]:
         getattr(plain, name) is getattr(DynamicLayer, name) for name in ("update", "get_seq_length", "get_mask_sizes")
     )
     # transformers would register a subclass that inherits a layer type
-    return type(
-        f"Tracked{plain.__name__}", (TrackedLayer, plain), {"plain": plain, "grows": grows, "_layer_type": None}
-    )
+    own = {"plain": plain, "grows": grows, "_layer_type": None}
+    return type(f"Tracked{plain.__name__}", (TrackedLayer, plain), own)
 
 
 def track(layer: Any) -> TrackedLayer:

@@ -99,13 +99,13 @@ def own(mask: Columns) -> torch.Tensor:
     if isinstance(mask.own, torch.Tensor) and mask.own.dim() == 2:
         return mask.own
     rows = torch.arange(mask.queries, device=mask.device)[None]
-    if mask.own is not None and mask.own >= 0:
-        return rows + mask.own
-    if mask.own is not None:
+    if isinstance(mask.own, int) and mask.own < 0:
         raise NotImplementedError(
             f"{mask.queries} queries meet {mask.queries + mask.own} keys, which are no longer those of single tokens: "
             "there is none of a query's own."
         )
+    if mask.own is not None:
+        return rows + mask.own
     if mask.is_cross or not mask.causal or mask.pairs is None:
         raise NotImplementedError("It is not known which keys are those of the queries' own tokens.")
     last = seen_by(mask._pairs()[:, :, -1]).flatten(0, 1).any(dim=0)

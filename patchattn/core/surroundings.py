@@ -171,10 +171,7 @@ class Surroundings:
         return self._of_rows(raw.reshape(batch, rows, heads, -1).transpose(1, 2), 2)
 
     def axis_of_keys(self) -> tuple[torch.Tensor | None, int | torch.Tensor | None, int | None]:
-        """`columns`, `own_key`, and how many keys the layer of the kv cache has let go of before the first it gave.
-
-        The last is `None` where it is not known, of a sliding layer.
-        """
+        """`columns`, `own_key`, and how many keys the kv cache let go of before its first; `None`: a layer slides."""
         layer = None if self.layer is None else self._cache_layer()
         if layer is None or self.site.is_cross:
             slides = layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]
@@ -188,10 +185,7 @@ class Surroundings:
         return self.axis_of_keys()[1]
 
     def columns(self) -> torch.Tensor | None:
-        """`(B, 1 or Hkv, Tk)` which of all keys there ever were each key is, -1 where it is hidden or its slot empty.
-
-        `None` unless the layer of the kv cache has forgotten some in between.
-        """
+        """`(B, 1 or Hkv, Tk)` as `TrackedLayer.columns`; `None` unless the kv cache has forgotten keys in between."""
         return self.axis_of_keys()[0]
 
     def has_empty(self) -> bool:
