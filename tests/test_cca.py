@@ -12,6 +12,7 @@ from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import close
 from .families import FAMILIES, outputs
+from .pieces import in_chunks
 from .reference import DIM, HEADS, KV_HEADS, tiny_llama
 
 TOKENS = torch.randint(1, 50, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -99,12 +100,8 @@ def test_padding_in_one_call_or_in_chunks(chunks: list[int]) -> None:
     mask = torch.ones(2, 15, dtype=torch.long)
     mask[0, :2] = 0
     tokens = torch.randint(1, 50, mask.shape, generator=torch.Generator().manual_seed(1))
-    places, cache, parts = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=model.config), []
-    for end, size in zip(np.cumsum(chunks), chunks, strict=True):
-        of = slice(end - size, end)
-        given = {"input_ids": tokens[:, of], "attention_mask": mask[:, :end], "position_ids": places[:, of]}
-        parts.append(model(**given, **cache_argument(model, cache)).logits)
-    for text, real, got in zip(tokens, mask.bool(), torch.cat(parts, dim=1), strict=True):
+    found = in_chunks(model, tokens, mask, chunks)
+    for text, real, got in zip(tokens, mask.bool(), found, strict=True):
         close(got[real], model(text[real][None]).logits[0])
 
 

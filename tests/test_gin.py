@@ -5,14 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 import patchattn
-from patchattn.core.kv_caches import cache_argument
 from patchattn.softmax import rows
 
 from .behaviour import close, randomise, variant_parameters
 from .families import FAMILIES, outputs
+from .pieces import in_chunks
 from .reference import DIM, HEADS, KV_HEADS, tiny_llama
 
 TOKENS = torch.tensor([[3, 7, 1, 9, 22, 5, 13], [2, 8, 8, 1, 30, 4, 6]])
@@ -113,12 +112,8 @@ def test_padding_in_one_call_or_in_chunks(chunks: list[int], graph: str) -> None
     model = live(graph=graph)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
     tokens = torch.randint(1, 50, mask.shape, generator=torch.Generator().manual_seed(0))
-    places, cache, parts = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=model.config), []
-    for end, size in zip(np.cumsum(chunks), chunks, strict=True):
-        of = slice(end - size, end)
-        given = {"input_ids": tokens[:, of], "attention_mask": mask[:, :end], "position_ids": places[:, of]}
-        parts.append(model(**given, **cache_argument(model, cache)).logits)
-    for text, real, got in zip(tokens, mask.bool(), torch.cat(parts, dim=1), strict=True):
+    found = in_chunks(model, tokens, mask, chunks)
+    for text, real, got in zip(tokens, mask.bool(), found, strict=True):
         close(got[real], model(text[real][None]).logits[0])
 
 

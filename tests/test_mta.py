@@ -13,6 +13,7 @@ from patchattn.softmax import rows
 
 from .behaviour import randomise, variant_parameters
 from .families import FAMILIES
+from .pieces import in_chunks
 from .reference import DIM, HEADS, KV_HEADS, layer_in_and_out, rotate, tiny_llama
 
 TOKENS = torch.tensor([[3, 7, 1, 9, 22, 5, 13], [2, 8, 8, 1, 30, 4, 6]])
@@ -110,16 +111,6 @@ def test_rows_and_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(run(), whole, rtol=1e-9, atol=1e-9)
 
 
-def cached(model: Any, tokens: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torch.Tensor:
-    cache, parts = DynamicCache(config=model.config), []
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
-    for end, size in zip(np.cumsum(chunks), chunks, strict=True):
-        of = slice(end - size, end)
-        given = {"input_ids": tokens[:, of], "attention_mask": mask[:, :end], "position_ids": places[:, of]}
-        parts.append(model(**given, **cache_argument(model, cache)).logits)
-    return torch.cat(parts, dim=1)
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("chunks", [[9], [4, 3, 1, 1], [1] * 9], ids=str)
 @torch.no_grad()
@@ -129,7 +120,7 @@ def test_padding_anywhere_in_one_call_or_in_chunks(chunks: list[int], implementa
     randomise(model)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 1]])
     tokens = torch.randint(1, 50, mask.shape, generator=torch.Generator().manual_seed(0))
-    got = cached(model, tokens, mask, chunks)
+    got = in_chunks(model, tokens, mask, chunks)
     for text, real, given in zip(tokens, mask.bool(), got, strict=True):
         torch.testing.assert_close(given[real], model(text[real][None]).logits[0], rtol=0, atol=1e-9)
 

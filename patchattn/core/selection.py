@@ -150,6 +150,18 @@ def require_causal(model: nn.Module, sites: Iterable[AttentionSite], *, by: str,
     return causal
 
 
+def require_self(sites: Iterable[AttentionSite], *, by: str, because: str) -> list[AttentionSite]:
+    """Those of some attention modules that are self-attention, causal or not.
+
+    Raises:
+        NotImplementedError: there is none; with the name of what acts in them alone, and the reason.
+    """
+    found = [site for site in sites if not site.is_cross]
+    if not found:
+        raise NotImplementedError(f"{by} does not support cross: {because}.")
+    return found
+
+
 def require_bidirectional(
     model: nn.Module, sites: Iterable[AttentionSite], *, by: str, because: str
 ) -> list[AttentionSite]:

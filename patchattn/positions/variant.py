@@ -35,10 +35,16 @@ class RotaryConfig(VariantConfig):
 
 
 class RotaryVariant(Variant):
-    """A variant that turns queries or keys, by `self.rotary`, which is `None` where its settings turn nothing."""
+    """A variant that turns queries or keys, by `self.rotary`, which is `None` where its settings turn nothing.
+
+    Attributes:
+        name: as it is registered.
+        needs_rotation: whether layers that rotate nothing are left out.
+    """
 
     config: RotaryConfig
-    name: ClassVar[str]  # as it is registered
+    name: ClassVar[str]
+    needs_rotation: ClassVar[bool] = False
 
     def __init__(self, config: Any, site: AttentionSite) -> None:
         super().__init__(config, site)
@@ -73,6 +79,8 @@ class RotaryVariant(Variant):
         known = config.rotary or {}
         if any(site.name not in known for site in own):
             known = find_rotations(model, own, by=cls.name)
+        if cls.needs_rotation:
+            own = [site for site in own if known[site.name]["share"] != "none"]
         return replace(config, rotary={site.name: known[site.name] for site in own}), own
 
     def prepare(self, model: nn.Module) -> None:

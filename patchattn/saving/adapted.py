@@ -102,10 +102,14 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def adapter_parameters(model: nn.Module) -> int:
+    """Number of the values that the adapters on a model hold."""
+    return sum(tensor.numel() for tensor in adapter_tensors(model).values())
+
+
 def own_parameters(model: nn.Module) -> int:
     """Number of a model's parameters without what adapters hold beside them: LoRA merges into the weights."""
-    held = sum(tensor.numel() for tensor in adapter_tensors(model).values())
-    return sum(parameter.numel() for parameter in model.parameters()) - held
+    return sum(parameter.numel() for parameter in model.parameters()) - adapter_parameters(model)
 
 
 def folder_digest(folder: str | PathLike[str]) -> str | None:

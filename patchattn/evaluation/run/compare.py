@@ -25,7 +25,7 @@ from ...core.selection import base_model, evaluating
 from ...core.settings import Settings, option
 from ...files.documents import decoded, json_lines
 from ...plotting.style import MOST_RUNS
-from ...saving.adapted import adapter_tensors, loaded, own_parameters
+from ...saving.adapted import adapter_parameters, adapter_tensors, loaded, own_parameters
 from ..report.report import UNPATCHED, make_report, summary, write_report
 from ..tasks.cost import cuda_devices
 from ..tasks.results import claim, model_identity
@@ -141,8 +141,8 @@ def compare(
     folder, ways, found, patches = Path(output), _ways(model, runs, given.seed), {}, {}
     for name, way in ways.items():  # what is refused is so before the first run takes its time
         with way():
-            held = sum(tensor.numel() for tensor in adapter_tensors(model).values())
-            patches[name] = {**patch_info(model), "parameters": own_parameters(model), "adapter_parameters": held}
+            counted = {"parameters": own_parameters(model), "adapter_parameters": adapter_parameters(model)}
+            patches[name] = {**patch_info(model), **counted}
             _begin(model, tokenizer, tasks, folder / folder_name(name), given, state)
     for name, way in ways.items():
         with way():

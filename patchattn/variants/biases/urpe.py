@@ -9,6 +9,7 @@ from torch import nn
 
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
+from ...core.selection import require_self
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.token_numbers import key_numbers, row_numbers
@@ -47,10 +48,7 @@ class Urpe(RowVariant):
     def fit(
         cls, config: UrpeConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[UrpeConfig, Sequence[AttentionSite]]:
-        own = [site for site in sites if not site.is_cross]
-        if not own:
-            raise NotImplementedError("URPE does not support cross: tokens of two sequences are not apart by a number.")
-        return config, own
+        return config, require_self(sites, by="URPE", because="tokens of two sequences are not apart by a number")
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class CCA(RotaryVariant):
     config: CCAConfig
     name = "cca"
     splits_by_head = True
+    needs_rotation = True
 
     @classmethod
     def fit(
@@ -60,9 +61,7 @@ class CCA(RotaryVariant):
         whole = whole_sites(model, sites, by=f"'{cls.name}'")
         if config.window is None:
             return replace(config, rotary=None), whole
-        config, own = super().fit(config, model, whole)
-        rotated = {name: each for name, each in (config.rotary or {}).items() if each["share"] != "none"}
-        return replace(config, rotary=rotated), [site for site in own if site.name in rotated]
+        return super().fit(config, model, whole)
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

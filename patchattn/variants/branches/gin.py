@@ -13,7 +13,7 @@ from patchattn_kernels.rows import full_precision
 from ...core import ranks
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
-from ...core.selection import require_causal
+from ...core.selection import require_causal, require_self
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
@@ -73,10 +73,7 @@ class GIN(Variant):
         if config.graph == "self":
             because = "graph='self' is what a causal filter leaves"
             return config, require_causal(model, sites, by="gin", because=because)
-        inside = [site for site in sites if not site.is_cross]
-        if not inside:
-            raise NotImplementedError("gin does not support cross: keys of another sequence are no nodes of its graph.")
-        return config, inside
+        return config, require_self(sites, by="gin", because="keys of another sequence are no nodes of its graph")
 
     @property
     def needs_context(self) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from ...core import ranks
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
+from ...core.selection import require_self
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
@@ -43,12 +44,8 @@ class Exclusive(Variant):
     def fit(
         cls, config: ExclusiveConfig, model: nn.Module, sites: Sequence[AttentionSite]
     ) -> tuple[ExclusiveConfig, Sequence[AttentionSite]]:
-        own = [site for site in sites if not site.is_cross]
-        if not own:
-            raise NotImplementedError(
-                "Exclusive self-attention does not support cross: a token has no value of its own in another sequence."
-            )
-        return config, own
+        because = "a token has no value of its own in another sequence"
+        return config, require_self(sites, by="Exclusive self-attention", because=because)
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

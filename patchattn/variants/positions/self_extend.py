@@ -48,6 +48,7 @@ class SelfExtend(RotaryVariant):
     config: SelfExtendConfig
     name = "self_extend"
     splits_by_head = True
+    needs_rotation = True
 
     @classmethod
     def fit(
@@ -58,9 +59,7 @@ class SelfExtend(RotaryVariant):
         causal = require_causal(model, sites, by=f"'{cls.name}'", because=because)
         if config.group == 1:
             return replace(config, rotary=None), causal
-        config, own = super().fit(config, model, causal)
-        rotated = {name: each for name, each in (config.rotary or {}).items() if each["share"] != "none"}
-        return replace(config, rotary=rotated), [site for site in own if site.name in rotated]
+        return super().fit(config, model, causal)
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class LongHeads(RotaryVariant):
     config: LongHeadsConfig
     name = "longheads"
     splits_by_head = True
+    needs_rotation = True
 
     def __init__(self, config: LongHeadsConfig, site: AttentionSite) -> None:
         super().__init__(config, site)
@@ -83,9 +84,7 @@ class LongHeads(RotaryVariant):
         whole = whole_sites(model, sites, by=f"'{cls.name}'")
         if config.window is None:
             return replace(config, rotary=None), whole
-        config, own = super().fit(config, model, whole)
-        rotated = {name: each for name, each in (config.rotary or {}).items() if each["share"] != "none"}
-        return replace(config, rotary=rotated), [site for site in own if site.name in rotated]
+        return super().fit(config, model, whole)
 
     @classmethod
     def neutral_config(cls) -> dict[str, Any]:
