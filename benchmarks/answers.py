@@ -26,6 +26,7 @@ from answer_parts.cases import CONTINUATION, LONGBENCH, NEEDLES, TEXT, Case, cas
 from answer_parts.methods import Method, cache_methods, selection_methods
 from answer_parts.scoring import TAIL, Prefixes, When, dense, outcome
 from caches import Gates, conditions, loaded, random_gates
+from published import SMOL, needed
 
 app = typer.Typer(add_completion=False)
 
@@ -136,7 +137,7 @@ def gates_of(model: Any, folder: Path) -> dict[str, Gates | str]:
 @app.command()
 def run(
     page: Annotated[str, typer.Argument(help="'selection' or 'caches'.")],
-    model: Annotated[Path, typer.Argument(help="Folder of a causal language model, such as SmolLM2.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model.", default_factory=needed(SMOL))],
     folder: Annotated[Path | None, typer.Option(help="Folder for rows; a run goes on from those there.")] = None,
     text: Annotated[str | None, typer.Option(help="Text for needles and losses; without it, no losses.")] = None,
     longbench: Annotated[str | None, typer.Option(help="Folder with LongBench's files.")] = None,
@@ -170,7 +171,7 @@ def run(
 @app.command()
 def page(
     page: Annotated[str, typer.Argument(help="'selection' or 'caches'.")],
-    model: Annotated[Path, typer.Argument(help="Folder of the model that answered.")],
+    model: Annotated[Path, typer.Argument(help="Folder of the model that answered.", default_factory=needed(SMOL))],
     folder: Annotated[Path | None, typer.Option(help="Folder with rows.")] = None,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write, pictures beside it.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of weights and cache.")] = "bfloat16",

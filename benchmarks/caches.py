@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cache_formula
 from cache_page import written
 from paired_rows import append_row, read_rows
+from published import SMOL, needed
 
 app = typer.Typer(add_completion=False)
 
@@ -143,7 +144,7 @@ HALF = "duo half"
 SUMS = ("h2o", "expected_attention")  # need all queries of a text
 CONTEXTS = [2048, 8192, 16384]
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a causal language model, such as SmolLM2.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a causal language model.", default_factory=needed(SMOL))]
 Contexts = Annotated[list[int] | None, typer.Option(help="Tokens in the cache.")]
 Methods = Annotated[list[str] | None, typer.Option(help="Methods; all by default.")]
 Rows = Annotated[Path, typer.Option(help="File of rows; those that are there are not measured again.")]

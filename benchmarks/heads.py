@@ -40,6 +40,7 @@ from heads_parts import (
     speech,
 )
 from heads_parts.common import Part, Setup
+from published import SMOL, WHISPER, if_there, needed
 
 PARTS: tuple[Part, ...] = (
     *(retrieval, masking, contrast, lookback, massive, rollout, speech),
@@ -88,14 +89,17 @@ def page(setup: Setup, parts: tuple[Part, ...], about: str, pictures: Path | Non
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of a causal language model, such as SmolLM2-135M-Instruct.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model.", default_factory=needed(SMOL))],
     text: Annotated[Path, typer.Option(help="File of plain text: for perplexity, and to hide needles in.")],
     folder: Annotated[Path, typer.Option(help="Folder for rows; a run goes on from those that are there.")],
+    speech: Annotated[
+        Path | None,
+        typer.Option(help="Folder of whisper-tiny.en, for cross attention.", default_factory=if_there(WHISPER)),
+    ],
     samples: Annotated[int, typer.Option(help="Prompts of each length, and texts.", min=1)] = 16,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of prompts with a needle; 1024 and 2048.")] = None,
     encoder: Annotated[Path | None, typer.Option(help="Folder of an encoder, such as MiniLM, for rollout.")] = None,
     sentences: Annotated[Path | None, typer.Option(help="Folder of SST-2's train.tsv and dev.tsv.")] = None,
-    speech: Annotated[Path | None, typer.Option(help="Folder of whisper-tiny.en, for cross attention.")] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing new after so long; 0: only the page.")] = 1e9,
     part: Annotated[list[str] | None, typer.Option(help="Parts; all by default.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,

@@ -34,6 +34,7 @@ import patchattn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from paired_rows import append_row, paired, read_rows
+from published import DINO, needed
 
 FORMS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "dense": None,
@@ -139,7 +140,7 @@ def answers(features: torch.Tensor, probe: dict[str, torch.Tensor]) -> list[int]
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of a vision tower.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a vision tower.", default_factory=needed(DINO))],
     train: Annotated[Path, typer.Option(help="Zip file of the images to train probes on.")],
     test: Annotated[Path, typer.Option(help="Zip file of the images to test them on.")],
     folder: Annotated[Path, typer.Option(help="Where probes and answers are kept.")],

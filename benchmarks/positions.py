@@ -26,11 +26,12 @@ from heads import measure
 from heads_parts.common import Part
 from positions_parts import demonstrations, documents, far, first_token, length
 from positions_parts.common import Setup
+from published import SMOL, if_there, needed
 
 PARTS: tuple[Part, ...] = (length, documents, demonstrations, far)
 
 app = typer.Typer(add_completion=False)
-Model = Annotated[Path | None, typer.Option(help="Folder of SmolLM2-135M-Instruct.")]
+Model = Annotated[Path | None, typer.Option(help="Folder of SmolLM2-135M-Instruct.", default_factory=if_there(SMOL))]
 Text = Annotated[Path, typer.Option(help="File of plain text to measure on.")]
 Folder = Annotated[Path, typer.Option(help="Folder for rows; a run goes on from those that are there.")]
 
@@ -51,7 +52,7 @@ def page(setup: Setup, about: str, pictures: Path | None) -> str:
 def run(
     text: Text,
     folder: Folder,
-    model: Model = None,
+    model: Model,
     stories: Annotated[Path | None, typer.Option(help="Folder of stories260K.")] = None,
     training: Annotated[Path | None, typer.Option(help="File of plain text to train a small Llama on.")] = None,
     longbench: Annotated[
@@ -95,7 +96,7 @@ def run(
 
 @app.command("first-token")
 def first_token_(
-    model: Annotated[Path, typer.Argument(help="Folder of SmolLM2-135M-Instruct.")],
+    model: Annotated[Path, typer.Argument(help="Folder of SmolLM2-135M-Instruct.", default_factory=needed(SMOL))],
     folder: Folder,
     repeats: Annotated[int, typer.Option(help="Timed rounds; one more warms up.", min=1)] = 5,
 ) -> None:

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from caches import compressed, conditions, filled, loaded, patched, random_cache, seconds, sketched, steps
 from paired_rows import append_row, read_rows
+from published import SMOL, needed
 from selection_page import written
 
 HEADS, KV_HEADS, DIM = 16, 4, 64
@@ -213,7 +214,7 @@ def shared_lists(length: int, share: float) -> BlockLists:
 
 @app.command()
 def model(
-    folder: Annotated[Path, typer.Argument(help="Folder of a causal language model, such as SmolLM2.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a causal language model.", default_factory=needed(SMOL))],
     context: Annotated[list[int], typer.Option(help="Tokens in the cache.")] = [8192, 16384],  # noqa: B006
     share: Annotated[float, typer.Option(help="Share of the keys that is read.")] = 0.1,
     page: Annotated[int, typer.Option(help="Keys of a page.")] = 64,

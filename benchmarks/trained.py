@@ -25,6 +25,7 @@ import patchattn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from heads import measure
+from published import SMOL, if_there
 from trained_parts import adapted, conversion, toys
 from trained_parts.common import Setup
 
@@ -74,7 +75,9 @@ def _quiet() -> None:
 @app.command()
 def run(
     folder: Folder,
-    model: Annotated[Path | None, typer.Option(help="Folder of SmolLM2-135M-Instruct.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of SmolLM2-135M-Instruct.", default_factory=if_there(SMOL))
+    ],
     stories: Annotated[Path | None, typer.Option(help="Folder of stories260K.")] = None,
     text: Text = None,
     training: Annotated[Path | None, typer.Option(help="File of plain text to train SmolLM2 on.")] = None,

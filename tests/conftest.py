@@ -53,9 +53,9 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """Folder with plain checkpoints of published models, named as on the Hub; what needs it is skipped without."""
-    folder = os.environ.get("PATCHATTN_TEST_MODELS")
+    folder = os.environ.get("PATCHATTN_MODELS")
     if folder is None or not Path(folder).is_dir():
-        pytest.skip(f"needs published models: PATCHATTN_TEST_MODELS names no folder, but {folder}")
+        pytest.skip(f"needs published models: PATCHATTN_MODELS names no folder, but {folder}")
     return Path(folder)
 
 

@@ -28,15 +28,15 @@ def marked(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", map(marked, NOTEBOOKS))
-def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_from_any_folder(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("PATCHATTN_EXAMPLE_MODEL", str(FOLDER / "none"))  # a stand-in: real models take minutes
+    monkeypatch.setenv("PATCHATTN_MODELS", str(tmp_path))  # a stand-in: real models take minutes
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)  # the last notebook runs tests of its own
     notebook = nbformat.read(path, as_version=4)
     committed = printed(notebook)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     now = printed(notebook)
     assert len(now.splitlines()) == len(committed.splitlines()), "what is committed is not what it prints now"
     assert "False" not in now  # restored, reloaded: the same
