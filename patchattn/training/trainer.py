@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from ..core.packing import SETTINGS
 from .balance import Definition, balance_loss, check_routing
 from .groups import move_fast_parameters
 
@@ -74,3 +75,11 @@ class PatchedTrainerMixin(Base):
         if is_new and self.scale_learning_rate is not None:
             move_fast_parameters(optimizer, self.model, self.scale_learning_rate)
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model, with the settings of its patch in the state dict, which PEFT looks for: DeepSpeed gathers
+        parameters and buffers alone."""
+        if state_dict:
+            own = self.model.state_dict()  # sharded by DeepSpeed its tensors are empty
+            state_dict = {**{name: own[name] for name in own if name.endswith(SETTINGS)}, **state_dict}
+        super()._save(output_dir, state_dict)
