@@ -213,3 +213,13 @@ def test_gradients_are_not_remembered() -> None:
     state = SequenceState("me", True)
     state.write("x", torch.ones(2, requires_grad=True) * 2)
     assert not state.tensors["x"].requires_grad
+
+
+def test_a_layer_that_keeps_its_keys_in_a_place_of_its_own_is_refused() -> None:
+    layer = tf.cache_utils.DynamicLayer()
+    layer.keys = torch.tensor([])
+    state = SequenceState("me", True)
+    with pytest.raises(
+        NotImplementedError, match="me follows the keys of a cache, and DynamicLayer keeps 4 of them in a"
+    ):
+        state.align(layer, 4, 4)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 import patchattn
 from patchattn.softmax import rows
@@ -130,3 +131,12 @@ def test_what_it_refuses() -> None:
     own.outward = torch.nn.Parameter(own.outward[:, :3])
     with pytest.raises(NotImplementedError, match=r"gives every head of .* 3 channels, and its values are 8 wide"):
         model(TOKENS)
+
+
+def test_keys_that_are_fewer_than_the_tokens_of_their_layer_are_refused() -> None:
+    stages = {"depths": [1, 1], "hidden_sizes": [8, 8], "num_attention_heads": [2, 2], "mlp_ratios": [1, 1]}
+    patches = {"patch_sizes": [4, 2], "strides": [4, 2], "sequence_reduction_ratios": [2, 1]}
+    model = tf.PvtModel(tf.PvtConfig(image_size=32, num_encoder_blocks=2, **stages, **patches)).eval()
+    patchattn.patch_model(model, "gin", width=WIDE)
+    with pytest.raises(NotImplementedError, match=r"attends to 16 keys of 64 tokens"):
+        model(torch.randn(1, 3, 32, 32))

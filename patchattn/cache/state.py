@@ -143,10 +143,17 @@ class SequenceState:
 
         Raises:
             ValueError: the layer holds tokens that this state knows nothing of.
+            NotImplementedError: the layer keeps its keys elsewhere than others do.
         """
         if in_slots(layer):
             return
         needed, held = keys - rows, getattr(layer, "keys", None)
+        if held is not None and held.dim() < 2:  # still empty behind a call: which keys it drops is not known
+            raise NotImplementedError(
+                f"{self.owner} follows the keys of a cache, and {type(layer).__name__} keeps {keys} of them in a place "
+                "of its own. Leave these modules out with modules=... or layers=..., or call the model with "
+                "use_cache=False."
+            )
         spare = 0 if held is None else max(0, held.shape[-2] - keys)
         for name, tensor in self.per_key.items():
             past = self._known(name, tensor)[..., : layer.get_seq_length() - rows]  # no slots that were not filled then

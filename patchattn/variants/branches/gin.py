@@ -95,6 +95,11 @@ class GIN(Variant):
             )
         nodes = F.linear(call.context.layer_input().to(self.inward.dtype), self.inward)
         known = full_precision(call.context.remembered("gin", {"nodes": nodes.mT})["nodes"])
+        if known.shape[-1] != call.key.shape[2]:
+            raise NotImplementedError(
+                f"gin takes keys for the tokens of their layer, and {self.site.name} attends to {call.key.shape[2]} "
+                f"keys of {known.shape[-1]} tokens. Leave it out with modules=... or layers=..."
+            )
 
         def of(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
             edges = self._edges(some_rows(call, start, end))
