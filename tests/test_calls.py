@@ -306,3 +306,13 @@ def test_a_mask_of_heads_that_a_kernel_cannot_read_is_refused_by_name(monkeypatc
     patchattn.patch_model(model, "moh", active_ratio=0.5)
     with pytest.raises(NotImplementedError, match="differs between heads"):
         model(TOKENS, attention_mask=masks_of_heads())
+
+
+def test_a_call_is_not_given_what_it_does_not_have() -> None:
+    def attend(call: patchattn.AttentionCall, inner: Any) -> Any:
+        with pytest.raises(TypeError, match="no 'querry'; there is"):
+            call.replace(querry=call.query)
+        return inner(call.replace(query=call.query))
+
+    with toy(attend) as name, torch.no_grad():
+        patchattn.patch_model(llama(), name)(TOKENS)

@@ -73,11 +73,11 @@ def unpatched() -> tuple[float, float]:
     ("variant", "settings", "python", "operators"),
     [
         ("moh", {"active_ratio": 1.0}, 14, 0),
-        ("logn", {"train_length": 4}, 55, 10),
-        ("ssmax", {}, 59, 10),
+        ("logn", {"train_length": 4}, 51, 7),
+        ("ssmax", {}, 55, 8),
         ("moh", {}, 60, 13),
         ("moh", {"router": "learned"}, 86, 31),
-        ("ssa", {}, 161, 41),
+        ("ssa", {}, 151, 25),
     ],
 )
 def test_decoding_costs_few_calls_and_operators(

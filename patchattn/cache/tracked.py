@@ -379,12 +379,6 @@ def sequence_state(
     return new
 
 
-def expect_call(layer: Any) -> None:
-    """The call to come is one of a model that asks for `columns`."""
-    if isinstance(layer, TrackedLayer):
-        layer.is_expected = True
-
-
 def append_in_place(layer: Any) -> None:
     """From the next call on, have a layer that grows do so without copying what it holds."""
     if isinstance(layer, TrackedLayer) or torch.compiler.is_compiling() or not isinstance(layer, CacheLayerMixin):

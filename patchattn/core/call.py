@@ -106,11 +106,17 @@ class AttentionCall:
         return replaceable and not asked and self.query.shape[0] == self.key.shape[0]
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other query, key, value, mask or scaling."""
+        """A copy with other query, key, value, mask or scaling; TypeError of what a call does not have."""
         if "scaling" in changes:
             changes = {"kwargs": {**self.kwargs, "scaling": changes.pop("scaling")}, **changes}
-        # not by `vars`, which torch 2.11 does not compile
-        return type(self)(**{name: getattr(self, name) for name in self.__dataclass_fields__} | changes)
+        # spelled out, as it is asked for in every layer; not by `vars`, which torch 2.11 does not compile
+        same = (self.query, self.key, self.value, self.mask, self.kwargs, self.module, self.site, self.base)
+        made = type(self)(*same, self.context, self.facts, self.innermost, self.is_last)
+        for name, value in changes.items():
+            if name not in self.__dataclass_fields__:
+                raise TypeError(f"A call of attention has no {name!r}; there is {list(self.__dataclass_fields__)}.")
+            setattr(made, name, value)
+        return made
 
     def seeing(self, keep: Keep | None) -> Self:
         """The same call, whose queries see less; see `Mask.narrowed`."""

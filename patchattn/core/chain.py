@@ -227,12 +227,13 @@ class VariantChain(nn.Module):
             )
         if tap is not None and tap.covers(call.key):
             return call
-        visible = call.mask.counts()
-        key, value = self.before_cache(call.key, call.value, context, visible)
+        key, value = self.before_cache(call.key, call.value, context, call.mask)
         return call.replace(key=key, value=value)
 
-    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int) -> Mask:
-        """The mask of a call whose new keys `(B, Hkv, T, D)` are on their way into a cache that then gives `keys`."""
+    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int, own: int | None) -> Mask:
+        """The mask of a call whose new keys `(B, Hkv, T, D)` are on their way into a cache that then gives `keys`, the
+        first of which has the place `own`, where that is known: the one that attention is then called with, if nothing
+        in between makes it another."""
         batch, length = context.layer_input.shape[:2]
         return host().mask_of_call(
             context.attention_mask,
@@ -245,13 +246,17 @@ class VariantChain(nn.Module):
             queries=length,
             keys=keys,
             window=window_of(context.module),
+            own=own,
+            told=context.told,
             device=key.device,
+            dtype=key.dtype,
         )
 
     def before_cache(
-        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
+        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, mask: Mask
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let every variant change new keys and values, outermost first."""
+        """Let every variant change new keys and values, outermost first; `mask` says who sees them."""
+        context.mask, visible = mask, mask.counts()
         if not self.site.is_cross and context.memory is not None and context.memory is not context.layer_input:
             raise NotImplementedError(
                 f"{self.site.module_class} ({self.site.name}) mixes its own sequence with another one in its keys; "

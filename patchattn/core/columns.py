@@ -79,7 +79,7 @@ class Columns:
     fault: str | None = None
     changed: bool = False
     # What was found, by name, as cached_property does not compile; "columns": what all masks over these have in common.
-    _memo: dict[str, Any] = field(default_factory=dict, init=False)
+    _memo: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def _check(self) -> None:
         if self.fault is not None:

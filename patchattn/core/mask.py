@@ -15,11 +15,6 @@ from .columns import Form as Form
 from .columns import Keep as Keep
 
 
-def log_counts(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`Mask.log_counts` of `Mask.counts`."""
-    return counts.clamp(min=1).to(dtype).log()
-
-
 @dataclass(frozen=True, eq=False)
 class Mask(Columns):
     """Which keys queries see. B sequences, H query heads, Tq queries, Tk keys.
@@ -47,7 +42,10 @@ class Mask(Columns):
         Raises:
             NotImplementedError: as `seen`.
         """
-        return ranks.remembered(self, "counts", lambda _: self._found_counts())
+        found: torch.Tensor | None = self._memo.get("counts")
+        if found is None:
+            found = self._memo["counts"] = self._found_counts()
+        return found
 
     def log_counts(self, dtype: torch.dtype) -> torch.Tensor:
         """Natural logarithm of `counts`, in their shape; a query that sees no key counts as if it saw one.
@@ -55,7 +53,10 @@ class Mask(Columns):
         Raises:
             NotImplementedError: as `seen`.
         """
-        return ranks.remembered(self, f"log counts {dtype}", lambda _: log_counts(self.counts(), dtype))
+        found: torch.Tensor | None = self._memo.get(dtype)
+        if found is None:
+            found = self._memo[dtype] = ranks.log_counts(self.counts(), dtype)
+        return found
 
     def _found_counts(self) -> torch.Tensor:
         self._check()
@@ -66,16 +67,19 @@ class Mask(Columns):
             of_own = self.sequence[own]
             first, end = (torch.searchsorted(self.sequence, of_own, right=right) for right in (False, True))
             order, total = own - first + 1, end - first
-        else:
-            real = ranks.real(self).long()
+        elif self.real_columns is not None:
+            real = self.real_columns.long()
             total = real.sum(-1, keepdim=True)
             counted = self.causal or self.window is not None
             order = ranks.by_row(self, real.cumsum(-1)) if counted else total
             order = order.expand(-1, self.queries)
+        else:
+            total = torch.full((1, self.queries), self.columns - self.dropped, device=self.device)
+            order = ranks.own(self) + 1 if self.causal or self.window is not None else total
         counts = order if self.causal else total.expand_as(order)
         if self.window is not None:
             counts = torch.minimum(counts, order + self.window - 1) - (order - self.window).clamp(min=0)
-        return counts + self.extra
+        return counts + self.extra if self.extra else counts
 
     def added(self) -> torch.Tensor | None:
         """`(B or 1, H or 1, Tq, Tk)` what a dense mask adds to the logits of these keys, if it is one that does."""

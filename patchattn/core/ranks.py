@@ -227,6 +227,11 @@ def taken(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return tensor.expand(batch, -1).gather(-1, places.expand(batch, -1).to(tensor.device))
 
 
+def log_counts(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `Mask.log_counts`, of `Mask.counts`."""
+    return counts.clamp(min=1).to(dtype).log()
+
+
 def refuse_uncounted(mask: Columns, *, keys: bool = False) -> None:
     """NotImplementedError where ranks are asked for that nobody knows; or, of the keys, which are text."""
     if mask.unsure if keys else mask.uncounted:

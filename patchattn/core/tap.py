@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
-from ..cache.tracked import append_in_place, expect_call
+from ..cache.tracked import TrackedLayer, append_in_place
 from .mask import Mask
 from .sites import AttentionSite
 from .surroundings import LayerContext
@@ -103,10 +103,10 @@ class Storing(Protocol):
     storing: tuple[str, ...]  # those that change what is stored
     stores_what_it_attends: bool
 
-    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int) -> Mask: ...
+    def mask_before_cache(self, context: LayerContext, key: torch.Tensor, keys: int, own: int | None) -> Mask: ...
 
     def before_cache(
-        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, visible: torch.Tensor
+        self, key: torch.Tensor, value: torch.Tensor, context: LayerContext, mask: Mask
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -169,15 +169,18 @@ class CacheTap:
         return next((layer for layer in layers if getattr(layer, "keys", None) is key), None)
 
     def change(
-        self, key: torch.Tensor, value: torch.Tensor, cache: Cache, layer_index: int
+        self, key: torch.Tensor, value: torch.Tensor, cache: Cache, layer_index: int, layer: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values, changed by the variants."""
         self.is_used = True
         context = self.running_context()
         rows = key.shape[2]
-        keys = rows if self.chain.site.is_cross else cache.get_mask_sizes(rows, layer_index)[0]
-        visible = self.chain.mask_before_cache(context, key, keys).counts()
-        return self.chain.before_cache(key, value, context, visible)
+        if self.chain.site.is_cross:
+            keys, own = rows, None
+        else:
+            keys = cache.get_mask_sizes(rows, layer_index)[0]
+            own = keys - rows if getattr(layer, "grows", False) else None
+        return self.chain.before_cache(key, value, context, self.chain.mask_before_cache(context, key, keys, own))
 
 
 class TappedCache(Cache):
@@ -190,14 +193,17 @@ class TappedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._tap.chain.storing:
-            key_states, value_states = self._tap.change(key_states, value_states, self._cache, layer_idx)
-        expect_call(self._cache.layers[layer_idx] if layer_idx < len(self._cache.layers) else None)
-        held = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._tap.layer, self._tap.added = self._cache.layers[layer_idx], key_states.shape[2]
-        append_in_place(self._tap.layer)
-        if self._tap.chain.storing:
-            self._tap.follow(*held)
+        cache, tap = self._cache, self._tap
+        layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        if tap.chain.storing:
+            key_states, value_states = tap.change(key_states, value_states, cache, layer_idx, layer)
+        if isinstance(layer, TrackedLayer):
+            layer.is_expected = True  # the call to come is one of a model that asks for `columns`
+        held = cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        tap.layer, tap.added = cache.layers[layer_idx], key_states.shape[2]
+        append_in_place(tap.layer)
+        if tap.chain.storing:
+            tap.follow(*held)
         return held
 
     @property

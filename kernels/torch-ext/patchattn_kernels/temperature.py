@@ -13,5 +13,9 @@ def scale_tokens(states: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     Returns:
         `(B, H, T, D)` in the dtype of `states`; the product is taken in that dtype.
     """
-    by_head = factor.unsqueeze(1) if factor.dim() == 2 else factor.transpose(1, 2)
-    return states * by_head.unsqueeze(-1).to(states.dtype)
+    if factor.dtype != states.dtype:  # for a token that is decoded, even a conversion to what it is already takes long
+        factor = factor.to(states.dtype)
+    if factor.dim() == 3:
+        return states * factor.transpose(1, 2).unsqueeze(-1)
+    batch, tokens = factor.shape
+    return states * factor.reshape(batch, 1, tokens, 1)

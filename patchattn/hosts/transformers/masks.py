@@ -38,47 +38,72 @@ def mask_of_call(
     arguments: Mapping[str, Any],
     *,
     is_causal: bool,
+    is_cross: bool,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    own: int | torch.Tensor | None = None,
+    dropped: int | None = 0,
     told: Told = NOTHING_TOLD,
-    **sizes: Any,
 ) -> Mask:
     """The mask of a call of a base implementation. Layers of one forward that are called alike share it.
+
+    What it follows from is spelled out, as one that was read already is found by it in every layer.
 
     Args:
         given: as the attention function gets it.
         base: the base implementation.
         arguments: what the attention module, or its attention function, was called with.
         is_causal: by the call's argument, else the module's attribute.
-        told: what the model was told of its tokens.
-        sizes: of the call, as `read_mask` takes them.
+        is_cross: as of `read_mask`, like all others.
+        batch: likewise.
+        heads: likewise.
+        queries: likewise.
+        keys: likewise.
+        device: likewise.
+        dtype: likewise.
+        window: likewise.
+        own: likewise.
+        dropped: likewise.
+        told: likewise.
     """
     run = run_of(arguments)
-    version = _version(given, base, sizes) if run.told and base != INLINE else None
-    if version is None:
-        return _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
-    key = (id(given), version, base, is_causal, id(told), torch.is_inference_mode_enabled(), *sizes.items())
+    version = _version(given, base, queries) if run.told and base != INLINE else None
+    numbers = (is_causal, is_cross, batch, heads, queries, keys, device, dtype, window, own, dropped)
+    if version is None or isinstance(own, torch.Tensor):
+        return _read(given, base, arguments, told, *numbers)
+    key = (id(given), version, base, id(told), torch.is_inference_mode_enabled(), numbers)
     found: tuple[Any, Told, Mask] | None = run.masks.get(key)
     if found is None:
         if len(run.masks) == _MASKS_AT_ONCE:  # layers on several devices get copies of their own
             del run.masks[next(iter(run.masks))]
         # What was given and told lives on beside the mask, so that no other object gets its identity.
-        found = run.masks[key] = given, told, _read(given, base, arguments, is_causal=is_causal, told=told, **sizes)
+        found = run.masks[key] = given, told, _read(given, base, arguments, told, *numbers)
     return found[2]
 
 
-def _version(given: Any, base: str, sizes: Mapping[str, Any]) -> int | None:
+def _version(given: Any, base: str, queries: int) -> int | None:
     """How often a mask was changed that follows from what it is found by: tensors, by identity and version, and
     numbers; `None` of one that does not."""
-    if torch.compiler.is_compiling() or isinstance(sizes.get("own"), torch.Tensor):
+    if torch.compiler.is_compiling():
         return None
     if given is None:  # flash attention may be told of packed sequences by tensors beside it
-        return 0 if sizes["queries"] == 1 or not is_flash(base) else None
+        return 0 if queries == 1 or not is_flash(base) else None
     is_counted = isinstance(given, torch.Tensor) and not given.is_inference()  # such a one does not count its changes
     return given._version if is_counted else None
 
 
-def _read(given: Any, base: str, arguments: Mapping[str, Any], *, is_causal: bool, **sizes: Any) -> Mask:
+_NUMBERS = ("is_causal", "is_cross", "batch", "heads", "queries", "keys", "device", "dtype", "window", "own", "dropped")
+
+
+def _read(given: Any, base: str, arguments: Mapping[str, Any], told: Told, *numbers: Any) -> Mask:
     form, _ = _KINDS.get(_mask_function(base), (None, None))
-    is_causal, sequence = is_causal and not sizes["is_cross"], None
+    sizes = dict(zip(_NUMBERS, numbers, strict=True))
+    is_causal, sequence = sizes.pop("is_causal") and not sizes["is_cross"], None
     meaning: Meaning | str = "all"
     if given is None:
         meaning = no_mask_means(base, is_causal=is_causal, q_length=sizes["queries"])
@@ -88,7 +113,7 @@ def _read(given: Any, base: str, arguments: Mapping[str, Any], *, is_causal: boo
             meaning = str(error)
     if PAGED in arguments:
         sizes |= places_of_texts(arguments, sizes["queries"], sizes["keys"])
-    return read_mask(given, form=form, meaning=meaning, is_causal=is_causal, sequence=sequence, **sizes)
+    return read_mask(given, form=form, meaning=meaning, is_causal=is_causal, sequence=sequence, told=told, **sizes)
 
 
 def no_mask_means(base: str, *, is_causal: bool, q_length: int) -> Meaning | str:

@@ -9,7 +9,6 @@ from torch import nn
 from patchattn_kernels import scale_tokens
 
 from ...core.call import AttentionCall
-from ...core.mask import log_counts
 from ...core.patching import active_chains
 from ...core.registry import register_variant
 from ...core.selection import base_model
@@ -130,7 +129,8 @@ class SSA(Variant):
                 features = self.features("query", call.module, call.context.layer_input())
             tau = self.temperature("query", features, call.mask.log_counts(self._dtype("query")))
             call = call.replace(query=scale_tokens(call.query, tau))
-            self.report(call, query_temperature=tau)
+            if self.observers:
+                self.report(call, query_temperature=tau)
         return inner(call)
 
     def before_cache(
@@ -143,9 +143,10 @@ class SSA(Variant):
         for stream in ("key", "value"):
             if stream in self.streams:
                 features = None if tokens is None else self.features(stream, context.module, tokens)
-                tau = self.temperature(stream, features, log_counts(visible, self._dtype(stream)))
+                tau = self.temperature(stream, features, context.log_counts(visible, self._dtype(stream)))
                 states[stream] = scale_tokens(states[stream], tau)
-                self.report(context, **{f"{stream}_temperature": tau})
+                if self.observers:
+                    self.report(context, **{f"{stream}_temperature": tau})
         return states["key"], states["value"]
 
     def features(self, stream: str, module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -172,14 +173,15 @@ class SSA(Variant):
         Returns:
             `(B or 1, T)`, with heads if `log_counts` has them.
         """
-        tau = log_counts.new_ones(()) if features is None else self._token_part(stream, features, log_counts) + 1.0
+        tau = log_counts.new_ones(()) if features is None else self._token_part(stream, features, log_counts).add(1.0)
         if not self.config.position_aware:
             return tau
         return torch.addcmul(tau, self.position_coefficient(stream), log_counts)
 
     def _token_part(self, stream: str, features: torch.Tensor, log_counts: torch.Tensor) -> torch.Tensor:
         token = getattr(self, f"{stream}_token")
-        part = torch.tanh((features.to(token.dtype) @ token).to(log_counts.dtype))
+        product = (features if features.dtype == token.dtype else features.to(token.dtype)) @ token
+        part = (product if product.dtype == log_counts.dtype else product.to(log_counts.dtype)).tanh()
         return part if log_counts.dim() == 2 else part.unsqueeze(-1)
 
     def fold(self, plain: nn.Module) -> None:
@@ -192,7 +194,8 @@ class SSA(Variant):
     def position_coefficient(self, stream: str) -> torch.Tensor:
         """`(1,)` what multiplies log n for a scaled stream, in float32 at least."""
         alpha = getattr(self, f"{stream}_alpha")
-        alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
+        wide = torch.promote_types(alpha.dtype, torch.float32)
+        alpha = alpha if alpha.dtype == wide else alpha.to(wide)
         if self.config.squash == "sigmoid":
             return alpha.sigmoid()
         return (-alpha.exp()).exp() if self.config.squash == "exp_neg_exp" else alpha
