@@ -131,6 +131,7 @@ offer(
             "hyper": "selection.hyper",
             "keydiff": "eviction.keydiff",
             "knorm": "eviction.knorm",
+            "landmark": "normalisers.landmark",
             "layer_shortcuts": "branches.layer_shortcuts",
             "logn": "temperature.logn",
             "longheads": "selection.longheads",

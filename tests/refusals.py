@@ -154,6 +154,7 @@ REFUSALS: dict[str, list[Refusal]] = {
             "learned positions, a bias of distances and several axes of positions cannot be turned",
         ),
     ],
+    "landmark": [*_of_pages("landmark")["landmark"], *_WITHOUT_SLOTS],
     "gin": [
         *_WITHOUT_SLOTS,
         _of(

@@ -60,6 +60,7 @@ SHIPPED = [
     "hyper",
     "keydiff",
     "knorm",
+    "landmark",
     "layer_shortcuts",
     "logn",
     "longheads",

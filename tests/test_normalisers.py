@@ -112,7 +112,7 @@ def test_gradients_of_a_step_are_those_of_a_slope_between_minus_one_and_one() ->
     model = patchattn.patch_model(FAMILIES["bert"].make(), "bibert", blend=None)
     variant = model.get_submodule(patchattn.patch_info(model).sites[0]["name"]).patchattn.bibert
     logits = torch.tensor([[-3.0, -0.5, 0.5, 3.0]], requires_grad=True)
-    weights = variant.normalised(logits, torch.ones(1, 4, dtype=torch.bool))
+    weights = variant.normalised(logits, torch.ones(1, 4, dtype=torch.bool), call=None)
     assert weights.tolist() == [[0.0, 0.0, 0.5, 0.5]]
     weights[0, 2].backward()  # of c2 / (c0 + c1 + c2 + c3), where c1 and c2 have a slope of 1
     torch.testing.assert_close(logits.grad, torch.tensor([[0.0, -0.25, 0.25, 0.0]]))

@@ -1,24 +1,69 @@
-"""Which ids the tokens of a call have: a hook on the text model hands them down to its attention."""
+"""Which ids the tokens of a call have: hooks on the text model hand them down to its attention."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .call import AttentionCall
-from .hooks import called_with, unknown_ids
-from .run import RUN, run_of
+from .hooks import Hook, called_with, note_token_ids, unknown_ids
+from .run import RUN, current_run, end_run, run_of
+from .selection import base_model
+from .variant import Variant
 
 _IDS = "token_ids"  # a fact of a run: `(B, T)` int
+
+
+class TokenIdVariant(Variant):
+    """A variant that asks for `token_ids(call)`, by hooks on the text model that its attention module is in.
+
+    Attributes:
+        name: of the variant, for messages.
+    """
+
+    name: str
+
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        base: Any = base_model(model)
+        text = text_model(base, self.site.name)
+        return [
+            *super().hooks(model),
+            Hook(base, "before", self.before_model),
+            Hook(text.get_input_embeddings(), "before", self.before_embedding),  # type: ignore[operator]
+            Hook(text, "before", self.before_text_model),
+            Hook(text, "finally", self.after_text_model),
+            Hook(base, "finally", self.after_model),
+        ]
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current_run().token_ids = None  # of what was embedded outside of a forward
+
+    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note_token_ids(args, kwargs)
+
+    def before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand `token_ids` down; NotImplementedError if nobody knows the ids of its input (`hooks.unknown_ids`)."""
+        given, run = called_with(module, args, kwargs), run_of(kwargs)
+        ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+        ids = run.facts.get(_IDS, run.token_ids) if ids is None else ids
+        if ids is None or (embeddings is not None and ids.shape[1] != embeddings.shape[1]):
+            embedding = module.get_input_embeddings()  # type: ignore[operator]
+            raise unknown_ids(self.name, embedding, self.before_embedding)
+        return args, {**kwargs, RUN: run.handed_down({_IDS: ids})}
+
+    def after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        current_run().token_ids = None
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        end_run()
 
 
 def token_ids(call: AttentionCall) -> torch.Tensor:
     """`(B, Tq)` ids of the tokens of a call.
 
     Raises:
-        NotImplementedError: its text model has no hook that says them (`with_token_ids`), or they did not arrive.
+        NotImplementedError: its text model has no hook that says them (`TokenIdVariant`), or they did not arrive.
     """
     return call.context.handed_down(_IDS, "the ids of its tokens")
 
@@ -35,27 +80,3 @@ def text_model(model: nn.Module, site_name: str) -> nn.Module:
         if "input_ids" in inspect.signature(module.forward).parameters:
             return module
     raise NotImplementedError(f"No module around {site_name} is called with input_ids, by which tokens are told apart.")
-
-
-def with_token_ids(
-    owner: str, module: nn.Module, before_embedding: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a text model is called with, and `token_ids` for its attention.
-
-    Args:
-        owner: variant, for messages.
-        module: the text model.
-        before_embedding: the variant's hook on what embeds ids, which notes them (`hooks.note_token_ids`).
-        args: what the text model is called with by position.
-        kwargs: what it is called with by name.
-
-    Raises:
-        NotImplementedError: nobody knows the ids of its input (`hooks.unknown_ids`).
-    """
-    given, run = called_with(module, args, kwargs), run_of(kwargs)
-    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-    ids = run.facts.get(_IDS, run.token_ids) if ids is None else ids
-    if ids is None or (embeddings is not None and ids.shape[1] != embeddings.shape[1]):
-        embedding = module.get_input_embeddings()  # type: ignore[operator]
-        raise unknown_ids(owner, embedding, before_embedding)
-    return args, {**kwargs, RUN: run.handed_down({_IDS: ids})}

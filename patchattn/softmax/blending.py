@@ -75,13 +75,13 @@ class BlendedVariant(RowVariant):
     def fast_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
-    def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def normalised(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """`(B, H, R, Tk)` the other weights; arguments as of `weights`."""
-        raise NotImplementedError(f"{type(self).__name__} must define normalised(logits, visible).")
+        raise NotImplementedError(f"{type(self).__name__} must define normalised(logits, visible, call).")
 
     @final
     def weights(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-        others = self.normalised(logits, visible)
+        others = self.normalised(logits, visible, call)
         if self.blend is None:
             return others
         return logits.softmax(-1).lerp(others, self.blend.to(logits.dtype)[:, None, None])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.selection import require_bidirectional
 from ...core.sites import AttentionSite
@@ -38,7 +39,7 @@ class BiBERT(BlendedVariant):
             config, model, require_bidirectional(model, sites, by="'bibert'", because="it is made for encoders")
         )
 
-    def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def normalised(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         slope = logits.clamp(-1, 1)
         chosen = ((logits >= 0).to(logits.dtype) + slope - slope.detach()) * visible
         return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -52,7 +53,7 @@ class Entmax(BlendedVariant):
         self.hold("sparsity", math.log(share / (1 - share)))
         self.hold("scale", config.scale)
 
-    def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def normalised(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         dtype = logits.dtype
         scale = self.scale.to(dtype)[:, None, None]
         return entmax((logits * scale).where(visible, logits), self.alpha(dtype)[:, None, None])

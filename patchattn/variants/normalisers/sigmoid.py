@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import ALL_CAPABILITIES, VariantInfo
@@ -32,7 +33,7 @@ class Sigmoid(BlendedVariant):
     from_scratch = "blend=None"
     splits_by_head = True
 
-    def normalised(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def normalised(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         if self.config.bias is not None:
             return (logits + self.config.bias).sigmoid()
         counts = visible.sum(-1, keepdim=True).clamp(min=1).to(logits.dtype)

@@ -1,58 +1,29 @@
 """Whether prompts begin with the prefix whose keys were clustered: their tokens are compared with its own."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ....core.call import AttentionCall
-from ....core.hooks import Hook, note_token_ids
-from ....core.run import current_run, end_run
-from ....core.selection import base_model
-from ....core.token_ids import text_model, token_ids, with_token_ids
+from ....core.hooks import Hook
+from ....core.token_ids import TokenIdVariant, token_ids
 from ....reading.selection import plain_own
 from ....reading.whole import WholeSelection
 from .settings import SqueezedConfig
 
 
-class ComparedPrompts(WholeSelection):
-    """A variant that is told which tokens a call is of, by hooks on the text model, and compares them with a prefix.
+class ComparedPrompts(TokenIdVariant, WholeSelection):
+    """A variant that compares the tokens of prompts with a prefix.
 
     Attributes:
         prefix: `(length,)` int64 ids of its tokens, where the settings say that it compares.
     """
 
     config: SqueezedConfig
+    name = "squeezed"
     prefix: torch.Tensor
 
     def hooks(self, model: nn.Module) -> list[Hook]:
-        if not self.config.compares:
-            return super().hooks(model)
-        base: Any = base_model(model)
-        text = text_model(base, self.site.name)
-        return [
-            *super().hooks(model),
-            Hook(base, "before", self.before_model),
-            Hook(text.get_input_embeddings(), "before", self.before_embedding),  # type: ignore[operator]
-            Hook(text, "before", self.before_text_model),
-            Hook(text, "finally", self.after_text_model),
-            Hook(base, "finally", self.after_model),
-        ]
-
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current_run().token_ids = None  # of what was embedded outside of a forward
-
-    def before_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note_token_ids(args, kwargs)
-
-    def before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_token_ids("squeezed", module, self.before_embedding, args, kwargs)
-
-    def after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        current_run().token_ids = None
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        end_run()
+        return super().hooks(model) if self.config.compares else super(TokenIdVariant, self).hooks(model)
 
     def compare(self, call: AttentionCall) -> None:
         """To be asked in every call that a prefix may begin or go on in: ValueError unless its tokens are those of the
