@@ -46,6 +46,8 @@ def expected(logits: np.ndarray, tokens: list[int], top: int | None = None) -> n
     if top is not None:
         earlier = sorted(earlier, key=lambda n: -logits[marks[n]])[:top]
     weights, near = np.zeros(len(tokens)), sections[own]
+    if not near and not earlier:  # landmarks before any token
+        return softmax(list(logits))
     shared = softmax([*(logits[j] for j in near), *(logits[marks[n]] for n in earlier)])
     for j, share in zip(near, shared, strict=False):
         weights[j] = share

@@ -105,6 +105,7 @@ def grouped_softmax(
     if top is not None:
         reads = highest(logits, reads, torch.zeros_like(reads), top)
     is_near = is_text & (section == own)
+    is_near = is_near | (visible & ~(is_near | reads).any(-1, keepdim=True))  # landmarks at the start see themselves
     shared = logits.where(is_near | reads, HIDDEN).softmax(-1)
     given = _by_section(shared * reads, number)
     low = logits.detach().where(is_text, HIDDEN)
