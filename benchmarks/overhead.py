@@ -34,7 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("moh", {"router": "learned"}),
     ("ssa", {}),
 ]
-DECODING = [*CASES, ("ssmax", {}), ("act", {})]
+DECODING = [*CASES, ("ssmax", {}), ("act", {}), ("sink", {}), ("gated", {}), ("fox", {})]
 BATCH, LENGTH = 32, 128
 TOKENS = 64
 

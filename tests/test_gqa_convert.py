@@ -260,6 +260,9 @@ def test_models_that_know_no_number_of_kv_heads_and_numbers_that_do_not_divide()
     for family in ("bert", "gpt2", "t5", "whisper"):
         with pytest.raises(NotImplementedError, match="cannot be cut into heads"):
             patchattn.patch_model(FAMILIES[family].make(), "gqa_convert")
+    alibi = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4))
+    with pytest.raises(NotImplementedError, match="cannot be cut into heads: it computes attention in its own code"):
+        patchattn.patch_model(alibi, "gqa_convert")
     with pytest.raises(ValueError, match="has 4 kv heads, which 3 does not divide"):
         patchattn.patch_model(tiny_llama(num_key_value_heads=4), "gqa_convert", kv_heads=3)
     other = tiny_llama(hidden_size=16)

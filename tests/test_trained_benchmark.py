@@ -123,7 +123,7 @@ def test_the_other_side_is_said() -> None:
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="There are the parts toys, conversion, adapted, got x"):
-        trained.run(tmp_path, part=["x"])
+        trained.run(tmp_path, None, part=["x"])
 
 
 @pytest.fixture
