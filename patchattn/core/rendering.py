@@ -32,14 +32,14 @@ def rendered(mask: Columns) -> tuple[torch.Tensor | BlockMask | None, dict[str, 
     else:
         is_added = mask.form == "added"
     if not is_added:
-        return (None if _all_seen(mask) else keeping.seen(mask)), {}
+        return (None if sees_all(mask) else keeping.seen(mask)), {}
     dtype = mask.given.dtype if isinstance(mask.given, torch.Tensor) else mask.dtype
     seen, added = keeping.seen(mask), keeping.added(mask)
     values = torch.zeros((), dtype=dtype, device=seen.device) if added is None else added
     return torch.where(seen, values, torch.finfo(dtype).min), {}
 
 
-def _all_seen(mask: Columns) -> bool:
+def sees_all(mask: Columns) -> bool:
     """Whether a single row sees every key, as structure alone says: it then needs no mask."""
     ends = not mask.causal or (isinstance(mask.own, int) and mask.own == mask.columns - mask.dropped - 1)
     structure = (mask.pairs, mask.real_columns, mask.window, mask.sequence)
@@ -59,7 +59,7 @@ def _tokens(mask: Columns) -> tuple[torch.Tensor | BlockMask | None, dict[str, A
     words: dict[str, Any] = {"sliding_window": None}
     if mask.sequence is not None:  # the mask says what of them is left
         words |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
-    return (None if _all_seen(mask) else seen[:, 0, 0].expand(mask.batch, -1)), words
+    return (None if sees_all(mask) else seen[:, 0, 0].expand(mask.batch, -1)), words
 
 
 def _blocks(mask: Columns) -> BlockMask:

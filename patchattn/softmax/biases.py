@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..core.call import AttentionCall
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
-from .rows import attend_half_row, attend_rows, reads_keys_once
+from .rows import attend_half_row, attend_rows, attend_with_lse, reads_keys_once
 
 _STEP = 64.0  # of queries: keys hold that much less, so that float16 has room
 
@@ -44,12 +44,12 @@ def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> Att
         bias: `(B or 1, H, Tk)`, not scaled.
         inner: the base implementation.
     """
+    row = attend_with_lse(call, bias) or attend_half_row(call, bias)
+    if row is not None:
+        return row[0], None
     if reads_keys_once(call):
         output, _ = attend_rows(call, lambda logits, _: (logits + bias[:, :, None]).softmax(-1))
         return output, None
-    row = attend_half_row(call, bias)
-    if row is not None:
-        return row[0], None
     bias = bias / (_STEP * call.scaling)
     heads, groups = call.query.shape[1], call.key.shape[1]
     of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)

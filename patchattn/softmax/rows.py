@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from patchattn_kernels.dense_attention_cpu import flash
+from patchattn_kernels.dense_attention_cpu import flash, in_one_call
 
 from ..core.call import AttentionCall
 from ..core.host import host
+from ..core.rendering import sees_all
 from ..core.variant import Attend, AttentionOutput, Variant
 
 HIDDEN = torch.finfo(torch.float32).min / 4  # the logit of a hidden key
@@ -110,6 +111,29 @@ def reads_keys_once(call: AttentionCall) -> bool:
     """
     one_row = call.query.shape[2] == 1 and torch.finfo(call.key.dtype).bits >= 32
     return one_row and call.stands_alone and call.kwargs.get("s_aux") is None
+
+
+def attend_with_lse(call: AttentionCall, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Output `(B, R, H, Dv)` of a call without a mask and its log-sum-exp `(B, H, R)`, by torch's kernel for CPUs.
+
+    It is what sdpa computes there itself, and takes a number to add by key at no cost. `None` where it does not compute
+    the call: elsewhere, with gradients, while compiling, under autocast.
+
+    Args:
+        call: of attention.
+        bias: `(B or 1, H, Tk)`, added to the logits in float32 or wider.
+    """
+    query, key, value = call.query, call.key, call.value
+    here = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype and call.stands_alone
+    if not here or torch.is_autocast_enabled("cpu"):
+        return None
+    mask = call.mask
+    if mask.given is not None or mask.fault is not None or (mask.changed and not sees_all(mask)):
+        return None
+    if bias is not None:
+        bias = bias[:, :, None].to(torch.promote_types(query.dtype, torch.float32))
+    found = in_one_call(query, key, value, call.rule(), added=bias)
+    return None if found is None else (found[0].transpose(1, 2), found[1])
 
 
 def attend_half_row(call: AttentionCall, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -10,7 +10,7 @@ from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.variant import Attend, AttentionOutput, Variant
 from .channels import attend_wider, parts
-from .rows import attend_half_row, attend_rows, of_groups, reads_keys_once
+from .rows import attend_half_row, attend_rows, attend_with_lse, of_groups, reads_keys_once
 
 
 class SlotVariant(Variant):
@@ -18,8 +18,8 @@ class SlotVariant(Variant):
 
     A slot is one more key in front, whose logit is made by extra channels and which every query sees: so every base
     implementation computes it, and a sink that the model has itself (`s_aux`) stands beside it in the same softmax.
-    Decoding in float32, or in half precision on a CPU, puts it beside the logits of its one row, so that keys are not
-    copied.
+    Without gradients a CPU puts it beside what the keys give and their log-sum-exp instead, and decoding in float32
+    beside the logits of its one row, so that keys are not copied.
     Rows that see no key give what the slots give. Register it as `innermost`: what came after would take them for
     tokens.
     """
@@ -49,11 +49,11 @@ class SlotVariant(Variant):
         logit, key, value = self.slots(call), self.slot_key(), self.slot_value()
         dtype = torch.promote_types(torch.promote_types(logit.dtype, call.query.dtype), torch.float32)
         logit = logit.to(dtype).reshape(1, -1, 1) if logit.dim() == 1 else logit.to(dtype)
+        known = attend_with_lse(call) or attend_half_row(call)
+        if known is not None:
+            return _beside_keys(call, *known, logit, key, value), None
         if reads_keys_once(call):
             return _in_rows(call, logit, key, value), None
-        row = attend_half_row(call)
-        if row is not None:
-            return _beside_row(call, *row, logit, key, value), None
         # A product, both in as many parts as the dtype needs: large logits do not overflow, small ones are kept.
         inverse = torch.full((), 1 / call.scaling, dtype=dtype, device=logit.device)
         pairs = [(b, s) for b in parts(logit, call.query.dtype) for s in parts(inverse, call.key.dtype)]
@@ -88,7 +88,7 @@ def _in_rows(
     return _and_slots(output, of_slots[0], value)
 
 
-def _beside_row(
+def _beside_keys(
     call: AttentionCall,
     output: torch.Tensor,
     lse: torch.Tensor,
@@ -98,9 +98,12 @@ def _beside_row(
 ) -> torch.Tensor:
     """The same, of what the keys give `(B, R, H, Dv)` without slots and the log-sum-exp `(B, H, R)` of the rows."""
     own = _with_products(call, logit, key)
-    whole = torch.logaddexp(own.logsumexp(-1), lse)[..., None]
-    output = output.to(own.dtype) * (lse[..., None] - whole).exp().transpose(1, 2)
-    return _and_slots(output, (own - whole).exp(), value).to(call.value.dtype)
+    of_slots = own.logsumexp(-1) if own.shape[-1] > 1 else own[..., 0]
+    more = (lse - of_slots).transpose(1, 2)[..., None]
+    output = output.to(own.dtype) * more.sigmoid()
+    if value is not None:
+        output = _and_slots(output, (of_slots - lse).sigmoid()[..., None] * own.softmax(-1), value)
+    return output.to(call.value.dtype)
 
 
 def _with_products(call: AttentionCall, logit: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:

@@ -33,7 +33,12 @@ def computes(rule: AttentionRule, *tensors: torch.Tensor) -> bool:
 
 
 def in_one_call(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: AttentionRule,
+    *,
+    added: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Attention and log-sum-exp by one call of torch's kernel without a mask; `None` where that is not what is asked.
 
@@ -42,15 +47,17 @@ def in_one_call(
         key: `(B, G, Tk, D)`.
         value: `(B, G, Tk, Dv)`.
         rule: scaling and visibility.
+        added: `(B or 1, H or 1, Tq or 1, Tk)` further to the logits, in the dtype of the log-sum-exp.
     """
-    if not computes(rule, query, key, value) or rule.mask is not None:
+    needed = (query, key, value) if added is None else (query, key, value, added)
+    if not computes(rule, *needed) or rule.mask is not None:
         return None
     queries, keys = query.shape[2], key.shape[2]
     offset = keys - queries if rule.offset is None else rule.offset
     causal = rule.causal and offset + 1 < keys  # else the first query sees all keys already
     if causal and (offset != 0 or queries != keys):
         return None
-    return flash(query, key, value, rule.scaling, causal=causal)
+    return flash(query, key, value, rule.scaling, causal=causal, hidden=added)
 
 
 def flash(
@@ -70,7 +77,7 @@ def flash(
         value: `(B, G, Tk, Dv)`.
         scaling: factor of the logits.
         causal: query i sees the keys up to i.
-        hidden: `(B or 1, H or 1, Tq, Tk)` added to the logits: 0 or -inf.
+        hidden: `(B or 1, H or 1, Tq or 1, Tk)` added to the logits, such as 0 or -inf.
     """
     dim, width = query.shape[-1], value.shape[-1]
     # torch's kernel wants as many channels of values as of queries: zeros change neither logits nor the rest; padding
