@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from patchattn_kernels.rows import seen_by
 
-from .products import CASTS, MOVES, Exchanged, Product, Step, UnknownPatternError, any_in, tensors_in
+from .axes import axes_of, layout_of, lead_by_sequence
+from .products import CASTS, MOVES, Exchanged, Layout, Product, Step, UnknownPatternError, any_in, tensors_in
 
 _SUMS = ("add", "add_", "sub", "sub_")
 _FACTORS = ("mul", "mul_")
@@ -39,12 +40,13 @@ class Pattern:
         UnknownPatternError: see the module.
     """
 
-    def __init__(self, steps: Sequence[Step], products: Sequence[Product], values: Product) -> None:
+    def __init__(
+        self, steps: Sequence[Step], products: Sequence[Product], values: Product, before: Sequence[Step] = ()
+    ) -> None:
         self._values = values
         at = _place_of_softmax(steps, values.left)
         self._softmax, self._after = steps[at], _behind(steps[at].result, steps[at + 1 :])
         self._scores: torch.Tensor = next(tensors_in((self._softmax.args, self._softmax.kwargs)))
-        _refuse_other_axis(self._softmax)
         paths = [_affine(product, steps[:at], self._scores) for product in products]
         reaching = [path for path in paths if path is not None]
         if len(reaching) != 1:
@@ -52,9 +54,10 @@ class Pattern:
                 f"{len(reaching)} products reach the softmax by sums, factors and views alone, where one should"
             )
         self._product, self._path, self.scaling, has_bias = reaching[0]
-        heads = _heads(self._product, [*self._path, *self._after])
-        queries, keys, self._of_product = self._product.layouts(heads, of_scores=True)
-        self.scores_out, self._of_values, self._output = values.layouts(heads, of_scores=False)
+        _refuse_other_axis(self._softmax, self._scores, self._product.step.result)
+        told, leads = _told(self._product, [*self._path, *self._after], before)
+        queries, keys, self._of_product = self._product.layouts(told, of_scores=True)
+        self.scores_out, self._of_values, self._output = values.layouts(told, of_scores=False)
         self._of_queries, self._of_keys = queries, keys
         self.query, self.key = queries.read(self._product.left), keys.read(self._product.right)
         self.value = self._of_values.read(values.right)
@@ -64,7 +67,7 @@ class Pattern:
             raise UnknownPatternError(f"scores {tuple(shape)} become weights {tuple(self.weights.shape)}")
         self.mask, self.position_bias = _parted(self._bias() if has_bias else None)
         self.dropout = max([_rate(step) for step in self._after], default=0.0)
-        self.leads_by_sequence = queries.order is None or queries.order[0] == 0
+        self.leads_by_sequence = leads and (queries.order is None or queries.order[0] == 0)
 
     def base(
         self,
@@ -236,11 +239,13 @@ def _feeds(softmax: Step, weights: torch.Tensor, steps: Sequence[Step]) -> bool:
     return any(tensor is weights for step in _behind(softmax.result, steps) for tensor in step.results())
 
 
-def _refuse_other_axis(softmax: Step) -> None:
-    scores = next(tensors_in((softmax.args, softmax.kwargs)))
+def _refuse_other_axis(softmax: Step, scores: torch.Tensor, product: torch.Tensor) -> None:
+    """A softmax of other numbers than the product's rows; one that counts axes from the first is known of four."""
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
-    if dim not in (-1, scores.dim() - 1):
-        raise UnknownPatternError(f"its softmax is over dimension {dim} of {scores.dim()}")
+    if (dim != -1 and not dim == 3 == scores.dim() - 1) or scores.shape[-1] != product.shape[-1]:
+        raise UnknownPatternError(
+            f"its softmax is over dimension {dim} of {tuple(scores.shape)}, of a product {tuple(product.shape)}"
+        )
 
 
 def _affine(
@@ -277,11 +282,11 @@ def _effect(step: Step, carried: torch.Tensor) -> tuple[float, bool] | None:
     result, others = step.result, [each for each in step.args if each is not carried]
     if not isinstance(result, torch.Tensor) or result.numel() != carried.numel():
         return None
-    if result.shape[-2:] != carried.shape[-2:]:
-        return None
     is_first = bool(step.args) and step.args[0] is carried
     if step.name in CASTS + MOVES:
         return (1.0, False) if is_first else None
+    if result.shape[-2:] != carried.shape[-2:]:
+        return None
     if step.name in _SUMS and not step.kwargs and len(others) == 1:
         return (1.0, True) if is_first or step.name == "add" else None
     if step.name in _FILLS:
@@ -300,13 +305,20 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _heads(product: Product, steps: Sequence[Step]) -> int | None:
-    """How many heads a product of three dimensions is of: a view of it with four tells."""
-    shapes = [step.result.shape for step in steps if isinstance(step.result, torch.Tensor)]
-    size = product.step.result.shape
-    if len(size) != 3:
-        return None
-    return next((shape[1] for shape in shapes if len(shape) == 4 and shape[2:] == size[1:]), None)
+def _told(product: Product, behind: Sequence[Step], before: Sequence[Step]) -> tuple[Layout | None, bool]:
+    """How the queries of a product lie that has not four dimensions, and whether its sequences are known to be those of
+    the first axis of the module's input: as they were made; or as a view of the scores with four tells."""
+    size = product.left.shape
+    if len(size) == 4 or product.letters is not None:
+        return None, True
+    axes = axes_of(product.left, before)
+    found = layout_of(axes, size)
+    if found is not None:
+        return found, lead_by_sequence(axes)
+    shapes = [step.result.shape for step in behind if isinstance(step.result, torch.Tensor)]
+    scores = product.step.result.shape
+    heads = next((shape[1] for shape in shapes if len(shape) == 4 and shape[2:] == scores[1:]), None)
+    return None if len(size) != 3 or heads is None else Layout(heads), True
 
 
 def _rate(step: Step) -> float:

@@ -4,8 +4,9 @@ A product is told by what torch calls its function, and its axes by shapes of vi
 size alone, for the number of tokens may be that of heads.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +27,15 @@ class Layout:
 
     Attributes:
         heads: of a tensor of three dimensions, the first of which is of sequences and, faster, of heads.
-        order: of a tensor of four dimensions, which of them come first, second, third and last.
+        order: of a tensor of four dimensions or more, which of them come first, second and so on, columns last.
+        sequences: of a tensor of five dimensions or more, the sizes of those of sequences, which come first; that of
+            heads is next, where there is one.
         turned: whether columns come before rows.
     """
 
     heads: int | None = None
     order: tuple[int, ...] | None = None
+    sequences: tuple[int, ...] | None = None
     turned: bool = False
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -40,14 +44,19 @@ class Layout:
             tensor = tensor.unflatten(0, (-1, self.heads))
         if self.order is not None:
             tensor = tensor.permute(self.order)
+        if self.sequences is not None:
+            tensor = tensor.reshape(math.prod(self.sequences), -1, *tensor.shape[-2:])
         return tensor.mT if self.turned else tensor
 
     def written(self, tensor: torch.Tensor) -> torch.Tensor:
         """The inverse of `read`."""
         if self.turned:
             tensor = tensor.mT
+        if self.sequences is not None and self.order is not None:
+            own = tensor.shape[1:] if len(self.order) == len(self.sequences) + 3 else tensor.shape[2:]
+            tensor = tensor.reshape(*self.sequences, *own)
         if self.order is not None:
-            tensor = tensor.permute([self.order.index(axis) for axis in range(4)])
+            tensor = tensor.permute([self.order.index(axis) for axis in range(len(self.order))])
         return tensor.flatten(0, 1) if self.heads is not None else tensor
 
 
@@ -163,11 +172,11 @@ class Product:
         result: torch.Tensor = self.step.again(Exchanged((self.left, left), (self.right, right)))
         return result
 
-    def layouts(self, heads: int | None, *, of_scores: bool) -> tuple[Layout, Layout, Layout]:
+    def layouts(self, told: Layout | None, *, of_scores: bool) -> tuple[Layout, Layout, Layout]:
         """How what it takes and what it gives lie.
 
         Args:
-            heads: how many there are, for a product of three dimensions; `None` if that was not seen.
+            told: how queries lie, for a product that has not four dimensions; `None` if that was not seen.
             of_scores: queries times keys, both as `(rows, D)`; else weights times values.
 
         Raises:
@@ -178,8 +187,9 @@ class Product:
         dims = (self.left.dim(), self.right.dim())
         if dims == (4, 4):
             return Layout(), Layout(turned=of_scores), Layout()
-        if dims == (3, 3) and heads is not None:
-            return Layout(heads), Layout(heads, turned=of_scores), Layout(heads)
+        is_told = told is not None and self.left.shape[:-2] == self.right.shape[:-2]
+        if told is not None and is_told and dims[0] == (3 if told.order is None else len(told.order)):
+            return told, replace(told, turned=of_scores), told
         raise UnknownPatternError(f"heads are not told apart from sequences in a product of {dims} dimensions")
 
     def _layouts_by_letters(self, letters: tuple[str, str, str], of_scores: bool) -> tuple[Layout, Layout, Layout]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .axes import is_followed
 from .pattern import SOFTMAX, ExplicitCall, Pattern
 from .products import Exchanged, Product, Step, UnknownPatternError, any_in, tensors_in
 
@@ -30,6 +31,7 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.owner = owner
         self.attend = attend
+        self.before: list[Step] = []  # calls that lead to queries, keys and values
         self.steps: list[Step] = []
         self.products: list[Product] = []
         self.scores: list[torch.Tensor] = []  # all that depends on a product
@@ -65,6 +67,8 @@ class Tape(TorchFunctionMode):
         results = step.results()
         of_scores = of_weights or any_in(taken, self.scores)
         if not results or (product is None and not of_scores):
+            if not self.closed and is_followed(step):
+                self.before.append(step)
             return step.result
         if step.name == SOFTMAX and of_scores:
             self._refuse_second(of_weights or bool(self.weights))
@@ -81,9 +85,9 @@ class Tape(TorchFunctionMode):
 
     def _close(self, product: Product) -> torch.Tensor:
         self._refuse_second(self.closed)
-        pattern = Pattern(self.steps, self.products, product)
+        pattern = Pattern(self.steps, self.products, product, self.before)
         output, weights = self.attend(pattern)
-        self.closed, self.steps, self.products, self.scores = True, [], [], []
+        self.closed, self.before, self.steps, self.products, self.scores = True, [], [], [], []
         if weights is None:
             self.withheld = True
         elif weights is not pattern.weights:

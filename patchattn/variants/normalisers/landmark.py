@@ -59,6 +59,7 @@ class Landmark(TokenIdVariant, BlendedVariant):
 
         Raises:
             ValueError: no id of the landmark token, or one that the model has no embedding for.
+            NotImplementedError: the model has no embedding of tokens.
         """
         if config.token is None:
             raise ValueError(
@@ -67,6 +68,11 @@ class Landmark(TokenIdVariant, BlendedVariant):
             )
         whole = whole_sites(model, sites, by="'landmark'")
         embedding: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
+        if not hasattr(embedding, "weight") or embedding.weight.dim() != 2:  # patches of images
+            raise NotImplementedError(
+                f"landmark needs token ids, and {type(model).__name__} embeds none: it makes its input by "
+                f"{type(embedding).__name__}."
+            )
         if config.token >= len(embedding.weight):
             raise ValueError(
                 f"token={config.token} is no id of {type(model).__name__}, which embeds {len(embedding.weight)}: add "
