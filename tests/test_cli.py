@@ -140,6 +140,7 @@ def test_coverage_of_one_type(run, tmp_path):
         (["info", "mohh"], "did you mean 'moh'"),
         (["check", "BERT", "--variant", "ssaa"], "did you mean 'ssa'"),
         (["check", "BERT", "--variant", "moh", "--set", "active_ration=1"], "did you mean 'active_ratio'"),
+        (["check", "BERT", "--variant", "moh", "--set", "ratio=1"], "did you mean 'active_ratio' or 'shared_ratio'?"),
         (["check", "BERT", "--variant", "moh", "--set", "active_ratio=2"], "between 0.0 and 1.0, got 2"),
         (
             ["check", "BERT", "--variant", "moh", "--set", "active_ratio=much"],

@@ -95,6 +95,7 @@ def test_every_kind_of_picture_is_written(run, tmp_path, line):
         ("received NOWHERE --prompt w1 --output here.gif", "must end in .pdf, .png, .svg"),
         ("received NOWHERE --prompt w1 --output no/here.png", "There is no folder 'no'"),
         ("received NOWHERE", "either --prompt or --text"),
+        ("received NOWHERE --text some_words", "There is no file 'some_words'. Give words by --prompt"),
         ("received NOWHERE --prompt w1 --variant mohh", "did you mean 'moh'"),
         ("received NOWHERE --prompt w1 --variant moh --set active_ration=1", "did you mean 'active_ratio'"),
         ("received NOWHERE --prompt w1 --set active_ratio=1", "needs --variant"),

@@ -135,6 +135,8 @@ def one_text(prompt: str | None, text: Path | None) -> str:
 
     if (prompt is None) == (text is None):
         raise ValueError("Give the text: either --prompt or --text.")
+    if text is not None and not text.exists():
+        raise ValueError(f"There is no file {str(text)!r}. Give words by --prompt, a file of them by --text.")
     return read_texts(text)[0].text if text is not None else str(prompt)
 
 

@@ -97,12 +97,13 @@ class Settings:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, and all of them."""
+    """The end of an error message about an unknown name: those that have it for a word or the closest one, and all."""
     spelled = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(name[:100].lower(), spelled, n=1, cutoff=0.5)
-    return (
-        f"; did you mean {spelled[close[0]]!r}?" if close else "."
-    ) + f" Known: {', '.join(sorted(known)) or 'none'}."
+    asked = name[:100].lower()
+    close = [one for one in spelled if asked in one.split("_")]
+    close = close or difflib.get_close_matches(asked, spelled, n=1, cutoff=0.5)
+    meant = " or ".join(repr(spelled[one]) for one in close)
+    return (f"; did you mean {meant}?" if close else ".") + f" Known: {', '.join(sorted(known)) or 'none'}."
 
 
 def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
