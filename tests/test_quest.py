@@ -78,6 +78,16 @@ def test_a_bound_is_no_estimate() -> None:
     assert scores.upper_bounds(query, ends).flatten().tolist() == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_highest_bound_of_a_kv_head_is_that_of_any_of_its_query_heads(dtype: torch.dtype) -> None:
+    query, keys = torch.randn(2, 6, 1, 8).to(dtype), torch.randn(2, 3, 20, 8).to(dtype)
+    found = scores.highest_bounds(query, index.ends_of_pages(keys, 4))
+    pages, queries = keys.double().unflatten(2, (5, 4)), query[:, :, 0].double().unflatten(1, (3, 2))
+    products = queries[:, :, :, None, None] * pages[:, :, None]  # (B, Hkv, group, P, page, D)
+    expected = products.amax(dim=-2).sum(dim=-1).amax(dim=2)
+    np.testing.assert_allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_budget_that_holds_the_text_is_the_base_bit_for_bit() -> None:
     model, tokens = FAMILIES["llama"].make(), text(12)
     expected, cached = outputs(model, input_ids=tokens)[0], decoded(model, tokens, [9, 1, 1, 1])

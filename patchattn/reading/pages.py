@@ -18,7 +18,7 @@ from .forced import visible_pages
 from .groups import any_of_group, heads_option, read_by_one, reduced
 from .index import counted_keys, ends_of_pages, page_facts
 from .refresh import forget_choice, is_due, last_choice, remember_choice
-from .scores import upper_bounds
+from .scores import highest_bounds, upper_bounds
 from .selection import plain_own
 from .whole import WholeSelection
 
@@ -106,7 +106,7 @@ class PagedSelection(WholeSelection):
         """
         if heads == "kv" and sees_all(call):
             best = reduced(scores, call.key.shape[1], "max")[:, :, 0]
-            return Places(highest_and_last(best, (call.key.shape[2] - 1) // page, count), block=page)
+            return best_and_own(call, best, page, count)
         return self.of_pages(call, self.best_pages(call, scores, page, count, heads), page, most=count)
 
     def lasting(
@@ -194,8 +194,15 @@ class BoundedSelection(PagedSelection):
         if budget is None or call.mask.columns <= budget:
             return None
         page = self.config.page
-        bounds = upper_bounds(call.query, self.ends(call, "pages", page, within=page))
-        return self.chosen(call, bounds, page=page, count=-(-budget // page), heads=self.config.heads)
+        ends, count = self.ends(call, "pages", page, within=page), -(-budget // page)
+        if self.config.heads == "kv" and sees_all(call):
+            return best_and_own(call, highest_bounds(call.query, ends), page, count)
+        return self.chosen(call, upper_bounds(call.query, ends), page=page, count=count, heads=self.config.heads)
+
+
+def best_and_own(call: AttentionCall, best: torch.Tensor, page: int, count: int) -> Places:
+    """`PagedSelection.chosen` of a query that `sees_all`, by scores `(B, Hkv, P)` of the complete pages."""
+    return Places(highest_and_last(best, (call.key.shape[2] - 1) // page, count), block=page)
 
 
 def sees_all(call: AttentionCall) -> bool:

@@ -24,7 +24,21 @@ def upper_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         query: `(B, H, Tq, D)`.
         ends: `(B, Hkv, P, 2D)`, as `index.ends_of_pages` gives them.
     """
-    return products(torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1), ends)
+    return products(_by_sign(query), ends)
+
+
+def highest_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`(B, Hkv, P)` the highest of the `upper_bounds` of the query heads of each kv head; arguments as there, Tq = 1.
+
+    With pages as the rows of the product they are read once, which takes half of the time where they are many.
+    """
+    grouped, ends = _by_sign(full_precision(query)).view(*ends.shape[:2], -1, ends.shape[-1]), full_precision(ends)
+    return (ends @ grouped.mT).amax(dim=-1)
+
+
+def _by_sign(query: torch.Tensor) -> torch.Tensor:
+    """Its positive entries, and its negative ones behind them; zeros are in the place of the others."""
+    return torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1)
 
 
 def weights_with(call: AttentionCall, keys: torch.Tensor) -> torch.Tensor:

@@ -111,27 +111,25 @@ def _copied_at_once(
     count, steps = pages.shape[-1], key.stride()
     if not count or value.shape[-1] != dim or (counts is not None and int(counts.min()) < count):
         return None
-    of_heads = pages.expand(batch, groups, count).flatten(0, 1).tolist()  # they are few: lists take less than tensors
-    last = max(map(max, of_heads)) + 1  # behind the last page that is read
-    is_cut = last > whole
-    if last > whole + (rest > 0) or min(map(min, of_heads)) < 0:
-        return None
-    if is_cut and any(numbers[-1] != whole or whole in numbers[:-1] for numbers in of_heads):
-        return None
-    every = ((batch - 1) * steps[0] + (groups - 1) * steps[1]) // size + last
+    is_cut = rest > 0 and set(pages[..., -1].flatten().tolist()) == {whole}
+    uncut, last = pages[..., :-1] if is_cut else pages, whole
+    if uncut.numel():
+        first, last = (int(number) for number in uncut.aminmax())
+        if first < 0 or last >= whole:
+            return None
+    every = ((batch - 1) * steps[0] + (groups - 1) * steps[1]) // size + max(last, is_cut * whole) + 1
     if value.stride() != steps or not (_has_lines(key, size, every) and _has_lines(value, size, every)):
         return None
     copies = _memory.take(key.dtype, 2, batch, groups, count * page_size, dim)
-    first = [(b * steps[0] + g * steps[1]) // size for b in range(batch) for g in range(groups)]
-    lines = [start + number for start, numbers in zip(first, of_heads, strict=True) for number in numbers]
+    starts = [[[(b * steps[0] + g * steps[1]) // size] for g in range(groups)] for b in range(batch)]
     apart, left = divmod(int(value.storage_offset()) - int(key.storage_offset()), size)
     if left == 0 <= apart and value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr():
-        parts = [(copies, key, lines + [line + apart for line in lines], every + apart)]
+        parts = [(copies, key, [starts, [[[line + apart] for (line,) in row] for row in starts]], every + apart)]
     else:
-        parts = [(copies[0], key, lines, every), (copies[1], value, lines, every)]
-    for copy, tensor, some, count_of_lines in parts:
-        matrix = tensor.as_strided((count_of_lines, size), (size, 1))
-        torch.index_select(matrix, 0, torch.tensor(some), out=copy.view(-1, size))
+        parts = [(copies[0], key, starts, every), (copies[1], value, starts, every)]
+    for copy, tensor, begins, count_of_lines in parts:
+        matrix, lines = tensor.as_strided((count_of_lines, size), (size, 1)), pages + torch.tensor(begins)
+        torch.index_select(matrix, 0, lines.flatten(), out=copy.view(-1, size))
     length = (count - is_cut) * page_size + rest * is_cut
     return copies[0, :, :, :length], copies[1, :, :, :length]
 
