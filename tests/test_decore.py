@@ -119,6 +119,18 @@ def test_the_prompt_ends_where_logits_are_asked_for(use_cache: bool, kind: str) 
     torch.testing.assert_close(got, want[:, 3:], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("asked", [0, torch.tensor([1, 5, 3])])
+def test_all_logits_of_a_prompt_are_those_of_two_forwards(asked: Any, kind: str) -> None:
+    """Without logits_to_keep the prompt ends with the last token; those before it are in the branch as in the model."""
+    model = model_of(kind)
+    base = model(PROMPT).logits[0]
+    wanted = contrast(base, masked_logits(model, PROMPT, 5, "query")[0], None, math.inf, 1.0)
+    patchattn.patch_model(model, "decore", heads=MASKED, mask="query")
+    found = model(PROMPT, logits_to_keep=asked, use_cache=True).logits[0]
+    torch.testing.assert_close(found, wanted if isinstance(asked, int) else wanted[asked], rtol=1e-5, atol=1e-5)
+
+
 def test_prompts_padded_on_the_right_are_masked_at_their_last_token() -> None:
     model = model_of()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])

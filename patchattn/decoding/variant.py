@@ -221,7 +221,7 @@ class DecodingVariant(Variant):
             source = inputs.source[:, -keep:] if isinstance(keep, int) else inputs.source[:, keep]
             rows = source - (inputs.real.shape[1] - branch.shape[1])
             aligned = branch.to(logits).gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
-            found.append(torch.where((source >= 0)[..., None], aligned, logits))
+            found.append(torch.where((rows >= 0)[..., None], aligned, logits))  # forked tokens are as in the model
             known = source >= 0 if known is None else known | (source >= 0)
         combined = self.combine(logits, found)
         if known is not None:
