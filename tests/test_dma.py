@@ -101,6 +101,14 @@ def test_calls_of_any_size_and_a_static_cache_choose_alike(calls: Recorded) -> N
     assert all(int(seen.sum(-1).max()) <= 4 for _, seen, _ in calls)
 
 
+@pytest.mark.parametrize("block", [2, 3])
+def test_blocks_on_layers_that_forget_keys(block: int) -> None:
+    """Behind a sliding window keys stand further on in their text than as many keys as there are."""
+    model, tokens = FAMILIES["mistral"].make_exact(), text(16)
+    patchattn.patch_model(model, "dma", window=3, block=block)
+    close(decoded(model, tokens, [6, 1, 3, 1, 1, 4]), outputs(model, input_ids=tokens)[0])
+
+
 def test_single_tokens_read_places(monkeypatch: pytest.MonkeyPatch) -> None:
     found, original = [], DMA.select
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...core.call import AttentionCall
@@ -141,11 +142,18 @@ def _by_majority(kept: torch.Tensor, seen: torch.Tensor, place: torch.Tensor, bl
         block: keys of a block, counted from the start of each text.
     """
     seen = seen.expand(kept.shape)
-    number = of_query_heads(place.clamp(min=0) // block, kept.shape[1])[:, :, None].expand(kept.shape)
+    number = of_query_heads(_ranks(place.clamp(min=0) // block), kept.shape[1])[:, :, None].expand(kept.shape)
     chosen, there = (
         torch.zeros_like(kept, dtype=torch.int32).scatter_add(-1, number, each.int()) for each in (kept, seen)
     )
     return (2 * chosen > there).gather(-1, number) & seen
+
+
+def _ranks(numbers: torch.Tensor) -> torch.Tensor:
+    """`(..., N)` the rank of each number among the different ones of its row: below N, as many as a cache forgot."""
+    ordered = numbers.sort(dim=-1)
+    ranks = F.pad(ordered.values.diff(dim=-1) > 0, (1, 0)).cumsum(dim=-1)
+    return torch.zeros_like(numbers).scatter(-1, ordered.indices, ranks)
 
 
 register_variant(
