@@ -21,7 +21,7 @@ from .selection import base_model, expect_model
 from .settings import nearest
 from .shards import in_step, joined, refuse_uneven
 from .sites import AttentionSite
-from .unfitting import refuse_order, refuse_shared, refuse_site, refuse_two_on_logits
+from .unfitting import refuse_groups, refuse_order, refuse_shared, refuse_site, refuse_two_on_logits
 from .variant import Variant, VariantConfig, VariantInfo
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -171,9 +171,11 @@ def _build(
     """The variants of one patch, made for the model as it is now, which is not touched."""
     info, built = variant_info(patch.variant), []
     for name in patch.sites:
-        refuse_order(patch.variant, name, _taken(model, name, before))
+        there = _taken(model, name, before)
+        refuse_order(patch.variant, name, list(there))
         refuse_site(info, known[name])
         variant = _made(info, patch.config, known[name], model, number)
+        refuse_groups(info.name, variant, there)
         if (shard := known[name].shard) is None:
             one = Built(info.name, name, variant)
         else:
@@ -318,15 +320,16 @@ def applied_patches(model: nn.Module) -> list[Patch]:
     )
 
 
-def _taken(model: nn.Module, name: str, built: Sequence[Built]) -> list[str]:
-    """The variants of an attention module, those that are being added included."""
+def _taken(model: nn.Module, name: str, built: Sequence[Built]) -> dict[str, Variant]:
+    """The variants of an attention module by name, those that are being added included."""
     chain = model.get_submodule(name)._modules.get(CHILD)
     if chain is not None and not isinstance(chain, VariantChain):
         raise ValueError(
             f"The variants of {name} are wrapped by {type(chain).__name__}. Patch before that wrapper is made, or "
             "unload it first."
         )
-    return [*(chain.names() if chain else ()), *(one.name for one in built if one.site == name)]
+    there = chain.variants() if chain else {}
+    return {**there, **{one.name: one.variant for one in built if one.site == name}}
 
 
 def is_ours(hook: Any) -> bool:

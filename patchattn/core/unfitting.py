@@ -1,6 +1,6 @@
 """What a patch may not be: variants in an order, or on an attention module, that they are not made for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .plan import Patch
 from .registry import variant_info
@@ -27,6 +27,23 @@ def refuse_order(variant: str, name: str, taken: Sequence[str]) -> None:
         raise ValueError(
             f"{variant!r} changes the shapes of {name}, which {others[0]!r} was made for: put it first, as in "
             f"[{variant!r}, {others[0]!r}]."
+        )
+
+
+def refuse_groups(name: str, variant: Variant, others: Mapping[str, Variant]) -> None:
+    """NotImplementedError if a variant needs kv heads that serve alike, and one before it on the module leaves others.
+
+    Args:
+        name: of the variant.
+        variant: made for the module.
+        others: those that the module has, by name.
+    """
+    before = next((other for other, there in others.items() if not there.leaves_groups), None)
+    if before is not None and variant.needs_groups and not variant.is_identity:
+        raise NotImplementedError(
+            f"{name!r}, with these settings, needs kv heads that serve equally many query heads each, and {before!r} "
+            f"leaves some of {variant.site.name} more than others. Take out equally many of each (uniform=True), all "
+            "of some (groups='kv'), or mask them (physical=False)."
         )
 
 

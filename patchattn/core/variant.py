@@ -191,6 +191,16 @@ class Variant(nn.Module):
         return False
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether it relies on kv heads that serve equally many query heads each, which follow each other."""
+        return False
+
+    @property
+    def leaves_groups(self) -> bool:
+        """Whether that holds of the attention module with what it has exchanged there."""
+        return True
+
+    @property
     def needs_grid(self) -> bool:
         """Whether `attend` asks `call.grid()`; towers without patches are then refused."""
         return False

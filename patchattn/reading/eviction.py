@@ -51,6 +51,7 @@ class EvictionVariant(Variant):
 
     kind = "cache"
     keeps_state = True
+    needs_groups = True
     name: ClassVar[str]  # as it is registered
 
     def __init__(self, config: Any, site: AttentionSite) -> None:

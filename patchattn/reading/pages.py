@@ -64,6 +64,10 @@ class PagedSelection(WholeSelection):
     def keeps_state(self) -> bool:
         return True
 
+    @property
+    def needs_groups(self) -> bool:
+        return getattr(self.config, "heads", "kv") == "kv"
+
     def check(self, call: AttentionCall) -> None:
         """As `WholeSelection.check`; a kv cache is told of the variant here, and refused if it was filled without."""
         state = call.context.sequence_state(self.owner)

@@ -155,8 +155,16 @@ class HeadSurgery(SurgeryVariant):
 
     heads: KeptHeads
 
+    @property
+    def needs_groups(self) -> bool:
+        return True
+
+    @property
+    def leaves_groups(self) -> bool:
+        return not self.changes or self.heads.kv_index is None
+
     def check_plain(self) -> None:
-        if self.changes and self.heads.kv_index is not None:
+        if not self.leaves_groups:
             raise NotImplementedError(
                 f"some kv heads of {self.site.name} have more query heads left than others. {self.even_choice}"
             )

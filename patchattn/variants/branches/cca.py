@@ -49,6 +49,7 @@ class CCA(RotaryVariant):
 
     config_class = CCAConfig
     config: CCAConfig
+    needs_groups = True
     name = "cca"
     splits_by_head = True
     needs_rotation = True

@@ -126,6 +126,10 @@ class HeadEdit(Variant):
         return not self.heads or (self.config.gain == 1.0 and not adds)
 
     @property
+    def needs_groups(self) -> bool:
+        return self.config.edit == "value"
+
+    @property
     def keeps_state(self) -> bool:
         """The kv cache tells which token is which, also where the mask does not."""
         return not self.config.edits_all

@@ -60,6 +60,7 @@ class StreamingLLM(RotaryVariant, EvictionVariant):
     config_class = StreamingLLMConfig
     config: StreamingLLMConfig
     name = "streaming_llm"
+    needs_groups = False
     splits_by_head = True
 
     @classmethod

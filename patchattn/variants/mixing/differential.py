@@ -35,6 +35,7 @@ class Differential(Variant):
 
     config_class = DifferentialConfig
     config: DifferentialConfig
+    needs_groups = True
 
     def __init__(self, config: DifferentialConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

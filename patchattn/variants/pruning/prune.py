@@ -146,6 +146,11 @@ class Prune(HeadSurgery):
         if self.config.physical:
             return inner(self.heads.renumbered(call))
         output, weights = inner(call)
+        if output.shape[2] != self.heads.total:
+            raise NotImplementedError(
+                f"'prune' masks some of {self.heads.total} heads of {self.site.name}, of which a later variant took out "
+                "others: name 'prune' with physical=False after it."
+            )
         keep = torch.ones(output.shape[2], 1, dtype=output.dtype, device=output.device)
         keep[list(self.pruned)] = 0.0
         return output * keep, weights

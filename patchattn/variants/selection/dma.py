@@ -73,6 +73,7 @@ class DMA(SelectionVariant):
 
     config_class = DMAConfig
     config: DMAConfig
+    needs_groups = True
 
     def __init__(self, config: DMAConfig, site: AttentionSite) -> None:
         super().__init__(config, site)

@@ -56,6 +56,7 @@ class MSWA(SelectionVariant):
 
     config_class = MSWAConfig
     config: MSWAConfig
+    needs_groups = True
     splits_by_head = True
 
     def __init__(self, config: MSWAConfig, site: AttentionSite) -> None:

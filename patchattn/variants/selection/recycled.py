@@ -62,6 +62,7 @@ class Recycled(WholeSelection):
 
     config_class = RecycledConfig
     config: RecycledConfig
+    needs_groups = True
 
     @property
     def keeps_state(self) -> bool:

@@ -42,6 +42,7 @@ class AttentionBias(SlotVariant):
 
     config_class = AttentionBiasConfig
     config: AttentionBiasConfig
+    needs_groups = True
     splits_by_head = True
 
     def __init__(self, config: AttentionBiasConfig, site: AttentionSite) -> None:

@@ -55,6 +55,7 @@ class MetaTokens(SlotVariant):
 
     config_class = MetaTokensConfig
     config: MetaTokensConfig
+    needs_groups = True
     splits_by_head = True
 
     def __init__(self, config: MetaTokensConfig, site: AttentionSite) -> None:

@@ -36,6 +36,7 @@ class Squeezed(ComparedPrompts):
 
     config_class = SqueezedConfig
     config: SqueezedConfig
+    needs_groups = True
     fine: torch.Tensor
     coarse: torch.Tensor
 
