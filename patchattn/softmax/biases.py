@@ -41,9 +41,10 @@ def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> Att
 
     Args:
         call: of attention.
-        bias: `(B or 1, H, Tk)`, not scaled.
+        bias: `(B or 1, H or 1, Tk)`, not scaled.
         inner: the base implementation.
     """
+    bias = bias.expand(-1, call.query.shape[1], -1)
     row = attend_with_lse(call, bias) or attend_half_row(call, bias)
     if row is not None:
         return row[0], None

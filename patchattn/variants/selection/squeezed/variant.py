@@ -166,7 +166,7 @@ class Squeezed(ComparedPrompts):
             of_keys = self.coarse.long().gather(1, self.fine.long())
             scores = scores_of(call.query, above, counted(of_keys, self.config.sizes[1]), call)
             kept = (scores * weight).sum(dim=2) > self.config.thresholds[1]
-            of_heads = of_query_heads(self.coarse.long()[None], kept.shape[1]).expand(len(kept), -1, -1)
+            of_heads = of_query_heads(self.coarse.long()[None], kept.shape[1]).expand(*kept.shape[:2], -1)
             left = kept.gather(2, of_heads)
         scores = scores_of(call.query, means, counted(self.fine, self.config.sizes[0]), call, left)
         kept = (scores * weight).nan_to_num(0.0).sum(dim=2) > self.config.thresholds[0]
@@ -176,7 +176,7 @@ class Squeezed(ComparedPrompts):
     def _by_key(self, kept: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """`(B, Hkv or H, Tk)` bool, of clusters `(B, Hkv or H, K)` and the places `(B or 1, Tk)` of keys in texts."""
         batch, heads, _ = kept.shape
-        labels = of_query_heads(self.fine.long()[None], heads).expand(batch, -1, -1)
+        labels = of_query_heads(self.fine.long()[None], heads).expand(batch, heads, -1)
         chosen = nn.functional.pad(kept.gather(2, labels), (0, 1), value=True)  # the last one is of all other keys
         clustered = labels.shape[2]
         index = torch.where((place >= 0) & (place < clustered), place, clustered)
