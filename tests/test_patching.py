@@ -258,13 +258,20 @@ def test_families_without_a_softmax_are_refused_by_name(family) -> None:
     assert [name for name, _ in refused.named_modules()] == modules
 
 
-def test_code_that_asks_for_the_implementation_by_name_is_refused() -> None:
+@torch.no_grad()
+def test_a_branch_by_the_implementations_name_that_calls_no_attention_function_is_refused() -> None:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50}
-    model = tf.GPT2Model(tf.GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager"))
-    with pytest.raises(NotImplementedError, match="asks for the implementation by name"):
-        patchattn.patch_model(model, "moh")
-    model = tf.GPT2Model(tf.GPT2Config(**sizes, attn_implementation="eager"))
+    tokens = torch.tensor([[5, 9, 3]])
+    model = tf.GPT2Model(tf.GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager")).eval()
+    before = model(tokens)[0]
+    patchattn.patch_model(model, "logn", train_length=2)  # which needs nothing of the module's input
+    with pytest.raises(NotImplementedError, match="asks for the implementation by name, and under 'eager' calls no"):
+        model(tokens)
+    patchattn.unpatch_model(model)
+    assert torch.equal(model(tokens)[0], before)
+    model = tf.GPT2Model(tf.GPT2Config(**sizes, attn_implementation="eager")).eval()
     patchattn.patch_model(model, "moh")  # where that branch makes no difference, it is no reason
+    assert bool(model(tokens)[0].isfinite().all())
 
 
 def test_registration_checks_what_it_is_given(toy) -> None:

@@ -223,6 +223,12 @@ class SequenceState:
         return tensor if before is None else torch.cat([before, tensor], dim=-1)
 
 
+def holds_more(layer: Any) -> bool:
+    """Whether a layer of a kv cache holds tensors of tokens beside keys and values, such as those of an indexer."""
+    own = {name: value for name, value in vars(layer).items() if name not in ("keys", "values")}
+    return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in own.values())
+
+
 def in_slots(layer: Any) -> bool:
     """Whether a cache layer gives every key in a slot of its own, counted from the first; else the last key is last.
 

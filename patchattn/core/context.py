@@ -58,6 +58,13 @@ def begin_context(context: LayerContext) -> None:
     _local.context = context
 
 
+def note_attention(module: nn.Module) -> None:
+    """The module's call has come to its attention function."""
+    context = getattr(_local, "context", None)
+    if context is not None and context.module is module:
+        context.attended = True
+
+
 def close_context(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Post-hook of a patched module, called also where it failed: let go of the tensors."""
     context: LayerContext | None = getattr(_local, "context", None)

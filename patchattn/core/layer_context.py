@@ -51,6 +51,7 @@ class LayerContext:
         mask: of a call whose new keys and values variants change; `None` before they do.
         tape: follows what a module computes that attends in its own code.
         leads_by_sequence: whether the first dimension of its input is known to be that of sequences.
+        attended: whether it has called its attention function.
     """
 
     module: nn.Module
@@ -66,6 +67,7 @@ class LayerContext:
     mask: Mask | None = None
     tape: Any = None
     leads_by_sequence: bool = True
+    attended: bool = False
 
     def tokens(self, batch: int, rows: int, *, memory: bool = False) -> torch.Tensor:
         """`(B, T, E)` the module's input, row for row that of its queries; or the other sequence, of its keys.

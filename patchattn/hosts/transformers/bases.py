@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ...core.context import note_attention
 from ...core.host import PatchedModule
 from ...core.module_call import ModuleCall
 from ...core.probe import chain_on, probes_on
 from ...core.variant import AttentionOutput
-from .compatibility import name_branches, seam_name
+from .compatibility import AnsweringName, asks_for_name, seam_name
 from .masks import is_flash
 from .paged import PAGED, as_causal, refuse_chain
 from .sites import INLINE, REGISTRY_NAME, attention_forward
@@ -49,6 +50,7 @@ def register_base(base: str) -> str:
         attention_mask: Any,
         **kwargs: Any,
     ) -> AttentionOutput:
+        note_attention(module)
         chain: Any = chain_on(module)
         acts = chain is not None and bool(chain.active or probes_on(module))
         is_hooked = acts and chain.needs_context  # the hook has refused, and seen to the base implementation
@@ -86,14 +88,14 @@ def base_in_force(module: nn.Module, base: str) -> str:
     wanted: str = _plainly(original_config(module), "_attn_implementation") or "eager"
     if wanted == base:
         return base
-    if is_flash(base) or is_flash(wanted) or name_branches([module], wanted):
+    if is_flash(base) or is_flash(wanted) or asks_for_name(module, wanted):
         raise RuntimeError(
             f"This model was patched on the attention implementation {base!r}, and {wanted!r} was set since. "
             f"{type(module).__name__} prepares its call by the implementation's name, so that a patched one cannot "
             "follow: call patchattn.unpatch_model(model), set the implementation, then patch again."
         )
     base_function(type(module), wanted)
-    vars(module)["config"] = seam_config(module.config, wanted)
+    vars(module)["config"] = seam_config(module, wanted)
     for chain in cast(nn.Module, chain_on(module)).modules():  # PEFT keeps one chain per adapter
         if chain in live_chains:
             chain.base = wanted  # type: ignore[assignment]
@@ -160,10 +162,10 @@ def own_config(config: Any) -> Any:
     return copied
 
 
-def seam_config(config: Any, base: str) -> Any:
-    """An attention module's own copy of a configuration, which names our function."""
-    copied = own_config(config)
-    vars(copied)["_attn_implementation_internal"] = register_base(base)
+def seam_config(module: nn.Module, base: str) -> Any:
+    """An attention module's own copy of its configuration, which names our function."""
+    copied, name = own_config(module.config), register_base(base)
+    vars(copied)["_attn_implementation_internal"] = AnsweringName(base) if asks_for_name(module, base) else name
     return copied
 
 

@@ -1,26 +1,18 @@
-"""Model code that asks for the attention implementation by name, and would take another branch under ours."""
+"""Model code that asks for the attention implementation by name: under ours it is to take the branch of the base's."""
 
 import ast
 import functools
 import inspect
 import re
 import types
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 _PREFIX = "patchattn_"
 _QUESTION = re.compile(
-    r"""_attn_implementation\s*(==|!=|not\s+in|in)\s*(\([^()]*\)|\[[^\[\]]*\]|"[^"]*"|'[^']*')""", re.VERBOSE
+    r"""_attn_implementation\s*(?:==|!=|not\s+in|in)\s*(\([^()]*\)|\[[^\[\]]*\]|"[^"]*"|'[^']*')""", re.VERBOSE
 )
-
-# Where the branch makes no difference to what is computed, and why.
-_HARMLESS: dict[str, Any] = {
-    # Matters only together with reorder_and_upcast_attn, which replaces the whole attention function.
-    "GPT2Attention": lambda module: not module.reorder_and_upcast_attn,
-    "DecisionTransformerGPT2Attention": lambda module: not module.reorder_and_upcast_attn,
-}
 
 
 def seam_name(base: str) -> str:
@@ -28,35 +20,54 @@ def seam_name(base: str) -> str:
     return _PREFIX + re.sub(r"[^0-9a-zA-Z]+", "_", base)
 
 
-def name_branches(modules: Iterable[nn.Module], base: str) -> list[str]:
-    """Questions in the code of attention modules that get another answer under our name than under `base`.
+class AnsweringName(str):
+    """A name of ours, for a module whose code asks for the implementation: it answers as the base's name does.
+
+    It is looked up as ours all the same, since lookups go by its hash.
+
+    Args:
+        base: the base implementation.
+    """
+
+    base: str
+    own: str
+
+    def __new__(cls, base: str) -> "AnsweringName":
+        name = super().__new__(cls, seam_name(base))
+        name.base, name.own = base, seam_name(base)  # which compiled code reads more easily than the string itself
+        return name
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.base,)
+
+    def __eq__(self, other: object) -> bool:
+        return other == self.base or other == self.own
+
+    def __ne__(self, other: object) -> bool:
+        return other != self.base and other != self.own
+
+    def __hash__(self) -> int:  # in Python, as compiled code asks
+        return hash(self.own)
+
+
+def asks_for_name(module: nn.Module, base: str) -> bool:
+    """Whether the code of an attention module has a question that our name answers in another way than `base`.
 
     Only attention modules are shown our name: the rest of the model goes on to read the base's.
-
-    Returns:
-        One line per question: the class and the comparison. Empty for nearly every family.
     """
-    found: list[str] = []
-    seen: set[type] = set()
-    for module in modules:
-        kind: Any = type(module)
-        if kind in seen:
-            continue
-        seen.add(kind)
-        if kind.__name__ in _HARMLESS and _HARMLESS[kind.__name__](module):
-            continue
-        for operator, right in _questions(kind):
-            names = ast.literal_eval(right)
-            names = (names,) if isinstance(names, str) else tuple(names)
-            if (base in names) != (seam_name(base) in names):
-                found.append(f"{kind.__name__}: _attn_implementation {operator} {right}")
-    return found
+    kind: Any = type(module)
+    for right in _questions(kind):
+        names = ast.literal_eval(right)
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if (base in names) != (seam_name(base) in names):
+            return True
+    return False
 
 
 @functools.cache
-def _questions(kind: Any) -> tuple[tuple[str, str], ...]:
-    """Operator and right side of every comparison of the implementation's name in a class."""
-    found: list[tuple[str, str]] = []
+def _questions(kind: Any) -> tuple[str, ...]:
+    """The right side of every comparison of the implementation's name in a class."""
+    found: list[str] = []
     classes = [parent for parent in kind.__mro__ if not parent.__module__.startswith("torch.")]
     for value in (value for parent in classes for value in vars(parent).values()):
         function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))

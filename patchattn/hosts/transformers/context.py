@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ...core.context import begin_context
+from ...core.context import begin_context, close_context, current_context
 from ...core.hooks import refuse_later_hooks
 from ...core.probe import chain_on
 from ...core.shards import added, own_tensor
@@ -58,3 +58,20 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return args, {**kwargs, cache_argument: tapped}
     position = site.arguments.index(cache_argument)
     return (*args[:position], tapped, *args[position + 1 :]), kwargs
+
+
+def close_proving(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Post-hook of a patched module whose code asks for the implementation by name; called also where it failed.
+
+    Raises:
+        NotImplementedError: it has taken a branch that calls no attention function, so that no variant ran.
+    """
+    attended = current_context(module).attended
+    close_context(module, args, output)
+    if output is not None and not attended:
+        chain: Any = chain_on(module)
+        raise NotImplementedError(
+            f"{chain.site.module_class} ({chain.site.name}) asks for the implementation by name, and under "
+            f"{chain.base!r} calls no attention function that could be patched. Load the model with another "
+            "attn_implementation."
+        )

@@ -23,8 +23,8 @@ from ...core.probe import chain_on, probes_on
 from .bases import base_function, keep, let_go, original_config, release, seam_config
 from .batching import forget_batching as forget
 from .batching import watch_batching
-from .compatibility import name_branches, seam_name
-from .context import open_context
+from .compatibility import asks_for_name, seam_name
+from .context import close_proving, open_context
 from .inline import close_inline, open_inline
 from .masks import is_flash, mask_of_call
 from .sites import INLINE, dispatches, find_sites, find_undispatched
@@ -45,7 +45,7 @@ __all__ = [
     "refuse_bases",
     "release",
 ]
-_HOOKS = (open_context, close_context, open_inline, close_inline, note_raw_query, note_told, forget_told)
+_HOOKS = (open_context, close_context, close_proving, open_inline, close_inline, note_raw_query, note_told, forget_told)
 
 
 def base_of(module: nn.Module) -> str:
@@ -54,16 +54,9 @@ def base_of(module: nn.Module) -> str:
 
 
 def refuse_bases(model: nn.Module, sites: Sequence[str]) -> None:
-    """NotImplementedError if some attention modules, by name, would compute something else once patched."""
+    """NotImplementedError if some attention modules, by name, have no attention function that could be called."""
     modules = [module for name in sites if dispatches(module := model.get_submodule(name))]
     bases = [base_of(module) for module in modules]
-    for base in dict.fromkeys(bases):
-        if questions := name_branches([m for m, own in zip(modules, bases, strict=True) if own == base], base):
-            raise NotImplementedError(
-                f"{type(model).__name__} cannot be patched under the attention implementation {base!r}: its code asks "
-                f"for the implementation by name and would compute something else ({'; '.join(questions)}). Load it "
-                "with another attn_implementation."
-            )
     for module, base in zip(modules, bases, strict=True):
         base_function(type(module), base)
 
@@ -72,14 +65,16 @@ def connect(model: nn.Module, module: nn.Module) -> None:
     """Point a module's configuration at the seam, and place the hooks that its variants need."""
     watch_batching(model)
     chain: Any = chain_on(module)  # or PEFT's wrapper around one, which passes attributes on
+    asks = False
     if chain.base == INLINE:
         begin, end = open_inline, close_inline
     else:
-        begin, end = open_context, close_context
+        asks = asks_for_name(module, chain.base)
+        begin, end = open_context, close_proving if asks else close_context
         config: Any = module.config
         if config._attn_implementation != seam_name(chain.base):
-            vars(module)["config"] = seam_config(config, chain.base)
-    if (chain.needs_context or probes_on(module)) and begin not in module._forward_pre_hooks.values():
+            vars(module)["config"] = seam_config(module, chain.base)
+    if (asks or chain.needs_context or probes_on(module)) and begin not in module._forward_pre_hooks.values():
         register_last(module, begin)
         module.register_forward_hook(end, always_call=True, prepend=chain.base == INLINE)
         if chain.site.query_norm is not None:

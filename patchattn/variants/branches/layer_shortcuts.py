@@ -122,7 +122,7 @@ class LayerShortcuts(Variant):
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run, hidden = run_of(kwargs), args[0] if args else kwargs["hidden_states"]
         seen = run.shared.get(_SEEN, [])[: self.count]
-        if len(seen) < self.count or any(each.shape != hidden.shape for each in seen):
+        if hidden.dim() != 3 or len(seen) < self.count or any(each.shape != hidden.shape for each in seen):
             return None  # attention then finds nothing, and says so
         stacked = torch.stack([each.to(hidden.device) for each in seen], dim=2)
         return args, {**kwargs, RUN: run.handed_down({_SEEN: stacked})}
