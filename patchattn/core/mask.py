@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from patchattn_kernels import AttentionRule, SinkAndRecent
+from patchattn_kernels import AttentionRule, KeyCounts, SinkAndRecent, key_counts
 
 from . import keeping, ranks, rendering
 from .columns import Columns
@@ -80,6 +80,19 @@ class Mask(Columns):
         if self.window is not None:
             counts = torch.minimum(counts, order + self.window - 1) - (order - self.window).clamp(min=0)
         return counts + self.extra if self.extra else counts
+
+    def key_counts(self) -> KeyCounts:
+        """How many text queries see each key, `(B or 1, H or 1, Tk)`; found once for all layers that share the mask.
+
+        Raises:
+            NotImplementedError: as `seen`.
+        """
+        found: KeyCounts | None = self._memo.get("key counts")
+        if found is None:
+            counts = key_counts(self.rule(), self.queries, self.keys, self.device, self.real())
+            found = KeyCounts(*(count if count.dim() == 3 else count[:, None] for count in counts))
+            self._memo["key counts"] = found
+        return found
 
     def added(self) -> torch.Tensor | None:
         """`(B or 1, H or 1, Tq, Tk)` what a dense mask adds to the logits of these keys, if it is one that does."""

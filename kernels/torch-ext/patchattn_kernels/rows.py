@@ -88,6 +88,11 @@ class AttentionRule:
             visible = visible & (self.sequence[query, None] == self.sequence[key])
         return visible
 
+    def shows_all(self, queries: int, keys: int) -> bool:
+        """Whether each of so many queries sees each of so many keys, as structure alone says."""
+        ends = not self.causal or (keys - queries if self.offset is None else self.offset) + 1 >= keys
+        return ends and self.mask is None and self.window is None and self.sequence is None
+
     def added(self, rows: slice | torch.Tensor, keys: int) -> Iterator[torch.Tensor]:
         """What is added to the logits of some queries, `(B or 1, H or 1, C, Tk)` each."""
         for term in (self.bias, self.mask):
@@ -147,6 +152,8 @@ def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows
         logits = torch.tanh(logits / rule.softcap) * rule.softcap
     for term in rule.added(rows, keys):
         logits = logits + term
+    if query.shape[2] == 1 and rule.shows_all(1, keys):
+        return logits
     visible = with_heads(rule.visible(rows, (query.shape[2], keys), key.device))
     return logits.masked_fill(~visible, float("-inf"))
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from patchattn_kernels import AttentionRule, KeyCounts, attention_with_lse, column_mass, key_counts, split_attention
+from patchattn_kernels import AttentionRule, KeyCounts, attention_with_lse, column_mass, split_attention
 from patchattn_kernels.dense_attention_cpu import in_one_call
-from patchattn_kernels.rows import blocks, full_precision, row_logits, weights_of
+from patchattn_kernels.rows import blocks, full_precision, log_sum_exp, row_logits, weights_of
 
 from ...cache import waiting
 from ...core.call import AttentionCall
@@ -18,6 +18,7 @@ from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import ALL_CAPABILITIES, Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
+from ...softmax.rows import of_groups
 
 _LITTLE = 0.1  # of a row: what is left of it after a subtraction has lost a digit
 
@@ -116,33 +117,14 @@ class ACT(Variant):
             heads = self._numbers(query.device)
             groups = heads // (query.shape[1] // key.shape[1])
             query, key, value = query[:, heads], key[:, groups], value[:, groups]
-        # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
         rule, real = call.rule(heads), call.mask.real()
         alone = heads is None and call.stands_alone
-        anew = alone and _is_half(query)
-        # On a CPU one call of torch's kernel gives the log-sum-exp beside the output of the base implementation.
-        on_cpu = query.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        known = in_one_call(query, key, value, rule) if on_cpu and alone and not anew else None
-        whole_anew = anew or known is not None  # the query stands for the dtype
-        output, weights = (query.transpose(1, 2), None) if whole_anew else inner(call)
-        if known is not None or _is_half(output):
-            whole, lse = attention_with_lse(query, key, value, rule) if known is None else known
-            mass, _ = column_mass(query, key, rule, lse=lse, real=real)
+        if query.shape[2] == 1 and query.device.type == "cpu":
+            output, weights = (query.transpose(1, 2), None) if alone else inner(call)
+            sinks, total, rest, sink_mass, others, part = self._of_one_row(call, query, key, value, rule, real, heads)
         else:
-            whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)
-            mass, lse = column_mass(query, key, rule, real=real)
-        counts = key_counts(rule, query.shape[2], key.shape[2], key.device, real)
-        counts = KeyCounts(*(count if count.dim() == 3 else count[:, None] for count in counts))
-        sinks = self.sinks(*self._with_earlier_rows(call, mass, counts))
-        total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
-        # What is left of a row after a subtraction has lost digits, and a large factor shows it: that of the other keys
-        # is large, that of the sinks at most 1.
-        others_first = waiting.waits(query) and not _is_half(output)
-        split = split_attention(query, key, value, ~sinks if others_first else sinks, rule, output=whole, lse=lse)
-        chosen, left = (split.mass, split.part), (total - split.mass, split.output - split.part)
-        (rest, others), (sink_mass, part) = (chosen, left) if others_first else (left, chosen)
-        if not (_is_half(output) or others_first or torch.compiler.is_compiling()):
-            rest, others = _where_little_is_left(rest, others, query, key, value, sinks, rule, lse)
+            output, weights, *found = self._of_rows(call, inner, query, key, value, rule, real, heads, alone=alone)
+            sinks, total, rest, sink_mass, others, part = found
         # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
         movable = rest > torch.finfo(rest.dtype).eps ** 0.5
         kept = 1.0 - (1.0 - self.config.beta) * movable.to(rest.dtype)
@@ -155,6 +137,72 @@ class ACT(Variant):
             scaled = own * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
             weights = _put(weights, heads, scaled, dim=1)
         return _put(output, heads, changed.transpose(1, 2), dim=2), weights
+
+    def _of_one_row(
+        self,
+        call: AttentionCall,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: AttentionRule,
+        real: torch.Tensor,
+        heads: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Sinks `(B, h, Tk)`, masses `(B, h, 1)` of all keys, of others and of sinks, and outputs `(B, h, 1, Dv)` of
+        these two: the weights of one row are few, and are made."""
+        logits = row_logits(full_precision(query), full_precision(key), rule, slice(None))
+        weights = weights_of(logits, log_sum_exp(logits, rule))
+        sinks = self._found(call, weights[:, :, 0] * real[:, None], heads)
+        apart = weights * torch.stack([~sinks, sinks], dim=2)
+        rest, sink_mass = apart.sum(-1).split(1, dim=-1)
+        others, part = of_groups(apart, full_precision(value)).split(1, dim=2)
+        return sinks, rest + sink_mass, rest, sink_mass, others, part
+
+    def _of_rows(
+        self,
+        call: AttentionCall,
+        inner: Attend,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: AttentionRule,
+        real: torch.Tensor,
+        heads: torch.Tensor | None,
+        *,
+        alone: bool,
+    ) -> tuple[Any, ...]:
+        """Output and weights of the base implementation, then as `_of_one_row`, without weights of all rows."""
+        # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
+        anew = alone and _is_half(query)
+        # On a CPU one call of torch's kernel gives the log-sum-exp beside the output of the base implementation.
+        on_cpu = query.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        known = in_one_call(query, key, value, rule) if on_cpu and alone and not anew else None
+        whole_anew = anew or known is not None  # the query stands for the dtype
+        output, weights = (query.transpose(1, 2), None) if whole_anew else inner(call)
+        if known is not None or _is_half(output):
+            whole, lse = attention_with_lse(query, key, value, rule) if known is None else known
+            mass, _ = column_mass(query, key, rule, lse=lse, real=real)
+        else:
+            whole = (output if heads is None else output[:, :, heads]).transpose(1, 2)
+            mass, lse = column_mass(query, key, rule, real=real)
+        sinks = self._found(call, mass, heads)
+        total = torch.ones_like(lse) if rule.sinks is None else -torch.expm1(rule.sinks[:, None].to(lse.dtype) - lse)
+        # What is left of a row after a subtraction has lost digits, and a large factor shows it: that of the other keys
+        # is large, that of the sinks at most 1.
+        others_first = waiting.waits(query) and not _is_half(output)
+        split = split_attention(query, key, value, ~sinks if others_first else sinks, rule, output=whole, lse=lse)
+        chosen, left = (split.mass, split.part), (total - split.mass, split.output - split.part)
+        (rest, others), (sink_mass, part) = (chosen, left) if others_first else (left, chosen)
+        if not (_is_half(output) or others_first or torch.compiler.is_compiling()):
+            rest, others = _where_little_is_left(rest, others, query, key, value, sinks, rule, lse)
+        return output, weights, sinks, total, rest, sink_mass, others, part
+
+    def _found(self, call: AttentionCall, mass: torch.Tensor, heads: torch.Tensor | None) -> torch.Tensor:
+        """Which keys are sinks, from the attention `(B, h, Tk)` that they receive in this call."""
+        counts = call.mask.key_counts()
+        if heads is not None and counts.rows.shape[1] > 1:
+            counts = KeyCounts(*(count[:, heads] for count in counts))
+        return self.sinks(*self._with_earlier_rows(call, mass, counts))
 
     def _numbers(self, device: torch.device) -> torch.Tensor:
         """`(h,)` of the calibrated heads; copied to a device once, since a CUDA graph must not."""
