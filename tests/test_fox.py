@@ -186,9 +186,12 @@ def test_large_biases_keep_small_differences_in_half_precision(dtype: torch.dtyp
 
 def test_sums_go_on_from_what_was_remembered() -> None:
     new = torch.tensor([[[1.0, 2.0, 3.0]]])
-    assert running_sum(torch.zeros(1, 1, 3), new, torch.tensor(0)).tolist() == [[[1, 3, 6]]]
-    assert running_sum(torch.tensor([[[5.0, 7.0, 0.0, 0.0, 0.0]]]), new, torch.tensor(2)).tolist() == [
-        [[5, 7, 8, 10, 13]]
-    ]
+    for first in (0, torch.tensor(0)):
+        assert running_sum(torch.zeros(1, 1, 3), new, first).tolist() == [[[1, 3, 6]]]
+    for first in (2, torch.tensor(2)):
+        found = running_sum(torch.tensor([[[5.0, 7.0, 0.0, 0.0, 0.0]]]), new, first)
+        assert found.tolist() == [[[5, 7, 8, 10, 13]]]
+    one = running_sum(torch.tensor([[[5.0, 7.0, 0.0]]]), new[..., 1:2], 2)
+    assert one.tolist() == [[[5, 7, 9]]]
     slots = running_sum(torch.tensor([[[5.0, 7.0, 0.0, 0.0, 0.0, 9.0]]]), new, torch.tensor(2))
     assert slots.tolist() == [[[5, 7, 8, 10, 13, 9]]]

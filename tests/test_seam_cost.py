@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchattn
 
-from .reference import tiny_llama
+from .reference import HEADS, tiny_llama
 
 LAYERS, STEPS = 4, 3
 TOKENS = torch.arange(3, 11)[None]
@@ -72,12 +72,16 @@ def unpatched() -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("variant", "settings", "python", "operators"),
     [
-        ("moh", {"active_ratio": 1.0}, 14, 0),
+        ("moh", {"active_ratio": 1.0}, 13, 0),
         ("logn", {"train_length": 4}, 51, 7),
         ("ssmax", {}, 55, 8),
-        ("moh", {}, 60, 13),
-        ("moh", {"router": "learned"}, 86, 31),
+        ("moh", {}, 58, 12),
+        ("moh", {"router": "learned"}, 84, 30),
         ("ssa", {}, 151, 25),
+        ("sink", {}, 90, 12),
+        ("gated", {}, 70, 8),
+        ("fox", {}, 165, 28),
+        ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 290, 100),
     ],
 )
 def test_decoding_costs_few_calls_and_operators(

@@ -60,14 +60,18 @@ def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> Att
     return attend_wider(call, of_query, torch.cat(pieces, dim=-1), inner)
 
 
-def running_sum(past: torch.Tensor, new: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+def running_sum(past: torch.Tensor, new: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
     """Sums over all keys so far `(B, h, Tk)`, of those of earlier keys and what new ones add.
 
     Args:
         past: `(B, h, Tk)` of earlier keys; anything from the first new key on.
         new: `(B, h, Tq)` what each new key adds.
-        first: number of the first new key among all.
+        first: number of the first new key among all; in a tensor where slots are filled that no host counts.
     """
+    if isinstance(first, int) and first + new.shape[-1] == past.shape[-1]:
+        total = new if new.shape[-1] == 1 else new.cumsum(-1)
+        return torch.cat([past[..., :first], past[..., first - 1 : first] + total], dim=-1) if first else total
+    first = torch.as_tensor(first, device=past.device)
     before = F.pad(past, (1, 0)).index_select(-1, first.reshape(1))  # 0 in front of the first key
     where = first + torch.arange(new.shape[-1], device=new.device)
     return past.index_copy(-1, where, before + new.cumsum(-1))

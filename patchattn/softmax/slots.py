@@ -6,6 +6,8 @@ from typing import final
 import torch
 import torch.nn.functional as F
 
+from patchattn_kernels.rows import full_precision
+
 from ..core.call import AttentionCall
 from ..core.mask import Mask
 from ..core.variant import Attend, AttentionOutput, Variant
@@ -47,15 +49,15 @@ class SlotVariant(Variant):
                 f"{self.site.name} is to see. Load the model with attn_implementation='sdpa' or 'eager'."
             )
         logit, key, value = self.slots(call), self.slot_key(), self.slot_value()
-        dtype = torch.promote_types(torch.promote_types(logit.dtype, call.query.dtype), torch.float32)
-        logit = logit.to(dtype).reshape(1, -1, 1) if logit.dim() == 1 else logit.to(dtype)
+        logit = full_precision(logit).reshape(1, -1, 1) if logit.dim() == 1 else full_precision(logit)
+        logit = logit.double() if call.query.dtype == torch.float64 else logit
         known = attend_with_lse(call) or attend_half_row(call)
         if known is not None:
             return _beside_keys(call, *known, logit, key, value), None
         if reads_keys_once(call):
             return _in_rows(call, logit, key, value), None
         # A product, both in as many parts as the dtype needs: large logits do not overflow, small ones are kept.
-        inverse = torch.full((), 1 / call.scaling, dtype=dtype, device=logit.device)
+        inverse = torch.full((), 1 / call.scaling, dtype=logit.dtype, device=logit.device)
         pairs = [(b, s) for b in parts(logit, call.query.dtype) for s in parts(inverse, call.key.dtype)]
         of_query = torch.stack([b for b, _ in pairs], dim=-1)
         count = 1 if key is None else key.shape[1]

@@ -51,7 +51,7 @@ def routed_attention(
 def may_be_routed(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `routed_attention_if_faster` may compute calls of these shapes on this device; cheap, as asked for every
     token that is decoded."""
-    is_short = min(query.shape[2], key.shape[2]) < SHORTEST and not is_empty(query, key)
+    is_short = 0 < min(query.shape[2], key.shape[2]) < SHORTEST and len(query) > 0
     return not is_short or query.device.type != "cpu" or chosen_backend() == "triton"
 
 

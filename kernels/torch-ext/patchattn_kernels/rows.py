@@ -131,7 +131,7 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
 
 
 def row_logits(query: torch.Tensor, key: torch.Tensor, rule: AttentionRule, rows: slice | torch.Tensor) -> torch.Tensor:

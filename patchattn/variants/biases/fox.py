@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchattn_kernels.rows import full_precision
+
 from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.selection import require_causal
@@ -87,25 +89,27 @@ class Fox(KeyBiasVariant):
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor:
         forgotten = self.log_forget(call)
-        self.report(call, forget=forgotten.exp().transpose(1, 2))
-        context, keys = call.context, call.key.shape[2]
+        if self.observers:
+            self.report(call, forget=forgotten.exp().transpose(1, 2))
+        context, keys, rows = call.context, call.key.shape[2], forgotten.shape[-1]
         state = context.sequence_state(_OWNER)
         past = None if state is None else state.per_key.get("sum")
+        own = context.own_key()
+        first = 0 if own is None else own
         if past is None:
             past = forgotten.new_zeros(*forgotten.shape[:2], keys)
-        own = context.own_key()
-        first = torch.as_tensor(0 if own is None else own, device=past.device)
         total = running_sum(past.to(forgotten.dtype), forgotten, first)
         if state is not None:
             state.write("sum", total, per_key=True)
-        return total.index_select(-1, (first + forgotten.shape[-1] - 1).reshape(1)) - total
+        if isinstance(first, int):
+            return total[..., first + rows - 1 : first + rows] - total
+        return total.index_select(-1, (first + rows - 1).reshape(1)) - total
 
     def log_forget(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq)` float32 or wider."""
         states = call.context.layer_input()
-        opening = nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias)
-        opening = opening.to(torch.promote_types(opening.dtype, torch.float32)).transpose(1, 2)
-        forgotten = nn.functional.logsigmoid(opening)
+        opening = full_precision(nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias))
+        forgotten = nn.functional.logsigmoid(opening.transpose(1, 2))
         return forgotten if self.scale is None else forgotten * self.scale.to(forgotten.dtype)[:, None]
 
 

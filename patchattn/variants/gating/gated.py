@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from patchattn_kernels.rows import full_precision
+
 from ...core.call import AttentionCall
 from ...core.linear import LinearView
 from ...core.patching import active_chains
@@ -59,10 +61,10 @@ class Gated(GateVariant):
 
     def gate(self, call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
         states = call.context.layer_input()
-        opening = nn.functional.linear(states.to(self.weight.dtype), self.weight)
-        opening = opening.to(torch.promote_types(opening.dtype, torch.float32)).sigmoid() * self.config.factor
-        gate = opening.unflatten(-1, (output.shape[2], -1))
-        self.report(call, gate=gate.mean(-1))
+        opening = full_precision(nn.functional.linear(states.to(self.weight.dtype), self.weight))
+        gate = (opening.sigmoid() * self.config.factor).unflatten(-1, (output.shape[2], -1))
+        if self.observers:
+            self.report(call, gate=gate.mean(-1))
         return gate
 
     def fold(self, plain: nn.Module) -> None:
