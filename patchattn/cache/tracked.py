@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .compact import Narrow
 from .kept import KeptKeys, checked_bounds
+from .numbers import indices
 from .state import SequenceState, in_slots
 from .stored import StoredLayer
 
@@ -65,10 +66,13 @@ class TrackedLayer(StoredLayer):
         self.is_expected = False
         if self.apart is not None:
             heads, other = self.apart
-            rest = [head for head in range(key_states.shape[1]) if head not in heads]
+            rest = tuple(head for head in range(key_states.shape[1]) if head not in heads)
+            of_others, own = (indices(some, key_states.device) for some in (heads, rest))
             other.is_expected = True
-            other.update(key_states[:, heads], value_states[:, heads], *args, **kwargs)
-            key_states, value_states = key_states[:, rest], value_states[:, rest]
+            other.update(
+                key_states.index_select(1, of_others), value_states.index_select(1, of_others), *args, **kwargs
+            )
+            key_states, value_states = key_states.index_select(1, own), value_states.index_select(1, own)
         held = self.append(key_states, value_states, *args, **kwargs)
         if self.kept is not None:
             self.kept.append(key_states.shape[-2])

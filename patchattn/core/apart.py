@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from ..cache.numbers import indices
 from ..cache.tracked import TrackedLayer
 from .module_call import ModuleCall
 from .sites import AttentionSite
@@ -52,14 +53,16 @@ def attend_apart(
         raise NotImplementedError(f"{site.module_class} ({site.name}) keeps keys of some heads apart, and {fault}.")
     group = given.query.shape[1] // (held + len(kv_heads))
     is_apart = [head // group in kv_heads for head in range(given.query.shape[1])]
-    chosen = [torch.tensor([head for head, each in enumerate(is_apart) if each is part]) for part in (False, True)]
+    chosen = [tuple(head for head, each in enumerate(is_apart) if each is part) for part in (False, True)]
+    device = given.query.device
     states = ((given.key, given.value), (other.keys, other.values))
     outputs = []
-    for part, heads, (key, value) in zip((False, True), chosen, states, strict=True):
-        heads, mask = heads.to(given.query.device), given.mask
+    for part, some, (key, value) in zip((False, True), chosen, states, strict=True):
+        heads, mask = indices(some, device), given.mask
         if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
             mask = mask[:, heads]
-        key, value = key.to(given.query.device), value.to(given.query.device)
-        outputs.append(attend(replace(given, query=given.query[:, heads], key=key, value=value, mask=mask), part)[0])
-    order = torch.cat(chosen).argsort().to(given.query.device)
-    return torch.cat(outputs, dim=2)[:, :, order], None
+        query, key, value = given.query.index_select(1, heads), key.to(device), value.to(device)
+        outputs.append(attend(replace(given, query=query, key=key, value=value, mask=mask), part)[0])
+    joined = chosen[0] + chosen[1]
+    order = indices(tuple(sorted(range(len(joined)), key=joined.__getitem__)), device)
+    return torch.cat(outputs, dim=2).index_select(2, order), None
