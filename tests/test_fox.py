@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import patchattn
 from patchattn.core.kv_caches import cache_argument
 from patchattn.softmax.biases import KeyBiasVariant, running_sum
 
-from .behaviour import randomise, variant_parameters
+from .behaviour import positions, randomise, text, variant_parameters
 from .families import FAMILIES, outputs
 from .reference import DIM, HEADS, KV_HEADS, WIDTH, tiny_llama
 
@@ -114,6 +115,23 @@ def test_left_padding() -> None:
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(TOKENS[:1])], dim=1)
     got = outputs(model, input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))[0]
     torch.testing.assert_close(got[:, 3:], alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[12], [9, 3], [9, 1, 1, 1]])
+def test_a_text_that_goes_on_behind_padding(sizes: list[int]) -> None:
+    """A prompt padded on the right: what comes after it is as if there were no padding between them."""
+    model = FAMILIES["llama"].make_exact()
+    patchattn.patch_model(model, "fox", initial_bias=0.5, scaled=False)
+    tokens, mask = text(12, rows=1), torch.ones(1, 12, dtype=torch.long)
+    mask[:, 5:9] = 0
+    found, cache, done = [], DynamicCache(config=model.config), 0
+    for size in sizes:
+        part = slice(done, done + size)
+        done += size
+        given = {"attention_mask": mask[:, :done], "position_ids": positions(mask)[:, part]}
+        found += [outputs(model, input_ids=tokens[:, part], **given, past_key_values=cache)[0]]
+    alone = outputs(model, input_ids=tokens[mask.bool()][None])[0]
+    torch.testing.assert_close(torch.cat(found, dim=1)[mask.bool()][None], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_a_sliding_window_that_was_left_behind() -> None:

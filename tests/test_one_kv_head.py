@@ -10,6 +10,7 @@ from .behaviour import Case, accepted, close, decoded, text
 from .families import VOCABULARY, outputs
 
 CHUNKS = [7, 1, 3, 1]
+OF_TWO = ("differential", "duo")  # as is a budget of 4 and 7 keys
 
 
 @pytest.mark.parametrize("case", accepted("llama", "attention", "cache", "surgery"), ids=str)
@@ -20,11 +21,11 @@ def test_single_tokens_equal_one_forward(case: Case) -> None:
     model: Any = LlamaForCausalLM(config).double().eval()
     for parameter in model.parameters():
         parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0)
-    try:
-        case.patch(model)
-    except (ValueError, NotImplementedError) as refusal:
-        assert any(words in str(refusal) for words in ("kv heads", "must keep at least one")), refusal
+    if case.variant in OF_TWO or "4, 7" in str(case):
+        with pytest.raises((ValueError, NotImplementedError), match=r"kv heads|must keep at least one"):
+            case.patch(model)
         return
+    case.patch(model)
     tokens = text(12)
     whole, steps = outputs(model, input_ids=tokens)[0], decoded(model, tokens, CHUNKS)
     if case.looks_ahead:

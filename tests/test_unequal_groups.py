@@ -64,7 +64,9 @@ def test_surgery_behind_it_is_refused() -> None:
     for other in ("gqa_convert", "flap"):
         model = FAMILIES["llama"].make()
         before = outputs(model, **FAMILIES["llama"].inputs())[0]
-        with pytest.raises(NotImplementedError, match=f"'{other}', with these .* 'prune' leaves some of model.layers.0"):
+        with pytest.raises(
+            NotImplementedError, match=f"'{other}', with these .* 'prune' leaves some of model.layers.0"
+        ):
             patchattn.patch_model(model, ["prune", other], {name: settings[name] for name in ("prune", other)})
         assert torch.equal(before, outputs(model, **FAMILIES["llama"].inputs())[0])
 
@@ -73,5 +75,5 @@ def test_heads_that_are_masked_keep_their_numbers() -> None:
     """Behind `flap` heads have other numbers than `prune` was given."""
     settings = {"prune": {"heads": {0: [1]}, "physical": False}, "flap": {"heads": {0: [0]}, "compensate": False}}
     model = patchattn.patch_model(FAMILIES["llama"].make(), ["prune", "flap"], settings)
-    with pytest.raises(NotImplementedError, match="masks some of 4 heads of model.layers.0.self_attn"):
+    with pytest.raises(NotImplementedError, match=r"masks some of 4 heads of model\.layers\.0"):
         outputs(model, **FAMILIES["llama"].inputs())

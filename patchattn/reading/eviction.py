@@ -216,6 +216,8 @@ class ScoredEviction(EvictionVariant):
             state.settled = None
         if (is_single and event != "call") or call.mask.keys <= self.budget.least(columns):
             return
+        if self.window() is not None:
+            refuse_padding_behind(call, self.owner)
         kept = self.chosen(call, state)
         if event == "prompt":
             state.write(_DECIDED, kept)
@@ -225,3 +227,16 @@ class ScoredEviction(EvictionVariant):
                 self.budget.refuse(call)
             call.context.keep(self.owner, kept, bound=self.bound(columns), slack=0)
             state.settled = _DROPPED
+
+
+def refuse_padding_behind(call: AttentionCall, owner: str) -> None:
+    """NotImplementedError if the last query of several, which chooses keys, is padding behind a text."""
+    mask = call.mask
+    if mask.queries == 1 or (mask.real_columns is None and mask.pairs is None):
+        return
+    has_text = mask.real_keys().flatten(1).any(-1)
+    if bool((has_text & ~mask.real()[:, -1]).any()):
+        raise NotImplementedError(
+            f"{owner} in {call.site.name} keeps the keys that the last queries of a prompt attend to, and padding "
+            "stands behind some prompts: pad them on the left."
+        )

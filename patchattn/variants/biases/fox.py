@@ -91,6 +91,8 @@ class Fox(KeyBiasVariant):
         forgotten = self.log_forget(call)
         if self.observers:
             self.report(call, forget=forgotten.exp().transpose(1, 2))
+        if call.mask.pairs is not None or call.mask.real_columns is not None:  # padding within a text forgets nothing
+            forgotten = forgotten.masked_fill(~call.mask.real()[:, None], 0.0)
         context, keys, rows = call.context, call.key.shape[2], forgotten.shape[-1]
         state = context.sequence_state(_OWNER)
         past = None if state is None else state.per_key.get("sum")

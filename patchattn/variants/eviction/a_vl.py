@@ -18,7 +18,7 @@ from ...core.settings import option
 from ...core.sites import AttentionSite
 from ...core.variant import Attend, AttentionOutput, VariantConfig, VariantInfo
 from ...reading.budgets import best
-from ...reading.eviction import CAPABILITIES, EvictionVariant
+from ...reading.eviction import CAPABILITIES, EvictionVariant, refuse_padding_behind
 from ...reading.quantiles import above_quantile
 from ...reading.windows import grouped
 from ...vision.images import needed_layout
@@ -168,6 +168,7 @@ class AVL(ImageTokenVariant, EvictionVariant):
 
     def _decide(self, call: AttentionCall, state: SequenceState) -> None:
         """At what may be the end of a prompt: rank all, and note what the next token will see."""
+        refuse_padding_behind(call, self.owner)
         kinds, counts = state.per_key[_KIND], state.tensors[_SEEN]
         real = call.mask.real_keys()
         kept = real & self._rank(call, state, drops=True) & self._texts(state, real)

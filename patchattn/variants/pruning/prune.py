@@ -148,7 +148,7 @@ class Prune(HeadSurgery):
         output, weights = inner(call)
         if output.shape[2] != self.heads.total:
             raise NotImplementedError(
-                f"'prune' masks some of {self.heads.total} heads of {self.site.name}, of which a later variant took out "
+                f"'prune' masks some of {self.heads.total} heads of {self.site.name}, and a later variant took out "
                 "others: name 'prune' with physical=False after it."
             )
         keep = torch.ones(output.shape[2], 1, dtype=output.dtype, device=output.device)
