@@ -326,3 +326,25 @@ def test_calling_forward_around_the_hooks_is_refused(tokens) -> None:
     angles = model.model.rotary_emb(hidden, torch.arange(9)[None])
     with pytest.raises(RuntimeError, match="must be called, not its forward"):
         layer.forward(hidden_states=hidden, position_embeddings=angles)
+
+
+def test_what_a_site_is_made_of_and_what_it_lies_in_is_no_attention_that_is_left_out() -> None:
+    from patchattn.core.host import host
+
+    for model_class, config in (
+        (tf.CvtModel, tf.CvtConfig()),  # convolutions inside
+        (tf.LxmertModel, tf.LxmertConfig(l_layers=1, x_layers=1, r_layers=1)),  # an output projection beside
+        (
+            tf.DabDetrModel,
+            tf.DabDetrConfig(backbone_config=tf.ResNetConfig(out_features=["stage4"]), use_timm_backbone=False),
+        ),  # projections around
+    ):
+        with torch.device("meta"):
+            model = model_class(config)
+        assert not host().find_undispatched(model)
+        first = host().find_sites(model)[0]
+        parent, _, name = first.name.rpartition(".")
+        unknown = type("UnknownAttention", (torch.nn.Module,), {"forward": lambda self, states: states})()
+        unknown.query, unknown.key = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        setattr(model.get_submodule(parent), f"{name}_beside", unknown)
+        assert [found for found, _ in host().find_undispatched(model)] == [f"{first.name}_beside"]

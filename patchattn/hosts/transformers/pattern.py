@@ -19,6 +19,7 @@ from .products import CASTS, MOVES, Exchanged, Layout, Product, Step, UnknownPat
 _SUMS = ("add", "add_", "sub", "sub_")
 _FACTORS = ("mul", "mul_")
 _DIVISORS = ("div", "div_")
+_MAXIMA = ("max", "maximum")
 _LIKENESSES = ("expand_as", "view_as", "reshape_as", "type_as", "to")
 _FILLS = ("masked_fill", "masked_fill_")
 SOFTMAX = "softmax"
@@ -28,7 +29,8 @@ class Pattern:
     """Attention as a module has written it.
 
     Attributes:
-        query, key, value: `(B, H, Tq, D)`, `(B, H or 1, Tk, D)`, `(B, H or 1, Tk, Dv)`.
+        query, key, value: `(B, H, Tq, D)`, `(B, H or 1, Tk, D)`, `(B, H or 1, Tk, Dv)`; queries are multiplied by what
+            their head's scores are, as by a learned temperature.
         scaling: factor of the product of queries and keys.
         mask: `(B or 1, H or 1, Tq or 1, Tk)` which keys are seen, or numbers that say it and are added; `None`: all.
         position_bias: `(B or 1, H, Tq, Tk)` what else is added to the scores, if it differs between heads.
@@ -53,13 +55,15 @@ class Pattern:
             raise UnknownPatternError(
                 f"{len(reaching)} products reach the softmax by sums, factors and views alone, where one should"
             )
-        self._product, self._path, self.scaling, has_bias = reaching[0]
+        self._product, self._path, self.scaling, has_bias, self._factor = reaching[0]
         _refuse_other_axis(self._softmax, self._scores, self._product.step.result)
         told, leads = _told(self._product, [*self._path, *self._after], before)
         queries, keys, self._of_product = self._product.layouts(told, of_scores=True)
         self.scores_out, self._of_values, self._output = values.layouts(told, of_scores=False)
         self._of_queries, self._of_keys = queries, keys
         self.query, self.key = queries.read(self._product.left), keys.read(self._product.right)
+        if self._factor is not None:
+            self.query = self.query * self._factor
         self.value = self._of_values.read(values.right)
         self.weights = self.scores_out.read(values.left)
         shape = self._of_product.read(self._product.step.result).shape
@@ -86,7 +90,7 @@ class Pattern:
             return self._plainly(query, key, value, _joined(mask, position_bias, self._scores.dtype))
         weights, native = self.weights, self._values.left
         if query is not self.query or key is not self.key:
-            native = self._again(self._of_queries.written(query), self._of_keys.written(key))
+            native = self._again(self._of_queries.written(self._without_factor(query)), self._of_keys.written(key))
             weights = self.scores_out.read(native)
         values = self._values.right if value is self.value else self._of_values.written(value)
         return self._output.read(self._values.again(native, values)).transpose(1, 2), weights
@@ -94,6 +98,12 @@ class Pattern:
     def written(self, output: torch.Tensor) -> torch.Tensor:
         """Output `(B, Tq, H, Dv)` as the product with the values gives it."""
         return self._output.written(output.transpose(1, 2)).contiguous()
+
+    def _without_factor(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries of variants as the module's product takes them: to the last bit its own where they are."""
+        if self._factor is None:
+            return query
+        return self._of_queries.read(self._product.left) + (query - self.query) / self._factor
 
     def _again(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """The weights of other queries and keys."""
@@ -250,9 +260,9 @@ def _refuse_other_axis(softmax: Step, scores: torch.Tensor, product: torch.Tenso
 
 def _affine(
     product: Product, steps: Sequence[Step], scores: torch.Tensor
-) -> tuple[Product, list[Step], float, bool] | None:
-    """A product, the steps from it to the scores, its factor there and whether something is added on the way; `None`
-    if it gets there by other steps, or not at all."""
+) -> tuple[Product, list[Step], float, bool, torch.Tensor | None] | None:
+    """A product, the steps from it to the scores, its factor there, whether something is added on the way, and a factor
+    `(B or 1, H, 1, 1)` of heads, if there is one; `None` if it gets there by other steps, or not at all."""
     first = next((place for place, step in enumerate(steps) if step is product.step), None)
     if first is None:
         return None  # it comes behind the softmax
@@ -262,19 +272,24 @@ def _affine(
     carried: list[torch.Tensor] = [product.step.result]
     bent: list[torch.Tensor] = []
     path = []
+    of_heads: torch.Tensor | None = None
     for step in steps[first + 1 :]:
         taken = list(tensors_in((step.args, step.kwargs)))
         on_path = [tensor for tensor in taken if any_in([tensor], carried)]
         if (not on_path and not any_in(taken, bent)) or _reads_shape(step, on_path, bent):
             continue
         known = None if len(on_path) != 1 or any_in(taken, bent) else _effect(step, on_path[0])
+        if known is None and of_heads is None and len(on_path) == 1 and not any_in(taken, bent):
+            of_heads = _factor_of_heads(step, on_path[0], product)
+            known = None if of_heads is None else (1.0, False)
         if known is None:
             bent += step.results()
             continue
         scaling, has_bias = scaling * known[0], has_bias or known[1]
         carried += step.results()
         path.append(step)
-    return (product, path, scaling, has_bias) if any_in([scores], carried) and not any_in([scores], bent) else None
+    is_reached = any_in([scores], carried) and not any_in([scores], bent)
+    return (product, path, scaling, has_bias, of_heads) if is_reached else None
 
 
 def _effect(step: Step, carried: torch.Tensor) -> tuple[float, bool] | None:
@@ -296,7 +311,21 @@ def _effect(step: Step, carried: torch.Tensor) -> tuple[float, bool] | None:
     if step.name in _FACTORS + _DIVISORS and not step.kwargs and len(others) == 1 and is_first:
         factor = _number(others[0])
         return (factor if step.name in _FACTORS else 1.0 / factor, False) if factor is not None else None
+    if step.name in _MAXIMA and not step.kwargs and len(others) == 1 and isinstance(others[0], torch.Tensor):
+        least = _number(others[0])  # that of the dtype changes no number
+        return (1.0, False) if least is not None and least <= torch.finfo(result.dtype).min else None
     return None
+
+
+def _factor_of_heads(step: Step, carried: torch.Tensor, product: Product) -> torch.Tensor | None:
+    """`(B or 1, H, 1, 1)` what a step multiplies the scores of each head by, of a product in four dimensions."""
+    others = [each for each in step.args if each is not carried]
+    if step.name not in _FACTORS or step.kwargs or len(others) != 1 or not isinstance(others[0], torch.Tensor):
+        return None
+    factor = others[0][(None,) * max(0, 4 - others[0].dim())]
+    is_known = product.letters is None and product.step.result.dim() == carried.dim() == factor.dim() == 4
+    fits = is_known and factor.shape[1:] == (carried.shape[1], 1, 1) and factor.shape[0] in (1, carried.shape[0])
+    return factor if fits and carried.shape == product.step.result.shape else None
 
 
 def _number(value: Any) -> float | None:

@@ -156,10 +156,16 @@ def find_undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
     patched there.
 
     A tower is reported only if none of its layers dispatches: a hybrid model's linear attention is not a defect,
-    and neither is a single pooling head.
+    and neither is a single pooling head. What lies inside of a site is followed with it; what a site lies in leaves
+    attention to it, but for a softmax of its own.
     """
-    sites = {name for name, _ in _attending(model)}
-    return [(name, module) for name, module in _undispatched(model) if name not in sites]
+    sites = [name for name, _ in _attending(model)]
+    return [
+        (name, module)
+        for name, module in _undispatched(model)
+        if not any(f"{name}.".startswith(f"{site}.") for site in sites)
+        and not (any(site.startswith(f"{name}.") for site in sites) and not is_inline(module))
+    ]
 
 
 def _undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -172,9 +178,22 @@ def _undispatched(model: nn.Module) -> list[tuple[str, nn.Module]]:
             _ATTENTION.search(type(module).__name__)
             and _IN_LAYERS.search(name)
             and sum(hasattr(child, "weight") for child in module.children()) >= 2
+            and not _only_puts_out(module)
         ):
             candidates.append((name, module))
     return [(name, module) for name, module in candidates if not found.get(_tower(name))]
+
+
+def _only_puts_out(module: nn.Module) -> bool:
+    """Whether a module has norms and one square matrix, of which queries, keys and values are not made."""
+    weights: list[Any] = [child.weight for child in module.children() if hasattr(child, "weight")]
+    shapes = [weight.shape for weight in weights if weight is not None and weight.dim() > 1]
+    return (
+        len(shapes) == 1
+        and len(shapes[0]) == 2
+        and shapes[0][0] == shapes[0][1]
+        and not list(module.parameters(recurse=False))
+    )
 
 
 def _describe(name: str, module: nn.Module, layer_index: int, layer_count: int) -> AttentionSite:
