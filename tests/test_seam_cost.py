@@ -72,15 +72,15 @@ def unpatched() -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("variant", "settings", "python", "operators"),
     [
-        ("moh", {"active_ratio": 1.0}, 13, 0),
+        ("moh", {"active_ratio": 1.0}, 14, 0),
         ("logn", {"train_length": 4}, 51, 7),
         ("ssmax", {}, 55, 8),
-        ("moh", {}, 58, 12),
-        ("moh", {"router": "learned"}, 84, 30),
+        ("moh", {}, 60, 12),
+        ("moh", {"router": "learned"}, 86, 30),
         ("ssa", {}, 151, 25),
         ("sink", {}, 90, 12),
-        ("gated", {}, 70, 8),
-        ("fox", {}, 165, 28),
+        ("gated", {}, 71, 8),
+        ("fox", {}, 167, 28),
         ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 290, 100),
     ],
 )
