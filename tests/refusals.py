@@ -137,7 +137,11 @@ REFUSALS: dict[str, list[Refusal]] = {
         _of(of_kind("encoder_decoder"), "reads with its encoder", "the decoder begins with one token, and no prompt"),
         *_WITHOUT_SLOTS,
     ],
-    "fox": [*_of_causal_selection("fox")["fox"], *_CAPPED],
+    "fox": [
+        *_of_causal_selection("fox")["fox"],
+        *_CAPPED,
+        _of(["gpt_oss"], "does not support sinks", "what all keys of a row have in common is left out of its bias"),
+    ],
     "cope": [
         *_of_causal_selection("cope")["cope"],
         *_CAPPED,

@@ -19,8 +19,8 @@ class KeyBiasVariant(Variant):
     It is made by extra channels, of which every query head has its own, so that every base implementation computes it,
     without an `(N, N)` mask. Decoding in float32, or in half precision on a CPU, adds it to the logits of its one row,
     so that keys are not copied.
-    Register it as `innermost`: what came after would take the channels for those of the model; and without `softcap`,
-    which would bend it.
+    Register it as `innermost`: what came after would take the channels for those of the model; without `softcap`,
+    which would bend it; and without `sinks` where what all keys have in common is left out.
 
     A bias of zeros is the model but for rounding: how a processor orders sums depends on the number of channels.
     """
@@ -28,7 +28,7 @@ class KeyBiasVariant(Variant):
     neutral_rounds = True
 
     def key_bias(self, call: AttentionCall) -> torch.Tensor:
-        """`(B or 1, H, Tk)` float32 or wider; it is not scaled. What all keys have in common changes nothing."""
+        """`(B or 1, H, Tk)` float32 or wider; it is not scaled. What all keys share moves sinks alone."""
         raise NotImplementedError(f"{type(self).__name__} must define key_bias(call).")
 
     @final

@@ -49,6 +49,11 @@ class SlotVariant(Variant):
                 f"{self.site.name} is to see. Load the model with attn_implementation='sdpa' or 'eager'."
             )
         logit, key, value = self.slots(call), self.slot_key(), self.slot_value()
+        if value is not None and value.shape[-1] != call.value.shape[-1]:
+            raise NotImplementedError(
+                f"{type(self).__name__} was made for values of {value.shape[-1]} channels, and those of "
+                f"{self.site.name} have {call.value.shape[-1]}: leave it out with modules=... or layers=..."
+            )
         logit = full_precision(logit).reshape(1, -1, 1) if logit.dim() == 1 else full_precision(logit)
         logit = logit.double() if call.query.dtype == torch.float64 else logit
         known = attend_with_lse(call) or attend_half_row(call)

@@ -127,7 +127,8 @@ register_variant(
         extra_parameters="the layer's width and two values per query head and layer",
         needs_training=True,
         innermost=True,
-        capabilities=ALL_CAPABILITIES - {"bidirectional", "cross", "softcap"},
+        # A row's bias leaves out what all its keys have in common, which a sink beside them would feel.
+        capabilities=ALL_CAPABILITIES - {"bidirectional", "cross", "softcap", "sinks"},
         examples=({}, {"scaled": False}),
     )
 )
