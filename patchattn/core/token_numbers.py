@@ -24,6 +24,15 @@ def key_numbers(mask: Mask) -> torch.Tensor:
     return places[:, 0] - 1
 
 
+def refuse_other_tokens(mask: Mask, *, by: str, site: str) -> None:
+    """NotImplementedError if heads hold keys of different tokens, for who mixes what heads attend to."""
+    if mask.index is not None and mask.index.shape[1] > 1:
+        raise NotImplementedError(
+            f"{by} mixes heads key by key, and in {site} heads hold keys of different tokens: use it without the "
+            "variant that chooses keys for each head."
+        )
+
+
 def last_rows(mask: Mask) -> torch.Tensor:
     """`(B or 1, Tq)` bool: the last token of each sequence among the queries."""
     real, starts = mask.real(), ranks.starts(mask)

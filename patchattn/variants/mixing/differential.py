@@ -10,6 +10,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
+from ...core.token_numbers import refuse_other_tokens
 from ...core.variant import Attend, AttentionOutput, Variant, VariantConfig, VariantInfo
 
 
@@ -55,6 +56,7 @@ class Differential(Variant):
         return [self.factor]
 
     def attend(self, call: AttentionCall, inner: Attend) -> AttentionOutput:
+        refuse_other_tokens(call.mask, by="differential", site=self.site.name)
         heads, groups = call.query.shape[1], call.key.shape[1]
         by = groups // 2
         output, weights = inner(call)

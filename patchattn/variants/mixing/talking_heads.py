@@ -10,6 +10,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
+from ...core.token_numbers import refuse_other_tokens
 from ...core.variant import ALL_CAPABILITIES, VariantConfig, VariantInfo
 from ...softmax.rows import RowVariant
 
@@ -49,6 +50,7 @@ class TalkingHeads(RowVariant):
         return list(self.parameters())
 
     def weights(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        refuse_other_tokens(call.mask, by="talking_heads", site=self.site.name)
         if self.of_logits is not None:
             hidden = logits
             logits = _mixed(self.of_logits, logits.masked_fill(~visible, 0.0)).where(visible, hidden)
