@@ -48,7 +48,12 @@ def test_a_ratio_rounds_down_but_not_by_floating_point(columns: int, ratio: floa
         ({"budget": 0}, ValueError, "budget must lie between"),
         ({"budget": []}, ValueError, "budget must be at least 1 in every layer"),
         ({"budget": [5, [0, 3]]}, ValueError, "budget must be at least 1 in every layer"),
-        ({"budget": [5]}, ValueError, "budget is given for 1 layers, and model.layers.1.self_attn is number 1"),
+        ({"budget": [5]}, ValueError, "budget is given for 1 layers, and model.layers.0.self_attn is one of 2"),
+        (
+            {"budget": [5, [4, 7], 3]},
+            ValueError,
+            "budget is given for 3 layers, and model.layers.0.self_attn is one of",
+        ),
         ({"budget": [5, [1, 2, 3]]}, ValueError, "has 2 kv heads, but budgets for 3"),
         ({"budget": 0.5}, TypeError, "budget must be"),
     ],

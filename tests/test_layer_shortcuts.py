@@ -106,6 +106,8 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match=r"reads what layers before 3 .* were given; got depths=\(1, 3\)"):
         live(depths=[1, 3])
+    with pytest.raises(ValueError, match=r"reads each layer once, got depths=\(0, 0\)"):
+        live(depths=[0, 0])
     with pytest.raises(ValueError, match="layers before 0"):
         patchattn.patch_model(tiny_llama(), "layer_shortcuts")
     with pytest.raises(NotImplementedError, match="does not support bidirectional or cross"):

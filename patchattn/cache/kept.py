@@ -209,8 +209,13 @@ def checked_bounds(
         bound: of how many are kept.
         slack: as there.
         since: as there.
+
+    Raises:
+        NotImplementedError: other heads are stored than attended to.
     """
     batch, heads, stored = shape
+    if kept.dim() == 3 and kept.shape[1] not in (1, heads):
+        raise not_as_attended(owner, kept.shape[1], heads)
     if kept.dtype != torch.bool or (*kept.shape,) not in {(batch, 1, stored), shape}:
         raise ValueError(
             f"{owner}: which of {stored} keys to keep is told by bools (B, 1 or Hkv, S) = ({batch}, 1 or {heads}, "
@@ -222,3 +227,11 @@ def checked_bounds(
     if bounds is not None and len(bounds) not in (1, kept.shape[1]):
         raise ValueError(f"{owner}: one bound, or one for each of {kept.shape[1]} heads, is needed, got {bound}.")
     return bounds
+
+
+def not_as_attended(owner: str, attended: object, stored: object) -> NotImplementedError:
+    """What to raise where a kv cache stores something that keys are made of, such as latents."""
+    return NotImplementedError(
+        f"{owner} chooses by kv heads and channels of keys, of which attention has {attended} where its kv cache "
+        f"stores {stored}: keys are made of what is stored there, of which nothing can be dropped like that."
+    )

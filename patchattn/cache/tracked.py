@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .compact import Narrow
-from .kept import KeptKeys, checked_bounds
+from .kept import KeptKeys, checked_bounds, not_as_attended
 from .numbers import indices
 from .state import SequenceState, in_slots
 from .stored import StoredLayer
@@ -168,14 +168,19 @@ class TrackedLayer(StoredLayer):
         self.apart = chosen, other
         return self.apart[1]
 
-    def narrow(self, channels: torch.Tensor, count: int, *, owner: str) -> None:
+    def narrow(self, channels: torch.Tensor, count: int, width: int, *, owner: str) -> None:
         """Keep of the first `count` keys these channels alone, `(B, Hkv, D')` int64; the others are zero from now on.
 
+        Keys are `width` wide where they are attended to.
+
         Raises:
-            NotImplementedError: as `keep`.
+            NotImplementedError: as `keep`, or other heads or channels are stored than attended to.
             ValueError: keys or channels were dropped already, or there are not as many keys.
         """
         self.claim(owner)
+        attended, stored = (channels.shape[1], width), (self.keys.shape[1], self.keys.shape[-1])
+        if attended != stored:
+            raise not_as_attended(owner, attended, stored)
         if self.has_forgotten or not 0 < count <= self.stored:
             raise ValueError(f"{owner}: channels of 1 to {self.stored} keys can be dropped, once; got {count} keys.")
         self.hold_first(Narrow.of(self.keys[:, :, :count], self.values[:, :, :count], channels))

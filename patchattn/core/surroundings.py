@@ -184,7 +184,7 @@ class Surroundings:
         if layer is not None:
             layer.set_apart(kv_heads, owner=f"{owner} in {self.site.name}")
 
-    def narrow(self, owner: str, channels: torch.Tensor, count: int) -> None:
+    def narrow(self, owner: str, channels: torch.Tensor, count: int, width: int) -> None:
         """Have the kv cache keep of its first `count` keys these channels alone; the others are zero from now on.
 
         For variants whose `keeps_state` is true, once on a cache, after attention; without a cache nothing is dropped.
@@ -193,14 +193,15 @@ class Surroundings:
             owner: name of the variant.
             channels: `(B, Hkv, D')` int64.
             count: how many keys.
+            width: channels of a key where it is attended to.
 
         Raises:
-            NotImplementedError: as `keep`.
+            NotImplementedError: as `keep`, or other heads or channels are stored.
             ValueError: something was dropped already, or there are not as many keys.
         """
         layer = self._own_layer(owner)
         if layer is not None:
-            layer.narrow(channels, count, owner=f"{owner} in {self.site.name}")
+            layer.narrow(channels, count, width, owner=f"{owner} in {self.site.name}")
 
     def _own_layer(self, owner: str) -> TrackedLayer | None:
         """The layer of the kv cache, for who drops keys of it; `None` without a cache."""

@@ -60,8 +60,11 @@ class Budget:
 
     def __init__(self, config: BudgetConfig, default: int, site: AttentionSite) -> None:
         self.ratio, given = config.compression_ratio, default if config.budget is None else config.budget
-        if isinstance(given, tuple) and len(given) <= site.layer_index:
-            raise ValueError(f"budget is given for {len(given)} layers, and {site.name} is number {site.layer_index}.")
+        if isinstance(given, tuple) and len(given) != site.layer_count:
+            raise ValueError(
+                f"budget is given for {len(given)} layers, and {site.name} is one of {site.layer_count}: give one "
+                "for each of these, patched or not."
+            )
         own = given[site.layer_index] if isinstance(given, tuple) else given
         kv_heads = site.heads_in_all[1]
         if isinstance(own, list) and len(own) != kv_heads:

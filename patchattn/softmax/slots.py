@@ -104,12 +104,13 @@ def _beside_keys(
     value: torch.Tensor | None,
 ) -> torch.Tensor:
     """The same, of what the keys give `(B, R, H, Dv)` without slots and the log-sum-exp `(B, H, R)` of the rows."""
+    if key is None and value is None:
+        of_keys = (lse - logit).sigmoid()
+        return (output.to(of_keys.dtype) * of_keys.transpose(1, 2)[..., None]).to(call.value.dtype)
     own = _with_products(call, logit, key)
-    of_slots = own.logsumexp(-1) if own.shape[-1] > 1 else own[..., 0]
-    more = (lse - of_slots).transpose(1, 2)[..., None]
-    output = output.to(own.dtype) * more.sigmoid()
-    if value is not None:
-        output = _and_slots(output, (of_slots - lse).sigmoid()[..., None] * own.softmax(-1), value)
+    of_slots = own.logsumexp(-1)
+    output = output.to(own.dtype) * (lse - of_slots).sigmoid().transpose(1, 2)[..., None]
+    output = _and_slots(output, (of_slots - lse).sigmoid()[..., None] * own.softmax(-1), value)
     return output.to(call.value.dtype)
 
 

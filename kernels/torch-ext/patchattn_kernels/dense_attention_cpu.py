@@ -89,7 +89,7 @@ def flash(
     # It takes the channels of a vector for neighbours in memory, whatever their stride is.
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     output, lse = _flash(query, key, value, 0.0, causal, attn_mask=hidden, scale=scaling)
-    return output[..., :width], lse
+    return output if dim <= width else output[..., :width], lse
 
 
 def merged(

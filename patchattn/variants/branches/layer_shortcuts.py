@@ -156,6 +156,8 @@ def _depths(config: LayerShortcutsConfig, site: AttentionSite) -> tuple[int, ...
         found = {(number + 1) * last // (count + 1) for number in range(count)}
     else:
         found = set(config.depths)
+        if len(found) < len(config.depths):
+            raise ValueError(f"layer_shortcuts reads each layer once, got depths={config.depths}.")
     if not found or max(found) >= last:
         raise ValueError(
             f"layer_shortcuts reads what layers before {last} ({site.name}), which attends, were given; got "

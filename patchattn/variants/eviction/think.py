@@ -82,7 +82,7 @@ class ThinK(EvictionVariant):
         dropped = torch.ones_like(call.key[:, :, :1], dtype=torch.bool).scatter_(-1, channels[:, :, None], False)
         earlier, later = call.key.tensor_split([count], dim=2)
         output = inner(call.replace(key=torch.cat([earlier.masked_fill(dropped, 0.0), later], dim=2)))
-        call.context.narrow(self.owner, channels, count)
+        call.context.narrow(self.owner, channels, count, call.key.shape[-1])
         state.write(_DONE, torch.ones(len(call.key), dtype=torch.bool, device=call.key.device))
         return output
 
