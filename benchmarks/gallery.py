@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,19 +79,20 @@ def tower(layers: int) -> Any:
 
 def of_decoder(model: Any) -> np.ndarray:
     length = PROMPT + STEPS
-    inputs = moved(embedded(model, length))
+    tokens = texts(length)
     cache = transformers.DynamicCache(config=model.config)
     with attended(model) as outputs:
         for start, end in [(0, PROMPT), *((place, place + 1) for place in range(PROMPT, length))]:
-            mask = torch.ones(len(inputs), end, dtype=torch.long)
-            model(inputs_embeds=inputs[:, start:end], attention_mask=mask, **cache_argument(model, cache))
+            mask = torch.ones(len(tokens), end, dtype=torch.long)
+            with moving(model.get_input_embeddings(), slice(start + 1, end + 1)):
+                model(tokens[:, start:end], attention_mask=mask, **cache_argument(model, cache))
     return influence(torch.cat(outputs, dim=1))
 
 
 def of_encoder(model: Any) -> np.ndarray:
-    inputs = moved(embedded(model, PROMPT + STEPS))
-    with attended(model) as outputs:
-        model(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long))
+    tokens = texts(PROMPT + STEPS)
+    with attended(model) as outputs, moving(model.get_input_embeddings(), slice(1, None)):
+        model(tokens, attention_mask=torch.ones_like(tokens))
     return influence(outputs[0])
 
 
@@ -98,15 +100,8 @@ def of_tower(model: Any) -> np.ndarray:
     """Of patches alone, without the class token."""
     pixels = torch.randn(1, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(1)).double()
 
-    def move(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
-        return torch.cat([output[:, :1], moved(output[:1, 1:])], dim=1)
-
-    handle = model.embeddings.register_forward_hook(move)
-    try:
-        with attended(model) as outputs:
-            model(pixel_values=pixels.repeat(1 + SIDE**2, 1, 1, 1))
-    finally:
-        handle.remove()
+    with attended(model) as outputs, moving(model.embeddings, slice(None)):
+        model(pixel_values=pixels.repeat(1 + SIDE**2, 1, 1, 1))
     return influence(outputs[0][:, 1:])
 
 
@@ -117,17 +112,26 @@ HOSTS: dict[str, tuple[Callable[[int], Any], Callable[[Any], np.ndarray]]] = {
 }
 
 
-def embedded(model: Any, length: int) -> torch.Tensor:
-    """`(1, length, width)` of random tokens."""
-    tokens = torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(1))
-    return model.get_input_embeddings()(tokens)
+def texts(length: int) -> torch.Tensor:
+    """`(1 + length, length)`: the same random tokens in each row."""
+    return torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(6326)).repeat(1 + length, 1)
 
 
-def moved(inputs: torch.Tensor) -> torch.Tensor:
-    """`(1 + T, T, width)` of `(1, T, width)`: as it is, and with one token moved in each row."""
-    direction = torch.randn(inputs.shape[-1], generator=torch.Generator().manual_seed(2)).to(inputs.dtype)
-    which = torch.cat([torch.zeros(1, inputs.shape[1]), torch.eye(inputs.shape[1])]).to(inputs.dtype)
-    return inputs + MOVED * which[..., None] * direction
+@contextmanager
+def moving(embeddings: nn.Module, columns: slice) -> Iterator[None]:
+    """Row 1 + j of what a module embeds has token j moved; it embeds these columns of a class token and tokens."""
+
+    def move(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        direction = torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(2)).to(output.dtype)
+        which = torch.eye(len(output), dtype=output.dtype)
+        which[0, 0] = 0
+        return output + MOVED * which[:, columns, None] * direction
+
+    handle = embeddings.register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -175,19 +179,18 @@ def measured(name: str | None, host: str, layers: int) -> tuple[np.ndarray, bool
     return found, True
 
 
-def picture(name: str | None) -> tuple[np.ndarray, str]:
+def picture(name: str) -> tuple[np.ndarray, str]:
     """Of the first host that takes the variant, in one layer or in two, and a word on it.
 
     Raises:
         ValueError: it shows on none.
     """
-    for layers in (1, 2):
-        for host in HOSTS:
-            try:
-                found, was_moved = measured(name, host, layers)
-            except (NotImplementedError, ValueError, TypeError):
-                continue
-            return found, f"{host}{', its parameters drawn at random' if was_moved else ''}"
+    for layers, host in product((1, 2), HOSTS):
+        try:
+            found, was_moved = measured(name, host, layers)
+        except (NotImplementedError, ValueError, TypeError):
+            continue
+        return found, f"{host}{', its parameters drawn at random' if was_moved else ''}"
     raise ValueError(f"{name} does not show in which tokens reach which.")
 
 

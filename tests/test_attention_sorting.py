@@ -82,8 +82,13 @@ def test_what_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="no causal self-attention"):
         attention_sorting(FAMILIES["bert"].make(), BYTES, ["a"], QUESTION)
     patchattn.patch_model(model, "sink")
-    with pytest.raises(NotImplementedError, match="keys in a prompt of 7 tokens"):
-        attention_sorting(model, BYTES, ["a"], QUESTION)
+    for implementation, says in (
+        ("sdpa", "without the base implementation"),
+        ("eager", "keys in a prompt of 7 tokens"),
+    ):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(NotImplementedError, match=says):
+            attention_sorting(model, BYTES, ["a"], QUESTION)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

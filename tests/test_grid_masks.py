@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
             Swinv2Config(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
         ),
         pixels(1, 3, 32, 32),
-        "computes attention itself",
+        "as in windows",
     ),
     "hiera": (
         lambda: HieraModel(HieraConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])),

@@ -78,7 +78,7 @@ def unpatched() -> tuple[float, float]:
         ("moh", {}, 60, 12),
         ("moh", {"router": "learned"}, 86, 30),
         ("ssa", {}, 151, 25),
-        ("sink", {}, 90, 12),
+        ("sink", {}, 90, 9),
         ("gated", {}, 71, 8),
         ("fox", {}, 167, 28),
         ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 290, 100),

@@ -91,8 +91,15 @@ class Narrow(Compact):
     width: int
 
     @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor, channels: torch.Tensor) -> Self:
-        """Take up these channels of keys `(B, Hkv, P, D)`."""
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, channels: torch.Tensor, width: int, owner: str) -> Self:
+        """Take up these channels, of `width`, of keys `(B, Hkv, P, D)`.
+
+        Raises:
+            NotImplementedError: attention has other heads or channels than are stored.
+        """
+        attended, stored = (channels.shape[1], width), (keys.shape[1], keys.shape[-1])
+        if attended != stored:
+            raise not_as_attended(owner, attended, stored)
         channels = channels.to(keys.device)
         where = channels[:, :, None].expand(-1, -1, keys.shape[2], -1)
         return cls(keys.gather(-1, where), values.clone(), channels, keys.shape[-1])
@@ -108,3 +115,11 @@ class Narrow(Compact):
 
 def _along(where: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return where[..., None].expand(-1, -1, tensor.shape[-1]).to(tensor.device)
+
+
+def not_as_attended(owner: str, attended: object, stored: object) -> NotImplementedError:
+    """What to raise where a kv cache stores something that keys are made of, such as latents."""
+    return NotImplementedError(
+        f"{owner} chooses by kv heads and channels of keys, of which attention has {attended} where its kv cache "
+        f"stores {stored}: keys are made of what is stored there, of which nothing can be dropped like that."
+    )

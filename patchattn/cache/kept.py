@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import waiting
+from .compact import not_as_attended
 
 _NEVER = torch.iinfo(torch.int32).max
 
@@ -227,11 +228,3 @@ def checked_bounds(
     if bounds is not None and len(bounds) not in (1, kept.shape[1]):
         raise ValueError(f"{owner}: one bound, or one for each of {kept.shape[1]} heads, is needed, got {bound}.")
     return bounds
-
-
-def not_as_attended(owner: str, attended: object, stored: object) -> NotImplementedError:
-    """What to raise where a kv cache stores something that keys are made of, such as latents."""
-    return NotImplementedError(
-        f"{owner} chooses by kv heads and channels of keys, of which attention has {attended} where its kv cache "
-        f"stores {stored}: keys are made of what is stored there, of which nothing can be dropped like that."
-    )

@@ -14,9 +14,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .compact import Narrow
-from .kept import KeptKeys, checked_bounds, not_as_attended
+from .kept import KeptKeys, checked_bounds
 from .numbers import indices
-from .state import SequenceState, in_slots
+from .state import SequenceState, holds_more, in_slots
 from .stored import StoredLayer
 
 
@@ -67,11 +67,9 @@ class TrackedLayer(StoredLayer):
         if self.apart is not None:
             heads, other = self.apart
             rest = tuple(head for head in range(key_states.shape[1]) if head not in heads)
-            of_others, own = (indices(some, key_states.device) for some in (heads, rest))
+            theirs, own = (indices(some, key_states.device) for some in (heads, rest))
             other.is_expected = True
-            other.update(
-                key_states.index_select(1, of_others), value_states.index_select(1, of_others), *args, **kwargs
-            )
+            other.update(key_states.index_select(1, theirs), value_states.index_select(1, theirs), *args, **kwargs)
             key_states, value_states = key_states.index_select(1, own), value_states.index_select(1, own)
         held = self.append(key_states, value_states, *args, **kwargs)
         if self.kept is not None:
@@ -169,21 +167,16 @@ class TrackedLayer(StoredLayer):
         return self.apart[1]
 
     def narrow(self, channels: torch.Tensor, count: int, width: int, *, owner: str) -> None:
-        """Keep of the first `count` keys these channels alone, `(B, Hkv, D')` int64; the others are zero from now on.
-
-        Keys are `width` wide where they are attended to.
+        """Keep of the first `count` keys these channels `(B, Hkv, D')` of `width` alone; the others are zero.
 
         Raises:
             NotImplementedError: as `keep`, or other heads or channels are stored than attended to.
             ValueError: keys or channels were dropped already, or there are not as many keys.
         """
         self.claim(owner)
-        attended, stored = (channels.shape[1], width), (self.keys.shape[1], self.keys.shape[-1])
-        if attended != stored:
-            raise not_as_attended(owner, attended, stored)
         if self.has_forgotten or not 0 < count <= self.stored:
             raise ValueError(f"{owner}: channels of 1 to {self.stored} keys can be dropped, once; got {count} keys.")
-        self.hold_first(Narrow.of(self.keys[:, :, :count], self.values[:, :, :count], channels))
+        self.hold_first(Narrow.of(self.keys[:, :, :count], self.values[:, :, :count], channels, width, owner))
 
     def claim(self, owner: str) -> None:
         """Be the only one who drops keys of this layer.
@@ -198,6 +191,9 @@ class TrackedLayer(StoredLayer):
                 "cache, not a static or quantised one, and leave out layers with a sliding window (layers=...), which "
                 "forget by themselves."
             )
+        if holds_more(self):
+            plain, more = self.plain.__name__, "holds more of every token than its key and value, which would stay"
+            raise NotImplementedError(f"{owner} cannot drop keys: {plain} {more}.")
         if self.owner not in (None, owner):
             raise NotImplementedError(
                 f"{owner} was to drop keys of a kv cache from which {self.owner} drops some already: only one may do "

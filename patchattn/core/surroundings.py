@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..cache.kept import KeptKeys
-from ..cache.state import SequenceState, holds_more, in_slots
+from ..cache.state import SequenceState, in_slots
 from ..cache.tracked import TrackedLayer, sequence_state, track
 from .layer_context import LayerContext as LayerContext
 from .ranks import NOTHING_TOLD, Told
@@ -217,8 +217,6 @@ class Surroundings:
             fault = "the model computes its position bias from the number of keys that the cache holds"
         elif self.site.inline:
             fault = "the module computes attention in its own code, which may count the keys that the cache holds"
-        elif holds_more(layer):
-            fault = f"{type(layer).__name__} holds more of every token than its key and value, which would stay"
         elif torch.compiler.is_compiling():
             fault = "the call is compiled"
         if fault is not None:

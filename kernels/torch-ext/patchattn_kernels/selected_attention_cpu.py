@@ -121,14 +121,14 @@ def _copied_at_once(
     if value.stride() != steps or not (_has_lines(key, size, every) and _has_lines(value, size, every)):
         return None
     copies = _memory.take(key.dtype, 2, batch, groups, count * page_size, dim)
-    starts = [[[(b * steps[0] + g * steps[1]) // size] for g in range(groups)] for b in range(batch)]
+    starts = torch.tensor([[[(b * steps[0] + g * steps[1]) // size] for g in range(groups)] for b in range(batch)])
     apart, left = divmod(int(value.storage_offset()) - int(key.storage_offset()), size)
     if left == 0 <= apart and value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr():
-        parts = [(copies, key, [starts, [[[line + apart] for (line,) in row] for row in starts]], every + apart)]
+        parts = [(copies, key, torch.stack([starts, starts + apart]), every + apart)]
     else:
         parts = [(copies[0], key, starts, every), (copies[1], value, starts, every)]
     for copy, tensor, begins, count_of_lines in parts:
-        matrix, lines = tensor.as_strided((count_of_lines, size), (size, 1)), pages + torch.tensor(begins)
+        matrix, lines = tensor.as_strided((count_of_lines, size), (size, 1)), pages + begins
         torch.index_select(matrix, 0, lines.flatten(), out=copy.view(-1, size))
     length = (count - is_cut) * page_size + rest * is_cut
     return copies[0, :, :, :length], copies[1, :, :, :length]
