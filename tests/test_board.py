@@ -313,3 +313,12 @@ def test_the_shipped_board_can_be_read(data_dir: Path) -> None:
     assert samples["glue/sst2"] == 100
     assert samples["ruler/vt"] == 6
     assert sum(row.behind_prompt for row in rows.values()) >= 13
+
+
+def test_times_of_another_row_are_not_joined(tmp_path: Path) -> None:
+    for folder, digest in (("rows", "a"), ("speed", "b")):
+        (tmp_path / folder).mkdir()
+        row = {"patch": "runs/mine", "sha256": digest}
+        (tmp_path / folder / "mine.json").write_text(json.dumps({"name": "mine", "measured": {"row": row}}))
+    with pytest.raises(ValueError, match=r"mine\.json is of another row than .*a patch that was saved anew"):
+        read_rows(tmp_path)

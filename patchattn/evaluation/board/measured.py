@@ -40,18 +40,26 @@ def read_rows(output: Path) -> dict[str, Measured]:
     """Name of each measured row to what its file holds, and `speed`, what that of its times does; dense first.
 
     Raises:
-        ValueError: no rows, none of them dense, or a damaged file.
+        ValueError: no rows, none of them dense, a damaged file, or times of another row than what was scored.
     """
     found: dict[str, Measured] = {}
     for path in sorted((output / ROWS).glob("*.json")):
-        times = output / SPEED / path.name
-        found[path.stem] = {
-            **read_json_object(path),
-            "speed": read_json_object(times) if times.is_file() else None,
-        }
+        times, row = output / SPEED / path.name, read_json_object(path)
+        speed = read_json_object(times) if times.is_file() else None
+        if speed is not None and _said(speed) != _said(row):
+            raise ValueError(
+                f"{times} is of another row than {path}: of other settings, or of a patch that was saved anew. Remove "
+                "one of them, and run the row again."
+            )
+        found[path.stem] = {**row, "speed": speed}
     if DENSE not in found:
         raise ValueError(f"{output} holds no board with a row {DENSE!r}: run `patchattn board run` first.")
     return {DENSE: found.pop(DENSE), **found}
+
+
+def _said(file: dict[str, Any]) -> Any:
+    """Of the file of a row or of its times: what the row is, with the digest of its patch."""
+    return (file.get("measured") or {}).get("row")
 
 
 def difference(row: Measured, task: str, *, beside: bool = False) -> Difference | None:
