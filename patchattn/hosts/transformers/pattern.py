@@ -278,8 +278,9 @@ def _affine(
         on_path = [tensor for tensor in taken if any_in([tensor], carried)]
         if (not on_path and not any_in(taken, bent)) or _reads_shape(step, on_path, bent):
             continue
-        known = None if len(on_path) != 1 or any_in(taken, bent) else _effect(step, on_path[0])
-        if known is None and of_heads is None and len(on_path) == 1 and not any_in(taken, bent):
+        is_straight = len(on_path) == 1 and not any_in(taken, bent)
+        known = _effect(step, on_path[0]) if is_straight else None
+        if known is None and of_heads is None and is_straight:
             of_heads = _factor_of_heads(step, on_path[0], product)
             known = None if of_heads is None else (1.0, False)
         if known is None:

@@ -55,10 +55,9 @@ def base_of(module: nn.Module) -> str:
 
 def refuse_bases(model: nn.Module, sites: Sequence[str]) -> None:
     """NotImplementedError if some attention modules, by name, have no attention function that could be called."""
-    modules = [module for name in sites if dispatches(module := model.get_submodule(name))]
-    bases = [base_of(module) for module in modules]
-    for module, base in zip(modules, bases, strict=True):
-        base_function(type(module), base)
+    for name in sites:
+        if dispatches(module := model.get_submodule(name)):
+            base_function(type(module), base_of(module))
 
 
 def connect(model: nn.Module, module: nn.Module) -> None:
