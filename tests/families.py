@@ -2,10 +2,11 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from torch import nn
@@ -273,3 +274,13 @@ def outputs(model: nn.Module, **inputs: Any) -> list[torch.Tensor]:
     if not found:
         raise AssertionError(f"{type(result).__name__} has no output to compare")
     return found
+
+
+def each_of(names: Iterable[str]) -> Any:
+    """A fixture that gives each of these names."""
+
+    @pytest.fixture(params=list(names))
+    def name(request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    return name

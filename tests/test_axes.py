@@ -14,7 +14,7 @@ from patchattn.core.kv_caches import cache_argument
 from patchattn.core.registry import temporarily_registered
 from patchattn.hosts.transformers.tape import Tape
 
-from .families import shortened
+from .families import each_of, shortened
 from .test_inline import Recomputes, Weighs, _info
 
 TOKENS = torch.tensor([[5, 9, 3, 7, 4, 8, 6], [6, 3, 8, 5, 9, 4, 7], [7, 7, 3, 4, 9, 5, 6], [3, 4, 5, 6, 7, 8, 9]])
@@ -58,9 +58,7 @@ def _variants(toys: None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=list(MODELS))
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+family = each_of(MODELS)
 
 
 def make(family: str) -> nn.Module:

@@ -16,7 +16,7 @@ from patchattn.evaluation.board.sentences import shown
 from patchattn.evaluation.board.show import BESIDE, board_page, board_table
 from patchattn.evaluation.run.compare import compare
 from patchattn.evaluation.tasks.perplexity import PerplexityTask
-from patchattn.saving.adapted import loaded
+from patchattn.saving.trained import loaded
 
 from .test_board import PLAN, ROWS, run, write, write_model_and_data
 from .test_longbench import BYTES, tiny_model

@@ -13,7 +13,7 @@ from patchattn.core.host import find_sites
 from patchattn.core.kv_caches import cache_argument
 
 from .behaviour import randomise, snapshot
-from .families import shortened
+from .families import each_of, shortened
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -35,9 +35,7 @@ TOYS = ("toy_mask", "toy_state", "toy_gate", "toy_rule")
 TOKENS = torch.tensor([[5, 9, 3, 7, 4, 8, 6, 11, 10], [6, 3, 8, 5, 9, 4, 7, 10, 12]])
 
 
-@pytest.fixture(params=list(MODELS))
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+family = each_of(MODELS)
 
 
 def make(family: str) -> nn.Module:

@@ -81,7 +81,7 @@ def test_a_bound_is_no_estimate() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_highest_bound_of_a_kv_head_is_that_of_any_of_its_query_heads(dtype: torch.dtype) -> None:
     query, keys = torch.randn(2, 6, 1, 8).to(dtype), torch.randn(2, 3, 20, 8).to(dtype)
-    found = scores.highest_bounds(query, index.ends_of_pages(keys, 4))
+    found = scores.highest_products(scores.by_sign(query), index.ends_of_pages(keys, 4))
     pages, queries = keys.double().unflatten(2, (5, 4)), query[:, :, 0].double().unflatten(1, (3, 2))
     products = queries[:, :, :, None, None] * pages[:, :, None]  # (B, Hkv, group, P, page, D)
     expected = products.amax(dim=-2).sum(dim=-1).amax(dim=2)

@@ -18,7 +18,7 @@ from .forced import visible_pages
 from .groups import any_of_group, heads_option, read_by_one, reduced
 from .index import counted_keys, ends_of_pages, page_facts
 from .refresh import forget_choice, is_due, last_choice, remember_choice
-from .scores import highest_bounds, upper_bounds
+from .scores import by_sign, highest_products, products
 from .selection import plain_own
 from .whole import WholeSelection
 
@@ -97,21 +97,22 @@ class PagedSelection(WholeSelection):
         return self.facts(call, name, page, make)
 
     def chosen(
-        self, call: AttentionCall, scores: torch.Tensor, *, page: int, count: int, heads: str
+        self, call: AttentionCall, query: torch.Tensor, facts: torch.Tensor, *, page: int, count: int, heads: str
     ) -> torch.Tensor | Places:
         """Each query's own page, and the visible ones that score highest, `count` in all, as `select` gives them.
 
         Args:
             call: the call.
-            scores: `(B, H, Tq, P)` of complete pages, the higher the better.
+            query: `(B, H, Tq, E)` what is known of each query.
+            facts: `(B, Hkv, P, E)` what is known of each complete page: its products with the queries are its scores.
             page: keys of a page.
             count: how many.
             heads: "query", or "kv": the highest score among the query heads of a kv head counts.
         """
         if heads == "kv" and sees_all(call):
-            best = reduced(scores, call.key.shape[1], "max")[:, :, 0]
-            return best_and_own(call, best, page, count)
-        return self.of_pages(call, self.best_pages(call, scores, page, count, heads), page, most=count)
+            own = (call.key.shape[2] - 1) // page
+            return Places(highest_and_last(highest_products(query, facts), own, count), block=page)
+        return self.of_pages(call, self.best_pages(call, products(query, facts), page, count, heads), page, most=count)
 
     def lasting(
         self, call: AttentionCall, choose: Callable[[], torch.Tensor], *, page: int, count: int, every: int
@@ -143,7 +144,7 @@ class PagedSelection(WholeSelection):
         return self.of_pages(call, pages, page, most=min(count + since, pages.shape[-1]))
 
     def best_pages(self, call: AttentionCall, scores: torch.Tensor, page: int, count: int, heads: str) -> torch.Tensor:
-        """The pages of `chosen`, bool `(B, Hkv or H, Tq, ceil(Tk / page))`."""
+        """The pages of `chosen`, bool `(B, Hkv or H, Tq, ceil(Tk / page))`, by scores `(B, H, Tq, P)`."""
         visible, own = visible_pages(call.mask, page)
         scores = F.pad(scores, (0, visible.shape[-1] - scores.shape[-1]))  # an incomplete page is an own or hidden one
         if heads == "kv":
@@ -199,14 +200,7 @@ class BoundedSelection(PagedSelection):
             return None
         page = self.config.page
         ends, count = self.ends(call, "pages", page, within=page), -(-budget // page)
-        if self.config.heads == "kv" and sees_all(call):
-            return best_and_own(call, highest_bounds(call.query, ends), page, count)
-        return self.chosen(call, upper_bounds(call.query, ends), page=page, count=count, heads=self.config.heads)
-
-
-def best_and_own(call: AttentionCall, best: torch.Tensor, page: int, count: int) -> Places:
-    """`PagedSelection.chosen` of a query that `sees_all`, by scores `(B, Hkv, P)` of the complete pages."""
-    return Places(highest_and_last(best, (call.key.shape[2] - 1) // page, count), block=page)
+        return self.chosen(call, by_sign(call.query), ends, page=page, count=count, heads=self.config.heads)
 
 
 def sees_all(call: AttentionCall) -> bool:

@@ -8,8 +8,7 @@ from ..core.call import AttentionCall
 
 
 def products(query: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
-    """`(B, H, Tq, P)` products of queries `(B, H, Tq, D)` with a vector of every page `(B, Hkv, P, D)`, in float32 at
-    least."""
+    """`(B, H, Tq, P)` of queries `(B, H, Tq, E)` with a vector of every page `(B, Hkv, P, E)`, in float32 at least."""
     query, facts = full_precision(query), full_precision(facts)
     grouped = query.reshape(len(query), facts.shape[1], -1, query.shape[-1])
     return (grouped @ facts.mT).view(*query.shape[:3], -1)
@@ -24,20 +23,20 @@ def upper_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         query: `(B, H, Tq, D)`.
         ends: `(B, Hkv, P, 2D)`, as `index.ends_of_pages` gives them.
     """
-    return products(_by_sign(query), ends)
+    return products(by_sign(query), ends)
 
 
-def highest_bounds(query: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`(B, Hkv, P)` the highest of the `upper_bounds` of the query heads of each kv head; arguments as there, Tq = 1.
+def highest_products(query: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """`(B, Hkv, P)` the highest of the `products` of the query heads of each kv head; arguments as there, Tq = 1.
 
     With pages as the rows of the product they are read once, which takes half of the time where they are many.
     """
-    grouped, ends = _by_sign(full_precision(query)).view(*ends.shape[:2], -1, ends.shape[-1]), full_precision(ends)
-    return (ends @ grouped.mT).amax(dim=-1)
+    query, facts = full_precision(query), full_precision(facts)
+    return (facts @ query.reshape(*facts.shape[:2], -1, facts.shape[-1]).mT).amax(dim=-1)
 
 
-def _by_sign(query: torch.Tensor) -> torch.Tensor:
-    """Its positive entries, and its negative ones behind them; zeros are in the place of the others."""
+def by_sign(query: torch.Tensor) -> torch.Tensor:
+    """`(..., 2D)` its positive entries, and its negative ones behind them; zeros are in the place of the others."""
     return torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1)
 
 

@@ -58,15 +58,13 @@ def selected_attention(
     # a call of an operation, and what is around it, costs more than to choose the pages of a token
     is_plain = on_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
     lacking = unsupported(rule)
-    if counts is None and (lacking is not None or not is_plain):
-        counts = _all_of(pages)
     if is_empty(query, key):
         with torch.autocast(query.device.type, enabled=False):
             output, _, lse = empty_attention(query, key, value, rule)
     elif lacking is not None:
         triton_runs(query, lacking=lacking)  # refuses where the kernel is insisted on
         with torch.autocast(query.device.type, enabled=False):
-            output, lse = _reference(query, key, value, pages, cast(torch.Tensor, counts), page_size, rule)
+            output, lse = _reference(query, key, value, pages, counts, page_size, rule)
     else:
         operands = (query, key, value)
         if not query.dtype == key.dtype == value.dtype:
@@ -116,16 +114,11 @@ def _check_integers(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"Expected integers as {name}, got {tensor.dtype}.")
 
 
-def _all_of(pages: torch.Tensor) -> torch.Tensor:
-    """The counts that say that every page is read."""
-    return torch.full(pages.shape[:2], pages.shape[-1], dtype=torch.int32, device=pages.device)
-
-
 def _listed(
     query: torch.Tensor,
     key: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
     rule: AttentionRule,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -134,7 +127,9 @@ def _listed(
     groups, keys = key.shape[1], key.shape[2]
     index = torch.arange(pages.shape[-1] * page_size, device=key.device)
     columns = pages.expand(batch, groups, -1).long()[..., index // page_size] * page_size + index % page_size
-    listed = (index // page_size < counts.expand(batch, groups)[..., None]) & (columns >= 0) & (columns < keys)
+    listed = (columns >= 0) & (columns < keys)
+    if counts is not None:
+        listed = listed & (index // page_size < counts.expand(batch, groups)[..., None])
     columns = columns.clamp(0, keys - 1)
     batches, kv_heads = (torch.arange(size, device=key.device) for size in (batch, groups))
     place = (batches[:, None, None], kv_heads[:, None], columns)
@@ -162,7 +157,7 @@ def _reference(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,15 +199,15 @@ def _computed(
         from .decoding_triton import attend
 
         seen = key_mask(rule, query.shape[2], key.shape[2], query.device)
-        numbers = (_all_of(pages) if counts is None else counts).int()
-        how: dict[str, Any] = {"pages": pages.int(), "counts": numbers, "page": page_size, "dtype": value.dtype}
+        if counts is None:
+            counts = torch.full(pages.shape[:2], pages.shape[-1], device=pages.device)
+        how: dict[str, Any] = {"pages": pages.int(), "counts": counts.int(), "page": page_size, "dtype": value.dtype}
         output, lse = attend(query, key, value, scaling, seen, **how)
         return cast(torch.Tensor, output), lse  # there are values
     if query.device.type == "cpu":
         output, lse = by_whole_pages(query, key, value, pages, counts, page_size, rule)
     else:
-        numbers = _all_of(pages) if counts is None else counts
-        output, lse = _reference(query, key, value, pages, numbers, page_size, rule)
+        output, lse = _reference(query, key, value, pages, counts, page_size, rule)
     return output.to(value.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
@@ -227,7 +222,7 @@ def _backward(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
-    counts: torch.Tensor,
+    counts: torch.Tensor | None,
     page_size: int,
     mask: torch.Tensor | None,
     sequence: torch.Tensor | None,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ...core.registry import variant_info
 from ...core.settings import Settings, nearest, option
 from ...files.documents import quoted
-from ...saving.adapted import folder_digest
+from ...saving.trained import folder_digest
 from ..tasks.registry import make_tasks, task_names
 from ..tasks.speed import SpeedTask
 from ..tasks.task import EvalTask

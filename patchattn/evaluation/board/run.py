@@ -13,7 +13,7 @@ from ...core.observation import observe
 from ...core.patching import is_patched
 from ...core.report import Observation
 from ...files.documents import as_json, read_json_object, write_json
-from ...saving.adapted import adapter_tensors, holds_adapter, holds_patch, own_parameters
+from ...saving.trained import adapter_tensors, holds_adapter, holds_patch, own_parameters
 from ..report.errors import standard_error
 from ..report.report import surroundings
 from ..run.compare import answers, evaluate, patched_run, processes

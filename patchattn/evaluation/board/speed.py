@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...core.patching import unpatched
-from ...saving.adapted import holds_adapter, holds_patch
+from ...saving.trained import holds_adapter, holds_patch
 from ..run.compare import patched_run
 from ..tasks.speed import SpeedTask
 from ..tasks.task import Row

@@ -25,7 +25,7 @@ from ...core.selection import base_model, evaluating
 from ...core.settings import Settings, option
 from ...files.documents import decoded, json_lines
 from ...plotting.style import MOST_RUNS
-from ...saving.adapted import adapter_parameters, adapter_tensors, loaded, own_parameters
+from ...saving.trained import adapter_parameters, adapter_tensors, loaded, own_parameters
 from ..report.report import UNPATCHED, make_report, summary, write_report
 from ..tasks.cost import cuda_devices
 from ..tasks.results import claim, model_identity

@@ -15,7 +15,6 @@ from ...core.variant import VariantConfig, VariantInfo
 from ...reading.groups import heads_option
 from ...reading.index import counted_keys
 from ...reading.pages import PagedSelection
-from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
 
 
@@ -68,8 +67,8 @@ class MoBA(PagedSelection):
         means = self.facts(
             call, "means", block, lambda keys, part: block_means(keys, block, counted_keys(call.mask, block, part))
         )
-        scores = products(call.query, means).detach()
-        return self.chosen(call, scores, page=block, count=top_k, heads=self.config.heads)
+        query = call.query.detach()
+        return self.chosen(call, query, means.detach(), page=block, count=top_k, heads=self.config.heads)
 
 
 register_variant(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -70,6 +70,18 @@ class ACTConfig(VariantConfig):
     )
 
 
+class _OwnHeads(NamedTuple):
+    """What ACT has of a call: of its calibrated heads, h of them with as many keys and values, or of all."""
+
+    call: AttentionCall
+    query: torch.Tensor  # (B, h, Tq, D)
+    key: torch.Tensor  # (B, h or Hkv, Tk, D)
+    value: torch.Tensor  # (B, h or Hkv, Tk, Dv)
+    rule: AttentionRule
+    real: torch.Tensor  # (B or 1, Tq) bool: which queries are no padding
+    heads: torch.Tensor | None  # (h,) their numbers; None: all
+
+
 class ACT(Variant):
     """Attention with sinks scaled by `beta`, and all other keys of a row by one factor that keeps the row's sum.
 
@@ -117,13 +129,13 @@ class ACT(Variant):
             heads = self._numbers(query.device)
             groups = heads // (query.shape[1] // key.shape[1])
             query, key, value = query[:, heads], key[:, groups], value[:, groups]
-        rule, real = call.rule(heads), call.mask.real()
+        own = _OwnHeads(call, query, key, value, call.rule(heads), call.mask.real(), heads)
         alone = heads is None and call.stands_alone
         if query.shape[2] == 1 and query.device.type == "cpu":
             output, weights = (query.transpose(1, 2), None) if alone else inner(call)
-            sinks, total, rest, sink_mass, others, part = self._of_one_row(call, query, key, value, rule, real, heads)
+            sinks, total, rest, sink_mass, others, part = self._of_one_row(own)
         else:
-            output, weights, *found = self._of_rows(call, inner, query, key, value, rule, real, heads, alone=alone)
+            output, weights, *found = self._of_rows(own, inner, alone=alone)
             sinks, total, rest, sink_mass, others, part = found
         # A row that sees little else than sinks, such as the first, has nowhere to move attention to.
         movable = rest > torch.finfo(rest.dtype).eps ** 0.5
@@ -133,23 +145,15 @@ class ACT(Variant):
         self.report(call, sink_keys=sinks, sink_mass=sink_mass.transpose(1, 2))
 
         if weights is not None:
-            own = weights if heads is None else weights[:, heads]
-            scaled = own * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
+            before = weights if heads is None else weights[:, heads]
+            scaled = before * torch.where(sinks[:, :, None], kept[..., None], factor[..., None])
             weights = _put(weights, heads, scaled, dim=1)
         return _put(output, heads, changed.transpose(1, 2), dim=2), weights
 
-    def _of_one_row(
-        self,
-        call: AttentionCall,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: AttentionRule,
-        real: torch.Tensor,
-        heads: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
+    def _of_one_row(self, own: _OwnHeads) -> tuple[torch.Tensor, ...]:
         """Sinks `(B, h, Tk)`, masses `(B, h, 1)` of all keys, of others and of sinks, and outputs `(B, h, 1, Dv)` of
         these two: the weights of one row are few, and are made."""
+        call, query, key, value, rule, real, heads = own
         logits = row_logits(full_precision(query), full_precision(key), rule, slice(None))
         weights = weights_of(logits, log_sum_exp(logits, rule))
         sinks = self._found(call, weights[:, :, 0] * real[:, None], heads)
@@ -158,20 +162,9 @@ class ACT(Variant):
         others, part = of_groups(apart, full_precision(value)).split(1, dim=2)
         return sinks, rest + sink_mass, rest, sink_mass, others, part
 
-    def _of_rows(
-        self,
-        call: AttentionCall,
-        inner: Attend,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: AttentionRule,
-        real: torch.Tensor,
-        heads: torch.Tensor | None,
-        *,
-        alone: bool,
-    ) -> tuple[Any, ...]:
+    def _of_rows(self, own: _OwnHeads, inner: Attend, *, alone: bool) -> tuple[Any, ...]:
         """Output and weights of the base implementation, then as `_of_one_row`, without weights of all rows."""
+        call, query, key, value, rule, real, heads = own
         # Half precision is computed anew: the factor of the other keys would blow up what was rounded off.
         anew = alone and _is_half(query)
         # On a CPU one call of torch's kernel gives the log-sum-exp beside the output of the base implementation.
