@@ -26,12 +26,12 @@ import patchattn
 sys.path.insert(0, str(Path(__file__).parent))
 from heads import measure
 from published import SMOL, if_there
-from trained_parts import adapted, conversion, toys
+from trained_parts import adapted, conversion, landmarks, toys
 from trained_parts.common import Setup
 
 from patchattn.evaluation.report.report import markdown_table
 
-PARTS: tuple[Any, ...] = (toys, conversion, adapted)
+PARTS: tuple[Any, ...] = (toys, conversion, adapted, landmarks)
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Folder for rows; a run goes on from those that are there.")]
