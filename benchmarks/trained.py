@@ -45,7 +45,7 @@ def page_of(setup: Setup, pictures: Path | None) -> str:
         "# Variants that are trained",
         "",
         f"{datetime.date.today()}, {platform.machine()}, one thread, Python {platform.python_version()}, "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}, float32. SmolLM2-135M-Instruct was "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. SmolLM2-135M-Instruct was "
         "unpacked from a Q4_1 file, so figures are of that file.",
         "",
         "`python benchmarks/trained.py run --model DIR --stories DIR --text FILE --training FILE --folder "

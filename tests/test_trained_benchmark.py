@@ -14,9 +14,13 @@ from .long_context import BYTES, tiny_llama
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 trained: Any = importlib.import_module("trained")
 sys.path.pop(0)
-adapted, common, conversion, toys, tasks = (
-    sys.modules[f"trained_parts.{name}"] for name in ("adapted", "common", "conversion", "toys", "toy_tasks")
+adapted, common, conversion, landmarks, toys, tasks = (
+    sys.modules[f"trained_parts.{name}"]
+    for name in ("adapted", "common", "conversion", "landmarks", "toys", "toy_tasks")
 )
+
+
+LOOKED = {"first": 0.3, "kurtosis": 10.0}
 
 
 def made(name: str, rows: int = 20) -> list[tuple[list[int], list[int]]]:
@@ -94,13 +98,14 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_smollm2_are_told(tmp_path: Path) -> None:
     """Three seeds of LoRA alone and of two variants, of two texts; and every start of a conversion."""
     setup = common.Setup(None, None, None, None, tmp_path)
-    looked = {"first": 0.3, "kurtosis": 10.0, "needles": [[1.0, 0.1]], "start": [3.0, 3.5]}
-    setup.write("adapted", "before training/0/0", {"losses": [3.0, 3.5], **looked})
+    looked = {**LOOKED, "needles": [[1.0, 0.1]], "start": [3.0, 3.5], "text": "valid.txt"}
+    setup.write("adapted", "before training/20/0", {"losses": [3.0, 3.5], **looked})
     for seed in range(3):
         for name, less, first in (("LoRA alone", 0.0, 0.3), ("sink", 0.0, 0.29), ("gated", 0.1 + seed / 100, 0.3)):
             moved = {} if name == "LoRA alone" else {"logit": [5.0, 0.25, 0.5]}
             row = {**looked, "losses": [3.0 - less, 3.5 - less], "moved": moved, "train": [3.0], "first": first}
             setup.write("adapted", f"{name}/20/{seed}", row)
+        setup.write("adapted", f"gated/10/{seed}", {**looked, "losses": [9.0, 9.0], "moved": {}, "train": [9.0]})
     for start, loss in zip(conversion.STARTS, (1.0, 4.0, 2.0, 2.5, 1.5), strict=True):
         each = {str(step): [loss, loss + 0.1, loss + 0.3] for step in conversion.STEPS}
         setup.write("conversion", f"SmolLM2/{start}/0", {"losses": each})
@@ -111,8 +116,33 @@ def test_rows_of_smollm2_are_told(tmp_path: Path) -> None:
     assert "`sink` beside LoRA has a lower loss than LoRA alone | not shown | +0 ± 0" in page
     assert "with `sink` the first token gets less attention | **shown** | -1 ± " in page
     assert "after 40 steps: `components` loses less than `mean` | **shown** | -2.5" in page
+    assert "10 steps: `gated`" not in page  # nothing to compare it to
+    assert "measured on valid.txt" in page
     assert "| sink | `logit` | 5 | 0.25 | 0.5 |" in page
     assert all((tmp_path / f"trained_{name}.png").exists() for name in ("lora", "conversion"))
+
+
+def test_rows_of_landmarks_are_told(tmp_path: Path) -> None:
+    """Three seeds beside LoRA alone: of what is lost, the 95 % interval must lie below what is allowed."""
+    setup = common.Setup(None, None, None, None, tmp_path)
+
+    def row(loss: float) -> dict[str, Any]:
+        each = {name: (loss + more, loss / 2) for name, more in (("all", 0.0), ("4", 0.04), ("1", 0.3))}
+        return {
+            name: {"losses": [of, of + 0.1 + of / 1e4, of + 0.2], "needles": [nats] * 4}
+            for name, (of, nats) in each.items()
+        }
+
+    setup.write("landmarks", "0/0", row(5.0))
+    assert "Landmarks on SmolLM2\n\nNot measured yet." in trained.page_of(setup, None)
+    for seed in range(3):
+        setup.write("landmarks", f"20/{seed}", row(3.0 + seed / 100))
+        setup.write("adapted", f"LoRA alone/20/{seed}", {"losses": [2.5], "needles": [[1.0, 0.1]], "text": "valid.txt"} | LOOKED)
+    page = trained.page_of(setup, None)
+    assert "beside LoRA alone | not shown | +0.61 ± " in page
+    assert "reading 4 of up to 16 earlier sections costs less than 0.05 nats beside all | **shown** | +0.04 ± " in page
+    assert "reading 1 of up to 16 earlier sections costs less than 0.05 nats beside all | not shown | +0.3 ± " in page
+    assert "better than before training | **shown** | -0.995 ± 0 nats, 4 prompts" in page
 
 
 def test_the_other_side_is_said() -> None:
@@ -122,7 +152,7 @@ def test_the_other_side_is_said() -> None:
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="There are the parts toys, conversion, adapted, got x"):
+    with pytest.raises(Exception, match="There are the parts toys, conversion, adapted, landmarks, got x"):
         trained.run(tmp_path, None, part=["x"])
 
 
@@ -157,3 +187,19 @@ def test_a_row_of_a_conversion(small: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert rows["not converted"]["0"] == common.losses(small.smol(), small.texts)
     assert all(list(row) == ["0", "1", "2"] for row in rows.values())
     assert len({tuple(losses) for row in rows.values() for losses in row.values()}) == 6
+
+
+def test_a_row_of_landmarks(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing were trained, a text without earlier sections has the losses of the model itself."""
+    monkeypatch.setattr(landmarks, "MARK", "~")  # none of the text has it
+    monkeypatch.setattr(BYTES, "convert_tokens_to_ids", lambda mark: 62, raising=False)
+    tokens = small.texts[0, : landmarks.EVERY]
+    model = small.smol()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landmarks, "EVERY", len(tokens) + 1)
+        found = landmarks._losses(model, tokens.tolist(), 62)
+    assert found.mean().item() == pytest.approx(common.losses(model, tokens[None])[0], abs=1e-4)
+    row = landmarks._row(small, 2, 0)
+    assert len(row["train"]) == 2
+    assert [len(row[name]["losses"]) for name in landmarks.TOPS] == [3, 3, 3]
+    assert row["all"]["losses"] != row["1"]["losses"]

@@ -47,7 +47,7 @@ def jobs(setup: Setup) -> list[Job]:
     keys = [(name, setup.steps, seed) for names in groups for seed in range(setup.seeds) for name in names]
     return [
         (f"{name}/{steps}/{seed}", lambda name=name, steps=steps, seed=seed: _row(setup, name, steps, seed))
-        for name, steps, seed in [(BEFORE, 0, 0), *keys]
+        for name, steps, seed in [(BEFORE, setup.steps, 0), *keys]
     ]
 
 
@@ -58,8 +58,8 @@ def _row(setup: Setup, name: str, steps: int, seed: int) -> Row:
     torch.manual_seed(seed)
     if variant is not None:
         patchattn.patch_model(model, name, dict(settings))
-    found: Row = {"start": losses(model, setup.texts[:LOOKED])}
-    if steps:
+    found: Row = {"text": setup.text.name, "start": losses(model, setup.texts[:LOOKED])}
+    if name != BEFORE:
         torch.manual_seed(seed)  # LoRA starts alike for all
         whole = None if variant is None else ["patchattn"]
         how = {"target_modules": lora_targets(model), "modules_to_save": whole}
@@ -145,26 +145,26 @@ def _pairs(rows: dict[str, dict[int, Row]], name: str) -> tuple[list[float], lis
     return first, second, f"texts ({len(seeds)} of 3 seeds)"
 
 
-def _steps(setup: Setup) -> int | None:
-    """The most steps that there is something to compare after."""
-    return max((steps for steps, rows in rows_by_steps(setup).items() if len(rows) > 1 and ALONE in rows), default=None)
+def _compared(setup: Setup) -> dict[str, tuple[int, dict[str, dict[int, Row]]]]:
+    """Of every variant: the most steps after which there is LoRA alone to compare it to, and the rows of these."""
+    found = rows_by_steps(setup)
+    steps = {name: [of for of, rows in found.items() if name in rows and ALONE in rows] for name in ADDED}
+    return {name: (max(of), found[max(of)]) for name, of in steps.items() if of}
 
 
 def claims(setup: Setup) -> list[Claim]:
-    steps, result = _steps(setup), []
-    if steps is None:
-        return []
-    rows = rows_by_steps(setup)[steps]
-    for name in ADDED:
+    compared, result = _compared(setup), []
+    for name, (steps, rows) in compared.items():
         own, alone, of = _pairs(rows, name)
         said = f"SmolLM2, {steps} steps: `{name}` beside LoRA has a lower loss than LoRA alone"
         result.append(claim(said, own, alone, "nats a token", wants=-1, of=of))
     for name in ("sink", "gated"):
-        own, alone = ({seed: row["first"] for seed, row in rows.get(each, {}).items()} for each in (name, ALONE))
-        seeds = sorted(set(own) & set(alone))
-        said = f"SmolLM2, {steps} steps: with `{name}` the first token gets less attention"
-        pairs = ([100 * each[seed] for seed in seeds] for each in (own, alone))
-        result.append(claim(said, *pairs, "points", wants=-1, of="seeds"))
+        if name in compared:
+            steps, rows = compared[name]
+            seeds = sorted(set(rows[name]) & set(rows[ALONE]))
+            pairs = ([100 * rows[each][seed]["first"] for seed in seeds] for each in (name, ALONE))
+            said = f"SmolLM2, {steps} steps: with `{name}` the first token gets less attention"
+            result.append(claim(said, *pairs, "points", wants=-1, of="seeds"))
     return result
 
 
@@ -183,18 +183,20 @@ def section(setup: Setup, pictures: Path | None) -> list[str]:
         "one. Start is the largest change of a text's loss by the patch before training.",
         "",
     ]
-    for steps in sorted(set(found) - {0}):
-        lines += [f"### {steps} steps", "", *_table(found, steps), "", *_movements(found[steps]), ""]
-    steps = _steps(setup)
-    if pictures is not None and steps is not None:
-        draw(found[steps], steps, pictures / "trained_lora.png")
+    for steps in sorted(found):
+        rows = [row for of in found[steps].values() for row in of.values()]
+        how = ", by autocast to bfloat16" if any("autocast" in row for row in rows) else ""
+        trained = f"Trained in float32{how}; measured on {', '.join(sorted({row['text'] for row in rows}))}."
+        lines += [f"### {steps} steps", "", trained, "", *_table(found[steps]), "", *_movements(found[steps]), ""]
+    compared = _compared(setup)
+    if pictures is not None and compared:
+        draw(compared, pictures / "trained_lora.png")
         lines += ["![Change of the loss by variants beside LoRA](trained_lora.png)"]
     return lines
 
 
-def _table(found: dict[int, dict[str, dict[int, Row]]], steps: int) -> list[str]:
-    rows, table = found[steps], []
-    before = found.get(0, {}).get(BEFORE, {})
+def _table(rows: dict[str, dict[int, Row]]) -> list[str]:
+    before, table = rows.get(BEFORE, {}), []
     for name, own in {
         **({BEFORE: before} if before else {}),
         **{n: rows[n] for n in (ALONE, *ADDED) if n in rows},
@@ -234,24 +236,26 @@ def _movements(rows: dict[str, dict[int, Row]]) -> list[str]:
     return [said, "", *markdown_table(head, table, texts=2)]
 
 
-def draw(rows: dict[str, dict[int, Row]], steps: int, path: Path) -> None:
+def draw(compared: dict[str, tuple[int, dict[str, dict[int, Row]]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     from patchattn.plotting.style import BLUE, GREY, ORANGE
 
-    names = [name for name in ADDED if name in rows]
-    pairs = [paired(*_pairs(rows, name)[:2]) for name in names]
+    names = [f"{name}, {steps} steps" for name, (steps, _) in compared.items()]
+    pairs = [paired(*_pairs(rows, name)[:2]) for name, (_, rows) in compared.items()]
+    shares = [
+        [100 * sum(row["first"] for row in rows[each].values()) / len(rows[each]) for each in (name, ALONE)]
+        for name, (_, rows) in compared.items()
+    ]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2, sharey=True)
     around = [0.0 if math.isnan(error) else 2 * error for _, error in pairs]
     axes[0].errorbar([each for each, _ in pairs], range(len(names)), xerr=around, fmt="o", color=BLUE, capsize=3)
-    axes[0].set(title=f"Loss after {steps} steps, two standard errors", xlabel="minus LoRA alone, nats a token")
-    both = [ALONE, *names]
-    shares = [100 * sum(row["first"] for row in rows[name].values()) / len(rows[name]) for name in both]
-    axes[1].barh(range(-1, len(names)), shares, color=ORANGE)
-    axes[1].set(title="Attention on the first token", xlabel="%")
+    axes[0].set(title="Loss, two standard errors", xlabel="minus LoRA alone, nats a token")
     axes[0].axvline(0, color=GREY, linestyle=":")
-    for axis in axes:
-        axis.set_yticks(range(-1, len(names)), both)
-        axis.invert_yaxis()
+    axes[0].set_yticks(range(len(names)), names)
+    axes[1].barh(range(len(names)), [own - alone for own, alone in shares], color=ORANGE)
+    axes[1].set(title="Attention on the first token", xlabel="minus LoRA alone, points")
+    axes[1].axvline(0, color=GREY, linestyle=":")
+    axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
