@@ -137,7 +137,8 @@ def test_rows_of_landmarks_are_told(tmp_path: Path) -> None:
     assert "Landmarks on SmolLM2\n\nNot measured yet." in trained.page_of(setup, None)
     for seed in range(3):
         setup.write("landmarks", f"20/{seed}", row(3.0 + seed / 100))
-        setup.write("adapted", f"LoRA alone/20/{seed}", {"losses": [2.5], "needles": [[1.0, 0.1]], "text": "valid.txt"} | LOOKED)
+        alone = {**LOOKED, "losses": [2.5], "needles": [[1.0, 0.1]], "text": "valid.txt"}
+        setup.write("adapted", f"LoRA alone/20/{seed}", alone)
     page = trained.page_of(setup, None)
     assert "beside LoRA alone | not shown | +0.61 ± " in page
     assert "reading 4 of up to 16 earlier sections costs less than 0.05 nats beside all | **shown** | +0.04 ± " in page
