@@ -8,10 +8,14 @@ import shutil
 import threading
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from patchattn.files import folders
+from patchattn.files.documents import read_json, write_json
 from patchattn.files.folders import replacing, settle, settled
+from patchattn.files.tensors import write_tensors
 
 
 class Killed(BaseException):
@@ -176,3 +180,49 @@ def test_a_file_in_the_way_of_a_folder_loses_nothing(tmp_path):
     settle(tmp_path)
     assert (tmp_path / "inner" / "a.json").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["inner"]
+
+
+@pytest.mark.parametrize("leads", ["nowhere", "to a file"])
+def test_links_are_replaced_not_followed(tmp_path, leads):
+    folder, elsewhere = tmp_path / "saved", tmp_path / "elsewhere"
+    folder.mkdir()
+    if leads == "to a file":
+        elsewhere.write_text("another's")
+    for name in ("a.json", "b.safetensors", "shard-1"):
+        (folder / name).symlink_to(elsewhere)
+    assert settled(folder, lambda: "read") == "read"
+    write(folder, "new", ["a.json", "b.safetensors"], outdated=lambda name: name.startswith("shard"))
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "b.safetensors"]
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert content(folder) == {"a.json": "new", "b.safetensors": "new"}
+    assert not elsewhere.exists() if leads == "nowhere" else elsewhere.read_text() == "another's"
+
+
+@pytest.mark.parametrize("leads", ["nowhere", "to a file"])
+def test_single_files_take_the_place_of_links(tmp_path, leads):
+    elsewhere = tmp_path / "elsewhere"
+    if leads == "to a file":
+        elsewhere.write_text("another's")
+    for name in ("a.json", "a.json.part", "b.safetensors", "b.safetensors.part"):
+        (tmp_path / name).symlink_to(elsewhere)
+    write_json(tmp_path / "a.json", {"new": 1})
+    write_tensors(tmp_path / "b.safetensors", {"x": torch.ones(2)}, {})
+    assert read_json(tmp_path / "a.json") == {"new": 1}
+    assert load_file(tmp_path / "b.safetensors")["x"].tolist() == [1, 1]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink()) == sorted(
+        ["a.json", "b.safetensors", *(["elsewhere"] if leads == "to a file" else [])]
+    )
+    assert not elsewhere.exists() if leads == "nowhere" else elsewhere.read_text() == "another's"
+
+
+def test_a_fault_of_the_reader_is_not_taken_for_a_writer(tmp_path):
+    calls = []
+
+    def read():
+        calls.append(1)
+        (tmp_path / "a.json").write_text("x" * len(calls))  # as a writer would
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        settled(tmp_path, read)
+    assert len(calls) == 1

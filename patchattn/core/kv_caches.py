@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..cache import tracked
 from .selection import base_model
 from .sites import AttentionSite
 
@@ -24,14 +25,28 @@ def find_cache(values: Iterable[Any]) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
+def append_in_place(values: Iterable[Any]) -> None:
+    """Have the layers that grow, of a kv cache among the arguments of a model's call, do so without copying what they
+    hold."""
+    cache = None if torch.compiler.is_compiling() else find_cache(values)
+    for layer in () if cache is None else _own_half(cache).layers:
+        tracked.append_in_place(layer)
+
+
 def stored_heads(cache: Cache, site: AttentionSite) -> int | None:
     """How many kv heads the layer of a cache holds that an attention module writes to; `None` where it is empty."""
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.cross_attention_cache if site.is_cross else cache.self_attention_cache
+    if isinstance(cache, EncoderDecoderCache) and site.is_cross:
+        cache = cache.cross_attention_cache
+    cache = _own_half(cache)
     if site.layer_index >= len(cache.layers):
         return None
     keys = getattr(cache.layers[site.layer_index], "keys", None)
     return keys.shape[1] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None
+
+
+def _own_half(cache: Cache) -> Cache:
+    """What self-attention writes to."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def takes_cache(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
-from ..cache.tracked import TrackedLayer, append_in_place
+from ..cache.tracked import TrackedLayer
 from .mask import Mask
 from .sites import AttentionSite
 from .surroundings import LayerContext
@@ -201,7 +201,6 @@ class TappedCache(Cache):
             layer.is_expected = True  # the call to come is one of a model that asks for `columns`
         held = cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         tap.layer, tap.added = cache.layers[layer_idx], key_states.shape[2]
-        append_in_place(tap.layer)
         if tap.chain.storing:
             tap.follow(*held)
         return held

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from .writing import write_text
+
 MAX_DEPTH = 64
 _MAX_QUOTE = 200  # characters of a value in a message
 _MAX_FLOAT_DIGITS = 308  # of an integer that a float holds for certain
@@ -144,14 +146,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write a JSON file whole or not at all: a killed process leaves the file of before.
-
-    What it leaves beside it, the next call overwrites.
-    """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write a JSON file whole or not at all, as `writing.taking_place` says."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def as_json(content: Any) -> Any:

@@ -50,7 +50,7 @@ def replacing(folder: str | os.PathLike[str], outdated: Callable[[str], bool] = 
         files.mkdir()
         (staging / _REMOVED).mkdir()
         yield files
-        names = {path.name for path in folder.iterdir() if path.is_file() and outdated(path.name)}
+        names = {path.name for path in folder.iterdir() if not path.is_dir() and outdated(path.name)}
         names -= {path.name for path in files.iterdir()}
         (staging / _OUTDATED).write_text(json.dumps(sorted(names)), encoding="utf-8")
         os.rename(staging, folder / staging.name.replace(_UNFINISHED, _COMPLETE))
@@ -87,6 +87,7 @@ def settled(folder: Path, read: Callable[[], T]) -> T:
     Raises:
         ValueError: it is written all the time; and whatever `read` raises.
     """
+    cause = None
     for _ in range(_ATTEMPTS):
         settle(folder)
         before = _state(folder)
@@ -94,15 +95,16 @@ def settled(folder: Path, read: Callable[[], T]) -> T:
             continue
         try:
             found = read()
-        except Exception:
+        except (ValueError, TypeError, NotImplementedError, OSError) as error:  # how files of two saves are refused
             if _state(folder) == before:
                 raise
+            cause = error
             continue
         if _state(folder) == before:
             return found
     raise ValueError(
         f"{folder} was rewritten during each of {_ATTEMPTS} attempts to read it: read it once nothing writes to it."
-    )
+    ) from cause
 
 
 def _finish(folder: Path, complete: Path) -> None:
@@ -128,12 +130,18 @@ def _finish(folder: Path, complete: Path) -> None:
 
 
 def _state(folder: Path) -> list[tuple[str, int, int, int]] | None:
-    """What every file that a save moves changes; `None` while one is moving them."""
+    """What every file that a save moves changes; `None` while one is moving them.
+
+    Of links themselves: they are what a save replaces, and may lead nowhere.
+    """
     found = []
     for entry in os.scandir(folder):
         if entry.name.startswith(_COMPLETE):
             return None
         if entry.name.endswith((".json", ".safetensors")):
-            about = entry.stat()
+            try:
+                about = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # just moved away
+                return None
             found.append((entry.name, about.st_ino, about.st_mtime_ns, about.st_size))
     return sorted(found)

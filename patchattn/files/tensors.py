@@ -3,12 +3,13 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+
+from .writing import taking_place
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -20,15 +21,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all: a killed process leaves the file of before.
+    """Write a safetensors file whole or not at all, as `writing.taking_place` says.
 
     Raises:
         OSError: it cannot be written, as on a full disk.
     """
-    part = Path(path).with_name(f"{Path(path).name}.part")
     try:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, part, metadata=dict(about))
+        with taking_place(path) as place:
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, place, metadata=dict(about))
     except SafetensorError as error:
-        part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error}.") from error
-    os.replace(part, path)

@@ -16,6 +16,7 @@ from transformers import masking_utils
 
 from ...core import run
 from ...core.hooks import register_last
+from ...core.kv_caches import append_in_place
 from ...core.ranks import NOTHING_TOLD, Told
 from .sites import MASK_ARGUMENTS, attention_forward, names_in
 
@@ -35,12 +36,13 @@ def watch_masks(model: nn.Module, site_name: str) -> None:
 
 
 def note_told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook of a module that makes masks: note what they are made of.
+    """Pre-hook of a module that makes masks: note what they are made of; from now on its kv cache appends in place.
 
     One that is given masks made already goes by what the module around it was told, if that made them. Transformers
     packs sequences by position ids that start anew, and only where it is given no mask; chunked attention then looks
     the same but for these.
     """
+    append_in_place((*args, *kwargs.values()))
     given = {
         name: kwargs[name] if name in kwargs else args[position] if position < len(args) else None
         for name, position in (mask_arguments(type(module)) or {}).items()
