@@ -1,5 +1,6 @@
 """What a patch costs while decoding, in calls of Python and operators of torch per layer and token: counted, not timed,
-so that no busy machine changes it. Below what it once was, and above what is needed now, there is some room."""
+so that no busy machine changes it. Below what it once was, and above what is needed now, there is some room. Appending
+to a kv cache in place is some ten calls and four operators of it, and saves copying the cache."""
 
 import sys
 from collections.abc import Callable
@@ -73,15 +74,15 @@ def unpatched() -> tuple[float, float]:
     ("variant", "settings", "python", "operators"),
     [
         ("moh", {"active_ratio": 1.0}, 14, 0),
-        ("logn", {"train_length": 4}, 51, 7),
-        ("ssmax", {}, 55, 8),
-        ("moh", {}, 60, 12),
-        ("moh", {"router": "learned"}, 86, 30),
-        ("ssa", {}, 151, 25),
-        ("sink", {}, 90, 9),
-        ("gated", {}, 71, 8),
-        ("fox", {}, 167, 28),
-        ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 290, 100),
+        ("logn", {"train_length": 4}, 67, 11),
+        ("ssmax", {}, 71, 12),
+        ("moh", {}, 76, 16),
+        ("moh", {"router": "learned"}, 101, 34),
+        ("ssa", {}, 150, 24),
+        ("sink", {}, 104, 12),
+        ("gated", {}, 86, 11),
+        ("fox", {}, 163, 26),
+        ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 200, 100),
     ],
 )
 def test_decoding_costs_few_calls_and_operators(

@@ -43,7 +43,8 @@ class RandomPages(BoundedSelection):
         row = (call.mask.row_places()[0, :, None] - 1) * heads + torch.arange(heads, device=call.mask.device)
         number = row.T[:, :, None] * count + torch.arange(count, device=call.mask.device)
         scores = uniform(number, 0, self.site.layer_index).expand(len(call.query), -1, -1, -1)
-        return self.chosen(call, scores, page=page, count=-(-budget // page), heads=self.config.heads)
+        most = -(-budget // page)
+        return self.of_pages(call, self.best_pages(call, scores, page, most, self.config.heads), page, most=most)
 
 
 class RandomKeys(ScoredEviction):

@@ -22,28 +22,23 @@ class Room:
         if self._stored > 16 * _WHOLE:  # else it would take up too much beside what is stored
             spare += -(self._stored + spare) % _WHOLE
         self._keys, self._values = _extended(keys, values, spare)
-        self._hand_out()
+        self.keys, self.values = (each.narrow(-2, 0, self._stored) for each in (self._keys, self._values))
 
-    def holds(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> bool:
-        """Whether these are what it last handed out, and not what somebody has put in their place."""
-        return self.keys is keys and self.values is values
-
-    def has_places(self, rows: int) -> bool:
-        """Whether so many more fit, and may be written in the mode that torch is in."""
+    def goes_on(self, keys: torch.Tensor, values: torch.Tensor, rows: int) -> bool:
+        """Whether `rows` more may be written behind these in the mode that torch is in, as they are what was handed out
+        last, and not what somebody has put in their place."""
+        is_own = self.keys is keys and self.values is values
         writable = torch.is_inference_mode_enabled() or not self._keys.is_inference()
-        return writable and self._stored + rows <= self._keys.shape[-2]
+        return is_own and writable and self._stored + rows <= self._keys.shape[-2]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write new keys and values `(B, Hkv, T, D)` behind those stored."""
-        rows = keys.shape[-2]
-        self._keys.narrow(-2, self._stored, rows).copy_(keys)
-        self._values.narrow(-2, self._stored, rows).copy_(values)
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values `(B, Hkv, T, D)` behind those stored; all of them."""
+        rows, before = keys.shape[-2], self._stored
+        self._keys.narrow(-2, before, rows).copy_(keys)
+        self._values.narrow(-2, before, rows).copy_(values)
         self._stored += rows
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        self.keys = self._keys.narrow(-2, 0, self._stored)
-        self.values = self._values.narrow(-2, 0, self._stored)
+        self.keys, self.values = self._keys.narrow(-2, 0, self._stored), self._values.narrow(-2, 0, self._stored)
+        return self.keys, self.values
 
 
 def may_append(stored: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> bool:
@@ -57,9 +52,8 @@ def may_append(stored: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tenso
 def _alike(stored: torch.Tensor, new: torch.Tensor) -> bool:
     if type(stored) is not torch.Tensor or type(new) is not torch.Tensor:
         return False
-    outer, width = stored.shape[:-2], stored.shape[-1]
     is_placed_alike = stored.dtype == new.dtype and stored.device == new.device
-    return is_placed_alike and new.shape[:-2] == outer and new.shape[-1] == width
+    return is_placed_alike and new.shape[:-2] == stored.shape[:-2] and new.shape[-1] == stored.shape[-1]
 
 
 def _extended(keys: torch.Tensor, values: torch.Tensor, spare: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,22 +34,18 @@ class StoredLayer(CacheLayerMixin):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """All keys and values with new ones `(B, Hkv, T, D)`."""
-        held = self._append(keys, values, *args, **kwargs)
+        is_filled = self.grows and self.is_initialized and self.keys.numel() > 0
+        if is_filled and may_append((self.keys, self.values), (keys, values)):
+            rows = keys.shape[-2]
+            if self.room is None or not self.room.goes_on(self.keys, self.values, rows):
+                self.room = Room(self.keys, self.values, rows)
+            self.keys, self.values = held = self.room.append(keys, values)
+        else:
+            self.room = None
+            held = super().update(keys, values, *args, **kwargs)
         if self.first is None:
             return held
         return tuple(torch.cat(pair, dim=2) for pair in zip(self.first.whole(), held, strict=True))
-
-    def _append(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_filled = self.grows and self.is_initialized and self.keys.numel() > 0
-        if not is_filled or not may_append((self.keys, self.values), (keys, values)):
-            self.room = None
-            return super().update(keys, values, *args, **kwargs)
-        rows = keys.shape[-2]
-        if self.room is None or not self.room.holds(self.keys, self.values) or not self.room.has_places(rows):
-            self.room = Room(self.keys, self.values, rows)
-        self.room.append(keys, values)
-        self.keys, self.values = self.room.keys, self.room.values
-        return self.keys, self.values
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values `(B, Hkv, S, D)`."""

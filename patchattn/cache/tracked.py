@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from .compact import Narrow
 from .kept import KeptKeys, checked_bounds
@@ -384,13 +384,11 @@ def sequence_state(
     return new
 
 
-def append_in_place(layer: Any) -> None:
-    """From the next call on, have a layer that grows do so without copying what it holds."""
-    if isinstance(layer, TrackedLayer) or torch.compiler.is_compiling() or not isinstance(layer, CacheLayerMixin):
-        return
-    plain: Any = type(layer)
-    if tracked(plain).grows:
-        track(layer)
+def only_holds(layer: Any) -> bool:
+    """Whether all that a layer is, is the keys and values of all its tokens: to be gone on with by another one."""
+    if not isinstance(layer, TrackedLayer):
+        return type(layer) is DynamicLayer
+    return layer.plain is DynamicLayer and not layer.has_forgotten and not layer.sequence_states
 
 
 def _restore(plain: type, attributes: dict[str, Any]) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..cache import tracked
+from ..cache.tracked import TrackedLayer, track, tracked
 from .selection import base_model
 from .sites import AttentionSite
 
@@ -30,7 +31,9 @@ def append_in_place(values: Iterable[Any]) -> None:
     hold."""
     cache = None if torch.compiler.is_compiling() else find_cache(values)
     for layer in () if cache is None else _own_half(cache).layers:
-        tracked.append_in_place(layer)
+        plain: Any = type(layer)
+        if issubclass(plain, CacheLayerMixin) and not issubclass(plain, TrackedLayer) and tracked(plain).grows:
+            track(layer)
 
 
 def stored_heads(cache: Cache, site: AttentionSite) -> int | None:

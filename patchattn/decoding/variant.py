@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..cache.branch_tokens import BranchTokens
+from ..cache.tracked import only_holds
 from ..core.call import AttentionCall
 from ..core.given import real_tokens
 from ..core.hooks import Hook, called_with, note_token_ids, unknown_ids
@@ -285,7 +285,7 @@ def _run_branch(module: nn.Module, inputs: BranchStep, held: _Held | None, numbe
         tokens, layers = held.branches[number]
         cache, seen = Cache(layers=layers), real[:, None, :, None]
         real = tokens.update(seen, seen)[0][:, 0, :, 0]
-        if step.is_first and inputs.fork and all(type(layer) is DynamicLayer for layer in (*held.own, *layers)):
+        if step.is_first and inputs.fork and all(map(only_holds, (*held.own, *layers))):
             done = inputs.fork
             for layer, own in zip(layers, held.own, strict=True):
                 layer.update(own.keys[:, :, :done], own.values[:, :, :done])
