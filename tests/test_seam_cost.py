@@ -79,10 +79,10 @@ def unpatched() -> tuple[float, float]:
         ("moh", {}, 76, 16),
         ("moh", {"router": "learned"}, 101, 34),
         ("ssa", {}, 150, 24),
-        ("sink", {}, 104, 12),
+        ("sink", {}, 88, 12),
         ("gated", {}, 86, 11),
-        ("fox", {}, 163, 26),
-        ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 200, 100),
+        ("fox", {}, 139, 20),
+        ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 200, 88),
     ],
 )
 def test_decoding_costs_few_calls_and_operators(

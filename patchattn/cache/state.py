@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 
 # Of `(B, Hkv, p * block, D)`, keys of p whole pages, and of the places that they have among all keys of the call, their
 # facts `(B, Hkv, p, ...)`.
@@ -156,16 +157,18 @@ class SequenceState:
             )
         spare = 0 if held is None else max(0, held.shape[-2] - keys)
         for name, tensor in self.per_key.items():
-            past = self._known(name, tensor)[..., : layer.get_seq_length() - rows]  # no slots that were not filled then
-            if past.shape[-1] < needed:
+            past, seen = self._known(name, tensor), layer.get_seq_length() - rows
+            if past.shape[-1] > seen:  # slots that were not filled then
+                past = past[..., :seen]
+            count = past.shape[-1]
+            if count < needed:
                 raise ValueError(
-                    f"{self.owner} was to continue {needed} cached tokens but knows of {past.shape[-1]}: the cache "
-                    "was filled without it."
+                    f"{self.owner} was to continue {needed} cached tokens but knows of {count}: the cache was filled "
+                    "without it."
                 )
-            before, past = past.tensor_split([past.shape[-1] - needed], dim=-1)
             if spare:
-                self.earlier[name] = before[..., -spare:]
-            self.per_key[name] = torch.cat([past, past.new_zeros(*past.shape[:-1], rows)], dim=-1)
+                self.earlier[name] = past[..., max(0, count - needed - spare) : count - needed]
+            self.per_key[name] = F.pad(past[..., count - needed :] if count > needed else past, (0, rows))
 
     def select(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order."""

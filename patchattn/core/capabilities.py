@@ -6,6 +6,8 @@ import torch
 
 from .call import AttentionCall
 
+_ARGUMENTS = (("softcap", "softcap"), ("s_aux", "sinks"), ("position_bias", "position_bias"))  # and what each needs
+
 
 def needed_capabilities(call: AttentionCall, asked: Collection[str]) -> set[str]:
     """Which of some of the optional capabilities one call relies on. Only for `padding` and `static_cache` it asks the
@@ -15,9 +17,11 @@ def needed_capabilities(call: AttentionCall, asked: Collection[str]) -> set[str]
 
 def _needed(call: AttentionCall, asked: Collection[str]) -> set[str]:
     kwargs, rows, keys = call.kwargs, call.query.shape[2], call.key.shape[2]
-    needed = {"cross"} if call.site.is_cross else {"causal" if call.is_causal else "bidirectional"}
-    names = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "position_bias"}
-    needed |= {capability for name, capability in names.items() if kwargs.get(name) is not None}
+    kind = "cross" if call.site.is_cross else "causal" if call.is_causal else "bidirectional"
+    needed = {kind}
+    for name, capability in _ARGUMENTS:
+        if kwargs.get(name) is not None:
+            needed.add(capability)
     if call.query.shape[1] != call.key.shape[1]:
         needed.add("gqa")
     if kwargs.get("dropout") and call.module.training:
@@ -25,10 +29,11 @@ def _needed(call: AttentionCall, asked: Collection[str]) -> set[str]:
     if torch.compiler.is_compiling():
         needed.add("compile")
         return needed  # what follows reads values
-    if keys > rows and call.is_causal and not call.site.is_cross:
+    if keys > rows and kind == "causal":
         needed.add("kv_cache")
-    cache = call.context.layer.cache if call.context.layer is not None else None
-    unseen = "static_cache" if getattr(cache, "is_compileable", False) else "padding"
-    if unseen in asked and call.mask.given is not None and bool((call.mask.counts()[:, -1] < keys).any()):
-        needed.add(unseen)
+    if call.mask.given is not None and ("padding" in asked or "static_cache" in asked):
+        cache = call.context.layer.cache if call.context.layer is not None else None
+        unseen = "static_cache" if getattr(cache, "is_compileable", False) else "padding"
+        if unseen in asked and bool((call.mask.counts()[:, -1] < keys).any()):
+            needed.add(unseen)
     return needed

@@ -132,7 +132,15 @@ def _whole(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
 
 
 def structure(mask: Columns) -> dict[str, Any]:
-    """Fields of an `AttentionRule`: structure where it lasts, else a dense mask and ranks."""
+    """Fields of an `AttentionRule`: structure where it lasts, else a dense mask and ranks; found once for all layers
+    that share the mask."""
+    found: dict[str, Any] | None = mask._memo.get("structure")
+    if found is None:
+        found = mask._memo["structure"] = _structure(mask)
+    return found
+
+
+def _structure(mask: Columns) -> dict[str, Any]:
     mask._check()
     if mask.index is not None or mask.keeps or mask.extra:
         return _gathered(mask)

@@ -1,7 +1,7 @@
 """What is around a call of attention: what its module was called with, what came from further up, and its kv cache."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Surroundings:
     rows: torch.Tensor | None = None
     of_some_keys: bool = False
     is_apart: bool = False
+    _own: tuple[Any, ...] = field(default=(), init=False)  # what `own_key` found
 
     def layer_input(self) -> torch.Tensor:
         """`(B, Tq, E)` the layer's input, row for row that of the queries; NotImplementedError if it is not."""
@@ -89,14 +90,17 @@ class Surroundings:
         layer = None if self.layer is None else self._cache_layer()
         if layer is None or self.site.is_cross:
             slides = layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]
+            self._own = (None,)
             return None, None, None if slides and not self.site.is_cross else 0
         columns = layer.columns() if isinstance(layer, TrackedLayer) else None
         seen, keys, rows = layer.get_seq_length(), self.key.shape[2], self.query.shape[2]
-        return (columns, seen - rows, 0) if in_slots(layer) else (columns, keys - rows, max(0, int(seen) - keys))
+        own, dropped = (seen - rows, 0) if in_slots(layer) else (keys - rows, max(0, int(seen) - keys))
+        self._own = (own,)
+        return columns, own, dropped
 
     def own_key(self) -> int | torch.Tensor | None:
         """Place of the first query's own key among the keys, where the layer of the kv cache is known."""
-        return self.axis_of_keys()[1]
+        return self._own[0] if self._own else self.axis_of_keys()[1]
 
     def columns(self) -> torch.Tensor | None:
         """`(B, 1 or Hkv, Tk)` as `TrackedLayer.columns`; `None` unless the kv cache has forgotten keys in between."""

@@ -44,7 +44,8 @@ def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> Att
         bias: `(B or 1, H or 1, Tk)`, not scaled.
         inner: the base implementation.
     """
-    bias = bias.expand(-1, call.query.shape[1], -1)
+    heads, groups = call.query.shape[1], call.key.shape[1]
+    bias = bias if bias.shape[1] == heads else bias.expand(-1, heads, -1)
     row = attend_with_lse(call, bias) or attend_half_row(call, bias)
     if row is not None:
         return row[0], None
@@ -52,7 +53,6 @@ def attend_biased(call: AttentionCall, bias: torch.Tensor, inner: Attend) -> Att
         output, _ = attend_rows(call, lambda logits, _: (logits + bias[:, :, None]).softmax(-1))
         return output, None
     bias = bias / (_STEP * call.scaling)
-    heads, groups = call.query.shape[1], call.key.shape[1]
     of_group = bias.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hkv, Tk, H / Hkv)
     pieces = parts(of_group, call.key.dtype, most=3)
     own = torch.eye(heads // groups, dtype=call.query.dtype, device=call.query.device) * _STEP
@@ -68,10 +68,14 @@ def running_sum(past: torch.Tensor, new: torch.Tensor, first: int | torch.Tensor
         new: `(B, h, Tq)` what each new key adds.
         first: number of the first new key among all; in a tensor where slots are filled that no host counts.
     """
-    if isinstance(first, int) and first + new.shape[-1] == past.shape[-1]:
-        total = new if new.shape[-1] == 1 else new.cumsum(-1)
-        return torch.cat([past[..., :first], past[..., first - 1 : first] + total], dim=-1) if first else total
+    count = new.shape[-1]
+    if isinstance(first, int) and first + count == past.shape[-1]:
+        total = new if count == 1 else new.cumsum(-1)
+        if not first:
+            return total
+        earlier = past.narrow(-1, 0, first)
+        return torch.cat([earlier, earlier.narrow(-1, first - 1, 1) + total], dim=-1)
     first = torch.as_tensor(first, device=past.device)
     before = F.pad(past, (1, 0)).index_select(-1, first.reshape(1))  # 0 in front of the first key
-    where = first + torch.arange(new.shape[-1], device=new.device)
+    where = first + torch.arange(count, device=new.device)
     return past.index_copy(-1, where, before + new.cumsum(-1))

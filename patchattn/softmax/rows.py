@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from patchattn_kernels.dense_attention_cpu import flash, in_one_call
+from patchattn_kernels.dense_attention_cpu import flash, in_one_call, runs_on
 
 from ..core.call import AttentionCall
 from ..core.host import host
@@ -128,11 +128,20 @@ def attend_with_lse(call: AttentionCall, bias: torch.Tensor | None = None) -> tu
     if not here or torch.is_autocast_enabled("cpu"):
         return None
     mask = call.mask
-    if mask.given is not None or mask.fault is not None or (mask.changed and not sees_all(mask)):
+    whole = sees_all(mask)
+    if mask.given is not None or mask.fault is not None or (mask.changed and not whole):
         return None
     if bias is not None:
-        bias = bias[:, :, None].to(torch.promote_types(query.dtype, torch.float32))
-    found = in_one_call(query, key, value, call.rule(), added=bias)
+        bias = bias[:, :, None].to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    found: tuple[torch.Tensor, torch.Tensor] | None
+    if whole:  # one row, which no rule needs to be made for
+        kwargs = call.kwargs
+        has_terms = kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None
+        tensors = (query, key, value) if bias is None else (query, key, value, bias)
+        plain = not has_terms and kwargs.get("s_aux") is None and runs_on(*tensors)
+        found = flash(query, key, value, call.scaling, hidden=bias) if plain else None
+    else:
+        found = in_one_call(query, key, value, call.rule(), added=bias)
     return None if found is None else (found[0].transpose(1, 2), found[1])
 
 

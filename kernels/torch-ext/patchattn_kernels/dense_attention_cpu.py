@@ -12,7 +12,18 @@ from .rows import AttentionRule, full_precision
 
 ROWS = 128  # queries that share their keys
 TILE = 2**19  # weights that are held at a time: they stay in a cache
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch._scaled_dot_product_flash_attention_for_cpu
+
+
+def runs_on(*tensors: torch.Tensor) -> bool:
+    """Whether what is here may compute with these: not where one of them needs a gradient, or the call is compiled."""
+    follows_gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cpu or (follows_gradients and tensor.requires_grad):
+            return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    return chosen_backend() == "auto"
 
 
 def computes(rule: AttentionRule, *tensors: torch.Tensor) -> bool:
@@ -20,16 +31,13 @@ def computes(rule: AttentionRule, *tensors: torch.Tensor) -> bool:
 
     Args:
         rule: scaling and visibility.
-        tensors: operands; where one of them needs a gradient, or the call is compiled, it does not.
+        tensors: operands, as of `runs_on`.
     """
-    if chosen_backend() != "auto" or any(tensor.device.type != "cpu" for tensor in tensors):
+    if rule.softcap is not None or rule.bias is not None or rule.sinks is not None:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if rule.window is not None or rule.sequence is not None or (rule.mask is not None and rule.mask.dim() > 2):
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    added = (rule.softcap, rule.bias, rule.sinks, rule.window, rule.sequence)
-    return all(some is None for some in added) and (rule.mask is None or rule.mask.dim() == 2)
+    return runs_on(*tensors)
 
 
 def in_one_call(
@@ -87,7 +95,7 @@ def flash(
     elif dim > width:
         value = F.pad(value, (0, dim - width))
     # It takes the channels of a vector for neighbours in memory, whatever their stride is.
-    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    query, key, value = [each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value)]
     output, lse = _flash(query, key, value, 0.0, causal, attn_mask=hidden, scale=scaling)
     return output if dim <= width else output[..., :width], lse
 

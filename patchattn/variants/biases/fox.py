@@ -109,10 +109,11 @@ class Fox(KeyBiasVariant):
 
     def log_forget(self, call: AttentionCall) -> torch.Tensor:
         """`(B, H, Tq)` float32 or wider."""
-        states = call.context.layer_input()
-        opening = full_precision(nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias))
-        forgotten = nn.functional.logsigmoid(opening.transpose(1, 2))
-        return forgotten if self.scale is None else forgotten * self.scale.to(forgotten.dtype)[:, None]
+        states, weight, scale = call.context.layer_input(), self.weight, self.scale
+        opening = full_precision(nn.functional.linear(states.to(weight.dtype), weight, self.bias))
+        forgotten = nn.functional.logsigmoid(opening)
+        forgotten = forgotten if scale is None else forgotten * scale.to(forgotten.dtype)
+        return forgotten.transpose(1, 2)
 
 
 register_variant(
