@@ -99,6 +99,23 @@ def test_blocks_of_columns_and_diagonals_and_the_best_blocks(block: int, tau: fl
     assert_reads(model, TOKENS, lambda head, i, j: j // block in read[head][i // block])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_sum_up_to_just_the_share_are_read(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys score about alike: the first half of the rows reads all, the others the first key and their own.
+
+    The sum of the first half is half of all, however it is rounded.
+    """
+    model, calls = tiny_llama().to(dtype), recorded(monkeypatch)
+    model.model.layers[0].self_attn.q_proj.weight.data.mul_(1e-3)
+    patchattn.patch_model(model, "flex_prefill", gamma=0.5, tau=1.0, block=1, budget=1)
+    for length in range(8, 46, 2):
+        calls.clear()
+        model(torch.arange(3, 3 + length)[None])
+        number = torch.arange(length)
+        reads = (number[:, None] < length // 2) | (number == 0) | (number == number[:, None])
+        assert torch.equal(calls[0][1][0], (reads & (number <= number[:, None])).expand(HEADS, -1, -1)), length
+
+
 @pytest.mark.parametrize("heads", ["kv", "query"])
 @pytest.mark.parametrize("page", [1, 2])
 def test_parts_of_a_tree(page: int, heads: str) -> None:

@@ -108,6 +108,14 @@ def ranked(scores: torch.Tensor, groups: torch.Tensor) -> Ranks:
     )
 
 
+def no_more(running: torch.Tensor, most: torch.Tensor | float) -> torch.Tensor:
+    """bool: which running sums are at most so large, or larger by roundings alone.
+
+    Weights of whole rows sum up to a whole number: where all are about alike, a share of the rows is met exactly.
+    """
+    return running <= most + 64 * torch.finfo(running.dtype).eps * running
+
+
 def along_diagonals(chosen: torch.Tensor, texts: Texts, mask: Mask, block: int) -> torch.Tensor:
     """bool `(B, H, Tq, Tk)`: which pairs lie on a chosen diagonal, for some query of the same block.
 

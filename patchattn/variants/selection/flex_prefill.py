@@ -11,7 +11,7 @@ from ...core.call import AttentionCall
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantConfig, VariantInfo
-from ...reading.lines import Texts, lines_of, ranked, texts_of
+from ...reading.lines import Texts, lines_of, no_more, ranked, texts_of
 from ...reading.scores import products
 from ...reading.selection import CAPABILITIES
 from ...reading.text_blocks import TextBlocks, text_blocks
@@ -100,7 +100,7 @@ class FlexPrefill(WholeSelection):
         total = line.new_zeros(*line.shape[:2], line.shape[2] + 1)
         of_keys = texts.of_keys[:, None].expand(line.shape)
         total = total.scatter_add(-1, of_keys, line).gather(-1, of_keys)
-        too_little = (ranked(line, texts.of_keys).running <= self.config.gamma * total).to(torch.long)
+        too_little = no_more(ranked(line, texts.of_keys).running, self.config.gamma * total).to(torch.long)
         tokens = too_little.new_zeros(*line.shape[:2], line.shape[2] + 1).scatter_add(-1, of_keys, too_little) + 1
         text = grid.text.clamp(min=0)[:, None].expand(*line.shape[:2], -1)
         return tokens.gather(-1, text) // self.config.block + 1
@@ -121,7 +121,7 @@ class FlexPrefill(WholeSelection):
         size = weights.shape[-1]
         running = ranked(weights.flatten(2), grid.text.repeat_interleave(size, dim=1)).running.view(weights.shape)
         rows = (grid.together & grid.has_rows.any(dim=-1)[:, None]).sum(dim=-1)[:, None, :, None]
-        return running <= self.config.gamma * rows
+        return no_more(running, self.config.gamma * rows)
 
 
 def visible(grid: TextBlocks) -> torch.Tensor:
