@@ -27,12 +27,11 @@ def ends_of_text(visible: torch.Tensor, own: torch.Tensor, first: int, local: in
     """bool, as `visible_pages` gives them: each query's first visible pages, and the last ones up to its own.
 
     Args:
-        visible: which pages a query sees.
+        visible: which pages a query sees; pages of padding alone stand between none.
         own: which is its own.
         first: how many first pages.
         local: how many last ones, its own among them.
     """
     order = visible.cumsum(dim=-1, dtype=torch.int32)
-    number = torch.arange(own.shape[-1], device=own.device)
-    last = torch.where(own, number, -1).amax(dim=-1, keepdim=True)
-    return visible & ((order <= first) | ((number > last - local) & (number <= last)))
+    last = torch.where(own, order, 0).amax(dim=-1, keepdim=True)
+    return visible & ((order <= first) | ((order > last - local) & (order <= last)))

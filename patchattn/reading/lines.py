@@ -64,6 +64,7 @@ def lines_of(call: AttentionCall, texts: Texts, last: int) -> Lines:
     query, key, rule = full_precision(call.query), full_precision(call.key), call.rule()
     batch, heads, rows, _ = query.shape
     keys, real = key.shape[2], call.mask.real()
+    order, by_rank = call.mask.key_order()[:, 0], keys_by_rank(call.mask)
     parts = [slice(max(0, rows - last), rows)]
     if plain_own(call.mask) is None:  # the last queries are anywhere
         parts = list(blocks(rows, batch * heads * keys))
@@ -73,12 +74,23 @@ def lines_of(call: AttentionCall, texts: Texts, last: int) -> Lines:
         weights = row_logits(query, key, rule, part).softmax(dim=-1).nan_to_num(0.0)
         counts = (behind < last) & real[:, part]
         weights = weights.masked_fill(~counts[:, None, :, None], 0.0)
-        # the weight at key j of a query with n tokens behind it counts at key j + n
-        from_key = torch.arange(keys, device=key.device) - behind[..., None]
-        shifted = weights.gather(-1, from_key.clamp(min=0)[:, None].expand_as(weights))
+        # the weight at a key of a query with n tokens behind it counts at the n-th key behind that one
+        rank = order[:, None] - behind[..., None]
+        source = by_rank.expand(len(rank), -1).gather(-1, rank.clamp(min=0).flatten(1)).view_as(rank)
+        shifted = weights.gather(-1, source[:, None].expand_as(weights))
         sums[0] = sums[0] + weights.sum(dim=2)
-        sums[1] = sums[1] + shifted.masked_fill((from_key < 0)[:, None], 0.0).sum(dim=2)
+        sums[1] = sums[1] + shifted.masked_fill((rank < 1)[:, None], 0.0).sum(dim=2)
     return Lines(*(total.detach() for total in sums))
+
+
+def keys_by_rank(mask: Mask) -> torch.Tensor:
+    """`(B or 1, Tk + 1)` int: the key of each rank among the real ones of its row, from 1 on; any for other ranks.
+
+    Padding may stand between keys of one text: prompts that were padded behind, and went on.
+    """
+    order = mask.key_order()[:, 0].masked_fill(~mask.real_keys()[:, 0], 0)
+    number = torch.arange(mask.keys, device=mask.device).expand_as(order)
+    return number.new_zeros(len(order), mask.keys + 1).scatter(-1, order, number)
 
 
 class Ranks(NamedTuple):
@@ -130,14 +142,16 @@ def along_diagonals(chosen: torch.Tensor, texts: Texts, mask: Mask, block: int) 
     batch, heads, keys = chosen.shape
     within = (mask.row_places() - 1).clamp(min=0) % block
     shift = texts.behind_rows + within
-    numbers = texts.of_keys.contiguous()
-    start, end = (torch.searchsorted(numbers, numbers, right=right)[:, None] for right in (False, True))
-    running = F.pad(chosen.cumsum(dim=-1, dtype=torch.int32), (1, 0))[:, :, None]
-    key, parts = torch.arange(1, keys + 1, device=chosen.device), []
+    order, start, by_rank = mask.key_order()[:, 0], texts.of_keys, keys_by_rank(mask)
+    end = order + texts.behind_keys  # as ranks, like all that follows
+    running = chosen.cumsum(dim=-1, dtype=torch.int32)
+    running = running.gather(-1, by_rank[:, None].expand(batch, heads, -1)).index_fill(-1, by_rank.new_zeros(1), 0)
+    running, parts = running[:, :, None], []
     for part in blocks(mask.queries, batch * heads * keys):
-        place = key + shift[:, part, None]
-        until = torch.minimum(place, end)[:, None].expand(batch, heads, -1, -1)
-        since = torch.minimum(torch.maximum(place - block, start), end)[:, None].expand(batch, heads, -1, -1)
+        place = order[:, None] + shift[:, part, None]
+        until = torch.minimum(place, end[:, None])[:, None].expand(batch, heads, -1, -1)
+        since = torch.minimum(torch.maximum(place - block, start[:, None]), end[:, None])
+        since = since[:, None].expand(batch, heads, -1, -1)
         counts = running.expand(-1, -1, until.shape[2], -1)
         parts.append(counts.gather(-1, until) > counts.gather(-1, since))
     return torch.cat(parts, dim=2)

@@ -85,7 +85,7 @@ class Landmark(TokenIdVariant, BlendedVariant):
         return {**super().neutral_config(), "token": 0}
 
     def key_facts(self, call: AttentionCall) -> Mapping[str, torch.Tensor]:
-        return {_MARKS: token_ids(call) == cast(int, self.config.token)}
+        return {_MARKS: (token_ids(call) == cast(int, self.config.token)) & call.mask.real()}  # not where it pads
 
     def normalised(self, logits: torch.Tensor, visible: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         return grouped_softmax(logits, visible, call.key_fact(_MARKS)[:, :, None], self.config.top)

@@ -14,13 +14,13 @@ from ...core.places import Places, gathered, taken
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.variant import VariantInfo
-from ...reading.choose import down_a_tree
+from ...reading.choose import chosen_first, down_a_tree
 from ...reading.forced import visible_pages
 from ...reading.groups import any_of_group, heads_option, reduced
 from ...reading.pages import BoundedSelection, PagedConfig, prefill_option
 from ...reading.refresh import refresh_option
 from ...reading.scores import products
-from ...reading.selection import CAPABILITIES
+from ...reading.selection import CAPABILITIES, plain_own
 from ...reading.tiles import TextRows
 
 
@@ -93,8 +93,17 @@ class HiP(BoundedSelection):
         end = torch.where(own, number, 0).amax(dim=-1, keepdim=True)
         if blocks is not None:
             first, end = -blocks.highest(-first, -size), blocks.highest(end, 0)
+        score = self._scorer(call, blocks)
         with torch.no_grad():
-            pages = down_a_tree(first.squeeze(-1), end.squeeze(-1), size, count - 1, self._scorer(call, blocks))
+            if plain_own(call.mask) is not None:
+                pages = down_a_tree(first.squeeze(-1), end.squeeze(-1), size, count - 1, score)
+            else:  # padding that stands between pages of a text is no part of it
+                seen = visible if blocks is None else blocks.highest(visible.long(), 0) > 0
+                order, counts = chosen_first(seen & (number < end), size)
+                chosen = down_a_tree(
+                    torch.zeros_like(counts), counts, size, count - 1, lambda some: score(order.gather(-1, some))
+                )
+                pages = torch.zeros_like(chosen).scatter(-1, order, chosen)
         pages = pages if blocks is None else blocks.by_row(pages)
         return (pages | own) & visible
 

@@ -16,6 +16,7 @@ from patchattn_kernels.rows import blocks, full_precision, log_sum_exp, weights_
 from ...cache.state import SequenceState
 from ...core.call import AttentionCall
 from ...core.host import host
+from ...core.mask import Mask
 from ...core.registry import register_variant
 from ...core.settings import option
 from ...core.sites import AttentionSite
@@ -133,7 +134,7 @@ class LongHeads(RotaryVariant):
     def _chunks(self, call: AttentionCall, rotary: Rotary, state: SequenceState | None) -> torch.Tensor:
         """`(B, H, P, D)` what stands for each complete chunk, made once where a kv cache grows."""
         size, columns = self.config.chunk, call.mask.columns
-        query = _within(call.query, rotary, rotary.rotated_by(call), columns - call.mask.queries, size)
+        query = _within(call.query, rotary, rotary.rotated_by(call), call.mask, columns - call.mask.queries, size)
         if state is None:
             return _stand_ins(call, rotary, query, columns // size, size)
         if _QUERIES in state.tensors:
@@ -168,12 +169,12 @@ class LongHeads(RotaryVariant):
         """Attention to the chunks that are kept, each right behind the one before it."""
         size, keys, groups = self.config.chunk, call.key.shape[2], call.key.shape[1]
         number = torch.arange(kept.shape[-1], device=kept.device)
-        own = torch.where(kept, number, -1).amax(dim=-1, keepdim=True)
-        behind = kept.flip(-1).cumsum(dim=-1).flip(-1) - 1
-        skipped = (own - number - behind).clamp(min=0)  # of what is not kept anything
+        real = F.pad(call.mask.real_keys(), (0, len(number) * size - keys)).unflatten(-1, (-1, size)).sum(dim=-1)
+        left_out = real[:, :, None] * (visible_pages(call.mask, size)[0] & ~kept)
+        skipped = left_out.flip(-1).cumsum(dim=-1).flip(-1)  # tokens of a chunk and of those behind it
         key = F.pad(full_precision(call.key), (0, 0, 0, len(number) * size - keys)).unflatten(2, (-1, size))
         query, value, rule = full_precision(call.query), full_precision(call.value), call.rule()
-        cos, sin = rotary.tables(number[None] * size, query.dtype)
+        cos, sin = rotary.tables(torch.arange(keys + 1, device=number.device)[None], query.dtype)
         batch, heads, count, dim = query.shape
         rate = (call.kwargs.get("dropout") or 0.0) if call.module.training else 0.0
         wants_weights = call.kwargs.get("output_attentions") or not host().computes_softmax(call.base)
@@ -181,7 +182,7 @@ class LongHeads(RotaryVariant):
         for rows in blocks(count, batch * heads * max(keys, len(number) * dim)):
             gone = skipped[:, :, rows]
             turned = query[:, :, rows, None].expand(-1, -1, -1, len(number), -1)
-            turned = rotary.rotated(turned, cos[0][gone], -sin[0][gone])  # nearer by the chunks that are left out
+            turned = rotary.rotated(turned, cos[0][gone], -sin[0][gone])  # nearer by what is left out
             turned = turned.unflatten(1, (groups, -1)).movedim(4, 2).flatten(3, 4)
             logits = (turned @ key.mT).unflatten(3, (heads // groups, -1)).movedim(2, 4).flatten(4).flatten(1, 2)
             logits = logits[..., :keys] * rule.scaling
@@ -201,10 +202,12 @@ class LongHeads(RotaryVariant):
         return torch.cat(outputs, dim=2).transpose(1, 2).to(call.value.dtype), weights_found
 
 
-def _within(x: torch.Tensor, rotary: Rotary, old: torch.Tensor, first: int, size: int) -> torch.Tensor:
+def _within(x: torch.Tensor, rotary: Rotary, old: torch.Tensor, mask: Mask, first: int, size: int) -> torch.Tensor:
     """Queries or keys as if they stood at their places within their chunks; column `first` is that of the first."""
-    place = (first + torch.arange(x.shape[2], device=x.device)) % size
-    return rotary.turned(x, old, place[None])
+    order = F.pad(mask.key_order()[:, 0], (1, 0))
+    column = first + torch.arange(x.shape[2], device=x.device)
+    place = order[:, column + 1] - 1 - order[:, column // size * size]  # padding in a chunk takes up no place
+    return rotary.turned(x, old, place.clamp(min=0))
 
 
 def _stand_ins(call: AttentionCall, rotary: Rotary, query: torch.Tensor, count: int, size: int) -> torch.Tensor:
@@ -223,7 +226,7 @@ def _stand_ins(call: AttentionCall, rotary: Rotary, query: torch.Tensor, count: 
     end = call.mask.columns // size * size
     part = slice(end - count * size, end)
     behind = call.mask.columns - end
-    key = _within(call.key[:, :, part], rotary, call.key_fact(ROTATED_BY)[..., part], part.start, size)
+    key = _within(call.key[:, :, part], rotary, call.key_fact(ROTATED_BY)[..., part], call.mask, part.start, size)
     query = query[:, :, query.shape[2] - behind - count * size : query.shape[2] - behind]
     key, value, query = (
         full_precision(each).unflatten(2, (count, size)) for each in (key, call.value[:, :, part], query)

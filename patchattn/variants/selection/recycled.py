@@ -107,9 +107,12 @@ class Recycled(WholeSelection):
         """What is read where a choice is due; in sequences whose query is not compared, or is unlike, all keys."""
         columns = call.mask.columns
         if self.config.similarity is None or last is None:
+            newest = last_of_texts(call)
+            if newest is None:  # the next token reads all keys, and chooses
+                return None
             if self.config.similarity is not None:
-                drifted(call, state, below=float("inf"))  # notes every query
-            remember_choice(state, most_attended(call, budget), columns)
+                drifted(newest, state, below=float("inf"))  # notes every query
+            remember_choice(state, most_attended(newest, budget), columns)
             return None
         if torch.compiler.is_compiling():
             raise NotImplementedError(
@@ -136,14 +139,30 @@ class Recycled(WholeSelection):
         return Places(index, has_empty=self.config.similarity is not None)
 
 
+def last_of_texts(call: AttentionCall) -> AttentionCall | None:
+    """The call of the last query of every sequence that is text; `None` where one has padding alone in this call."""
+    count, mask = call.query.shape[2], call.mask
+    if count == 1 or (mask.real_columns is None and mask.pairs is None):
+        return call.row(count - 1)
+    number = torch.arange(count, device=mask.device)
+    rows = torch.where(mask.real(), number, -1).amax(dim=-1).expand(len(call.query))
+    if bool((rows < 0).any()):
+        return None
+    kwargs = dict(call.kwargs)
+    if kwargs.get("position_bias") is not None:
+        bias = kwargs["position_bias"].expand(len(rows), -1, count, -1)
+        kwargs["position_bias"] = bias[torch.arange(len(rows)), :, rows][:, :, None]
+    query = call.query[torch.arange(len(rows)), :, rows][:, :, None]
+    return call.replace(query=query, mask=mask.of_rows(rows[:, None]), kwargs=kwargs)
+
+
 def most_attended(call: AttentionCall, count: int) -> torch.Tensor:
-    """`(B, Hkv, count)` int, ascending: the keys that the last query attends to most, of equal ones the first.
+    """`(B, Hkv, count)` int, ascending: the keys that the only query attends to most, of equal ones the first.
 
     Query heads of a kv head have one choice, by the mean of their weights.
     """
-    last = call.row(call.query.shape[2] - 1)
     with torch.no_grad():
-        mean = reduced(weights_with(last, last.key), call.key.shape[1], "mean")[:, :, 0]
+        mean = reduced(weights_with(call, call.key), call.key.shape[1], "mean")[:, :, 0]
     return mean.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 
