@@ -62,7 +62,7 @@ class SequenceState:
                 "what is alike in all heads has an h of 1."
             )
         place = self.per_key if per_key else self.tensors
-        place[name] = tensor.detach()
+        place[name] = tensor.detach() if tensor.requires_grad else tensor
 
     def blocks(self, name: str, block: int, keys: torch.Tensor, make: Make) -> torch.Tensor | None:
         """Facts of complete pages of keys, each made once: `(B, Hkv, P, ...)` of the P = Tk // block pages of a call.
@@ -146,7 +146,7 @@ class SequenceState:
             ValueError: the layer holds tokens that this state knows nothing of.
             NotImplementedError: the layer keeps its keys elsewhere than others do.
         """
-        if in_slots(layer):
+        if not self.grows and in_slots(layer):
             return
         needed, held = keys - rows, getattr(layer, "keys", None)
         if held is not None and held.dim() < 2:  # still empty behind a call: which keys it drops is not known

@@ -58,7 +58,7 @@ class TrackedLayer(StoredLayer):
         Raises:
             NotImplementedError: keys were forgotten, and nobody is there to say so to attention.
         """
-        if self.has_forgotten and not self.is_expected:
+        if not self.is_expected and self.has_forgotten:
             raise NotImplementedError(
                 f"{self.owner} has dropped keys of this kv cache, or parts of them, which a model without that patch "
                 "would attend to wrongly. Start with a new cache."
@@ -80,6 +80,8 @@ class TrackedLayer(StoredLayer):
         """How many tokens it was given: also those that it has forgotten count."""
         if self.kept is not None:
             return self.kept.seen
+        if self.grows and self.first is None and self.is_initialized and self.keys.dim() == 4:  # the same, at less cost
+            return self.keys.shape[-2]
         return super().get_seq_length() if self.first is None else self.stored
 
     @property
@@ -364,9 +366,9 @@ def sequence_state(
         ValueError: there is none, but the layer held tokens before these.
         NotImplementedError: a compiled call on a static cache without one, which cannot tell.
     """
-    found = layer.sequence_states.get(owner) if isinstance(layer, TrackedLayer) else None
-    if found is not None:
-        return found
+    states: dict[str, SequenceState] = getattr(layer, "sequence_states", {})  # of a layer that is tracked
+    if owner in states:
+        return states[owner]
     if torch.compiler.is_compiling() and in_slots(layer):
         raise NotImplementedError(
             f"{owner} must see the first call on a static cache uncompiled, as `generate` does it; compile the others."

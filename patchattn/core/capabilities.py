@@ -26,12 +26,12 @@ def _needed(call: AttentionCall, asked: Collection[str]) -> set[str]:
         needed.add("gqa")
     if kwargs.get("dropout") and call.module.training:
         needed.add("dropout")
-    if torch.compiler.is_compiling():
-        needed.add("compile")
-        return needed  # what follows reads values
     if keys > rows and kind == "causal":
         needed.add("kv_cache")
-    if call.mask.given is not None and ("padding" in asked or "static_cache" in asked):
+    if "compile" in asked and torch.compiler.is_compiling():
+        needed.add("compile")
+    reads = call.mask.given is not None and ("padding" in asked or "static_cache" in asked)  # the device is asked
+    if reads and not torch.compiler.is_compiling():
         cache = call.context.layer.cache if call.context.layer is not None else None
         unseen = "static_cache" if getattr(cache, "is_compileable", False) else "padding"
         if unseen in asked and bool((call.mask.counts()[:, -1] < keys).any()):

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..cache.tracked import TrackedLayer
 from .apart import attend_apart
 from .call import AttentionCall
 from .capabilities import needed_capabilities
@@ -136,7 +135,7 @@ class VariantChain(nn.Module):
         looks = Looks(probes, self.own_weights) if probes else _NO_LOOKS
         context = current_context(given.module) if self.needs_context or looks.probes else None
         layer: Any = None if context is None or context.tap is None else context.tap.layer
-        if layer is None or not isinstance(layer, TrackedLayer) or layer.apart is None:
+        if getattr(layer, "apart", None) is None:  # which a layer that is tracked has
             output = self._attend_heads(given, base, context, looks)
         else:
             output = attend_apart(

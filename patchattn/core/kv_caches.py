@@ -32,7 +32,7 @@ def append_in_place(values: Iterable[Any]) -> None:
     cache = None if torch.compiler.is_compiling() else find_cache(values)
     for layer in () if cache is None else _own_half(cache).layers:
         plain: Any = type(layer)
-        if issubclass(plain, CacheLayerMixin) and not issubclass(plain, TrackedLayer) and tracked(plain).grows:
+        if TrackedLayer not in plain.__mro__ and issubclass(plain, CacheLayerMixin) and tracked(plain).grows:
             track(layer)
 
 

@@ -41,10 +41,10 @@ def rendered(mask: Columns) -> tuple[torch.Tensor | BlockMask | None, dict[str, 
 
 def sees_all(mask: Columns) -> bool:
     """Whether a single row sees every key, as structure alone says: it then needs no mask."""
+    if mask.queries != 1 or mask.pairs is not None or mask.real_columns is not None or mask.keeps or mask.has_empty:
+        return False
     ends = not mask.causal or (isinstance(mask.own, int) and mask.own == mask.columns - mask.dropped - 1)
-    structure = (mask.pairs, mask.real_columns, mask.window, mask.sequence)
-    bounded = any(part is not None for part in structure) or mask.keeps or mask.has_empty
-    return mask.queries == 1 and ends and not bounded
+    return ends and mask.window is None and mask.sequence is None
 
 
 def _tokens(mask: Columns) -> tuple[torch.Tensor | BlockMask | None, dict[str, Any]]:

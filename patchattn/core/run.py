@@ -18,6 +18,7 @@ from .ranks import Told
 
 RUN = "patchattn_run"
 RESIDUAL = "residual"
+_NO_BASE: tuple[Any, str] = (None, "")
 _local = threading.local()  # .run: the innermost one of this thread
 
 
@@ -35,6 +36,7 @@ class ModelRun:
         told: what the modules that make masks were told of the tokens, innermost last.
         masks: those that calls of attention were seen to have since the last of these modules began or ended, by what
             they were read off, for the layers to come.
+        base: a configuration, and the base implementation that it was seen to name since.
         patches: what the vision tower that runs has made of its images, where a variant asks for grids.
         notes: what a mechanism keeps from one of its hooks to the next, by its name.
         shared: what hooks on one layer keep for those on later ones, by name; it goes down with the calls.
@@ -46,6 +48,7 @@ class ModelRun:
     asked: int = 0
     told: tuple[Told, ...] = ()
     masks: dict[Hashable, Any] = field(default_factory=dict)
+    base: tuple[Any, str] = _NO_BASE
     patches: Patches | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -102,13 +105,13 @@ def forget(*notes: str) -> None:
 def note_told(told: Told) -> None:
     """A module that makes masks begins, and was told that."""
     run = current_run()
-    run.told, run.masks = (*run.told, told), {}
+    run.told, run.masks, run.base = (*run.told, told), {}, _NO_BASE
 
 
 def forget_told() -> None:
     """It ends."""
     run = current_run()
-    run.told, run.masks = run.told[:-1], {}
+    run.told, run.masks, run.base = run.told[:-1], {}, _NO_BASE
     if run.is_over:
         _local.run = None
 

@@ -92,9 +92,11 @@ class Surroundings:
             slides = layer is None and self.kwargs.get("sliding_window") and self.key.shape[2] != self.query.shape[2]
             self._own = (None,)
             return None, None, None if slides and not self.site.is_cross else 0
-        columns = layer.columns() if isinstance(layer, TrackedLayer) else None
+        columns = None if getattr(layer, "kept", None) is None else layer.columns()  # of one that is tracked
         seen, keys, rows = layer.get_seq_length(), self.key.shape[2], self.query.shape[2]
-        own, dropped = (seen - rows, 0) if in_slots(layer) else (keys - rows, max(0, int(seen) - keys))
+        own, dropped = keys - rows, max(0, int(seen) - keys)
+        if not getattr(layer, "grows", False) and in_slots(layer):
+            own, dropped = seen - rows, 0
         self._own = (own,)
         return columns, own, dropped
 

@@ -15,7 +15,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
-from ..cache.tracked import TrackedLayer
 from .mask import Mask
 from .sites import AttentionSite
 from .surroundings import LayerContext
@@ -148,7 +147,8 @@ class CacheTap:
 
     def close(self) -> None:
         """The module's call is over. Without its context, the tap is in no reference cycle that keeps the cache."""
-        self._stop_following()
+        if self.follower is not None:
+            self._stop_following()
         self.context = self.returned = None
 
     def running_context(self) -> LayerContext:
@@ -197,7 +197,7 @@ class TappedCache(Cache):
         layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         if tap.chain.storing:
             key_states, value_states = tap.change(key_states, value_states, cache, layer_idx, layer)
-        if isinstance(layer, TrackedLayer):
+        if hasattr(layer, "is_expected"):  # it is tracked
             layer.is_expected = True  # the call to come is one of a model that asks for `columns`
         held = cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         tap.layer, tap.added = cache.layers[layer_idx], key_states.shape[2]

@@ -19,6 +19,7 @@ from ...core.context import note_attention
 from ...core.host import PatchedModule
 from ...core.module_call import ModuleCall
 from ...core.probe import chain_on, probes_on
+from ...core.run import ModelRun, run_of
 from ...core.variant import AttentionOutput
 from .compatibility import AnsweringName, asks_for_name, seam_name
 from .masks import is_flash
@@ -54,7 +55,8 @@ def register_base(base: str) -> str:
         chain: Any = chain_on(module)
         acts = chain is not None and bool(chain.active or probes_on(module))
         is_hooked = acts and chain.needs_context  # the hook has refused, and seen to the base implementation
-        attend = base_function(type(module), base if is_hooked else base_in_force(module, base))
+        used = base if is_hooked else base_in_force(module, base, run_of(kwargs) if acts else None)
+        attend = base_function(type(module), used)
         if flash:
             attend = partial(_as_base_sees, attend, base)
         if not acts:
@@ -76,17 +78,22 @@ def register_base(base: str) -> str:
     return name
 
 
-def base_in_force(module: nn.Module, base: str) -> str:
+def base_in_force(module: nn.Module, base: str, run: ModelRun | None) -> str:
     """The base implementation that the model's configuration names in this call.
 
     It is another than `base`, that of the latest call, where `set_attn_implementation` or `generate` itself (Whisper,
-    for time stamps) has set one since: the module is pointed at that.
+    for time stamps) has set one since: the module is pointed at that. Within one `run` it stays what it is.
 
     Raises:
         RuntimeError: its own code asks for the implementation's name, and has not been shown the new one.
     """
-    wanted: str = _plainly(original_config(module), "_attn_implementation") or "eager"
+    config = original_config(module)
+    if run is not None and run.base[0] is config and run.base[1] == base:
+        return base
+    wanted: str = _plainly(config, "_attn_implementation") or "eager"
     if wanted == base:
+        if run is not None and run.told:
+            run.base = config, base
         return base
     if is_flash(base) or is_flash(wanted) or asks_for_name(module, wanted):
         raise RuntimeError(

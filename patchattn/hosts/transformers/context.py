@@ -9,13 +9,14 @@ from transformers import Cache
 from ...core.context import begin_context, close_context, current_context
 from ...core.hooks import refuse_later_hooks
 from ...core.probe import chain_on
+from ...core.ranks import NOTHING_TOLD
+from ...core.run import run_of
 from ...core.shards import added, own_tensor
 from ...core.surroundings import LayerContext
 from ...core.tap import CacheTap, tap_cache
 from .bases import base_in_force
 from .paged import holds_pages, refuse_chain
 from .sites import INLINE
-from .told import told_in
 
 
 def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -27,8 +28,9 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     values = {**dict(zip(site.arguments, args, strict=False)), **kwargs} if args else kwargs
     if holds_pages(values):
         refuse_chain(chain)
+    run = run_of(values)
     if chain.base != INLINE:  # whose code asks its own configuration, in every call
-        base_in_force(module, chain.base)
+        base_in_force(module, chain.base, run)
     cache_argument = cache = None
     for name, value in values.items():
         if isinstance(value, Cache):
@@ -47,7 +49,7 @@ def open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         attention_mask=values.get(site.mask_argument) if site.mask_argument else None,
         arguments=values,
         cache=cache,
-        told=told_in(values),
+        told=run.told[-1] if run.told else NOTHING_TOLD,
     )
     begin_context(context)
     if cache is None or cache_argument is None or not chain.taps_cache:

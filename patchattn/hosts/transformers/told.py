@@ -52,7 +52,8 @@ def note_told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         told = Told(mask, restarts=False)
     elif mask is not None:
-        told = told_in({})
+        before = run.run_of({}).told
+        told = before[-1] if before else NOTHING_TOLD
     elif isinstance(positions, torch.Tensor) and positions.dim() == 2:
         told = Told("all", F.pad(positions.diff(dim=-1) != 1, (1, 0)))
     else:
@@ -63,12 +64,6 @@ def note_told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def forget_told(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Post-hook of the same module, called also where it failed."""
     run.forget_told()
-
-
-def told_in(arguments: dict[str, Any]) -> Told:
-    """What is known in a call of an attention module, by what it is called with."""
-    told = run.run_of(arguments).told
-    return told[-1] if told else NOTHING_TOLD
 
 
 def mask_arguments(module_class: type[nn.Module]) -> dict[str, int] | None:
