@@ -79,9 +79,9 @@ def unpatched() -> tuple[float, float]:
         ("moh", {}, 73, 16),
         ("moh", {"router": "learned"}, 96, 34),
         ("ssa", {}, 138, 24),
-        ("sink", {}, 77, 12),
+        ("sink", {}, 77, 13),
         ("gated", {}, 81, 11),
-        ("fox", {}, 115, 19),
+        ("fox", {}, 115, 20),
         ("act", {"heads": [[layer, head] for layer in range(LAYERS) for head in range(HEADS)]}, 165, 84),
     ],
 )
